@@ -1,0 +1,213 @@
+"""The command line: `rlhf-fast sft | reward | ppo | run | merge`. Flags are built from the config classes' fields.
+
+Nothing heavy (torch, transformers) is imported before the flags and the YAML are read, so that help and mistakes answer
+at once. Exit codes: 0 done, 1 a defect in rlhf-fast, 2 a mistake that the message names, 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import sys
+import traceback
+import typing
+from typing import Any, NoReturn
+
+from rlhf_fast.config import STAGES, RunConfig, StageConfig
+from rlhf_fast.config_load import load_run, load_stage
+from rlhf_fast.config_values import field_kinds, split_optional
+from rlhf_fast.errors import Interrupted, UserError, nearest
+
+OVERVIEW = """\
+rlhf-fast: SFT, reward model and PPO on one frozen base.
+
+  rlhf-fast run    --config run.yaml --output_dir out         the stages in a row
+  rlhf-fast sft    --dataset_name chats.jsonl --output_dir out/sft
+  rlhf-fast reward --dataset_name pairs.jsonl --sft_adapter out/sft/adapter --output_dir out/reward
+  rlhf-fast ppo    --dataset_name prompts.jsonl --sft_adapter out/sft/adapter \\
+                   --reward_adapter out/reward/adapter --output_dir out/ppo
+  rlhf-fast merge  --adapter out/ppo/policy --output_dir out/model      an adapter into a plain model
+
+Without --dataset_name the built-in model learns from built-in demo data.
+rlhf-fast COMMAND --help lists a command's flags; --config FILE.yaml sets them by name, and flags win over it.
+rlhf-fast --version prints the version."""
+
+COMMANDS = {
+    "sft": "Supervised fine-tuning on response tokens alone.",
+    "reward": "A Bradley-Terry reward model on preference pairs.",
+    "ppo": "PPO with a KL leash to the SFT model.",
+    "run": "The stages in a row. A plain flag holds for every stage, --STAGE.NAME for one.",
+    "merge": "Merge an adapter into its base: a plain model folder.",
+}
+METAVARS: dict[Any, str] = {
+    int: "N",
+    float: "NUMBER",
+    str: "TEXT",
+    bool: "true|false",
+    list[str]: "A,B",
+    dict[str, str]: "OLD=NEW,..",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line, not with the list of all flags, and guesses no abbreviations."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(
+            prog=f"rlhf-fast {command}",
+            usage=f"rlhf-fast {command} [--FLAG VALUE ...]",
+            description=COMMANDS[command],
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
+        )
+        self.flags: list[str] = ["--help"]
+        self.flag(self, "debug", "On an error, print the traceback.", action="store_true")
+
+    def flag(self, group: Any, name: str, help: str, **settings: Any) -> None:
+        self.flags.append(f"--{name}")
+        group.add_argument(f"--{name}", help=help.replace("%", "%%"), **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def read(self, argv: list[str]) -> dict[str, Any]:
+        """Flag name -> text, for the flags that are there."""
+        known, unknown = self.parse_known_args(argv)
+        if unknown and not unknown[0].startswith("-"):
+            raise UserError(f"unexpected {unknown[0]!r}: settings are given as --FLAG VALUE, a file as --config FILE")
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            raise UserError(f"unknown flag {flag}{nearest(flag, self.flags)}; {self.prog} --help lists the flags")
+        return vars(known)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line (default: that of the process) and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        run_command(argv)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exception(error)
+        message, code = explain(error, debug)
+        print(message, file=sys.stderr)
+        return code
+
+
+def explain(error: BaseException, debug: bool) -> tuple[str, int]:
+    """The line for a person, and the exit code."""
+    if isinstance(error, UserError):
+        return f"rlhf-fast: error: {error}", 2
+    if isinstance(error, Interrupted):
+        return str(error), 130
+    if isinstance(error, KeyboardInterrupt):
+        return "rlhf-fast: interrupted", 130
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    hint = "" if debug else " (run again with --debug for the traceback)"
+    return f"rlhf-fast: internal error: {text}{hint}", 1
+
+
+def run_command(argv: list[str]) -> None:
+    command = argv[0] if argv else "--help"
+    if command in ("--help", "-h"):
+        print(OVERVIEW)
+        return
+    if command == "--version":
+        print(f"rlhf-fast {installed_version()}")
+        return
+    if command not in COMMANDS:
+        commands = ", ".join(COMMANDS)
+        raise UserError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}; the commands are {commands}")
+
+    parser = {"run": run_parser, "merge": merge_parser}.get(command, stage_parser)(command)
+    if "--help" in argv or "-h" in argv:
+        parser.print_help()
+        return
+    flags = parser.read(argv[1:])
+    flags.pop("debug", None)
+    if command == "merge":
+        from rlhf_fast.models.merge import merge
+
+        merge(flags["adapter"], flags["output_dir"], flags.get("dtype"))
+    elif command == "run":
+        run_config = load_run(flags.pop("config", None), flags)
+        from rlhf_fast.recipes.run import run
+
+        run(run_config)
+    else:
+        config: Any = load_stage(command, flags.pop("config", None), flags)
+        from rlhf_fast.recipes import ppo, reward, sft
+
+        {"sft": sft, "reward": reward, "ppo": ppo}[command].train(config)
+
+
+def installed_version() -> str:
+    try:
+        return importlib.metadata.version("rlhf-fast")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("no version: this checkout is not installed; `pip install -e .` installs it") from None
+
+
+def stage_parser(stage: str) -> Parser:
+    parser = Parser(stage)
+    parser.flag(parser, "config", "YAML of this stage, or of a whole run. Flags win over it.", metavar="FILE")
+    own = parser.add_argument_group(f"{stage} alone")
+    shared = parser.add_argument_group("shared by all stages")
+    for item in dataclasses.fields(STAGES[stage]):
+        add_field(parser, own if is_own(item.name) else shared, STAGES[stage], item)
+    return parser
+
+
+def run_parser(command: str) -> Parser:
+    parser = Parser(command)
+    parser.flag(parser, "config", "YAML of the run: shared settings, and sections sft, reward, ppo.", metavar="FILE")
+    stages = next(item for item in dataclasses.fields(RunConfig) if item.name == "stages")
+    add_field(parser, parser, RunConfig, stages)
+    shared = parser.add_argument_group("for every stage", "Where a stage has another default, its own group tells.")
+    for item in dataclasses.fields(StageConfig):
+        add_field(parser, shared, StageConfig, item)
+    for stage, config_class in STAGES.items():
+        group = parser.add_argument_group(f"for {stage} alone")
+        for item in dataclasses.fields(config_class):
+            if item.name != "output_dir":  # always that of the run, and the stage's name
+                add_field(parser, group, config_class, item, stage)
+    return parser
+
+
+def merge_parser(command: str) -> Parser:
+    parser = Parser(command)
+    parser.flag(parser, "adapter", "The adapter folder.", required=True, metavar="FOLDER")
+    parser.flag(parser, "output_dir", "Folder for the merged model.", required=True, metavar="FOLDER")
+    parser.flag(parser, "dtype", "dtype of the merged weights. Unset: the base's.", metavar="DTYPE")
+    return parser
+
+
+def add_field(parser: Parser, group: Any, config_class: type, item: dataclasses.Field[Any], stage: str = "") -> None:
+    """One field as a flag that takes text; reading the text is the work of config_load, in one place for YAML too."""
+    kind, _ = split_optional(field_kinds(config_class)[item.name])
+    help = f"--{item.name}, here alone." if stage and not is_own(item.name) else item.metadata["help"]
+    choices = item.metadata["choices"]
+    parser.flag(
+        group,
+        f"{stage}.{item.name}" if stage else item.name,
+        f"{help} [{show_default(item)}]",
+        metavar="|".join(choices) if choices else METAVARS[kind],
+        **({"nargs": "?", "const": "true"} if kind is bool else {}),
+    )
+
+
+def is_own(name: str) -> bool:
+    return name not in field_kinds(StageConfig)
+
+
+def show_default(item: dataclasses.Field[Any]) -> str:
+    default = item.default if item.default is not dataclasses.MISSING else typing.cast(Any, item.default_factory)()
+    if default is None or default in ("", [], {}):
+        return "unset"
+    return ",".join(default) if isinstance(default, list) else str(default).lower()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

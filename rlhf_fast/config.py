@@ -1,0 +1,288 @@
+"""Every setting of the three stages and of the run that joins them; each field is a YAML key and a flag of that name.
+
+Field help texts are what `rlhf-fast STAGE --help` prints. Checks that need one config alone are in ``validate``;
+reading YAML and flags is in ``config_load.py``.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_fast.errors import UserError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+ALL_LINEAR = "all-linear"
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """What sft, reward and ppo share. In the YAML of `rlhf-fast run` these may stand at the top, for all stages."""
+
+    model_name_or_path: str = option(
+        DEFAULT_MODEL,
+        "The base: a folder, a hub name, or the built-in default, SmolLM2-135M-Instruct from its PyPI wheel.",
+    )
+    dtype: str = option(
+        "auto",
+        "The base's dtype. auto: bfloat16 on a GPU that has it, else float32. Adapters and heads are always float32.",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
+    attn_implementation: str | None = option(
+        None,
+        "Attention code of transformers: sdpa, eager, flash_attention_2. Unset: the model's default.",
+    )
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
+    allow_pickle_weights: bool = option(False, "Load weights from pickle files (.bin) where no safetensors are there.")
+    chat_template: str | None = option(
+        None,
+        "A chat template (a file, or the Jinja text itself) in place of the tokenizer's own.",
+    )
+
+    lora_r: int = option(16, "Rank of the adapters.")
+    lora_alpha: float = option(32.0, "Scale of the adapters: their output is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = option(
+        0.0,
+        "Dropout before the adapters, in SFT and reward training. PPO always runs without dropout.",
+    )
+    lora_target_modules: list[str] = option(
+        [ALL_LINEAR],
+        "Names of the modules that get an adapter; all-linear: every linear layer of the decoder.",
+    )
+    lora_layers: int | None = option(
+        None,
+        "Adapters on the top N decoder layers alone; the layers below are then computed once a rollout for all "
+        "four roles. Unset: all layers.",
+    )
+
+    dataset_name: str = option(
+        "",
+        "Training data: a file (JSONL, JSON, CSV, Parquet, also .gz), a folder, a hub name, or demo/NAME.",
+    )
+    dataset_split: str = option("train", "Split of the training data.")
+    eval_dataset_name: str | None = option(
+        None,
+        "Held-out data. Unset: eval_size of the training data are held out, by prompt.",
+    )
+    eval_dataset_split: str = option("train", "Split of the held-out data.")
+    eval_size: float = option(0.1, "Held-out share of the training data (below 1), or their number (1 and above).")
+    rename_columns: dict[str, str] = option({}, "Column names to change first: old=new. Example: question=prompt.")
+    max_samples: int | None = option(None, "Use the first N rows of the training data alone.")
+
+    learning_rate: float = option(2e-4, "Peak learning rate.")
+    lr_scheduler_type: str = option(
+        "linear",
+        "Schedule after the warm-up.",
+        ("linear", "cosine", "constant_with_warmup"),
+    )
+    warmup_ratio: float = option(0.05, "Share of the steps over which the learning rate rises from 0.")
+    weight_decay: float = option(0.0, "AdamW's weight decay.")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
+    batch_size: int = option(
+        32,
+        "Examples per optimisation step, over all processes and accumulation (PPO: episodes per rollout).",
+    )
+    micro_batch_size: int = option(
+        8,
+        "Examples per forward and backward pass in one process; memory grows with it, results do not change with "
+        "it but for rounding.",
+    )
+    max_steps: int | None = option(None, "Stop after this many steps (PPO: rollouts). Unset: num_train_epochs decides.")
+    num_train_epochs: float = option(1.0, "Passes over the training data.")
+    max_length: int = option(512, "Longest sequence in tokens, prompt and response together.")
+
+    output_dir: str = option("", "Folder for checkpoints, metrics, samples, adapters and the report.")
+    seed: int = option(0, "Seed of every random number.")
+    report_to: list[str] = option([], "Trackers beside metrics.jsonl: tensorboard, wandb.")
+    run_name: str | None = option(None, "The run's name in the trackers. Unset: the output folder's name.")
+    logging_steps: int = option(1, "Steps between two lines of metrics.jsonl.")
+    eval_steps: int | None = option(
+        None,
+        "Steps between two evaluations. Unset: at the start, ten times on the way, and at the end (PPO: start and "
+        "end).",
+    )
+    save_steps: int | None = option(None, "Steps between two checkpoints. Unset: ten a run.")
+    save_total_limit: int = option(2, "Checkpoints kept; older ones are deleted.")
+    resume_from_checkpoint: str | None = option(
+        None,
+        "auto: go on from the newest whole checkpoint of output_dir; or a checkpoint folder.",
+    )
+    overwrite_output_dir: bool = option(False, "Delete an earlier run in output_dir first.")
+
+    def validate(self) -> None:
+        """Raises UserError that names the flag, what was expected and what came."""
+        positive = ["lora_r", "lora_alpha", "learning_rate", "adam_epsilon", "max_grad_norm", "batch_size"]
+        positive += ["micro_batch_size", "num_train_epochs", "max_length", "logging_steps", "save_total_limit"]
+        for name in positive:
+            require(self, name, getattr(self, name) > 0, "above 0")
+        for name in ("lora_layers", "max_steps", "eval_steps", "save_steps", "max_samples"):
+            require(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0, or unset")
+        require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "from 0 to below 1")
+        require(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "from 0 to below 1")
+        require(self, "weight_decay", self.weight_decay >= 0, "0 or above")
+        require(self, "eval_size", self.eval_size >= 0, "0 or above")
+        require(self, "dataset_name", bool(self.dataset_name), "set: a file, a folder, a hub name or demo/NAME")
+        require(self, "output_dir", bool(self.output_dir), "set: the folder to write to")
+        for tracker in self.report_to:
+            require(self, "report_to", tracker in ("tensorboard", "wandb"), "tensorboard, wandb or both")
+        for item in dataclasses.fields(self):
+            choices = item.metadata["choices"]
+            if choices:
+                require(self, item.name, getattr(self, item.name) in choices, "one of " + ", ".join(choices))
+
+
+def require(config: StageConfig, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise UserError(f"--{name} must be {expected}; got {getattr(config, name)!r}")
+
+
+@dataclass(kw_only=True)
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on response tokens alone."""
+
+    num_train_epochs: float = option(2.0, "Passes over the training data.")
+    patience: int = option(
+        2,
+        "Stop when the validation loss has not improved for this many evaluations in a row; the best adapter is "
+        "the one kept.",
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "patience", self.patience > 0, "above 0")
+
+
+@dataclass(kw_only=True)
+class RewardConfig(StageConfig):
+    """A Bradley-Terry reward model on preference pairs."""
+
+    sft_adapter: str | None = option(None, "Adapter folder that the reward adapter starts from. Unset: the bare base.")
+    centre_coef: float = option(0.01, "Weight of the term (r_chosen + r_rejected)^2, which keeps the scores near 0.")
+    label_noise_ceiling: float | None = option(
+        None,
+        "The best accuracy that the labels' noise allows, where it is known; the report draws it.",
+    )
+    calibration_prompts: int = option(
+        64,
+        "Prompts of the training data on which the SFT model's own samples are scored, to shift and scale the "
+        "scores to mean 0, standard deviation 1.",
+    )
+    response_length: int = option(64, "Longest sample in tokens when calibrating.")
+    temperature: float = option(1.0, "Sampling temperature when calibrating.")
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "centre_coef", self.centre_coef >= 0, "0 or above")
+        enough = self.calibration_prompts >= 2
+        require(self, "calibration_prompts", enough, "2 or above: a standard deviation needs two samples")
+        require(self, "response_length", self.response_length > 0, "above 0")
+        require(self, "temperature", self.temperature > 0, "above 0")
+        if self.label_noise_ceiling is not None:
+            require(self, "label_noise_ceiling", 0.5 <= self.label_noise_ceiling <= 1, "from 0.5 to 1")
+
+
+@dataclass(kw_only=True)
+class PPOConfig(StageConfig):
+    """PPO with a KL leash to the SFT model."""
+
+    sft_adapter: str | None = option(
+        None,
+        "The SFT model's adapter folder: the policy starts from it and is held near it. Unset: the bare base is "
+        "the SFT model.",
+    )
+    reward_adapter: str | None = option(None, "The reward model's adapter folder. Unset: reward_functions alone.")
+    reward_functions: list[str] = option(
+        [],
+        "Python rewards f(prompts, completions, **columns) -> list of numbers, as FILE.py:NAME or MODULE:NAME; "
+        "added to the reward model's score.",
+    )
+    eval_functions: list[str] = option(
+        [],
+        "Python scorers of the same form that are measured at every evaluation and never trained on: a gold "
+        "scorer, to see the reward model being fooled.",
+    )
+
+    learning_rate: float = option(1e-4, "Peak learning rate of the policy and the critic.")
+    lr_scheduler_type: str = option(
+        "constant_with_warmup",
+        "Schedule after the warm-up.",
+        ("linear", "cosine", "constant_with_warmup"),
+    )
+    adam_epsilon: float = option(1e-5, "AdamW's epsilon.")
+    batch_size: int = option(64, "Episodes per rollout, over all processes.")
+    num_ppo_epochs: int = option(4, "Passes over each rollout.")
+    num_mini_batches: int = option(1, "Optimiser steps per pass over a rollout.")
+    rollout_batch_size: int = option(64, "Responses sampled at a time in one process.")
+    response_length: int = option(64, "Longest response in tokens.")
+    temperature: float = option(
+        1.0,
+        "Sampling temperature; it divides the logits of sampling, scoring and training alike.",
+    )
+
+    kl_estimator: str = option("k1", "Estimator of the per-token KL in the reward.", ("k1", "k2", "k3", "abs"))
+    kl_coef: float = option(0.05, "KL coefficient beta at the start.")
+    kl_target: float | None = option(
+        6.0,
+        "Sequence KL in nats that the adaptive controller steers to. Unset (null): beta stays fixed.",
+    )
+    kl_horizon: float = option(10000.0, "Episodes over which the controller corrects a KL error.")
+    gamma: float = option(1.0, "Discount.")
+    lam: float = option(0.95, "GAE's lambda.")
+    whiten_rewards: bool = option(False, "Divide the per-token rewards by their standard deviation, the mean kept.")
+    scale_scores: bool = option(
+        False,
+        "Divide the scores by the standard deviation of all scores so far (running moments).",
+    )
+    clip_low: float = option(0.2, "Policy ratio is clipped below 1 - clip_low.")
+    clip_high: float = option(0.2, "Policy ratio is clipped above 1 + clip_high.")
+    value_clip: float = option(0.2, "Values are clipped to this distance from the rollout's values.")
+    value_coef: float = option(0.1, "Weight of the value loss.")
+    entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
+    missing_eos_penalty: float = option(
+        1.0,
+        "Subtracted from the score of a response that has no stop token within response_length.",
+    )
+    missing_eos_score: float | None = option(
+        None,
+        "Fixed score of a response without a stop token, in place of the penalty.",
+    )
+    eval_prompts: int = option(64, "Held-out prompts answered at each evaluation.")
+
+    def validate(self) -> None:
+        super().validate()
+        positive = ["num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length"]
+        positive += ["temperature", "kl_horizon", "value_clip", "eval_prompts"]
+        for name in positive:
+            require(self, name, getattr(self, name) > 0, "above 0")
+        room = f"below --max_length ({self.max_length}), which leaves the rest to the prompt"
+        require(self, "response_length", self.response_length < self.max_length, room)
+        require(self, "kl_target", self.kl_target is None or self.kl_target > 0, "above 0, or null for a fixed kl_coef")
+        for name in ("kl_coef", "value_coef", "entropy_coef", "missing_eos_penalty", "clip_low", "clip_high"):
+            require(self, name, getattr(self, name) >= 0, "0 or above")
+        for name in ("gamma", "lam"):
+            require(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        if self.reward_adapter is None and not self.reward_functions:
+            raise UserError("PPO needs a reward: set --reward_adapter FOLDER, --reward_functions FILE.py:NAME, or both")
+        if self.batch_size % self.num_mini_batches:
+            require(self, "batch_size", False, f"a multiple of --num_mini_batches ({self.num_mini_batches})")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """The three stages in a row. StageConfig's fields at the top of the YAML hold for all stages; a stage's own win."""
+
+    sft: SFTConfig
+    reward: RewardConfig
+    ppo: PPOConfig
+    output_dir: str
+    stages: list[str] = option(["sft", "reward", "ppo"], "Stages to run, in this order.")
+
+
+STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}

@@ -1,0 +1,1 @@
+"""Data and gold scorer of the demo run; `make.py` says how the files were made."""

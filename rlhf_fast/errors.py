@@ -1,0 +1,20 @@
+"""The one error that a person is meant to read: the command line prints it as one line, without a traceback."""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong (a file, a flag, a column, a token, the disk).
+
+    The message is one line: what was expected, what came (naming file, line, column, flag or token), what to do.
+    """
+
+
+class Interrupted(Exception):
+    """A person stopped the run. The message says where it stands and how to go on; it is printed as it is."""
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """`` (did you mean 'prompt'?)`` where one of ``choices`` is close to ``word``, else an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,7 @@
+"""The shared base with its adapters and heads, loading and saving."""
+
+from rlhf_fast.models.heads import ScoreHead
+from rlhf_fast.models.pretrained import load_pretrained
+from rlhf_fast.models.shared import SharedBase, Vocabulary
+
+__all__ = ["ScoreHead", "SharedBase", "Vocabulary", "load_pretrained"]

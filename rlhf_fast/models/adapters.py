@@ -1,0 +1,93 @@
+"""Roles on disk, in PEFT's own format: adapter_config.json and adapter_model.safetensors.
+
+A role with a head is saved as a sequence classifier (task SEQ_CLS, ``score`` in modules_to_save), so that PEFT and
+transformers load it as AutoModelForSequenceClassification(num_labels=1). ``calibration.json`` holds the head's mean
+and standard deviation: (score − mean) / std is what PPO sees.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.heads import ScoreHead
+from rlhf_fast.models.shared import SharedBase
+
+CONFIG, WEIGHTS, CALIBRATION = "adapter_config.json", "adapter_model.safetensors", "calibration.json"
+PREFIX = "base_model.model."  # PEFT's name for the wrapped transformers model
+
+
+def save_role(base: SharedBase, role: str, folder: Path, *, parameters: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes a role's adapter, head and calibration into ``folder``.
+
+    ``parameters``: tensors to write in place of the live ones, by the names of ``base.named_parameters(role)``.
+    """
+    assert base.peft is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    lora = LoraConfig(**base.peft.peft_config[role].to_dict())
+    source = base.model.name_or_path
+    lora.base_model_name_or_path = os.path.abspath(source) if os.path.isdir(source) else source
+    lora.inference_mode = True
+    if role in base.heads:
+        head = base.heads[role]
+        lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]  # type: ignore[assignment]
+        constants = {"mean": head.mean.item(), "std": head.std.item()}
+        (folder / CALIBRATION).write_text(json.dumps(constants, indent=2) + "\n")
+    tensors = base.named_parameters(role) if parameters is None else parameters
+    save_file({PREFIX + name: _plain(tensor) for name, tensor in tensors.items()}, folder / WEIGHTS)
+    lora.save_pretrained(str(folder))
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def load_role(base: SharedBase, role: str, folder: str | Path, *, want_head: bool = False) -> None:
+    """Reads a role that ``save_role`` or PEFT wrote. ``want_head``: a missing ``score`` head is an error.
+
+    Raises UserError for a missing folder, file or head, a damaged file, or an adapter of another base.
+    """
+    lora, state = read_adapter(folder)
+    score = [name for name in state if name.endswith("score.weight")]
+    head = state.pop(score[0]) if score else None
+    if want_head and head is None:
+        raise UserError(
+            f"{folder}: no score head in {WEIGHTS}; expected a reward model as `rlhf-fast reward` writes it"
+        )
+    lora.task_type, lora.modules_to_save = "CAUSAL_LM", None  # type: ignore[assignment]
+    base.load_role(role, lora, state)
+    if want_head and head is not None:
+        base.add_head(role, _head(head, Path(folder) / CALIBRATION))
+
+
+def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """PEFT's config and tensors from a folder. Raises UserError for what is missing, damaged, or no LoRA adapter."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"no adapter folder {folder}; train it first, or name another")
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise UserError(f"{path / name} is missing: expected an adapter folder in PEFT's format")
+    try:
+        lora = LoraConfig.from_pretrained(str(path))
+        state = load_file(path / WEIGHTS)
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
+    if not isinstance(lora, LoraConfig):
+        raise UserError(f"{path / CONFIG}: expected a LoRA adapter; got {type(lora).__name__}")
+    return lora, state
+
+
+def _head(weight: torch.Tensor, calibration: Path) -> ScoreHead:
+    head = ScoreHead(weight.shape[1])
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    if calibration.is_file():
+        constants = json.loads(calibration.read_text())
+        head.calibrate(constants["mean"], constants["std"])
+    return head

@@ -1,0 +1,30 @@
+"""The scalar head of the reward model and of the critic."""
+
+import torch
+from torch import nn
+
+
+class ScoreHead(nn.Module):
+    """Hidden states to one calibrated number each: (w·h − mean) / std.
+
+    ``weight`` is (1, H) float32, as the ``score`` layer of transformers' sequence classifiers; it starts with standard
+    deviation 1/√(H+1) (lm-human-preferences; N+ Implementation Details of RLHF with PPO). ``mean`` and ``std`` are the
+    calibration constants, 0 and 1 until ``calibrate``.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size).normal_(std=(hidden_size + 1) ** -0.5))
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.ones(()))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) of any float dtype -> (...) float32."""
+        return ((hidden.float() @ self.weight[0]) - self.mean) / self.std
+
+    def calibrate(self, mean: float, std: float) -> None:
+        """From now on, scores that had this mean and standard deviation have 0 and 1."""
+        self.mean.fill_(mean)
+        self.std.fill_(std)

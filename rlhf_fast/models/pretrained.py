@@ -1,0 +1,118 @@
+"""Finding and loading the frozen base: a folder, a built-in name, or a hub name that never hangs offline."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_fast.config import StageConfig
+from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.models.builtin import BUILT_IN
+
+HUB_SECONDS = 5.0
+
+
+def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base in eval mode, every weight frozen, on ``device``; and its tokenizer.
+
+    Raises UserError for an unknown folder or name, missing safetensors, a model that is no causal language model,
+    or code that would have to be trusted.
+    """
+    source = resolve(config.model_name_or_path)
+    transformers.utils.logging.disable_progress_bar()  # a base loads in seconds, and the stages have bars of their own
+    common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    extra: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    try:
+        model_config = AutoConfig.from_pretrained(source, **common)
+        # config.json says which dtype the weights are stored in; what they are computed in is our setting's alone
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=model_config,
+            dtype=choose_dtype(config.dtype, device),
+            use_safetensors=not config.allow_pickle_weights,
+            **common,
+            **extra,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"cannot load the model {config.model_name_or_path}: {_advice(source, error)}") from error
+    model.requires_grad_(False)
+    # generate() fills what a call leaves unset from here: a top_k or a penalty of the model's own would bend the
+    # distribution that is sampled away from the one that is trained
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    model.generation_config = GenerationConfig(eos_token_id=ends)
+    return model.to(device).eval(), tokenizer
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU that computes in it, else float32."""
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def resolve(name: str) -> str:
+    """A folder for a built-in name, the folder itself, or a hub name known to be reachable or cached.
+
+    Raises UserError: no such folder (with the nearest beside it), or a hub name that neither the cache nor the hub has.
+    """
+    if name in BUILT_IN:
+        return str(BUILT_IN[name]())
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name} is a folder without config.json: expected a model as save_pretrained writes it")
+        return name
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.parent.is_dir() and "/" in name:
+        folders = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise UserError(f"no model folder {name}{nearest(path.name, folders)}")
+    return _hub_name(name)
+
+
+def _hub_name(name: str) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"no model {name!r}: neither a folder here, built in ({', '.join(BUILT_IN)}), nor a public model of the hub"
+            f"{nearest(name, list(BUILT_IN))}"
+        ) from error
+    except Exception as error:  # every way in which a network can fail
+        if not cached:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"no model {name!r}: not a folder here, not in the hub's cache, and the hub can't be reached ({reason})"
+                f"{nearest(name, list(BUILT_IN))}"
+            ) from error
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # read at import time, so the variable alone comes too late
+    return name
+
+
+def _advice(source: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it brings Python code of its own; read that code, then set --trust_remote_code true to run it"
+    folder = Path(source)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        if list(folder.glob("*.bin")):
+            return "it has no safetensors, only pickle files (.bin); set --allow_pickle_weights true if you trust them"
+        return f"no *.safetensors in {folder}"
+    return text[:300]

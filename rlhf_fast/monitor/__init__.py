@@ -1,0 +1,8 @@
+"""What a run writes down and shows: metrics, samples, progress, the summary table and ``report.html``."""
+
+from rlhf_fast.monitor.log import RunLog, read_lines
+from rlhf_fast.monitor.progress import Progress
+from rlhf_fast.monitor.report import write_report
+from rlhf_fast.monitor.summary import print_summary, read_summary, write_summary
+
+__all__ = ["Progress", "RunLog", "print_summary", "read_lines", "read_summary", "write_report", "write_summary"]

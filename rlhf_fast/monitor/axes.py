@@ -1,0 +1,125 @@
+"""Scales, round ticks and number formats for the charts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Point = tuple[float, float | None]
+LARGEST = 1e100  # past this a span can overflow; such a value is a run blown up and is drawn as a gap
+
+
+def number(value: Any) -> float | None:
+    """``value`` as a drawable float, or None: a null, a text, NaN, an infinity, or past 1e100."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < LARGEST else None  # a comparison with NaN is False
+
+
+def segments(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
+    """The points cut at every gap, in runs of drawable values."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        value = number(y)
+        if value is None:
+            runs.append([])
+        else:
+            runs[-1].append((x, value))
+    return [run for run in runs if run]
+
+
+def format_number(value: float, digits: int = 4) -> str:
+    """``digits`` significant digits at most, no trailing zeros, thousands apart: ``0.0123``, ``1.5``, ``12,345``."""
+    if value != 0 and (abs(value) < 1e-4 or abs(value) >= 1e9):
+        return f"{value:.2e}"
+    if value == int(value) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}".rstrip("0").rstrip(".") if decimals else f"{value:,.0f}"
+
+
+def short_number(value: float) -> str:
+    """Three significant digits in seven characters or so, for the margin of a chart: ``0.0619``, ``12.3k``."""
+    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e9):
+        return f"{value:.1e}"
+    if abs(value) >= 1e4:
+        scale, letter = (1e6, "M") if abs(value) >= 1e6 else (1e3, "k")
+        return f"{format_number(value / scale, 3)}{letter}"
+    return format_number(value, 3)
+
+
+def round_step(span: float, count: int) -> float:
+    """The smallest of 1, 2, 2.5 or 5 times a power of ten that cuts ``span`` into ``count`` parts or fewer."""
+    rough = span / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= rough * (1 - 1e-9))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps values from ``low`` to ``high`` onto places from ``start`` to ``end`` (SVG units)."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: Sequence[tuple[float, str]]
+    slot: float = 0.0  # the width of one category
+
+    def at(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    @classmethod
+    def fit(
+        cls,
+        values: Sequence[float | None],
+        start: float,
+        end: float,
+        *,
+        ticks: int = 4,
+        pad: float = 0.05,
+        least_step: float = 0.0,
+    ) -> "Axis":
+        """An axis that holds every drawable value.
+
+        Args:
+            pad: the share of the span left free at each end; it never carries an axis across zero.
+            least_step: ticks are no closer than this (1 for whole numbers, such as training steps).
+        """
+        known = [known for value in values if (known := number(value)) is not None] or [0.0]
+        low, high = min(known), max(known)
+        if high - low <= max(1e-9 * abs(low), 1e-9 * abs(high), 1e-100):  # one value, or as good as one
+            room = 0.05 * max(abs(low), abs(high))
+            low, high = (low - room, high + room) if room > 1e-90 else (0.0, 1.0)
+        else:
+            room = (high - low) * pad
+            low = 0.0 if low >= 0 > low - room else low - room
+            high = 0.0 if high <= 0 < high + room else high + room
+        step = max(round_step(high - low, ticks), least_step)
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        labels = [(i * step, _tick_label(i * step, step, max(abs(low), abs(high)))) for i in range(first, last + 1)]
+        return cls(low, high, start, end, labels)
+
+    @classmethod
+    def categories(cls, labels: Sequence[str], start: float, end: float) -> "Axis":
+        """A slot for each label, its place at ``at(index)``; where they would collide, every k-th label is shown."""
+        slot = (end - start) / len(labels)
+        widest = max(len(label) for label in labels) * 6.0 + 6.0
+        every = max(1, math.ceil(widest / slot))
+        ticks = [(float(index), label) for index, label in enumerate(labels) if index % every == 0]
+        return cls(-0.5, len(labels) - 0.5, start, end, ticks, slot)
+
+
+def _tick_label(value: float, step: float, largest: float) -> str:
+    """One form for all ticks of an axis: ``largest`` is the axis' largest magnitude."""
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(step) + 1e-9)
+    exponent -= not math.isclose(step / 10**exponent, round(step / 10**exponent))  # a step of 2.5 needs a digit more
+    if largest >= 1e9 or step < 1e-5:
+        return f"{value:.{max(0, math.floor(math.log10(abs(value)) + 1e-9) - exponent)}e}"
+    if largest >= 1e6:
+        return f"{value / 1e6:g}M"
+    if largest >= 1e4:
+        return f"{value / 1e3:g}k"
+    return f"{value:.{max(0, -exponent)}f}"

@@ -1,0 +1,39 @@
+"""The losses and their building blocks: plain functions from tensors to tensors, one a file."""
+
+from ._dispatch import backends, use_backend
+from .clipped_policy_loss import PolicyLoss, clipped_policy_loss
+from .clipped_value_loss import ValueLoss, clipped_value_loss
+from .dpo_loss import DPOLoss, dpo_loss
+from .exact_kl import exact_kl
+from .gae import gae
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_logprobs import linear_logprobs
+from .linear_policy_loss import LinearPolicyLoss, linear_policy_loss
+from .linear_policy_ref import PolicyRef, linear_policy_ref
+from .masked_logprobs import masked_logprobs
+from .masked_whiten import masked_whiten
+from .pairwise_loss import pairwise_loss
+from .token_kl import token_kl
+
+__all__ = [
+    "DPOLoss",
+    "LinearPolicyLoss",
+    "PolicyLoss",
+    "PolicyRef",
+    "ValueLoss",
+    "backends",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "dpo_loss",
+    "exact_kl",
+    "gae",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "linear_policy_loss",
+    "linear_policy_ref",
+    "masked_logprobs",
+    "masked_whiten",
+    "pairwise_loss",
+    "token_kl",
+    "use_backend",
+]

@@ -1,0 +1,125 @@
+"""From per-token values to one number: masked means, loss aggregation, and a sum whose order is fixed."""
+
+import math
+
+import torch
+
+from rlhf_fast.ops import _checks
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+
+def aggregate(
+    values: torch.Tensor,
+    live: torch.Tensor | None,
+    *,
+    aggregation: str,
+    num_items: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One number out of per-token values; a sequence without a live token does not count as a sequence.
+
+    ======================= =========================================================================
+    token-mean              sum / live tokens
+    seq-mean-token-sum      sum / sequences
+    seq-mean-token-mean     sum over sequences of their token mean / sequences (GRPO, arXiv 2402.03300)
+    seq-mean-token-sum-norm sum / (sequences * T): a constant normaliser, so that length does not weigh a
+                            sequence up or down (Dr. GRPO, arXiv 2503.20783); T = values.shape[1]
+    ======================= =========================================================================
+
+    Args:
+        values: any shape for token-mean, (B, T) for the seq-* ones; floating point.
+        live: bool, shape of ``values``, True = counts; None counts every token. Where it is False, ``values`` is not
+            read, and its gradient is exactly 0.
+        num_items: replaces the number of live tokens (token-mean) or of sequences (seq-*) in the divisor. Give the
+            number of the whole batch, and the sum over micro-batches or ranks is the loss of the whole batch. 0 is
+            read as 1: there the whole batch is masked, and the loss is 0.
+
+    Returns:
+        A 0-dim tensor, float32 (float64 for float64 values); 0 with zero gradient when nothing is live.
+
+    Raises:
+        ValueError: an unknown aggregation, seq-* values that are not (B, T), a negative or infinite ``num_items``.
+        TypeError: ``num_items`` is neither a number nor a tensor.
+    """
+    check_aggregation("aggregate", values, aggregation, num_items)
+    values = upcast(values)[0]
+    if aggregation == "token-mean":
+        return _divide(_total(values, live), _count(values, live) if num_items is None else num_items)
+
+    if live is None:
+        live = torch.ones_like(values, dtype=torch.bool)
+    lengths = live.sum(-1)
+    per_sequence = ordered_sum(torch.where(live, values, 0.0))
+    if aggregation == "seq-mean-token-mean":
+        per_sequence = per_sequence / lengths.clamp(min=1)
+    if aggregation == "seq-mean-token-sum-norm":
+        per_sequence = per_sequence / max(values.shape[1], 1)
+    return _divide(ordered_sum(per_sequence), (lengths > 0).sum() if num_items is None else num_items)
+
+
+def masked_mean(values: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """The mean of ``values`` where ``live`` (bool, None = everywhere), 0-dim; 0 when nothing is live."""
+    return _divide(_total(values, live), _count(values, live))
+
+
+def ordered_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension, (..., T) -> (...), bitwise the same for every number of threads.
+
+    torch splits a sum to one number among its threads once it passes 32768 elements, so its rounding depends on how
+    many there are. Blocks keep every sum below that.
+    """
+    block = 1024
+    values = values.contiguous()
+    while values.shape[-1] > block:
+        filled = torch.nn.functional.pad(values, (0, -values.shape[-1] % block))
+        values = filled.unflatten(-1, (-1, block)).sum(-1)
+    return values.sum(-1)
+
+
+def upcast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """All tensors in the dtype that is computed in: float64 when any of them is, else float32."""
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return tuple(tensor.to(torch.float64 if double else torch.float32) for tensor in tensors)
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, T) as it is; any other shape as one row (1, N), for ops that count tokens and need no sequences."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(1, -1)
+
+
+def check_aggregation(
+    op: str, values: torch.Tensor, aggregation: str, num_items: float | torch.Tensor | None
+) -> None:
+    """``values`` can be aggregated this way."""
+    _checks.one_of(op, "aggregation", aggregation, AGGREGATIONS)
+    if aggregation != "token-mean" and values.dim() != 2:
+        raise ValueError(
+            f"{op}: aggregation {aggregation!r} needs (B, T), one row a sequence; got shape {tuple(values.shape)}. "
+            'Use "token-mean" for packed tokens.'
+        )
+    if num_items is None:
+        return
+    if isinstance(num_items, torch.Tensor):
+        if num_items.dim() != 0:
+            raise ValueError(f"{op}: num_items must be a number or a 0-dim tensor; got shape {tuple(num_items.shape)}")
+        if num_items.device != values.device:
+            raise ValueError(f"{op}: num_items must be on {values.device}; got {num_items.device}")
+    elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
+        raise TypeError(f"{op}: num_items must be a number or a 0-dim tensor; got {type(num_items).__name__}")
+    elif not (math.isfinite(num_items) and num_items >= 0):
+        raise ValueError(f"{op}: num_items must be a finite number >= 0; got {num_items!r}")
+
+
+def _total(values: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    # where, and not a product with the mask: NaN * 0 is NaN
+    return ordered_sum((values if live is None else torch.where(live, values, 0.0)).reshape(-1))
+
+
+def _count(values: torch.Tensor, live: torch.Tensor | None) -> float | torch.Tensor:
+    return float(values.numel()) if live is None else live.sum()
+
+
+def _divide(total: torch.Tensor, count: float | torch.Tensor) -> torch.Tensor:
+    if isinstance(count, torch.Tensor):
+        return total / torch.where(count > 0, count, 1)
+    return total / (count if count > 0 else 1.0)

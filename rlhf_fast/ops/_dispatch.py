@@ -1,0 +1,126 @@
+"""Which backend runs an op: one table, one function.
+
+An implementation joins the table with ``@implements("gae", "torch")``. A backend other than torch joins with
+``register_backend``, whose probe says whether it can run on a device, and why not.
+"""
+
+import contextlib
+import contextvars
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+Implementation = Callable[..., Any]
+Probe = Callable[[torch.device], str | None]
+
+NAMES = ("cuda", "triton", "native", "torch")  # the order of preference
+_table: dict[str, dict[str, Implementation]] = {}
+_probes: dict[str, Probe] = {"torch": lambda device: None}
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("rlhf_fast_backend", default=None)
+_warned: set[tuple[str, str]] = set()
+
+
+def register_backend(name: str, probe: Probe) -> None:
+    """Adds a backend. ``probe(device)`` returns None where it can run, else the reason why not."""
+    _probes[_checked(name)] = probe
+
+
+def implements(op: str, backend: str) -> Callable[[Implementation], Implementation]:
+    """Decorator: this function is ``backend``'s implementation of ``op``."""
+
+    def register(function: Implementation) -> Implementation:
+        _table.setdefault(op, {})[_checked(backend)] = function
+        return function
+
+    return register
+
+
+def implementation(op: str, device: torch.device) -> Implementation:
+    """The function that runs ``op`` on ``device``: the forced backend's, else the first that can run.
+
+    Raises RuntimeError when a forced backend cannot run; warns once when a registered one is passed over.
+    """
+    forced = forced_backend()
+    if forced is not None:
+        reason = _why_not(op, forced, device)
+        if reason is not None:
+            raise RuntimeError(
+                f"{op}: backend {forced!r} was asked for and cannot run on {device.type}: {reason}. "
+                "Unset RLHF_FAST_BACKEND (or leave use_backend) to let rlhf-fast choose."
+            )
+        return _table[op][forced]
+    for name in NAMES:
+        reason = _why_not(op, name, device)
+        if reason is None:
+            return _table[op][name]
+        if name in _table[op] and _meant_for(name, device) and (op, name) not in _warned:
+            _warned.add((op, name))
+            warnings.warn(f"{op}: backend {name!r} cannot run here and is passed over: {reason}", stacklevel=3)
+    raise RuntimeError(f"{op}: no backend can run on {device}")
+
+
+def backends(device: str | torch.device | None = None) -> dict[str, dict[str, Any]]:
+    """What is available per op, what is chosen, and why not the others.
+
+    Args:
+        device: where the tensors would be; the default is CUDA where there is one, else the CPU.
+
+    Returns:
+        ``{op: {"chosen": name, "available": [names], "unavailable": {name: reason}}}``. "chosen" is None when
+        RLHF_FAST_BACKEND or ``use_backend`` forces a backend that cannot run.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    listing: dict[str, dict[str, Any]] = {}
+    for op in sorted(_table):
+        reasons = {name: _why_not(op, name, where) for name in NAMES}
+        available = [name for name, reason in reasons.items() if reason is None]
+        wanted = forced_backend() or (available[0] if available else None)
+        listing[op] = {
+            "chosen": wanted if wanted in available else None,
+            "available": available,
+            "unavailable": {name: reason for name, reason in reasons.items() if reason is not None},
+        }
+    return listing
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend inside the block: ``with rlhf_fast.use_backend("torch"): ...``.
+
+    Raises ValueError for a name that is no backend. An op that the backend cannot run raises RuntimeError when called.
+    """
+    token = _forced.set(_checked(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The backend forced by ``use_backend``, else by RLHF_FAST_BACKEND, else None."""
+    inner = _forced.get()
+    if inner is not None:
+        return inner
+    outer = os.environ.get("RLHF_FAST_BACKEND")
+    return _checked(outer) if outer else None
+
+
+def _checked(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"expected a backend out of {', '.join(NAMES)}; got {name!r}")
+    return name
+
+
+def _meant_for(name: str, device: torch.device) -> bool:
+    return (device.type == "cuda") == (name in ("cuda", "triton"))
+
+
+def _why_not(op: str, name: str, device: torch.device) -> str | None:
+    if name not in _probes:
+        return "not part of this build"
+    if name not in _table[op]:
+        return f"has no {op}"
+    return _probes[name](device)

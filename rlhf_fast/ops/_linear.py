@@ -1,0 +1,125 @@
+"""What the ops with an lm head share: the checks of the head, the projection, and the walk over the live tokens.
+
+Only live tokens are projected, a chunk at a time, so that the logits never exist whole; the backward forms each
+chunk's logits again.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import _checks
+from ._tokens import vocabulary
+from ._vocab import accumulation_dtype
+
+# Elements of one chunk of logits: 128 MiB in fp32.
+CHUNK_ELEMENTS = 1 << 25
+
+LoRA = tuple[Tensor, Tensor, float]
+
+
+class Head(NamedTuple):
+    """logits = hidden weight^T + scale * (hidden A^T) B^T + bias."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    lora: LoRA | None  # A (r, H), B (V, r), scale
+
+
+def checked_head(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, vocab_size: int | None
+) -> Head:
+    """Checks hidden (..., H) and the head, and cuts the head down to its real vocabulary."""
+    _checks.floating(op, hidden=hidden, weight=weight)
+    if hidden.dim() < 1:
+        raise ValueError(f"{op}: hidden must have shape (..., H); got a tensor without dimensions")
+    features = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != features:
+        raise ValueError(
+            f"{op}: weight must have shape (V, {features}) (H as in hidden {tuple(hidden.shape)}); "
+            f"got {tuple(weight.shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"{op}: weight must be {hidden.dtype} like hidden; got {weight.dtype}; cast one of the two")
+    _checks.same_device(op, hidden=hidden, weight=weight)
+    columns = weight.shape[0]
+    vocab = vocabulary(op, columns, vocab_size)
+    if bias is not None:
+        _checks.floating(op, bias=bias)
+        _checks.shaped(op, (columns,), "one entry a row of weight", bias=bias)
+        _checks.same_device(op, hidden=hidden, bias=bias)
+        bias = bias[:vocab]
+    if lora is not None:
+        lora = _checked_lora(op, hidden, columns, lora)
+        lora = (lora[0], lora[1][:vocab], lora[2])
+    return Head(weight[:vocab], bias, lora)
+
+
+def flat_hidden(hidden: Tensor) -> Tensor:
+    """(..., H) -> (N, H)."""
+    return hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+
+
+def in_full_precision(head: Head, dtype: torch.dtype) -> Head:
+    """The parts of the head that are trained, cast once: the chunks' gradients add up in ``dtype``, rounded once.
+
+    A frozen weight is left as it is, so that no copy of it is kept for the backward.
+    """
+    weight = head.weight.to(dtype) if head.weight.requires_grad else head.weight
+    bias = None if head.bias is None else head.bias.to(dtype)
+    lora = None if head.lora is None else (head.lora[0].to(dtype), head.lora[1].to(dtype), head.lora[2])
+    return Head(weight, bias, lora)
+
+
+def project(hidden: Tensor, head: Head, softcap: float | None) -> Tensor:
+    """Capped logits (n, V) of hidden (n, H), multiplied, summed and returned in the accumulation dtype."""
+    dtype = accumulation_dtype(hidden.dtype)
+    hidden = hidden.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would round the logits to half precision
+        logits = hidden @ head.weight.to(dtype).T
+        if head.lora is not None:
+            down, up, scale = head.lora
+            logits = logits + scale * ((hidden @ down.T) @ up.T)
+        if head.bias is not None:
+            logits = logits + head.bias
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def over_live_rows(
+    function: Callable[..., tuple[Tensor, ...]], live: Tensor, head: Head, hidden: Tensor, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """Runs ``function`` on chunks of the live rows of hidden (N, H) and ``tensors`` (N, ...).
+
+    Its results (n,) are put back among N.
+
+    Dead rows are never read and come out as 0. Selecting the live rows synchronises on a GPU.
+    """
+    rows = live.nonzero().squeeze(1)
+    step = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    chunks = zip(*(tensor.index_select(0, rows).split(step) for tensor in (hidden, *tensors)), strict=True)
+    trained = (hidden, head.weight, head.bias, *(head.lora or ())[:2])
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):
+        parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    else:
+        parts = [function(*chunk) for chunk in chunks]
+    zeros = torch.zeros(live.shape[0], dtype=accumulation_dtype(hidden.dtype), device=live.device)
+    return tuple(zeros.index_copy(0, rows, torch.cat(column)) for column in zip(*parts, strict=True))
+
+
+def _checked_lora(op: str, hidden: Tensor, columns: int, lora: LoRA) -> LoRA:
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise TypeError(f"{op}: lora must be a tuple (A, B, scale); got {type(lora).__name__}")
+    down, up, scale = lora
+    _checks.floating(op, **{"lora A": down, "lora B": up})
+    if down.dim() != 2:
+        raise ValueError(f"{op}: lora A must have shape (r, {hidden.shape[-1]}); got {tuple(down.shape)}")
+    rank = down.shape[0]
+    _checks.shaped(op, (rank, hidden.shape[-1]), "(r, H)", **{"lora A": down})
+    _checks.shaped(op, (columns, rank), "(V, r)", **{"lora B": up})
+    _checks.same_device(op, hidden=hidden, **{"lora A": down, "lora B": up})
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: lora scale must be a number; got {type(scale).__name__}")
+    return down, up, float(scale)

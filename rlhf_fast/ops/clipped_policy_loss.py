@@ -1,0 +1,154 @@
+"""PPO's clipped policy loss, with dual clipping and GSPO's sequence-level ratio."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from rlhf_fast.ops import _checks
+from rlhf_fast.ops._aggregate import aggregate, as_rows, check_aggregation, masked_mean, ordered_sum, upcast
+from rlhf_fast.ops._dispatch import implementation, implements
+
+LOG_RATIO_BOUND = 20.0
+
+
+class PolicyLoss(NamedTuple):
+    """0-dim tensors on the device of the inputs. All but ``loss`` are statistics over live tokens, without gradient."""
+
+    loss: torch.Tensor
+    clip_fraction: torch.Tensor  # share of tokens whose clipped branch (dual clip included) is the one in force
+    approx_kl: torch.Tensor  # mean of 0.5 * (logprobs - old_logprobs)^2, TRL's policy/approxkl_avg
+    ratio_mean: torch.Tensor
+    ratio_max: torch.Tensor
+    ratio_var: torch.Tensor  # divides by n, so that one token gives 0
+
+
+def clipped_policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_level: str = "token",
+    aggregation: str = "token-mean",
+    num_items: float | torch.Tensor | None = None,
+) -> PolicyLoss:
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) a token, aggregated (PPO, arXiv 1707.06347).
+
+    r = exp(logprobs - old_logprobs). The log ratio is held within +-20, which changes nothing that training should
+    ever see: past it the loss is that of the bound and the token's gradient is 0. So a live -inf in one of the two
+    log-probs gives a finite loss and gradient; NaN, or -inf in both, gives NaN.
+
+    Args:
+        logprobs: (B, T), or any shape for token-level ratios with token-mean; float. The gradient goes here alone.
+        old_logprobs: same shape; log-probs of the policy that sampled.
+        advantages: same shape; above 0 the token was better than expected.
+        mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read and get gradient 0.
+        clip_low, clip_high: how far the ratio may go below and above 1; 0 <= clip_low <= 1, clip_high >= 0.
+        dual_clip: c > 1 bounds the loss of a token with a negative advantage by -c A (arXiv 1912.09729, eq. 5).
+        ratio_level: "token"; or "sequence" for GSPO (arXiv 2507.18071), (B, T) only: every token of a sequence has
+            the ratio s = exp(mean log ratio over its live tokens), in the form sg[s] * exp(logp_t - sg[logp_t]), so
+            that tokens may have their own advantages (eq. 14). With "seq-mean-token-mean" it is the paper's loss.
+        aggregation, num_items: see ``rlhf_fast.ops._aggregate.aggregate``; statistics are of this call's tokens.
+
+    Returns:
+        ``PolicyLoss``, float32 (float64 when an input is), all 0 when nothing is live.
+
+    Raises:
+        TypeError: an input is not a floating-point tensor.
+        ValueError: shapes or devices differ; an argument outside the ranges above.
+    """
+    op = "clipped_policy_loss"
+    _checks.floating(op, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    _checks.shaped(op, logprobs.shape, "that of logprobs", old_logprobs=old_logprobs, advantages=advantages)
+    _checks.same_device(op, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    _checks.one_of(op, "ratio_level", ratio_level, ("token", "sequence"))
+    _checks.non_negative(op, clip_low=clip_low, clip_high=clip_high)
+    if clip_low > 1:
+        raise ValueError(f"{op}: clip_low must be in [0, 1], since a ratio is never below 0; got {clip_low!r}")
+    if dual_clip is not None and not (math.isfinite(dual_clip) and dual_clip > 1):
+        raise ValueError(f"{op}: dual_clip must be a finite number > 1, or None; got {dual_clip!r}")
+    if ratio_level == "sequence" and logprobs.dim() != 2:
+        raise ValueError(
+            f"{op}: ratio_level 'sequence' needs (B, T), one row a sequence; got shape {tuple(logprobs.shape)}"
+        )
+    check_aggregation(op, logprobs, aggregation, num_items)
+    live = _checks.live_mask(op, mask, logprobs.shape, logprobs.device)
+
+    logprobs, old_logprobs, advantages = upcast(logprobs, old_logprobs.detach(), advantages.detach())
+    return implementation(op, logprobs.device)(
+        as_rows(logprobs),
+        as_rows(old_logprobs),
+        as_rows(advantages),
+        None if live is None else as_rows(live),
+        clip_low,
+        clip_high,
+        dual_clip,
+        ratio_level,
+        aggregation,
+        num_items,
+    )
+
+
+@implements("clipped_policy_loss", "torch")
+def _torch(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    live: torch.Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ratio_level: str,
+    aggregation: str,
+    num_items: float | torch.Tensor | None,
+) -> PolicyLoss:
+    """(B, T) four times, one dtype."""
+    if live is None:
+        live = torch.ones_like(logprobs, dtype=torch.bool)
+    # Masked advantages may stay NaN: nothing flows back past this where, and aggregate leaves them out.
+    log_ratio = _bounded(torch.where(live, logprobs - old_logprobs, 0.0))
+    ratio = torch.exp(log_ratio) if ratio_level == "token" else _sequence_ratio(log_ratio, live)
+
+    # Selected with where, and not with maximum, which would halve the gradient between the two sides of a tie.
+    unclipped = -advantages * ratio
+    at_bound = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = at_bound > unclipped
+    losses = torch.where(clipped, at_bound, unclipped)
+    if dual_clip is not None:
+        ceiling = -dual_clip * advantages
+        over = (advantages < 0) & (losses > ceiling)
+        clipped = clipped | over
+        losses = torch.where(over, ceiling, losses)
+    loss = aggregate(losses, live, aggregation=aggregation, num_items=num_items)
+
+    with torch.no_grad():
+        ratio_mean = masked_mean(ratio, live)
+        return PolicyLoss(
+            loss=loss,
+            clip_fraction=masked_mean(clipped.to(ratio.dtype), live),
+            approx_kl=masked_mean(0.5 * log_ratio.square(), live),
+            ratio_mean=ratio_mean,
+            # a ratio is never negative, so 0 stands for the masked; amax refuses an empty tensor
+            ratio_max=torch.where(live, ratio, 0.0).amax() if ratio.numel() else torch.zeros_like(ratio_mean),
+            ratio_var=masked_mean((ratio - ratio_mean).square(), live),
+        )
+
+
+def _bounded(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Within +-20: exp overflows float32 past 88, and an infinite ratio in a branch not taken makes the gradient NaN.
+
+    Written with where because torch.clamp gives a NaN input the gradient 0, which would hide it.
+    """
+    log_ratio = torch.where(log_ratio > LOG_RATIO_BOUND, LOG_RATIO_BOUND, log_ratio)
+    return torch.where(log_ratio < -LOG_RATIO_BOUND, -LOG_RATIO_BOUND, log_ratio)
+
+
+def _sequence_ratio(log_ratio: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """(B, T) -> (B, T): in value the sequence's ratio, in gradient as if each token's log-prob alone were its own."""
+    constant = log_ratio.detach()
+    mean = ordered_sum(constant) / live.sum(-1).clamp(min=1)  # masked log ratios are 0
+    return torch.exp(mean).unsqueeze(-1) * torch.exp(log_ratio - constant)

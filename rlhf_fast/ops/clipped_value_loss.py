@@ -1,0 +1,93 @@
+"""PPO's clipped value loss."""
+
+from typing import NamedTuple
+
+import torch
+
+from rlhf_fast.ops import _checks
+from rlhf_fast.ops._aggregate import aggregate, as_rows, check_aggregation, masked_mean, upcast
+from rlhf_fast.ops._dispatch import implementation, implements
+
+
+class ValueLoss(NamedTuple):
+    """0-dim tensors on the device of the inputs; ``clip_fraction`` has no gradient."""
+
+    loss: torch.Tensor
+    clip_fraction: torch.Tensor  # share of live tokens whose clipped branch is the one in force
+
+
+def clipped_value_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    clip: float | None = 0.2,
+    aggregation: str = "token-mean",
+    num_items: float | torch.Tensor | None = None,
+) -> ValueLoss:
+    """0.5 * max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2) a token, aggregated.
+
+    Source: the value loss of OpenAI baselines' PPO2 and of lm-human-preferences. Multiply by your own coefficient.
+
+    Args:
+        values: (B, T), or any shape with token-mean; float. The gradient goes here alone.
+        old_values: same shape; what the critic said when the tokens were sampled.
+        returns: same shape; the targets, such as the returns of ``gae``.
+        mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read and get gradient 0.
+        clip: how far a value may move from its old value, in units of reward; None does not clip.
+        aggregation, num_items: see ``rlhf_fast.ops._aggregate.aggregate``.
+
+    Returns:
+        ``ValueLoss``, float32 (float64 when an input is), both 0 when nothing is live.
+
+    Raises:
+        TypeError: an input is not a floating-point tensor.
+        ValueError: shapes or devices differ; clip is not a finite number above 0; aggregation does not fit.
+    """
+    op = "clipped_value_loss"
+    _checks.floating(op, values=values, old_values=old_values, returns=returns)
+    _checks.shaped(op, values.shape, "that of values", old_values=old_values, returns=returns)
+    _checks.same_device(op, values=values, old_values=old_values, returns=returns)
+    _checks.positive(op, clip=clip)
+    check_aggregation(op, values, aggregation, num_items)
+    live = _checks.live_mask(op, mask, values.shape, values.device)
+
+    values, old_values, returns = upcast(values, old_values.detach(), returns.detach())
+    return implementation(op, values.device)(
+        as_rows(values),
+        as_rows(old_values),
+        as_rows(returns),
+        None if live is None else as_rows(live),
+        clip,
+        aggregation,
+        num_items,
+    )
+
+
+@implements("clipped_value_loss", "torch")
+def _torch(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    live: torch.Tensor | None,
+    clip: float | None,
+    aggregation: str,
+    num_items: float | torch.Tensor | None,
+) -> ValueLoss:
+    """(B, T) four times, one dtype."""
+    if live is None:
+        live = torch.ones_like(values, dtype=torch.bool)
+    # Masked entries of the other two may stay NaN: nothing flows back past this where, and aggregate leaves them out.
+    values = torch.where(live, values, 0.0)
+    errors = (values - returns).square()
+    clipped = torch.zeros_like(live)
+    if clip is not None:
+        clipped_errors = (values.clamp(old_values - clip, old_values + clip) - returns).square()
+        clipped = clipped_errors > errors
+        # selected with where, and not with maximum, which would halve the gradient between the two sides of a tie
+        errors = torch.where(clipped, clipped_errors, errors)
+    return ValueLoss(
+        loss=aggregate(0.5 * errors, live, aggregation=aggregation, num_items=num_items),
+        clip_fraction=masked_mean(clipped.to(values.dtype), live),
+    )

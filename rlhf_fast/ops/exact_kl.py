@@ -1,0 +1,112 @@
+"""The Kullback-Leibler divergence over the whole vocabulary, from two sets of logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _checks
+from ._dispatch import implementation, implements
+from ._tokens import flat_temperature, vocabulary
+from ._vocab import accumulation_dtype, all_dead, row_chunks, row_sum
+
+
+def exact_kl(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None, *, temperature: float | Tensor = 1.0
+) -> Tensor:
+    """KL(policy || reference) of every live token in nats, summed over the vocabulary; 0 for the others.
+
+    The reference is a constant: the gradient flows to ``logits`` alone. The sum is taken over
+    p log(p / r) - p + r, whose terms are never negative, so that the result is never negative either and stays exact
+    where the two are close.
+
+    Args:
+        logits: (..., V), the policy's; float64, float32, bfloat16 or float16.
+        ref_logits: (..., V), the reference's, same dtype.
+        mask: (...), bool or 0/1, 1 = counts. The data of a masked row is never used, NaN or inf included.
+        temperature: divides both; a number > 0, or a tensor () or (...) with one a row. It receives no gradient.
+
+    Returns:
+        (...), float32 (float64 for float64 logits). A column at -inf in both adds nothing; one at -inf in the
+        reference alone gives +inf with a NaN gradient in that row, since no finite answer exists. A live row with NaN
+        or +inf, or with nothing above -inf, is NaN, alone.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape, device or value.
+    """
+    op = "exact_kl"
+    _checks.floating(op, logits=logits, ref_logits=ref_logits)
+    if logits.dim() < 1:
+        raise ValueError(f"{op}: logits must have shape (..., V); got a tensor without dimensions")
+    if logits.dtype != ref_logits.dtype:
+        raise TypeError(f"{op}: ref_logits must be {logits.dtype} like logits; got {ref_logits.dtype}")
+    _checks.shaped(op, logits.shape, "that of logits", ref_logits=ref_logits)
+    _checks.same_device(op, logits=logits, ref_logits=ref_logits)
+    vocab = vocabulary(op, logits.shape[-1], None)
+    shape = logits.shape[:-1]
+    live = _checks.live_mask(op, mask, shape, logits.device)
+    if live is None:
+        live = torch.ones((), dtype=torch.bool, device=logits.device).expand(shape)
+    tau = flat_temperature(op, temperature, logits)
+    rows = (shape.numel(), vocab)
+    run = implementation(op, logits.device)
+    return run(logits.reshape(rows), ref_logits.detach().reshape(rows), live.reshape(-1), tau).reshape(shape)
+
+
+@implements("exact_kl", "torch")
+def reference(logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor) -> Tensor:
+    """logits, ref_logits (N, V), any strides; live (N,) bool; temperature (N,) -> (N,)."""
+    return _ExactKL.apply(logits, ref_logits, live, temperature)
+
+
+class _ExactKL(torch.autograd.Function):
+    """Keeps both sets of logits and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor) -> Tensor:
+        kl = torch.zeros(logits.shape[0], dtype=accumulation_dtype(logits.dtype), device=logits.device)
+        for rows in row_chunks(*logits.shape):
+            if all_dead(live[rows]):
+                continue
+            log_p = _log_softmax(logits[rows], live[rows], temperature[rows], kl.dtype)
+            log_r = _log_softmax(ref_logits[rows], live[rows], temperature[rows], kl.dtype)
+            kl[rows] = row_sum(_terms(log_p, log_r)).masked_fill(~live[rows], 0.0)
+        ctx.save_for_backward(logits, ref_logits, live, temperature, kl)
+        return kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ref_logits, live, temperature, kl = ctx.saved_tensors
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for rows in row_chunks(*logits.shape):
+            alive = live[rows]
+            if all_dead(alive):
+                grad[rows] = 0
+                continue
+            log_p = _log_softmax(logits[rows], alive, temperature[rows], kl.dtype)
+            log_r = _log_softmax(ref_logits[rows], alive, temperature[rows], kl.dtype)
+            p = torch.exp(log_p)
+            # d KL / d x_j = p_j (log p_j - log r_j - KL)
+            chunk = p * (log_p - log_r - kl[rows, None])
+            chunk = chunk.masked_fill(p == 0, 0.0) * (grad_kl[rows] / temperature[rows])[:, None]
+            grad[rows] = chunk.masked_fill(~alive[:, None], 0.0).to(grad.dtype)
+        return grad, None, None, None
+
+
+def _terms(log_p: Tensor, log_r: Tensor) -> Tensor:
+    """p log(p / r) - p + r, element by element."""
+    p, r = torch.exp(log_p), torch.exp(log_r)
+    ratio = log_r - log_p
+    # Near 1 the three parts cancel, so they are joined by expm1; far above, e^ratio would overflow.
+    terms = torch.where(ratio <= 1, p * (torch.expm1(ratio) - ratio), r - p - p * ratio)
+    return torch.where(p == 0, r, terms)
+
+
+def _log_softmax(logits: Tensor, alive: Tensor, temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    """Like torch.log_softmax in ``dtype``, but for masked rows, which are not read, and a row sum in a fixed order."""
+    scaled = logits.to(dtype).masked_fill(~alive[:, None], 0.0) / temperature.masked_fill(~alive, 1.0)[:, None]
+    scaled = scaled.contiguous()
+    shifted = scaled - scaled.amax(dim=1, keepdim=True)
+    return shifted - torch.log(row_sum(torch.exp(shifted)))[:, None]

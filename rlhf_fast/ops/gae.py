@@ -1,0 +1,141 @@
+"""Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438)."""
+
+import torch
+
+from rlhf_fast.ops import _checks
+from rlhf_fast.ops._aggregate import upcast
+from rlhf_fast.ops._dispatch import implementation, implements
+from rlhf_fast.ops.masked_whiten import masked_whiten
+
+
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    cu_seqlens: torch.Tensor | None = None,
+    whiten: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages and returns of every live token.
+
+    Over the live tokens of a sequence, in order: delta_t = rewards_t + gamma * values_{t+1} - values_t and
+    advantages_t = delta_t + gamma * lam * advantages_{t+1}, both 0 past the last live token. A masked token is
+    skipped: it adds no reward and does not break the trace, so the "next" token is the next live one, wherever it is.
+
+    Args:
+        rewards: (B, T), or (N,) with ``cu_seqlens``; float.
+        values: same shape; the critic's value of the state in which each token was chosen.
+        mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read.
+        gamma: discount a token, in [0, 1].
+        lam: the lambda of GAE, in [0, 1].
+        cu_seqlens: (B + 1,) integers, the bounds of packed sequences: 0 first, N last, never decreasing; sequence b
+            is tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1. Its values are checked on the CPU only, and not under
+            torch.compile: reading them from a GPU would synchronise, and would break the graph.
+        whiten: advantages to mean 0 and variance 1 over all live tokens of this call (``masked_whiten``; across
+            ranks, call that yourself with its ``group``). Returns are taken before it.
+
+    Returns:
+        ``(advantages, returns)``, shape of ``rewards``, 0 at masked tokens; float32, or float64 when an input is.
+        Both are targets: no gradient flows through them. returns = advantages + values.
+        NaN in a live token reaches the live tokens before it in its own sequence, and (unwhitened) no other.
+
+    Raises:
+        TypeError: an input is not a tensor of the dtype above.
+        ValueError: shapes or devices differ, or are not as above; gamma or lam outside [0, 1]; bad ``cu_seqlens``.
+    """
+    _checks.floating("gae", rewards=rewards, values=values)
+    _checks.shaped("gae", rewards.shape, "that of rewards", values=values)
+    _checks.same_device("gae", rewards=rewards, values=values, cu_seqlens=cu_seqlens)
+    if rewards.dim() != (2 if cu_seqlens is None else 1):
+        raise ValueError(
+            "gae: rewards must be (B, T), or packed (N,) together with cu_seqlens; "
+            f"got shape {tuple(rewards.shape)} {'without' if cu_seqlens is None else 'with'} cu_seqlens"
+        )
+    for name, number in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"gae: {name} must be in [0, 1]; got {number!r}")
+    if cu_seqlens is not None:
+        _check_bounds(cu_seqlens, rewards.shape[0])
+    live = _checks.live_mask("gae", mask, rewards.shape, rewards.device)
+
+    rewards, values = upcast(rewards.detach(), values.detach())
+    advantages, returns = implementation("gae", rewards.device)(rewards, values, live, cu_seqlens, gamma, lam)
+    return (masked_whiten(advantages, live) if whiten else advantages), returns
+
+
+# One opaque op to torch.compile, which would otherwise unroll the loop over time into its graph.
+@implements("gae", "torch")
+@torch.library.custom_op("rlhf_fast::gae_torch", mutates_args=())
+def _torch(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    live: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    gamma: float,
+    lam: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) without cu_seqlens, (N,) with; one dtype -> (advantages, returns)."""
+    if live is None:
+        live = torch.ones_like(rewards, dtype=torch.bool)
+    if cu_seqlens is None:
+        return _padded(rewards, values, live, gamma, lam)
+    if rewards.shape[0] == 0:  # nor may there be a sequence, and so a longest one
+        return torch.zeros_like(rewards), torch.zeros_like(values)
+
+    lengths = cu_seqlens.diff()
+    token = torch.arange(rewards.shape[0], device=rewards.device)
+    row = torch.repeat_interleave(
+        torch.arange(lengths.shape[0], device=rewards.device), lengths, output_size=rewards.shape[0]
+    )
+    column = token - cu_seqlens[row]
+
+    def unpack(packed: torch.Tensor) -> torch.Tensor:
+        # the length of the longest sequence has to reach the host: the one synchronisation of this reference
+        padded = packed.new_zeros(lengths.shape[0], int(lengths.max()))
+        padded[row, column] = packed
+        return padded
+
+    advantages, returns = _padded(unpack(rewards), unpack(values), unpack(live), gamma, lam)
+    return advantages[row, column], returns[row, column]
+
+
+@torch.library.register_fake("rlhf_fast::gae_torch")
+def _(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    live: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    gamma: float,
+    lam: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+
+
+def _padded(
+    rewards: torch.Tensor, values: torch.Tensor, live: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    advantages = rewards.new_zeros(rewards.shape)
+    next_value = rewards.new_zeros(rewards.shape[0])
+    next_advantage = next_value
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        advantages[:, t] = torch.where(live[:, t], advantage, 0.0)
+        next_advantage = torch.where(live[:, t], advantage, next_advantage)
+        next_value = torch.where(live[:, t], values[:, t], next_value)
+    return advantages, torch.where(live, advantages + values, 0.0)
+
+
+def _check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
+    _checks.integral("gae", cu_seqlens=cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"gae: cu_seqlens must have shape (B + 1,); got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
+        raise ValueError(
+            f"gae: cu_seqlens must start at 0, never decrease and end at the number of tokens, {tokens}; got {bounds}"
+        )

@@ -1,0 +1,202 @@
+"""Log-probabilities of the target tokens, and the entropy, from logits."""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _checks
+from ._dispatch import implementation, implements
+from ._tokens import flat_tokens, vocabulary
+from ._vocab import (
+    RowStatistics,
+    accumulation_dtype,
+    all_dead,
+    cap_and_scale,
+    cap_and_scale_backward,
+    row_chunks,
+    row_entropy,
+    row_gradient,
+    row_statistics,
+    softplus,
+)
+
+
+@overload
+def masked_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    return_entropy: Literal[False] = False,
+    inplace_backward: bool = False,
+) -> Tensor: ...
+@overload
+def masked_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    return_entropy: Literal[True],
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+def masked_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(logits)[target] for every live token, 0 for the others.
+
+    The logits are taken as softcap * tanh(logits / softcap) first and then divided by the temperature. A confident
+    token (p -> 1) keeps its relative precision, in its log-probability and in its gradient.
+
+    Args:
+        logits: (..., V), float64, float32, bfloat16 or float16.
+        targets: (...), integer token ids. Nothing is shifted here: row t holds the logits that predict target t.
+        mask: (...), bool or 0/1, 1 = counts. The data of a masked row is never used, NaN or inf included.
+        temperature: a number > 0, or a tensor () or (...) with one a row. It receives no gradient.
+        softcap: the cap of the model's own logit soft-capping, > 0. It turns -inf into -softcap and +inf into
+            softcap, as in the model.
+        vocab_size: leaves the columns from this one on (padding) out of the softmax, with zero gradient.
+        ignore_index: a target with this value is masked.
+        return_entropy: also return the entropy of each live row in nats, which has a gradient too.
+        inplace_backward: the backward writes the gradient over the logits instead of into new memory (logits that
+            are not contiguous are copied first). The logits are lost then.
+
+    Returns:
+        logprobs (...) or (logprobs, entropy), float32 (float64 for float64 logits), 0 where masked. A target at -inf
+        gives -inf with a finite gradient. A live row with NaN or +inf, or with nothing above -inf, is NaN, alone.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape, device or value.
+        IndexError: on the CPU, a live target outside the vocabulary; on a GPU its row is NaN.
+        RuntimeError: in the backward, when the logits were modified since the forward, or on a second backward with
+            ``inplace_backward``.
+    """
+    op = "masked_logprobs"
+    _checks.floating(op, logits=logits)
+    if logits.dim() < 1:
+        raise ValueError(f"{op}: logits must have shape (..., V); got a tensor without dimensions")
+    _checks.positive(op, softcap=softcap)
+    vocab = vocabulary(op, logits.shape[-1], vocab_size)
+    tokens = flat_tokens(
+        op, logits, targets, mask, temperature=temperature, vocab=vocab, ignore_index=ignore_index
+    )
+    shape = logits.shape[:-1]
+    rows = (logits.contiguous() if inplace_backward else logits).reshape(shape.numel(), logits.shape[-1])
+    run = implementation(op, logits.device)
+    logprobs, entropy = run(rows, *tokens, softcap, vocab, return_entropy, inplace_backward)
+    return (logprobs.reshape(shape), entropy.reshape(shape)) if return_entropy else logprobs.reshape(shape)
+
+
+@implements("masked_logprobs", "torch")
+def reference(
+    logits: Tensor,
+    targets: Tensor,
+    live: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    vocab_size: int,
+    return_entropy: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """logits (N, V), any strides; targets (N,) int64; live (N,) bool; temperature (N,) -> logprobs (N,), entropy."""
+    return _MaskedLogprobs.apply(
+        logits, targets, live, temperature, softcap, vocab_size, return_entropy, inplace_backward
+    )
+
+
+class _MaskedLogprobs(torch.autograd.Function):
+    """Keeps the logits and three or four numbers a row; the backward forms the softmax again, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        live: Tensor,
+        temperature: Tensor,
+        softcap: float | None,
+        vocab_size: int,
+        return_entropy: bool,
+        inplace_backward: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        zeros = torch.zeros(logits.shape[0], dtype=accumulation_dtype(logits.dtype), device=logits.device)
+        logprobs = zeros.clone()
+        entropy = zeros.clone() if return_entropy else None
+        statistics = RowStatistics(*(zeros.clone() for _ in RowStatistics._fields))
+        for rows in row_chunks(logits.shape[0], vocab_size):
+            if all_dead(live[rows]):
+                continue
+            alive = live[rows]
+            raw = _live_rows(logits[rows, :vocab_size], alive, zeros.dtype)
+            scaled = cap_and_scale(raw, softcap, temperature[rows].masked_fill(~alive, 1.0))
+            target = targets[rows].masked_fill(~alive, 0)
+            chunk = row_statistics(scaled, target)
+            for whole, part in zip(statistics, chunk, strict=True):
+                whole[rows] = part
+            logprobs[rows] = (-softplus(chunk.log_odds)).masked_fill(~alive, 0.0)
+            if entropy is not None:
+                entropy[rows] = row_entropy(scaled, target, chunk).masked_fill(~alive, 0.0)
+        ctx.set_materialize_grads(False)
+        ctx.softcap, ctx.vocab_size, ctx.inplace_backward, ctx.spent = softcap, vocab_size, inplace_backward, False
+        ctx.save_for_backward(logits, targets, live, temperature, entropy, *statistics)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "masked_logprobs: inplace_backward=True wrote the gradient over the logits in the first backward, so "
+                "there can be no second one; pass inplace_backward=False to run the backward twice"
+            )
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 8
+        logits, targets, live, temperature, entropy, *saved = ctx.saved_tensors
+        ctx.spent = ctx.inplace_backward
+        if ctx.inplace_backward:
+            # Detached, it shares memory and version counter: whoever else kept the logits is told that they changed.
+            grad = logits.detach()
+        else:
+            grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for rows in row_chunks(logits.shape[0], ctx.vocab_size):
+            alive = live[rows]
+            grad[rows, ctx.vocab_size :] = 0
+            if all_dead(alive):
+                grad[rows] = 0
+                continue
+            raw = _live_rows(logits[rows, : ctx.vocab_size], alive, saved[0].dtype)
+            tau = temperature[rows].masked_fill(~alive, 1.0)
+            chunk = row_gradient(
+                cap_and_scale(raw, ctx.softcap, tau),
+                targets[rows].masked_fill(~alive, 0),
+                RowStatistics(*(part[rows] for part in saved)),
+                None if grad_logprobs is None else grad_logprobs[rows],
+                None if entropy is None else entropy[rows],
+                None if grad_entropy is None else grad_entropy[rows],
+            )
+            chunk = cap_and_scale_backward(chunk, raw, ctx.softcap, tau)
+            grad[rows, : ctx.vocab_size] = chunk.masked_fill_(~alive[:, None], 0.0).to(logits.dtype)
+        return grad, *(None,) * 7
+
+
+def _live_rows(logits: Tensor, alive: Tensor, dtype: torch.dtype) -> Tensor:
+    """The chunk in full precision, contiguous, with zeros in place of the rows that must not be read."""
+    return logits.to(dtype).masked_fill(~alive[:, None], 0.0).contiguous()

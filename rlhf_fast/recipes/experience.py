@@ -1,0 +1,169 @@
+"""What PPO learns from: episodes with their log-probs, values, rewards and advantages, in training micro-batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.errors import UserError
+from rlhf_fast.models import SharedBase
+from rlhf_fast.ops import gae, linear_logprobs, masked_whiten, token_kl
+from rlhf_fast.rewards.shaping import token_rewards
+from rlhf_fast.rollout import EpisodeBatch
+
+POLICY, CRITIC, REWARD, SFT = "policy", "critic", "reward", "sft"
+
+# How far two computations of the same log-prob may lie apart on the first mini-batch, in nats.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass
+class Experience:
+    """One micro-batch. All of (b, R) float32 with 0 outside ``episodes.response_mask``; made without gradient.
+
+    ``trunk`` is the shared part of the forward pass, (b, P + R, H), kept for every role and every epoch.
+    """
+
+    episodes: EpisodeBatch
+    trunk: torch.Tensor | None
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor  # (b,), the reward model's; 0 without one
+    penalties: torch.Tensor  # (b,), the KL penalty summed over the response
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    @property
+    def mask(self) -> torch.Tensor:
+        return self.episodes.response_mask
+
+    @property
+    def kl(self) -> torch.Tensor:
+        """(b,): log-ratio to the reference summed over the response (k1), in nats."""
+        return token_kl(self.logprobs, self.ref_logprobs, self.mask).sum(dim=1)
+
+
+def policy_hidden(
+    base: SharedBase, role: str | None, episodes: EpisodeBatch, trunk: torch.Tensor | None
+) -> torch.Tensor:
+    """(b, R, H): the states that predict each response token."""
+    return episodes.before_response(base.hidden(role, episodes.input_ids, episodes.attention_mask, trunk))
+
+
+def values_of(base: SharedBase, episodes: EpisodeBatch, trunk: torch.Tensor | None) -> torch.Tensor:
+    """(b, R): the critic's value before each response token is chosen."""
+    return base.heads[CRITIC](policy_hidden(base, CRITIC, episodes, trunk))
+
+
+@torch.no_grad()
+def score(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference: str | None) -> Experience:
+    """Everything that the frozen roles and the policy before its update say of the episodes; no rewards yet."""
+    trunk = base.trunk(episodes.input_ids, episodes.attention_mask)
+    logprobs, entropy = _logprobs(base, config, POLICY, episodes, trunk)
+    ref_logprobs, _ = _logprobs(base, config, reference, episodes, trunk)
+    values = torch.where(episodes.response_mask, values_of(base, episodes, trunk), 0.0)
+    if REWARD in base.roles:
+        scores = base.scores(REWARD, episodes.input_ids, episodes.attention_mask, trunk)
+    else:
+        scores = torch.zeros(len(episodes.responses), device=base.device)
+    nothing = torch.zeros_like(values)
+    return Experience(
+        episodes, trunk, logprobs, ref_logprobs, entropy, values, scores, scores, nothing, nothing, nothing
+    )
+
+
+def _logprobs(
+    base: SharedBase, config: PPOConfig, role: str | None, episodes: EpisodeBatch, trunk: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    vocabulary = base.vocabulary
+    logprobs, entropy = linear_logprobs(
+        policy_hidden(base, role, episodes, trunk),
+        vocabulary.weight,
+        episodes.targets,
+        episodes.response_mask,
+        bias=vocabulary.bias,
+        softcap=vocabulary.softcap,
+        vocab_size=base.vocab_size,
+        temperature=config.temperature,
+        return_entropy=True,
+    )
+    return logprobs, entropy
+
+
+def set_advantages(
+    experiences: Sequence[Experience],
+    scores: torch.Tensor,
+    config: PPOConfig,
+    *,
+    kl_coef: float,
+    group: torch.distributed.ProcessGroup | None,
+) -> None:
+    """Fills in rewards, advantages and returns. ``scores``: one an episode, in order; whitening is over the whole
+    rollout, of all processes where ``group`` is given."""
+    for experience, part in zip(experiences, scores.split([len(e.scores) for e in experiences]), strict=True):
+        kl = token_kl(experience.logprobs, experience.ref_logprobs, experience.mask, estimator=config.kl_estimator)
+        experience.penalties = -kl_coef * kl.sum(dim=1)
+        experience.rewards = token_rewards(kl, part, experience.mask, kl_coef=kl_coef)
+    if config.whiten_rewards:
+        rewards = _whiten(experiences, [e.rewards for e in experiences], group, shift_mean=False)
+        for experience, whitened in zip(experiences, rewards, strict=True):
+            experience.rewards = whitened
+    for experience in experiences:
+        experience.advantages, experience.returns = gae(
+            experience.rewards, experience.values, experience.mask, gamma=config.gamma, lam=config.lam
+        )
+    advantages = _whiten(experiences, [e.advantages for e in experiences], group, shift_mean=True)
+    for experience, whitened in zip(experiences, advantages, strict=True):
+        experience.advantages = whitened
+
+
+def _whiten(
+    experiences: Sequence[Experience],
+    tensors: Sequence[torch.Tensor],
+    group: torch.distributed.ProcessGroup | None,
+    *,
+    shift_mean: bool,
+) -> list[torch.Tensor]:
+    masks = [experience.mask for experience in experiences]
+    live = torch.cat([tensor[mask] for tensor, mask in zip(tensors, masks, strict=True)])
+    pieces = masked_whiten(live, shift_mean=shift_mean, group=group).split([int(mask.sum()) for mask in masks])
+    whitened = []
+    for tensor, mask, piece in zip(tensors, masks, pieces, strict=True):
+        filled = torch.zeros_like(tensor)
+        filled[mask] = piece
+        whitened.append(filled)
+    return whitened
+
+
+def check_start(experiences: Sequence[Experience], dtype: torch.dtype) -> None:
+    """Before the first update the policy is the SFT model: its KL to the reference must be 0.
+
+    Raises UserError that says what to look at. Source: trl issue 495, where the reference was the base without the
+    SFT adapter.
+    """
+    gap = max(((e.logprobs - e.ref_logprobs).abs() * e.mask).max().item() for e in experiences)
+    if not gap <= TOLERANCE[dtype]:
+        raise UserError(
+            f"ppo: before the first update the policy's log-probs lie up to {gap:.3g} nats from the reference's, which "
+            f"must be the same model (tolerance for {dtype}: {TOLERANCE[dtype]}). Look at --sft_adapter (is it the "
+            "adapter that SFT made on this base?), and at dropout or padding in the model's code"
+        )
+
+
+def check_first_ratio(parts: Sequence[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
+    """On the first mini-batch of an update the policy has not changed yet: every ratio must be 1.
+
+    ``parts``: the mini-batch's statistics; approx_kl is half the mean square of the log ratio. Raises UserError that
+    says what to look at.
+    """
+    gap = (2 * torch.stack([part["approx_kl"] for part in parts]).sum()).sqrt().item()
+    if not gap <= TOLERANCE[dtype]:
+        raise UserError(
+            f"ppo: on the first mini-batch the log ratio is {gap:.3g} (root mean square) and must be 0 (tolerance for "
+            f"{dtype}: {TOLERANCE[dtype]}): scoring and training disagree. Look at dropout, padding or position ids in "
+            "the model's code, at --dtype, and at --attn_implementation"
+        )

@@ -1,0 +1,223 @@
+"""PPO: roll out, score, advantages, update. Policy, reference, critic and reward model are adapters on one base."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.data import PromptRow, batch_indices, epoch_order, prompt_rows
+from rlhf_fast.errors import UserError
+from rlhf_fast.models import adapters
+from rlhf_fast.ops import clipped_value_loss, linear_policy_loss
+from rlhf_fast.recipes import ppo_report
+from rlhf_fast.recipes.experience import (
+    CRITIC,
+    POLICY,
+    REWARD,
+    SFT,
+    Experience,
+    check_first_ratio,
+    check_start,
+    policy_hidden,
+    score,
+    set_advantages,
+    values_of,
+)
+from rlhf_fast.recipes.rows import load_rows
+from rlhf_fast.recipes.stage import Stage
+from rlhf_fast.rewards import Functions, KLController, RunningMoments, apply_missing_eos
+from rlhf_fast.rollout import Response, collate_episodes, generate
+
+
+def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
+    """Runs the stage; ``output_dir/policy`` and ``output_dir/critic`` hold the adapters it ends with.
+
+    Returns the figures of ``summary.json``. ``resume_from_checkpoint`` overrides the config's ("auto" or a folder).
+    """
+    config.resume_from_checkpoint = resume_from_checkpoint or config.resume_from_checkpoint
+    rewarders, scorers = Functions(config.reward_functions), Functions(config.eval_functions)
+    stage = Stage("ppo", config)
+    prompts, held_out = load_rows(stage, prompt_rows, config.max_length - config.response_length)
+    held_out = held_out[: config.eval_prompts]
+    reference = add_roles(stage)
+    total = config.max_steps or math.ceil(len(prompts) * config.num_train_epochs / config.batch_size)
+    controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+    fresh = {
+        "kl_coef": config.kl_coef,
+        "kl_history": [],
+        "baseline": {},
+        "latest": {},
+        "moments": asdict(RunningMoments()),
+    }
+    stage.start([POLICY, CRITIC], total, values=fresh)
+    controller.kl_coef, moments = stage.values["kl_coef"], RunningMoments(**stage.values["moments"])
+
+    if stage.step == 0 and held_out:
+        ppo_report.evaluate(stage, held_out, rewarders, scorers, step=0)
+    with stage:
+        for step in stage.steps():
+            batch = [prompts[i] for i in batch_indices(len(prompts), config.batch_size, step - 1, config.seed)]
+            clock = [time.perf_counter()]
+
+            responses = roll_out(stage, stage.share(batch))
+            clock.append(time.perf_counter())
+
+            experiences = [
+                score(stage.base, config, collate_episodes(part, stage.base.pad_id, stage.base.device), reference)
+                for part in stage.micro_batches(responses)
+            ]
+            if step == 1:
+                check_start(experiences, stage.base.dtype)
+            scores = total_scores(config, experiences, responses, rewarders)
+            if config.scale_scores:
+                moments.update(torch.tensor(stage.gather(scores.tolist())))
+                scores = scores / moments.std
+            kl_coef = controller.kl_coef
+            set_advantages(experiences, scores, config, kl_coef=kl_coef, group=stage.group)
+            clock.append(time.perf_counter())
+
+            statistics = update(stage, experiences, step)
+            clock.append(time.perf_counter())
+
+            stage.advance_schedule()
+            metrics = ppo_report.rollout_metrics(stage, experiences, scores, kl_coef, scorers) | statistics
+            metrics |= ppo_report.phase_seconds(clock)
+            controller.update(metrics["objective/kl"], config.batch_size)
+            stage.values.update(kl_coef=controller.kl_coef, moments=asdict(moments))
+            stage.values["kl_history"].append(metrics["objective/kl"])
+            ppo_report.log_step(stage, step, metrics, responses, scores)
+            if held_out and stage.evaluation_due(step, times=1):
+                ppo_report.evaluate(stage, held_out, rewarders, scorers, step=step)
+
+    return ppo_report.finish(stage, scorers)
+
+
+def add_roles(stage: Stage) -> str | None:
+    """Policy, critic and reward model on the base; returns the role that is the reference.
+
+    The policy starts as the SFT model, the critic as the reward model where there is one.
+    """
+    config: PPOConfig = stage.config  # type: ignore[assignment]
+    reference = None
+    if config.sft_adapter is not None:
+        adapters.load_role(stage.base, SFT, config.sft_adapter)
+        reference = SFT
+    if config.reward_adapter is not None:
+        adapters.load_role(stage.base, REWARD, config.reward_adapter, want_head=True)
+    stage.base.add_role(POLICY, copy_of=reference)
+    stage.base.add_role(CRITIC, copy_of=REWARD if config.reward_adapter is not None else reference, head=True)
+    own = config.batch_size // stage.accelerator.num_processes
+    micro_batches = math.ceil(own / config.micro_batch_size)
+    if micro_batches < config.num_mini_batches:
+        raise UserError(
+            f"--num_mini_batches {config.num_mini_batches} needs as many micro-batches; --batch_size "
+            f"{config.batch_size} over {stage.accelerator.num_processes} processes makes {micro_batches} of "
+            f"--micro_batch_size {config.micro_batch_size}: lower that one"
+        )
+    return reference
+
+
+def roll_out(stage: Stage, rows: Sequence[PromptRow]) -> list[Response]:
+    config: PPOConfig = stage.config  # type: ignore[assignment]
+    return generate(
+        stage.base,
+        POLICY,
+        rows,
+        response_length=config.response_length,
+        temperature=config.temperature,
+        batch_size=config.rollout_batch_size,
+    )
+
+
+def total_scores(
+    config: PPOConfig, experiences: Sequence[Experience], responses: Sequence[Response], rewarders: Functions
+) -> torch.Tensor:
+    """(B,): reward model plus functions, with the missing-EOS rule."""
+    model_scores = torch.cat([experience.scores for experience in experiences])
+    scores = model_scores + torch.tensor(rewarders.total(*ppo_report.texts(responses)), device=model_scores.device)
+    stopped = torch.cat([experience.episodes.stopped for experience in experiences])
+    return apply_missing_eos(scores, stopped, penalty=config.missing_eos_penalty, fixed_score=config.missing_eos_score)
+
+
+def update(stage: Stage, experiences: Sequence[Experience], step: int) -> dict[str, float]:
+    """num_ppo_epochs passes over the rollout. Micro-batches keep their rows, so that on the first pass scoring and
+    training see the same shapes and the ratio is exactly 1; later passes shuffle the micro-batches."""
+    config: PPOConfig = stage.config  # type: ignore[assignment]
+    records: list[dict[str, float]] = []
+    for epoch in range(config.num_ppo_epochs):
+        count = len(experiences)
+        order = list(range(count)) if epoch == 0 else epoch_order(count, config.seed + step, epoch)
+        bounds = [round(i * count / config.num_mini_batches) for i in range(config.num_mini_batches + 1)]
+        for start, end in pairwise(bounds):
+            mini_batch = [experiences[i] for i in order[start:end]]
+            own_tokens = torch.stack([experience.mask.sum() for experience in mini_batch]).sum()
+            tokens = stage.accelerator.reduce(own_tokens, reduction="sum")
+            parts = [losses(stage, experience, tokens) for experience in mini_batch]
+            if not records:
+                check_first_ratio(parts, stage.base.dtype)
+            record = stage.sum({name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]})
+            loss = record["policy"] + config.value_coef * record["value"]
+            rows = [response.row.index for experience in mini_batch for response in experience.episodes.responses]
+            records.append(record | {"grad_norm": stage.update(loss, rows)})
+    mean = {name: sum(record[name] for record in records) / len(records) for name in records[0]}
+    return {
+        "loss/policy_avg": mean["policy"],
+        "loss/value_avg": mean["value"],
+        "policy/approxkl_avg": mean["approx_kl"],
+        "policy/clipfrac_avg": mean["clip_fraction"],
+        "policy/entropy_avg": mean["entropy"],
+        "val/clipfrac_avg": mean["value_clip_fraction"],
+        "val/ratio": mean["ratio"],
+        "val/ratio_var": sum((record["ratio"] - mean["ratio"]) ** 2 for record in records) / len(records),
+        "grad_norm": mean["grad_norm"],
+    }
+
+
+def losses(stage: Stage, experience: Experience, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Adds one micro-batch's gradients; returns its part of the mini-batch's statistics, so that parts add up.
+
+    ``tokens``: the mini-batch's live response tokens, over all processes.
+    """
+    config: PPOConfig = stage.config  # type: ignore[assignment]
+    episodes, vocabulary = experience.episodes, stage.base.vocabulary
+    policy = linear_policy_loss(
+        policy_hidden(stage.base, POLICY, episodes, experience.trunk),
+        vocabulary.weight,
+        episodes.targets,
+        experience.logprobs,
+        experience.advantages,
+        experience.mask,
+        entropy_coef=config.entropy_coef,
+        bias=vocabulary.bias,
+        softcap=vocabulary.softcap,
+        vocab_size=stage.base.vocab_size,
+        temperature=config.temperature,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        num_items=tokens,
+    )
+    stage.backward(policy.loss)
+    value = clipped_value_loss(
+        values_of(stage.base, episodes, experience.trunk),
+        experience.values,
+        experience.returns,
+        experience.mask,
+        clip=config.value_clip,
+        num_items=tokens,
+    )
+    stage.backward(config.value_coef * value.loss)
+    share = experience.mask.sum() / tokens
+    return {
+        "policy": policy.policy_loss,
+        "value": value.loss.detach(),
+        "entropy": policy.entropy,
+        "ratio": policy.ratio_mean * share,
+        "approx_kl": policy.approx_kl * share,
+        "clip_fraction": policy.clip_fraction * share,
+        "value_clip_fraction": value.clip_fraction * share,
+    }

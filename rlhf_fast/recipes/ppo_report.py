@@ -1,0 +1,198 @@
+"""What PPO tells: the metrics of a rollout, held-out evaluations against the SFT model, samples, the closing table."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.data import PromptRow
+from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, Experience
+from rlhf_fast.recipes.stage import Stage, peak_memory, seeded
+from rlhf_fast.rewards import Functions
+from rlhf_fast.rollout import Response, collate_episodes, generate
+
+SHOWN_SAMPLES = 4  # training samples kept per step
+RESAMPLES = 10_000
+PATIENCE_NEGATIVE_KL = 5
+
+
+def texts(responses: Sequence[Response]) -> tuple[list[Any], list[str], list[dict[str, Any]]]:
+    """Prompts, completions and columns, as reward functions take them."""
+    return [r.row.prompt for r in responses], [r.text for r in responses], [r.row.columns for r in responses]
+
+
+def rollout_metrics(
+    stage: Stage, experiences: Sequence[Experience], scores: torch.Tensor, kl_coef: float, scorers: Functions
+) -> dict[str, float]:
+    """Means over the episodes of all processes, under TRL's names."""
+    config: PPOConfig = stage.config  # type: ignore[assignment]
+    responses = [response for experience in experiences for response in experience.episodes.responses]
+    lengths = torch.cat([experience.mask.sum(dim=1) for experience in experiences])
+    kl = torch.cat([experience.kl for experience in experiences])
+    returns = torch.cat([e.returns[e.mask] for e in experiences])
+    errors = returns - torch.cat([e.values[e.mask] for e in experiences])
+    sums = {
+        "episodes": torch.tensor(float(len(responses)), device=scores.device),
+        "kl": kl.sum(),
+        "entropy": -torch.cat([(e.logprobs * e.mask).sum(dim=1) for e in experiences]).sum(),
+        "scores": scores.sum(),
+        "model": torch.cat([experience.scores for experience in experiences]).sum(),
+        "penalty": torch.cat([experience.penalties for experience in experiences]).sum(),
+        "stopped": torch.cat([experience.episodes.stopped for experience in experiences]).sum(),
+        "lengths": lengths.sum(),
+        "returns": returns.sum(),
+        "returns2": returns.double().square().sum(),
+        "errors": errors.sum(),
+        "errors2": errors.double().square().sum(),
+    }
+    for name, numbers in scorers.each(*texts(responses)).items():
+        sums[f"objective/{name}"] = torch.tensor(float(sum(numbers)), device=scores.device)
+    total = stage.sum(sums)
+    episodes, tokens = total.pop("episodes"), total["lengths"]
+    negative = stage.values.get("negative_kl", 0) + 1 if total["kl"] < 0 else 0
+    stage.values["negative_kl"] = negative
+    if negative == PATIENCE_NEGATIVE_KL:
+        stage.say(
+            f"ppo: KL has been negative for {negative} rollouts in a row: sampling and training disagree "
+            "(temperature, padding, dtype), or the reference is not the model that the policy started from"
+        )
+    return {
+        "objective/kl": total["kl"] / episodes,
+        "objective/kl_coef": kl_coef,
+        **({"objective/kl_target": config.kl_target} if config.kl_target is not None else {}),
+        "objective/entropy": total["entropy"] / episodes,
+        "objective/non_score_reward": total["penalty"] / episodes,
+        "objective/rlhf_reward": (total["penalty"] + total["scores"]) / episodes,
+        "objective/scores": total["scores"] / episodes,
+        **({"objective/reward_model": total["model"] / episodes} if REWARD in stage.base.roles else {}),
+        **{name: value / episodes for name, value in total.items() if name.startswith("objective/")},
+        "critic/explained_variance": _explained_variance(total, tokens),
+        "response/length_mean": tokens / episodes,
+        "response/truncated": 1 - total["stopped"] / episodes,
+        "response/distinct_2": distinct_2([response.token_ids for response in responses]),
+        "val/num_eos_tokens": total["stopped"],
+        "tokens": tokens,
+    }
+
+
+def _explained_variance(total: dict[str, float], tokens: float) -> float:
+    variance = total["returns2"] / tokens - (total["returns"] / tokens) ** 2
+    left = total["errors2"] / tokens - (total["errors"] / tokens) ** 2
+    return 1 - left / variance if variance > 0 else math.nan
+
+
+def distinct_2(token_ids: Sequence[Sequence[int]]) -> float:
+    """Different bigrams over all bigrams of the responses (Li et al. 2016); 1 where there are none."""
+    bigrams = [pair for tokens in token_ids for pair in pairwise(tokens)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
+
+
+def phase_seconds(clock: Sequence[float]) -> dict[str, float]:
+    """``clock``: readings before and after rollout, scoring and update."""
+    names = ("perf/seconds_rollout", "perf/seconds_score", "perf/seconds_update")
+    return {name: end - start for name, (start, end) in zip(names, pairwise(clock), strict=True)}
+
+
+def log_step(
+    stage: Stage, step: int, metrics: dict[str, float], responses: Sequence[Response], scores: torch.Tensor
+) -> None:
+    tokens = int(metrics.pop("tokens"))
+    metrics["episode"] = step * stage.config.batch_size
+    shown = {"score": f"{metrics['objective/scores']:+.2f}", "KL": f"{metrics['objective/kl']:.2f}"}
+    stage.log(step, metrics, tokens=tokens, shown=shown)
+    pairs = list(zip(responses, scores.tolist(), strict=True))[:SHOWN_SAMPLES]
+    stage.log_samples(step, [{"split": "train", **_sample(response, number)} for response, number in pairs])
+
+
+def _sample(response: Response, number: float) -> dict[str, Any]:
+    prompt = response.row.prompt
+    shown = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+    return {
+        "index": response.row.index,
+        "prompt": shown,
+        "response": response.text,
+        "stopped": response.stopped,
+        "score": number,
+    }
+
+
+@torch.no_grad()
+def evaluate(stage: Stage, rows: Sequence[PromptRow], rewarders: Functions, scorers: Functions, *, step: int) -> None:
+    """One sampled response per held-out prompt, scored by the reward and by every eval function. The random draws are
+    the same at every evaluation, so a difference between two of them is paired by prompt."""
+    config: PPOConfig = stage.config  # type: ignore[assignment]
+    own = stage.share(rows)
+    with seeded(config.seed + 1 + stage.accelerator.process_index):
+        responses = generate(
+            stage.base,
+            POLICY,
+            own,
+            response_length=config.response_length,
+            temperature=config.temperature,
+            batch_size=config.rollout_batch_size,
+        )
+    numbers = {"scores": rewarders.total(*texts(responses))}
+    if REWARD in stage.base.roles:
+        model: list[float] = []
+        for part in stage.micro_batches(responses):
+            episodes = collate_episodes(part, stage.base.pad_id, stage.base.device)
+            model += stage.base.scores(REWARD, episodes.input_ids, episodes.attention_mask).tolist()
+        numbers["scores"] = [a + b for a, b in zip(numbers["scores"], model, strict=True)]
+    numbers |= scorers.each(*texts(responses))
+    gathered = {name: stage.gather(values) for name, values in numbers.items()}
+    if step == 0:
+        stage.values["baseline"] = gathered
+    stage.values["latest"] = gathered
+    means = {f"eval/{name}": sum(values) / len(values) for name, values in gathered.items()}
+    stage.log(step, means, shown={name: f"{value:+.2f}" for name, value in means.items()})
+    gold = numbers[scorers.names[0]] if scorers.names else [None] * len(responses)
+    stage.log_samples(
+        step,
+        [
+            {"split": "eval", **_sample(response, number), "gold": true_score}
+            for response, number, true_score in zip(responses, numbers["scores"], gold, strict=True)
+        ],
+    )
+    stage.report()
+
+
+def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of after − before over pairs and its 95% percentile bootstrap interval (10,000 resamples, fixed seed)."""
+    difference = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(difference), (RESAMPLES, len(difference)), generator=generator)
+    low, high = torch.quantile(
+        difference[picks].mean(dim=1), torch.tensor([0.025, 0.975], dtype=torch.float64)
+    ).tolist()
+    return difference.mean().item(), low, high
+
+
+def finish(stage: Stage, scorers: Functions) -> dict[str, Any]:
+    """The closing table: reward and gold against the SFT model on the held-out prompts, KL against its target."""
+    config: PPOConfig = stage.config  # type: ignore[assignment]
+    figures: dict[str, Any] = {"steps": stage.step, "peak_memory_gb": round(peak_memory(), 2)}
+    table = [("steps", str(stage.step), f"{stage.step * config.batch_size} episodes")]
+    before, after = stage.values["baseline"], stage.values["latest"]
+    for name in before or {}:
+        mean, low, high = paired_interval(before[name], after[name])
+        first, last = (sum(values[name]) / len(values[name]) for values in (before, after))
+        note = f"PPO minus SFT on {len(before[name])} held-out prompts, paired, 95% interval"
+        figures[f"{name}_gain"] = {"value": mean, "low": low, "high": high, "note": note}
+        figures |= {f"{name}_sft": first, f"{name}_ppo": last}
+        table.append(
+            (f"{name}, SFT to PPO", f"{first:+.3f} to {last:+.3f}", f"gain {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+        )
+    kl = stage.values.get("kl_history", [])
+    if kl:
+        third = kl[-math.ceil(len(kl) / 3) :]
+        value = sum(third) / len(third)
+        target = "no target" if config.kl_target is None else f"target {config.kl_target:g}"
+        figures["kl_last_third"] = {
+            "value": value,
+            "note": f"nats a sequence, mean of the last third of steps; {target}",
+        }
+        table.append(("KL, last third of steps", f"{value:.2f}", f"nats a sequence; {target}"))
+    return stage.finish(figures, table, roles={POLICY: "policy", CRITIC: "critic"})

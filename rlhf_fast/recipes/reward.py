@@ -1,0 +1,168 @@
+"""The reward model: the ``reward`` adapter and its head learn to score the preferred response higher."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from rlhf_fast.config import RewardConfig
+from rlhf_fast.data import PairRow, batch_indices, collate_pairs, epoch_order, preference_rows
+from rlhf_fast.models import adapters
+from rlhf_fast.ops import pairwise_loss
+from rlhf_fast.recipes.rows import load_prompts, load_rows
+from rlhf_fast.recipes.stage import Stage, peak_memory, seeded
+from rlhf_fast.rewards.quality import Quality, assess
+from rlhf_fast.rollout import collate_episodes, generate
+
+ROLE, SFT = "reward", "sft"
+
+
+def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
+    """Runs the stage and calibrates the scores; adapter, head and calibration are left in ``output_dir/adapter``.
+
+    Returns the figures of ``summary.json``. ``resume_from_checkpoint`` overrides the config's ("auto" or a folder).
+    """
+    config.resume_from_checkpoint = resume_from_checkpoint or config.resume_from_checkpoint
+    stage = Stage("reward", config)
+    rows, held_out = load_rows(stage, preference_rows, config.max_length)
+    sft = None
+    if config.sft_adapter is not None:
+        adapters.load_role(stage.base, SFT, config.sft_adapter)
+        sft = SFT
+    stage.base.add_role(ROLE, copy_of=sft, head=True)
+    total = config.max_steps or math.ceil(len(rows) * config.num_train_epochs / config.batch_size)
+    stage.start([ROLE], total)
+
+    if stage.step == 0 and held_out:
+        evaluate(stage, held_out, step=0)
+    with stage:
+        for step in stage.steps():
+            batch = [rows[i] for i in batch_indices(len(rows), config.batch_size, step - 1, config.seed)]
+            share = stage.share(batch)
+            totals = torch.zeros(3, device=stage.base.device)  # loss, pairs ranked right, margin; summed over pairs
+            for micro_batch in stage.micro_batches(share):
+                with stage.base.dropout(ROLE):
+                    chosen, rejected, margin = score_pairs(stage, micro_batch)
+                ranking = pairwise_loss(chosen, rejected, margin) * len(micro_batch)
+                centring = config.centre_coef * (chosen + rejected).square().sum()
+                stage.backward((ranking + centring) / len(batch))
+                right = (chosen > rejected).sum()
+                totals += torch.stack([ranking.detach(), right.float(), (chosen - rejected).detach().sum()])
+            loss, accuracy, mean_margin = (stage.accelerator.reduce(totals, reduction="sum") / len(batch)).tolist()
+            norm = stage.update(loss, [row.index for row in batch])
+            stage.advance_schedule()
+            metrics = {"loss": loss, "accuracy": accuracy, "margin": mean_margin, "grad_norm": norm}
+            tokens = sum(len(row.chosen_ids) + len(row.rejected_ids) for row in batch)
+            stage.log(step, metrics, tokens=tokens, shown={"loss": f"{loss:.3f}"})
+            if held_out and stage.evaluation_due(step):
+                evaluate(stage, held_out, step=step)
+
+    quality = evaluate(stage, held_out, step=None) if held_out else None
+    return finish(stage, quality, calibrate(stage, sft))
+
+
+def score_pairs(stage: Stage, rows: Sequence[PairRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Scores of the chosen and the rejected side, (N,) each, and the data's margins (N,) or None."""
+    batch = collate_pairs(rows, stage.base.pad_id)
+    device = stage.base.device
+    assert batch["input_ids"] is not None and batch["attention_mask"] is not None
+    scores = stage.base.scores(ROLE, batch["input_ids"].to(device), batch["attention_mask"].to(device))
+    chosen, rejected = scores.chunk(2)
+    return chosen, rejected, None if batch["margin"] is None else batch["margin"].to(device)
+
+
+@torch.no_grad()
+def evaluate(stage: Stage, rows: Sequence[PairRow], *, step: int | None) -> Quality:
+    """Quality on held-out pairs; logged under ``step`` unless that is None."""
+    found: list[tuple[float, float]] = []
+    for part in stage.micro_batches(stage.share(rows)):
+        chosen, rejected, _ = score_pairs(stage, part)
+        found += zip(chosen.tolist(), rejected.tolist(), strict=True)
+    scores = torch.tensor(stage.gather(found), dtype=torch.float64)
+    lengths = torch.tensor([row.chosen_response_length - row.rejected_response_length for row in rows])
+    quality = assess(scores[:, 0], scores[:, 1], lengths)
+    if step is not None:
+        line = {f"eval_{name}": value for name, value in asdict(quality).items() if not isinstance(value, list)}
+        if stage.config.label_noise_ceiling is not None:  # type: ignore[attr-defined]
+            line["label_noise_ceiling"] = stage.config.label_noise_ceiling  # type: ignore[attr-defined]
+        stage.log(step, line, shown={"accuracy": f"{quality.accuracy:.1%}"})
+        stage.report()
+    return quality
+
+
+@torch.no_grad()
+def calibrate(stage: Stage, sft: str | None) -> tuple[float, float]:
+    """Mean and standard deviation of the raw scores on the SFT model's own samples; the head is set to remove them."""
+    config: RewardConfig = stage.config  # type: ignore[assignment]
+    window = config.max_length - config.response_length
+    prompts = load_prompts(stage, config.dataset_name, config.dataset_split, max(window, 1))
+    chosen = [prompts[i] for i in epoch_order(len(prompts), config.seed, 0)]
+    distinct = list({row.prompt_key: row for row in chosen}.values())[: config.calibration_prompts]
+    head = stage.base.heads[ROLE]
+    head.calibrate(0.0, 1.0)
+    with seeded(config.seed + stage.accelerator.process_index):
+        responses = generate(
+            stage.base,
+            sft,
+            stage.share(distinct),
+            response_length=config.response_length,
+            temperature=config.temperature,
+            batch_size=2 * config.micro_batch_size,
+        )
+    scores: list[float] = []
+    for part in stage.micro_batches(responses):
+        batch = collate_episodes(part, stage.base.pad_id, stage.base.device)
+        scores += stage.base.scores(ROLE, batch.input_ids, batch.attention_mask).tolist()
+    all_scores = torch.tensor(stage.gather(scores), dtype=torch.float64)
+    mean, std = all_scores.mean().item(), all_scores.std().item()
+    if not std > 0:
+        stage.say("reward: every sample of the SFT model has the same score; scores are shifted and not scaled")
+        std = 1.0
+    head.calibrate(mean, std)
+    return mean, std
+
+
+def finish(stage: Stage, quality: Quality | None, constants: tuple[float, float]) -> dict[str, Any]:
+    config: RewardConfig = stage.config  # type: ignore[assignment]
+    mean, std = constants
+    figures: dict[str, Any] = {
+        "steps": stage.step,
+        "dataset": config.dataset_name,
+        "base": config.model_name_or_path,
+        "calibration_mean": mean,
+        "calibration_std": std,
+        "peak_memory_gb": round(peak_memory(), 2),
+    }
+    table: list[tuple[str, str, str]] = [
+        ("steps", str(stage.step), f"data {config.dataset_name}, base {config.model_name_or_path}")
+    ]
+    if quality is not None:
+        interval = f"95% interval {quality.accuracy_low:.1%} to {quality.accuracy_high:.1%}, {quality.pairs} pairs"
+        ceiling = config.label_noise_ceiling
+        if ceiling is not None:
+            figures["label_noise_ceiling"] = ceiling
+            interval += f"; label noise caps it at {ceiling:.1%}"
+        figures |= {name: value for name, value in asdict(quality).items() if not name.startswith("accuracy")}
+        figures["accuracy"] = {
+            "value": quality.accuracy,
+            "low": quality.accuracy_low,
+            "high": quality.accuracy_high,
+            "note": f"{quality.pairs} held-out pairs",
+        }
+        table += [
+            ("held-out accuracy", f"{quality.accuracy:.1%}", interval),
+            ("held-out loss", f"{quality.loss:.4f}", "log 2 = 0.693 is guessing"),
+            ("margin", f"{quality.margin:.3f}", "mean of chosen minus rejected"),
+            ("calibration error", f"{quality.calibration_error:.3f}", "expected, of the predicted probability"),
+            (
+                "length correlation",
+                f"{quality.length_correlation:+.2f}",
+                f"length alone: {quality.length_accuracy:.1%}",
+            ),
+        ]
+        for warning in quality.warnings(ceiling):
+            stage.say(f"reward: {warning}")
+    table.append(("scores of SFT samples", f"{mean:+.3f} ± {std:.3f}", "shifted and scaled to 0 ± 1 for PPO"))
+    return stage.finish(figures, table, roles={ROLE: "adapter"})

@@ -1,0 +1,50 @@
+"""A stage's training and held-out rows, with what was dropped said aloud."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from rlhf_fast.data import DataReport, PairRow, PromptRow, SFTRow, load_dataset, prompt_rows, split_train_eval
+from rlhf_fast.errors import UserError
+from rlhf_fast.recipes.stage import Stage
+
+Row = TypeVar("Row", SFTRow, PairRow, PromptRow)
+
+
+def load_rows(
+    stage: Stage, encode: Callable[..., tuple[list[Row], DataReport]], max_length: int
+) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows) of the stage's data sets, encoded to at most ``max_length`` tokens.
+
+    Held out are the rows of eval_dataset_name where that is set, else eval_size of the training data, by prompt.
+    """
+    config = stage.config
+    read = partial(_read, stage, encode, max_length)
+    rows = read(config.dataset_name, config.dataset_split, config.max_samples)
+    if config.eval_dataset_name is not None:
+        held_out = read(config.eval_dataset_name, config.eval_dataset_split, None)
+        shared = {row.prompt_key for row in rows} & {row.prompt_key for row in held_out}
+        if shared:
+            count = sum(row.prompt_key in shared for row in held_out)
+            stage.say(f"{config.eval_dataset_name}: {count} held-out rows have a prompt that is trained on: left out")
+            held_out = [row for row in held_out if row.prompt_key not in shared]
+            if not held_out:
+                raise UserError(f"{config.eval_dataset_name}: every held-out prompt is trained on; name other data")
+        return rows, held_out
+    if config.eval_size == 0:
+        return rows, []
+    size = int(config.eval_size) if config.eval_size >= 1 else config.eval_size
+    return split_train_eval(rows, size, config.seed)
+
+
+def load_prompts(stage: Stage, name: str, split: str, max_length: int) -> list[PromptRow]:
+    """The prompts of any data set, for sampling."""
+    return _read(stage, prompt_rows, max_length, name, split, None)
+
+
+def _read(stage: Stage, encode: Callable[..., Any], max_length: int, name: str, split: str, limit: int | None) -> Any:
+    dataset = load_dataset(name, split=split, rename=stage.config.rename_columns, limit=limit)
+    rows, report = encode(dataset, stage.base.tokenizer, max_length=max_length, source=name)
+    for line in report.lines():
+        stage.say(line)
+    return rows

@@ -1,0 +1,43 @@
+"""The three stages in a row, each in its own folder of the run's, with one report."""
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_fast.config import RunConfig, StageConfig
+from rlhf_fast.config_load import dump_yaml
+from rlhf_fast.monitor import read_summary
+from rlhf_fast.recipes import ppo, reward, sft
+from rlhf_fast.recipes.output import check_output
+from rlhf_fast.rewards import Functions
+
+TRAIN = {"sft": sft.train, "reward": reward.train, "ppo": ppo.train}
+
+
+def run(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Runs the stages of ``config.stages`` in order; returns each one's figures.
+
+    With resume_from_checkpoint "auto" a stage that has finished is passed over and the one that was stopped goes on.
+    What can be wrong is looked for in all stages before the first one starts: folders, reward functions.
+    """
+    stages: dict[str, StageConfig] = {name: getattr(config, name) for name in config.stages}
+    for stage in stages.values():
+        check_output(stage)
+    Functions(config.ppo.reward_functions + config.ppo.eval_functions)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    dump_yaml(config, folder / "config.yaml")
+    figures = {}
+    for name, stage in stages.items():
+        finished = read_summary(Path(stage.output_dir)) if stage.resume_from_checkpoint == "auto" else None
+        if finished is not None:
+            figures[name] = finished["figures"]
+            continue
+        figures[name] = TRAIN[name](dataclasses.replace(stage))  # type: ignore[operator]
+        gc.collect()  # the stage's base and optimizer, before the next one loads its own
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return figures

@@ -1,0 +1,113 @@
+"""Supervised fine-tuning: the ``sft`` adapter learns the response tokens of demonstrations."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf_fast.config import SFTConfig
+from rlhf_fast.data import SFTRow, batch_indices, collate_sft, sft_rows
+from rlhf_fast.ops import linear_cross_entropy
+from rlhf_fast.recipes.rows import load_rows
+from rlhf_fast.recipes.stage import Stage, peak_memory
+
+ROLE = "sft"
+
+
+def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
+    """Runs the stage; the adapter with the lowest validation loss is left in ``output_dir/adapter``.
+
+    Returns the figures of ``summary.json``. ``resume_from_checkpoint`` overrides the config's ("auto" or a folder).
+    """
+    config.resume_from_checkpoint = resume_from_checkpoint or config.resume_from_checkpoint
+    stage = Stage("sft", config)
+    rows, held_out = load_rows(stage, sft_rows, config.max_length)
+    stage.base.add_role(ROLE)
+    total = config.max_steps or math.ceil(len(rows) * config.num_train_epochs / config.batch_size)
+    stage.start([ROLE], total, values={"first_loss": None, "best_loss": None, "best_step": 0, "worse": 0})
+    stage.stopped_early = stage.values["worse"] >= config.patience  # resumed where it had stopped
+
+    if stage.step == 0 and held_out:
+        validate(stage, held_out, step=0)
+    with stage:
+        for step in stage.steps():
+            batch = [rows[i] for i in batch_indices(len(rows), config.batch_size, step - 1, config.seed)]
+            tokens = sum(target_count(row) for row in batch)
+            summed = torch.zeros((), device=stage.base.device)
+            for micro_batch in stage.micro_batches(stage.share(batch)):
+                with stage.base.dropout(ROLE):
+                    loss = loss_sum(stage, micro_batch) / tokens
+                stage.backward(loss)
+                summed += loss.detach()
+            loss_value = stage.accelerator.reduce(summed, reduction="sum").item()
+            norm = stage.update(loss_value, [row.index for row in batch])
+            stage.advance_schedule()
+            stage.log(step, {"loss": loss_value, "grad_norm": norm}, tokens=tokens, shown={"loss": f"{loss_value:.3f}"})
+            if held_out and stage.evaluation_due(step):
+                stage.stopped_early = not validate(stage, held_out, step=step)
+
+    return finish(stage)
+
+
+def loss_sum(stage: Stage, rows: Sequence[SFTRow]) -> torch.Tensor:
+    """Cross-entropy summed over the rows' response tokens."""
+    batch = collate_sft(rows, stage.base.pad_id)
+    device, vocabulary = stage.base.device, stage.base.vocabulary
+    hidden = stage.base.hidden(ROLE, batch["input_ids"].to(device), batch["attention_mask"].to(device))
+    return linear_cross_entropy(
+        hidden[:, :-1],  # logits for token t come from position t - 1
+        vocabulary.weight,
+        batch["labels"][:, 1:].to(device),
+        bias=vocabulary.bias,
+        softcap=vocabulary.softcap,
+        vocab_size=stage.base.vocab_size,
+        reduction="sum",
+    )
+
+
+def target_count(row: SFTRow) -> int:
+    """Response tokens that have a token before them, so that they are predicted."""
+    return sum(row.response_mask[1:])
+
+
+@torch.no_grad()
+def validate(stage: Stage, rows: Sequence[SFTRow], *, step: int) -> bool:
+    """Logs the validation loss and keeps the best adapter; False when patience has run out."""
+    own = stage.share(rows)
+    summed = sum(loss_sum(stage, part) for part in stage.micro_batches(own))
+    losses = stage.gather([float(summed)])
+    loss = sum(losses) / sum(target_count(row) for row in rows)
+    stage.log(step, {"eval_loss": loss}, shown={"eval_loss": f"{loss:.3f}"})
+    values = stage.values
+    if step == 0:
+        values["first_loss"] = loss
+    if values["best_loss"] is None or loss < values["best_loss"]:
+        values.update(best_loss=loss, best_step=step, worse=0)
+        if stage.main:
+            stage.save_adapter(ROLE, "best")
+    else:
+        values["worse"] += 1
+    stage.report()
+    patience = stage.config.patience  # type: ignore[attr-defined]
+    if values["worse"] >= patience:
+        stage.say(f"sft: validation loss has not improved for {patience} evaluations; stopping at step {step}")
+    return values["worse"] < patience
+
+
+def finish(stage: Stage) -> dict[str, Any]:
+    """The best adapter becomes ``adapter``; without held-out rows, the last one."""
+    values = stage.values
+    figures: dict[str, Any] = {"steps": stage.step, "peak_memory_gb": round(peak_memory(), 2)}
+    table = [("steps", str(stage.step), f"of {stage.total}")]
+    if values["best_loss"] is None:
+        table.append(("validation loss", "-", "no held-out rows (--eval_size 0)"))
+        return stage.finish(figures, table, roles={ROLE: "adapter"})
+    figures |= {
+        "validation_loss_first": values["first_loss"],
+        "validation_loss": {"value": values["best_loss"], "note": f"best, at step {values['best_step']}"},
+    }
+    table.append(("validation loss, first", f"{values['first_loss']:.4f}", "before training"))
+    table.append(("validation loss, best", f"{values['best_loss']:.4f}", f"step {values['best_step']}, kept"))
+    stage.use_saved("best", "adapter")
+    return stage.finish(figures, table, roles={})

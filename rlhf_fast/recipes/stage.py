@@ -1,0 +1,322 @@
+"""What the three loops share around them: processes, folder, optimizer, checkpoints, logs, interruptions.
+
+with stage:
+    for step in stage.steps():      # 1, 2, ... total; a checkpoint is written after the body where one is due
+        ...                         # forward, stage.backward(loss), stage.update(...), stage.log(...)
+"""
+
+import importlib.util
+import math
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object, set_seed
+from transformers import get_scheduler
+
+from rlhf_fast import checkpoint
+from rlhf_fast.config import StageConfig
+from rlhf_fast.config_load import dump_yaml
+from rlhf_fast.data import prepare_tokenizer
+from rlhf_fast.errors import Interrupted, UserError
+from rlhf_fast.models import SharedBase, adapters, pretrained
+from rlhf_fast.monitor import Progress, RunLog, print_summary, write_report, write_summary
+from rlhf_fast.recipes.output import open_output
+from rlhf_fast.recipes.snapshots import Snapshots
+
+Item = TypeVar("Item")
+
+
+class Stage:
+    """One stage of training in this process.
+
+    Attributes:
+        base: the shared base; the recipe adds its roles before ``start``.
+        values: JSON-able state that the recipe wants in every checkpoint (β, running moments, the best loss).
+        step: finished steps.
+    """
+
+    def __init__(self, name: str, config: StageConfig) -> None:
+        _check_trackers(config)
+        self.name, self.config, self.folder = name, config, Path(config.output_dir)
+        self.accelerator = Accelerator(log_with=config.report_to or None, project_dir=str(self.folder / "runs"))
+        self.main = self.accelerator.is_main_process
+        self._resume_path = self._on_main_first(lambda: open_output(config, self.say))
+        set_seed(config.seed)
+        model, tokenizer = pretrained.load_pretrained(config, self.accelerator.device)
+        for note in prepare_tokenizer(
+            tokenizer, vocab_size=model.config.vocab_size, chat_template=config.chat_template
+        ):
+            self.say(note)
+        self.base = SharedBase(model, tokenizer, config)
+        self.values: dict[str, Any] = {}
+        self.step = self.total = 0
+        self.stopped_early = False
+        self._progress: Progress | None = None
+        self._snapshot: checkpoint.State | None = None
+
+    # ---- set-up ------------------------------------------------------------------------------------------------
+
+    def start(self, roles: Sequence[str], total_steps: int, values: dict[str, Any] | None = None) -> None:
+        """Optimizer and schedule for the roles' parameters; where a checkpoint is resumed, everything from it."""
+        self.total, self.values = total_steps, dict(values or {})
+        self.parameters = [p for role in roles for p in self.base.named_parameters(role).values()]
+        for parameter in self.parameters:  # every process begins with the same adapters
+            parameter.data.copy_(broadcast(parameter.data))
+        self._optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.config.learning_rate,
+            eps=self.config.adam_epsilon,
+            weight_decay=self.config.weight_decay,
+        )
+        self._scheduler = get_scheduler(
+            self.config.lr_scheduler_type,
+            self._optimizer,
+            num_warmup_steps=round(self.config.warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+        )
+        set_seed(self.config.seed, device_specific=True)  # from here on, processes sample differently
+        self._snapshots = Snapshots(
+            self.folder,
+            self.base,
+            roles,
+            self._optimizer,
+            self._scheduler,
+            self.accelerator,
+            keep=self.config.save_total_limit,
+        )
+        if self._resume_path is not None:
+            self.step, self.values = self._snapshots.restore(self._resume_path)
+            self.say(f"{self.name}: going on after step {self.step} from {self._resume_path}")
+        if self.main:
+            self._log = RunLog(self.folder, resume_step=self.step if self._resume_path is not None else None)
+            dump_yaml(self.config, self.folder / "config.yaml")
+        if self.config.report_to:
+            run = {"name": self.config.run_name or self.folder.name}
+            settings = {key: _flat(value) for key, value in asdict(self.config).items()}
+            self.accelerator.init_trackers("rlhf-fast", config=settings, init_kwargs={"wandb": run})
+
+    # ---- the loop ----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Stage":
+        if threading.current_thread() is threading.main_thread():
+            self._old_handler = signal.signal(signal.SIGTERM, _interrupt)
+        self._progress = Progress(self.name, self.total, start=self.step, enabled=self.main).__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._progress is not None
+        self._progress.__exit__(kind, error, trace)
+        self._progress = None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._old_handler)
+        if error is None or self._snapshot is None:
+            return
+        # an error of one process alone must not wait for the others
+        alone = self.accelerator.num_processes == 1
+        if isinstance(error, KeyboardInterrupt) or (isinstance(error, Exception) and alone):
+            where = self._snapshots.keep(self._snapshot)
+            message = f"{self.name}: stopped after step {self._snapshot.step} of {self.total}; {where}"
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(f"{message}; go on with --resume_from_checkpoint auto") from None
+            self.say(message)
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps still to do, from 1. After each, a checkpoint where one is due."""
+        every = self.config.save_steps or max(1, math.ceil(self.total / 10))
+        while self.step < self.total and not self.stopped_early:
+            self._snapshot = self._snapshots.take(self.step, self.values)
+            self._began = time.perf_counter()
+            yield self.step + 1
+            self.step += 1
+            if self.step % every == 0 or self.step == self.total or self.stopped_early:
+                self._snapshot = self._snapshots.take(self.step, self.values)
+                self._snapshots.write(self._snapshot)
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """This process's share of a batch."""
+        return list(items[self.accelerator.process_index :: self.accelerator.num_processes])
+
+    def micro_batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        size = self.config.micro_batch_size
+        return [items[start : start + size] for start in range(0, len(items), size)]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of ``loss``: already divided by the whole batch's count, so that shares simply add up."""
+        self.accelerator.backward(loss)
+
+    def update(self, loss: float, rows: Sequence[int]) -> float:
+        """One optimizer step on the gradients of all processes; returns their norm before clipping.
+
+        Raises UserError where loss or gradient is not finite: it names ``rows`` (the batch's row numbers in the data),
+        and the stage leaves with a checkpoint of the last finished step.
+        """
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        if self.accelerator.num_processes > 1:
+            flat = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients]), reduction="sum")
+            pieces = flat.split([g.numel() for g in gradients])
+            for parameter, piece in zip(self.parameters, pieces, strict=True):
+                parameter.grad = piece.view_as(parameter)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"{self.name} step {self.step + 1}: loss {loss}, gradient norm {norm}: not finite; batch of rows "
+                f"{', '.join(map(str, rows))}. Look at these rows, then try a lower --learning_rate or --dtype float32"
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def advance_schedule(self) -> None:
+        self._scheduler.step()
+
+    @property
+    def learning_rate(self) -> float:
+        return self._optimizer.param_groups[0]["lr"]
+
+    def evaluation_due(self, step: int, *, times: int = 10) -> bool:
+        """True after every eval_steps steps (unset: ``times`` a run) and after the last."""
+        every = self.config.eval_steps or max(1, math.ceil(self.total / times))
+        return step % every == 0 or step == self.total
+
+    # ---- telling -----------------------------------------------------------------------------------------------
+
+    def say(self, message: str) -> None:
+        if getattr(self, "_progress", None) is not None:
+            self._progress.say(message)  # type: ignore[union-attr]
+        elif self.main:
+            print(message, file=sys.stderr)
+
+    def log(
+        self, step: int, values: Mapping[str, float], *, tokens: int | None = None, shown: Mapping[str, str]
+    ) -> None:
+        """One line of metrics for ``step``; with ``tokens`` (live tokens trained on) it is a training step's line.
+
+        ``shown``: short texts for the progress bar.
+        """
+        line, texts = dict(values), dict(shown)
+        if tokens is not None:
+            seconds = time.perf_counter() - self._began
+            line |= {
+                "lr": self.learning_rate,
+                "perf/seconds_step": seconds,
+                "perf/tokens_per_second": tokens / seconds,
+                "perf/peak_memory": peak_memory(),
+            }
+            texts["speed"] = f"{tokens / seconds:.0f} tok/s"
+        if self._progress is not None:
+            self._progress.update(step, **texts)
+        if tokens is None or step % self.config.logging_steps == 0 or step == self.total:
+            if self.main:
+                self._log.metrics(step, line)
+            self.accelerator.log(line, step=step)
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self.main:
+            self._log.samples(step, rows)
+
+    def report(self) -> None:
+        """Writes report.html: the whole run's, where this stage is part of one."""
+        if self.main:
+            whole = self.folder.parent
+            write_report(whole if (whole / "config.yaml").is_file() else self.folder)
+
+    @property
+    def group(self) -> torch.distributed.ProcessGroup | None:
+        """All processes, for statistics over the whole batch; None where there is one process."""
+        return torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+
+    def sum(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """0-dim tensors summed over all processes, as numbers, in one exchange."""
+        stacked = self.accelerator.reduce(torch.stack([value.float() for value in values.values()]), reduction="sum")
+        return dict(zip(values, stacked.tolist(), strict=True))
+
+    def gather(self, values: Sequence[Any]) -> list[Any]:
+        """The values of all processes, in the order that ``share`` took them from."""
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        shares = gather_object([list(values)])
+        longest = max(len(share) for share in shares)
+        return [share[i] for i in range(longest) for share in shares if i < len(share)]
+
+    def finish(
+        self, figures: dict[str, Any], rows: list[tuple[str, str, str]], roles: dict[str, str]
+    ) -> dict[str, Any]:
+        """Writes the final adapters (role -> folder name), summary and report, and prints the table."""
+        if self.main:
+            for role, name in roles.items():
+                self.save_adapter(role, name)
+            write_summary(self.folder, self.name, figures)
+            print_summary(f"{self.name}: {self.folder}", rows)
+        self.report()
+        self._close_trackers()
+        return figures
+
+    def _close_trackers(self) -> None:
+        """Not accelerate's end_training: that ends the process group too, which the next stage of a run needs."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def save_adapter(self, role: str, name: str) -> None:
+        """A role and its tokenizer in PEFT's format under the stage's folder, replaced as a whole."""
+        target, work = self.folder / name, self.folder / f"{name}.writing"
+        shutil.rmtree(work, ignore_errors=True)
+        adapters.save_role(self.base, role, work)
+        self.base.tokenizer.save_pretrained(work)
+        shutil.rmtree(target, ignore_errors=True)
+        work.replace(target)
+
+    def use_saved(self, name: str, as_name: str) -> None:
+        """Copies an adapter folder of this stage under another name."""
+        if self.main:
+            shutil.rmtree(self.folder / as_name, ignore_errors=True)
+            shutil.copytree(self.folder / name, self.folder / as_name)
+
+    def _on_main_first(self, open_folder: Callable[[], Path | None]) -> Path | None:
+        """Process 0 opens the folder; the others learn what it found."""
+        found = [open_folder() if self.main else None]
+        return gather_object(found)[0] if self.accelerator.num_processes > 1 else found[0]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's generators start from ``seed``; afterwards they are where they were. For evaluations: they must
+    not change what training draws, and both sides of a paired comparison draw alike."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def peak_memory() -> float:
+    """GB (10⁹ bytes): of the GPU where there is one, else of this process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _check_trackers(config: StageConfig) -> None:
+    for tracker in config.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"--report_to {tracker}: the package is not installed; run `pip install {tracker}`")
+
+
+def _flat(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool)) else str(value)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,236 @@
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import pytest
+
+from rlhf_fast.data.formats import (
+    Example,
+    format_transcript,
+    parse_transcript,
+    preference_examples,
+    prompt_examples,
+    sft_examples,
+)
+from rlhf_fast.data.report import DataReport
+from rlhf_fast.errors import UserError
+
+RowsOf = Callable[..., datasets.Dataset]
+HH = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def one(reader: Callable[..., Any], dataset: datasets.Dataset) -> Example:
+    report = DataReport("rows.jsonl")
+    (example,) = list(reader(dataset, report))
+    assert report.dropped == {}
+    return example
+
+
+def dropped(reader: Callable[..., Any], dataset: datasets.Dataset) -> tuple[dict[str, int], dict[str, int]]:
+    report = DataReport("rows.jsonl")
+    list(reader(dataset, report))
+    return report.dropped, report.first
+
+
+def fault(reader: Callable[..., Any], dataset: datasets.Dataset) -> str:
+    with pytest.raises(UserError) as caught:
+        list(reader(dataset, DataReport("rows.jsonl")))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_sft_from_messages_trains_on_every_assistant_turn(rows_of: RowsOf):
+    system = {"role": "system", "content": "s"}
+    turns = [system, user("a"), assistant("b"), user("c"), assistant("d")]
+    example = one(sft_examples, rows_of({"messages": turns}))
+    assert (example.index, example.prompt, example.responses) == (1, turns[:2], (turns[2:],))
+
+
+def test_sft_from_prompt_and_completion(rows_of: RowsOf):
+    strings = one(sft_examples, rows_of({"prompt": "a", "completion": "b"}))
+    assert (strings.prompt, strings.responses) == ("a", ("b",))
+    chats = one(sft_examples, rows_of({"prompt": [user("a")], "completion": [assistant("b")]}))
+    assert (chats.prompt, chats.responses) == ([user("a")], ([assistant("b")],))
+
+
+def test_sft_from_the_chosen_side(rows_of: RowsOf):
+    strings = one(sft_examples, rows_of({"prompt": "a", "chosen": "b", "rejected": "c"}))
+    assert (strings.prompt, strings.responses) == ("a", ("b",))
+    transcript = one(sft_examples, rows_of({"chosen": HH + " d", "rejected": HH + " e"}))
+    assert transcript.prompt == [user("a"), assistant("b"), user("c")]
+    assert transcript.responses == ([assistant("d")],)
+    assert transcript.transcript
+
+
+def test_preferences_from_three_columns(rows_of: RowsOf):
+    strings = one(preference_examples, rows_of({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}))
+    assert (strings.prompt, strings.responses, strings.columns) == ("a", ("b", "c"), {"margin": 2})
+    row = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    chats = one(preference_examples, rows_of(row))
+    assert (chats.prompt, chats.responses) == ([user("a")], ([assistant("b")], [assistant("c")]))
+    assert chats.columns == {"margin": None}
+
+
+@pytest.mark.parametrize("extra", [{}, {"prompt": "a"}])
+def test_preferences_with_the_prompt_inside_the_chat_lists(rows_of: RowsOf, extra: dict[str, str]):
+    row = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")], **extra}
+    example = one(preference_examples, rows_of(row))
+    assert (example.prompt, example.responses) == ([user("a")], ([assistant("b")], [assistant("c")]))
+
+
+def test_preferences_that_part_early_share_only_the_turns_before(rows_of: RowsOf):
+    shared = [user("a"), assistant("b"), user("c")]
+    chosen, rejected = [*shared, assistant("d"), user("x"), assistant("y")], [*shared, assistant("e")]
+    example = one(preference_examples, rows_of({"chosen": chosen, "rejected": rejected}))
+    assert (example.prompt, example.responses) == (shared, (chosen[3:], rejected[3:]))
+
+
+def test_preferences_that_part_at_a_user_turn_share_the_prompt_before_the_last_common_answer(rows_of: RowsOf):
+    chosen = [user("a"), assistant("b"), user("c"), assistant("d")]
+    rejected = [user("a"), assistant("b"), user("x"), assistant("e")]
+    example = one(preference_examples, rows_of({"chosen": chosen, "rejected": rejected}))
+    assert (example.prompt, example.responses) == (chosen[:1], (chosen[1:], rejected[1:]))
+
+
+def test_preferences_from_transcripts(rows_of: RowsOf):
+    example = one(preference_examples, rows_of({"chosen": HH + " d", "rejected": HH + " e"}))
+    assert example.prompt == [user("a"), assistant("b"), user("c")]
+    assert example.responses == ([assistant("d")], [assistant("e")])
+    assert example.transcript
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "a"}, "a"),
+        ({"prompt": "a", "completion": "b"}, "a"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a"),
+        ({"prompt": [user("a")]}, [user("a")]),
+        ({"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}, [user("a"), assistant("b"), user("c")]),
+        ({"messages": [user("a")]}, [user("a")]),
+        ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, [user("a")]),
+        ({"chosen": HH + " d", "rejected": HH + " e"}, [user("a"), assistant("b"), user("c")]),
+        ({"chosen": HH, "rejected": HH}, [user("a"), assistant("b"), user("c")]),
+    ],
+)
+def test_prompts_from_every_format_keep_the_other_columns(rows_of: RowsOf, row: dict[str, Any], prompt: Any):
+    example = one(prompt_examples, rows_of({**row, "answer": 3, "level": "x"}))
+    assert (example.prompt, example.responses) == (prompt, ())
+    assert example.columns == {"answer": 3, "level": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        (HH + " d", [user("a"), assistant("b"), user("c"), assistant("d")]),
+        ("\n\nHuman: say Human: or Assistant: now\n\nAssistant: ok",
+         [user("say Human: or Assistant: now"), assistant("ok")]),
+        ("\n\nHuman: one\nHuman: two\n\nAssistant: ok", [user("one\nHuman: two"), assistant("ok")]),
+        ("\n\nHuman: a\n\nsecond paragraph\n\nAssistant: b", [user("a\n\nsecond paragraph"), assistant("b")]),
+        ("\n\nHuman: a\n\nHuman: b\n\nAssistant: c", [user("a\n\nb"), assistant("c")]),
+        ("\n\nHuman: a\n\nAssistant:", [user("a"), assistant("")]),
+        ("\n\nHuman:a\n\nAssistant:b  \n", [user("a"), assistant("b")]),
+    ],
+)
+def test_transcripts(text: str, turns: list[dict[str, str]]):
+    assert parse_transcript(text) == turns
+
+
+def test_a_written_transcript_reads_back():
+    turns = [user("a"), assistant("b"), user("c")]
+    assert format_transcript(turns, answer_next=True) == HH
+    assert parse_transcript(format_transcript([*turns, assistant("d")])) == [*turns, assistant("d")]
+
+
+EMPTY_ROWS = [
+    (sft_examples, {"prompt": "a", "completion": " \n"}, "empty response"),
+    (sft_examples, {"prompt": "a", "completion": None}, "empty response"),
+    (sft_examples, {"prompt": "", "completion": "b"}, "empty prompt"),
+    (sft_examples, {"prompt": None, "completion": "b"}, "empty prompt"),
+    (sft_examples, {"messages": []}, "empty response"),
+    (sft_examples, {"messages": [user("a"), assistant("")]}, "empty response"),
+    (sft_examples, {"messages": [user("a"), assistant(" "), user("b"), assistant("c")]}, "empty response"),
+    (sft_examples, {"messages": [user(" "), assistant("b")]}, "empty prompt"),
+    (sft_examples, {"messages": [{"role": "system", "content": "s"}, assistant("b")]}, "empty prompt"),
+    (sft_examples, {"messages": [assistant("b")]}, "empty prompt"),
+    (sft_examples, {"chosen": HH, "rejected": HH + " e"}, "empty response"),
+    (preference_examples, {"prompt": "a", "chosen": "b", "rejected": ""}, "empty response"),
+    (preference_examples, {"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
+    (preference_examples, {"chosen": HH + " d", "rejected": HH + " d "}, "chosen and rejected are the same"),
+    (preference_examples, {"chosen": HH + " d", "rejected": HH}, "empty response"),
+    (preference_examples, {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("b")]},
+     "chosen and rejected share no prompt"),
+    (prompt_examples, {"prompt": "  "}, "empty prompt"),
+    (prompt_examples, {"prompt": []}, "empty prompt"),
+    (prompt_examples, {"prompt": [user("")]}, "empty prompt"),
+]
+
+
+@pytest.mark.parametrize(("reader", "row", "reason"), EMPTY_ROWS)
+def test_rows_with_nothing_to_learn_are_counted(rows_of: RowsOf, reader: Any, row: dict[str, Any], reason: str):
+    assert dropped(reader, rows_of(row)) == ({reason: 1}, {reason: 1})
+
+
+def test_drops_are_counted_by_reason_and_the_others_kept(rows_of: RowsOf):
+    texts = [("a", "b"), ("a", ""), ("", "b"), ("c", "d"), ("e", "")]
+    dataset = rows_of(*({"prompt": prompt, "completion": completion} for prompt, completion in texts))
+    report = DataReport("rows.jsonl")
+    assert [example.index for example in sft_examples(dataset, report)] == [1, 4]
+    assert report.dropped == {"empty response": 2, "empty prompt": 1}
+    assert report.first == {"empty response": 2, "empty prompt": 3}
+
+
+WRONG_ROWS = [
+    (sft_examples, {"messages": [user("a")]}, "messages ends with a turn of the user; expected the assistant's"),
+    (sft_examples, {"messages": "hello"}, "messages: expected a list of chat turns, got str 'hello'"),
+    (sft_examples, {"messages": [{"role": "asistant", "content": "b"}]},
+     "unknown role 'asistant' (did you mean 'assistant'?)"),
+    (sft_examples, {"messages": [user(3), assistant(4)]}, "the user's content must be a string, got int 3"),
+    (sft_examples, {"messages": [{"from": "human", "value": "b"}]}, "a turn must have 'role' and 'content'"),
+    (sft_examples, {"prompt": 7, "completion": "b"}, "prompt: expected a list of chat turns, got int 7"),
+    (sft_examples, {"prompt": "a", "completion": [assistant("b")]},
+     "prompt is a string and completion a chat list; expected both"),
+    (sft_examples, {"prompt": [user("a"), assistant("b")], "completion": [assistant("c")]},
+     "the prompt ends with an assistant turn"),
+    (sft_examples, {"prompt": [user("a")], "completion": [user("b"), assistant("c")]},
+     "completion begins with a turn of the user"),
+    (sft_examples, {"chosen": "no marks", "rejected": "x"}, "that begins with '\\n\\nHuman:', got 'no marks'"),
+    (preference_examples, {"chosen": HH + " d\n\nHuman: e", "rejected": HH + " f"},
+     "chosen ends with a turn of the user"),
+    (preference_examples, {"chosen": HH + " d", "rejected": "hello" + HH}, "a transcript that begins with"),
+    (preference_examples, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"},
+     "margin must be a number, got str 'big'"),
+    (prompt_examples, {"prompt": [user("a"), assistant("b")]}, "the prompt ends with an assistant turn"),
+]
+
+
+@pytest.mark.parametrize(("reader", "row", "expected"), WRONG_ROWS)
+def test_rows_of_the_wrong_structure_are_named(rows_of: RowsOf, reader: Any, row: dict[str, Any], expected: str):
+    text = fault(reader, rows_of(row))
+    assert text.startswith("rows.jsonl, row 1: ") and expected in text
+
+
+def test_the_wrong_row_is_the_one_that_is_named(rows_of: RowsOf):
+    dataset = rows_of({"messages": [user("a"), assistant("b")]}, {"messages": [user("a")]})
+    assert fault(sft_examples, dataset).startswith("rows.jsonl, row 2: messages ends")
+
+
+@pytest.mark.parametrize(
+    ("reader", "columns", "expected"),
+    [
+        (sft_examples, ["promt", "completion"], "found ['promt', 'completion']; 'promt' (did you mean 'prompt'?)"),
+        (sft_examples, ["question", "answer"], "expected the columns messages, or prompt and completion, or chosen"),
+        (preference_examples, ["prompt", "chosen"], "expected the columns chosen and rejected"),
+        (prompt_examples, ["mesages"], "'mesages' (did you mean 'messages'?)"),
+    ],
+)
+def test_missing_columns_are_named(rows_of: RowsOf, reader: Any, columns: list[str], expected: str):
+    assert expected in fault(reader, rows_of(dict.fromkeys(columns, "x")))

@@ -1,0 +1,279 @@
+"""The columns of the edge contract: for each op, how to call it on random (B, T) tokens, and the plain formula.
+
+``naive`` is the formula as a reader would type it, in the dtype of its inputs: in float64 it is the truth, in a half
+dtype the code that ours may not be worse than. It knows nothing of NaN under the mask.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import ops
+
+V, H, RANK = 7, 4, 2
+Tensors = dict[str, Tensor]
+Call = Callable[[Tensors, Tensor, Tensor | None], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    run: Call
+    naive: Call
+    data: dict[str, tuple[int, ...]]  # per-token inputs, with their trailing shape
+    grads: tuple[str, ...]  # the inputs that receive a gradient
+    shared: dict[str, tuple[int, ...]] = field(default_factory=dict)  # inputs without a token dimension
+    has_targets: bool = False
+    per_token: bool = True  # the outputs are (B, T); else 0-dim
+    constants: tuple[str, ...] = ()  # of ``grads``, those whose gradient is partial by design: no gradcheck
+    row_wise: bool = False  # a row's result depends on that row alone, to the bit
+
+
+@dataclass
+class Case:
+    x: Tensors
+    targets: Tensor
+    mask: Tensor
+
+
+def make(op: Op, shape: tuple[int, int] = (3, 5), dtype: torch.dtype = torch.float64, seed: int = 0) -> Case:
+    """Random inputs; the mask has holes, and at least one live token where there is any."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(size: tuple[int, ...]) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = {name: normal((*shape, *trailing)) for name, trailing in op.data.items()}
+    x |= {name: normal(size) for name, size in op.shared.items()}
+    targets = torch.randint(V, shape, generator=generator)
+    mask = torch.rand(shape, generator=generator) < 0.6
+    mask[:1, :1] = True
+    return Case(x, targets, mask)
+
+
+def outputs_and_grads(call: Call, op: Op, case: Case, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Tensors]:
+    """Runs ``call`` and the backward of a fixed weighting of its outputs."""
+    x = {name: tensor.detach().requires_grad_(name in op.grads) for name, tensor in case.x.items()}
+    outputs = call(x, case.targets, mask)
+    if not op.grads:
+        return outputs, {}
+    generator = torch.Generator().manual_seed(1)
+    total = torch.zeros((), dtype=torch.float64)
+    for output in outputs:
+        if output.requires_grad:
+            weights = torch.rand(output.shape, generator=generator, dtype=torch.float64)
+            total = total + (output.double() * weights).sum()
+    grads = torch.autograd.grad(total, [x[name] for name in op.grads], materialize_grads=True)
+    return tuple(output.detach() for output in outputs), dict(zip(op.grads, grads, strict=True))
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values * mask
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values.mean() if mask is None else (values * mask).sum() / mask.sum()
+
+
+def _pick(log_p: Tensor, targets: Tensor) -> Tensor:
+    return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def _lora(x: Tensors) -> tuple[Tensor, Tensor, float]:
+    return x["A"], x["B"], 0.5
+
+
+def _logits(x: Tensors, name: str = "hidden") -> Tensor:
+    logits = x[name] @ x["weight"].T
+    if "A" in x:
+        logits = logits + 0.5 * (x[name] @ x["A"].T) @ x["B"].T
+    return logits + x["bias"]
+
+
+def _naive_logprobs(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    logits = x["logits"] if "logits" in x else _logits(x)
+    log_p = (logits / 0.8).log_softmax(-1)
+    return _masked(_pick(log_p, targets), mask), _masked(_entropy(log_p), mask)
+
+
+def _naive_kl(log_p: Tensor, log_r: Tensor, mask: Tensor | None) -> Tensor:
+    return _masked((log_p.exp() * (log_p - log_r)).sum(-1), mask)
+
+
+def _naive_policy_ref(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    log_p, log_r = _logits(x).log_softmax(-1), _logits(x, "ref_hidden").detach().log_softmax(-1)
+    logprobs, ref_logprobs = _masked(_pick(log_p, targets), mask), _masked(_pick(log_r, targets), mask)
+    return logprobs, ref_logprobs, _masked(_entropy(log_p), mask), _naive_kl(log_p, log_r, mask)
+
+
+def _naive_ppo(logprobs: Tensor, x: Tensors, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    ratio = (logprobs - x["old_logprobs"]).exp()
+    loss = torch.maximum(-x["advantages"] * ratio, -x["advantages"] * ratio.clamp(0.8, 1.2))
+    approx_kl = _mean(0.5 * (logprobs - x["old_logprobs"]) ** 2, mask)
+    return _mean(loss, mask), approx_kl.detach(), _mean(ratio, mask).detach()
+
+
+def _k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    return (ref_logprobs - logprobs).exp() - 1 - (ref_logprobs - logprobs)
+
+
+def _naive_policy_loss(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    log_p = _logits(x).log_softmax(-1)
+    policy, _, ratio_mean = _naive_ppo(_pick(log_p, targets), x, mask)
+    kl = _mean(_k3(_pick(log_p, targets), x["ref_logprobs"]), mask)
+    return policy + 0.3 * kl - 0.1 * _mean(_entropy(log_p), mask), kl.detach(), ratio_mean
+
+
+def _run_policy_loss(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    result = ops.linear_policy_loss(
+        x["hidden"], x["weight"], targets, x["old_logprobs"], x["advantages"], mask, ref_logprobs=x["ref_logprobs"],
+        kl_coef=0.3, entropy_coef=0.1, bias=x["bias"], lora=_lora(x),
+    )  # fmt: skip
+    return result.loss, result.kl, result.ratio_mean
+
+
+def _run_ppo(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    result = ops.clipped_policy_loss(x["logprobs"], x["old_logprobs"], x["advantages"], mask)
+    return result.loss, result.approx_kl, result.ratio_mean
+
+
+def _naive_value_loss(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    near = x["old_values"] + (x["values"] - x["old_values"]).clamp(-0.2, 0.2)
+    return (_mean(0.5 * torch.maximum((x["values"] - x["returns"]) ** 2, (near - x["returns"]) ** 2), mask),)
+
+
+def _naive_gae(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    advantages = torch.zeros_like(x["values"])
+    for b in range(advantages.shape[0]):
+        value = advantage = advantages.new_zeros(())
+        for t in reversed(range(advantages.shape[1])):
+            if mask is None or mask[b, t]:
+                advantage = x["rewards"][b, t] + 0.9 * value - x["values"][b, t] + 0.9 * 0.95 * advantage
+                value = x["values"][b, t]
+                advantages[b, t] = advantage
+    return advantages, _masked(advantages + x["values"], mask)
+
+
+def _naive_whiten(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    live = x["x"].numel() if mask is None else mask.sum()
+    mean = _masked(x["x"], mask).sum() / live
+    variance = _masked((x["x"] - mean) ** 2, mask).sum() / (live - 1)
+    return (_masked((x["x"] - mean) / (variance + 1e-8).sqrt(), mask),)
+
+
+HEAD = {"weight": (V, H), "bias": (V,)}
+LORA = {"A": (RANK, H), "B": (V, RANK)}
+
+OPS = [
+    Op(
+        "masked_logprobs",
+        lambda x, targets, mask: ops.masked_logprobs(x["logits"], targets, mask, temperature=0.8, return_entropy=True),
+        _naive_logprobs,
+        {"logits": (V,)},
+        ("logits",),
+        has_targets=True,
+        row_wise=True,
+    ),
+    Op(
+        "exact_kl",
+        lambda x, targets, mask: (ops.exact_kl(x["logits"], x["ref_logits"], mask),),
+        lambda x, targets, mask: (
+            _naive_kl(x["logits"].log_softmax(-1), x["ref_logits"].log_softmax(-1), mask),
+        ),
+        {"logits": (V,), "ref_logits": (V,)},
+        ("logits",),
+        row_wise=True,
+    ),
+    Op(
+        "linear_logprobs",
+        lambda x, targets, mask: ops.linear_logprobs(
+            x["hidden"], x["weight"], targets, mask, bias=x["bias"], lora=_lora(x), temperature=0.8, return_entropy=True
+        ),
+        _naive_logprobs,
+        {"hidden": (H,)},
+        ("hidden", "weight", "bias", "A", "B"),
+        HEAD | LORA,
+        has_targets=True,
+    ),
+    Op(
+        "linear_cross_entropy",
+        lambda x, targets, mask: (
+            ops.linear_cross_entropy(
+                x["hidden"], x["weight"], targets if mask is None else targets.masked_fill(mask == 0, -100),
+                bias=x["bias"], lora=_lora(x),
+            ),
+        ),  # fmt: skip
+        lambda x, targets, mask: (_mean(-_pick(_logits(x).log_softmax(-1), targets), mask),),
+        {"hidden": (H,)},
+        ("hidden", "weight", "bias", "A", "B"),
+        HEAD | LORA,
+        has_targets=True,
+        per_token=False,
+    ),
+    Op(
+        "linear_policy_ref",
+        lambda x, targets, mask: ops.linear_policy_ref(
+            x["hidden"], x["ref_hidden"], x["weight"], targets, mask, bias=x["bias"]
+        ),
+        _naive_policy_ref,
+        {"hidden": (H,), "ref_hidden": (H,)},
+        ("hidden", "weight", "bias"),
+        HEAD,
+        has_targets=True,
+        constants=("weight", "bias"),  # the reference reads them too, and is a constant
+    ),
+    Op(
+        "linear_policy_loss",
+        _run_policy_loss,
+        _naive_policy_loss,
+        {"hidden": (H,), "old_logprobs": (), "advantages": (), "ref_logprobs": ()},
+        ("hidden", "weight", "bias", "A", "B"),
+        HEAD | LORA,
+        has_targets=True,
+        per_token=False,
+    ),
+    Op(
+        "token_kl",
+        lambda x, targets, mask: (ops.token_kl(x["logprobs"], x["ref_logprobs"], mask, estimator="k3"),),
+        lambda x, targets, mask: (_masked(_k3(x["logprobs"], x["ref_logprobs"]), mask),),
+        {"logprobs": (), "ref_logprobs": ()},
+        ("logprobs",),
+        row_wise=True,
+    ),
+    Op(
+        "gae",
+        lambda x, targets, mask: ops.gae(x["rewards"], x["values"], mask, gamma=0.9, lam=0.95),
+        _naive_gae,
+        {"rewards": (), "values": ()},
+        (),
+    ),
+    Op(
+        "masked_whiten",
+        lambda x, targets, mask: (ops.masked_whiten(x["x"], mask),),
+        _naive_whiten,
+        {"x": ()},
+        ("x",),
+    ),
+    Op(
+        "clipped_policy_loss",
+        _run_ppo,
+        lambda x, targets, mask: _naive_ppo(x["logprobs"], x, mask),
+        {"logprobs": (), "old_logprobs": (), "advantages": ()},
+        ("logprobs",),
+        per_token=False,
+    ),
+    Op(
+        "clipped_value_loss",
+        lambda x, targets, mask: (ops.clipped_value_loss(x["values"], x["old_values"], x["returns"], mask).loss,),
+        _naive_value_loss,
+        {"values": (), "old_values": (), "returns": ()},
+        ("values",),
+        per_token=False,
+    ),
+]

@@ -1,0 +1,132 @@
+import pytest
+import torch
+
+from rlhf_fast.ops.dpo_loss import dpo_loss
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+# beta = 1/2; the first pair's log ratios are 1 and -1, h = 2; the second's are -1 and 0, h = -1
+POLICY_CHOSEN, REF_CHOSEN = torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -2.0])
+POLICY_REJECTED, REF_REJECTED = torch.tensor([-3.0, -4.0]), torch.tensor([-2.0, -4.0])
+PAIRS = (POLICY_CHOSEN, POLICY_REJECTED, REF_CHOSEN, REF_REJECTED)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loss", "slopes"),
+    [
+        # beta h = 1 and -1/2: log(1 + e^-1) = 0.3132617, log(1 + e^0.5) = 0.9740770
+        # slope in h = -beta sigmoid(-beta h) = -0.2689414 / 2, -0.6224593 / 2
+        ({}, (0.3132617 + 0.9740770) / 2, (-0.1344707, -0.3112297)),
+        # 0.9 of the above + 0.1 * log(1 + e^1) = 1.3132617, log(1 + e^-0.5) = 0.4740770
+        # slope: 0.9 of the above + 0.1 * beta sigmoid(beta h) = 0.7310586 / 2, 0.3775407 / 2
+        (
+            {"label_smoothing": 0.1},
+            (0.9 * 0.3132617 + 0.1 * 1.3132617 + 0.9 * 0.9740770 + 0.1 * 0.4740770) / 2,
+            (-0.9 * 0.1344707 + 0.1 * 0.3655293, -0.9 * 0.3112297 + 0.1 * 0.1887703),
+        ),
+        # 1 / (2 beta) = 1: (2 - 1)^2 = 1, (-1 - 1)^2 = 4; slope 2 (h - 1) = 2, -4
+        ({"loss_type": "ipo"}, (1 + 4) / 2, (2.0, -4.0)),
+        # 1 - 1 = 0, 1 + 1/2 = 1.5; slope 0 at the corner, -beta
+        ({"loss_type": "hinge"}, (0 + 1.5) / 2, (0.0, -0.5)),
+    ],
+)
+def test_by_hand(arguments: dict, loss: float, slopes: tuple[float, float]) -> None:
+    chosen, rejected = POLICY_CHOSEN.clone().requires_grad_(), POLICY_REJECTED.clone().requires_grad_()
+    result = dpo_loss(chosen, rejected, REF_CHOSEN, REF_REJECTED, beta=0.5, **arguments)
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(chosen.grad, torch.tensor(slopes) / 2, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rejected.grad, -chosen.grad)
+    assert result.chosen_rewards.tolist() == [0.5, -0.5]
+    assert result.rejected_rewards.tolist() == [-0.5, 0.0]
+    assert result.accuracy.item() == 0.5
+
+
+def test_beta_defaults_to_a_tenth() -> None:
+    assert torch.equal(dpo_loss(*PAIRS).loss, dpo_loss(*PAIRS, beta=0.1).loss)
+    torch.testing.assert_close(dpo_loss(*PAIRS).chosen_rewards, torch.tensor([0.1, -0.1]))
+
+
+def test_a_tie_is_not_counted_as_accurate() -> None:
+    same = torch.zeros(3)
+    assert dpo_loss(same, same, same, same).accuracy.item() == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"label_smoothing": 0.2}, {"loss_type": "ipo"}, {"loss_type": "hinge"}]
+)
+def test_gradcheck(arguments: dict) -> None:
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected, *refs = torch.randn(4, 5, dtype=torch.float64, generator=generator).unbind()
+    assert torch.autograd.gradcheck(
+        lambda a, b: dpo_loss(a, b, *refs, beta=0.7, **arguments).loss,
+        (chosen.requires_grad_(), rejected.requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+def test_no_pairs(loss_type: str) -> None:
+    empty = torch.empty(0, requires_grad=True)
+    result = dpo_loss(empty, empty, empty, empty, loss_type=loss_type)
+    result.loss.backward()
+    assert result.loss.item() == 0 and result.accuracy.item() == 0
+    assert result.chosen_rewards.shape == result.rejected_rewards.shape == empty.grad.shape == (0,)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+def test_a_nan_is_not_hidden_and_stays_in_its_row(loss_type: str) -> None:
+    chosen = torch.tensor([-1.0, torch.nan], requires_grad=True)
+    result = dpo_loss(chosen, *PAIRS[1:], loss_type=loss_type)
+    result.loss.backward()
+    assert torch.isnan(result.loss) and torch.isfinite(chosen.grad[0])
+    assert torch.isnan(result.chosen_rewards).tolist() == [False, True]
+
+
+def test_extreme_log_ratios_are_finite() -> None:
+    for sign in (1.0, -1.0):
+        chosen = torch.tensor([sign * 1e5], requires_grad=True)
+        result = dpo_loss(chosen, torch.zeros(1), torch.zeros(1), torch.zeros(1), label_smoothing=0.1)
+        result.loss.backward()
+        # beta h = +-1e4: the label that is wrong costs 1e4
+        assert result.loss.item() == pytest.approx(1e4 * (0.1 if sign > 0 else 0.9))
+        assert torch.isfinite(chosen.grad).all()
+
+
+def test_gradients_go_to_the_policy_alone() -> None:
+    tensors = [tensor.clone().requires_grad_() for tensor in PAIRS]
+    result = dpo_loss(*tensors)
+    result.loss.backward()
+    assert [tensor.grad is None for tensor in tensors] == [False, False, True, True]
+    assert [tensor.requires_grad for tensor in result] == [True, False, False, False]
+
+
+def test_strides_and_dtypes() -> None:
+    table = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = dpo_loss(*(column.float().contiguous() for column in table.unbind(1)))
+    got = dpo_loss(*table.unbind(1))
+    for ours, wanted in zip(got, expected, strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, wanted)
+    expanded = dpo_loss(*table.unbind(1)[:3], table[0, :1].expand(6))
+    assert torch.equal(expanded.loss, dpo_loss(*table.unbind(1)[:3], table[0, :1].repeat(6)).loss)
+    assert dpo_loss(*table.double().unbind(1)).loss.dtype == torch.float64
+
+
+def test_bad_arguments() -> None:
+    for beta in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="beta must be a finite number > 0"):
+            dpo_loss(*PAIRS, beta=beta)
+    with pytest.raises(ValueError, match="loss_type must be one of sigmoid, ipo, hinge; got 'kto'"):
+        dpo_loss(*PAIRS, loss_type="kto")
+    for label_smoothing in (-0.1, 0.5, float("nan")):
+        with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 0.5\)"):
+            dpo_loss(*PAIRS, label_smoothing=label_smoothing)
+    with pytest.raises(ValueError, match="label_smoothing is defined for loss_type 'sigmoid' alone; got 'ipo'"):
+        dpo_loss(*PAIRS, loss_type="ipo", label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"policy_chosen must have shape \(N,\).*got \(2, 1\)"):
+        dpo_loss(*(tensor[:, None] for tensor in PAIRS))
+    with pytest.raises(ValueError, match=r"ref_rejected must have shape \(2,\).*got \(1,\)"):
+        dpo_loss(*PAIRS[:3], REF_REJECTED[:1])
+    with pytest.raises(TypeError, match="ref_chosen must be float64"):
+        dpo_loss(*PAIRS[:2], REF_CHOSEN.long(), REF_REJECTED)
+    with pytest.raises(ValueError, match="one device"):
+        dpo_loss(*PAIRS[:3], REF_REJECTED.to("meta"))
