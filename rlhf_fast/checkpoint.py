@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from rlhf_fast.errors import UserError
 
 MANIFEST, TENSORS, VALUES = "manifest.json", "state.safetensors", "state.json"
+PREFIX = "checkpoint-"
 
 
 @dataclass
@@ -42,41 +43,35 @@ def save(folder: Path, state: State, *, also: Callable[[Path], None], keep: int)
     checkpoints already there stay as they were.
     """
     target = folder / f"checkpoint-{state.step}"
-    work = folder / f"checkpoint-{state.step}.writing"
-    shutil.rmtree(work, ignore_errors=True)
-    with _disk_errors(target):
-        try:
-            work.mkdir(parents=True)
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}, work / TENSORS
-            )
-            (work / VALUES).write_text(json.dumps({"step": state.step, **state.values}))
-            also(work)
-            files = [path for path in sorted(work.rglob("*")) if path.is_file()]
-            manifest = {
-                str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-            }
-            (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for path in [*files, work / MANIFEST, work]:
-                _flush(path)
-            shutil.rmtree(target, ignore_errors=True)
-            work.replace(target)
-            _flush(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
+    with whole_folder(target) as work:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}, work / TENSORS)
+        (work / VALUES).write_text(json.dumps({"step": state.step, **state.values}))
+        also(work)
+        files = [path for path in sorted(work.rglob("*")) if path.is_file()]
+        manifest = {
+            str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        }
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in [*files, work / MANIFEST, work]:
+            _flush(path)
+    _flush(folder)
+    there = list_checkpoints(folder)
+    for old in there[: there.index(target) + 1][:-keep]:  # later ones are of a run that went on from further back
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
+def drop_after(folder: Path, step: int) -> None:
+    """Deletes checkpoints of later steps: a run that goes on from ``step`` leaves the course they were on."""
+    for path in list_checkpoints(folder):
+        if int(path.name.removeprefix(PREFIX)) > step:
+            shutil.rmtree(path)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders by step, oldest first, whole or not."""
-    found = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -97,10 +92,14 @@ def damage(path: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except ValueError:
         return f"{MANIFEST} is not JSON"
+    if not isinstance(manifest, dict) or not {TENSORS, VALUES} <= manifest.keys():
+        return f"{MANIFEST} does not list {TENSORS} and {VALUES}"
     for name, entry in manifest.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            return f"{MANIFEST} does not give size and SHA-256 of {name}"
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
         if _sha256(file) != entry["sha256"]:
@@ -146,9 +145,7 @@ def optimizer_tensors(
 ) -> dict[str, torch.Tensor]:
     """The optimizer's per-parameter state, as ``name/exp_avg`` and the like."""
     return {
-        f"{name}/{key}": value
-        for parameter, name in names.items()
-        for key, value in optimizer.state[parameter].items()
+        f"{name}/{key}": value for parameter, name in names.items() for key, value in optimizer.state[parameter].items()
     }
 
 
@@ -165,16 +162,30 @@ def restore_optimizer(
 
 
 @contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into that takes ``target``'s place at the end of the block: never half of one, whatever fails.
+
+    Raises UserError where the disk is full or the place cannot be written; ``target`` is then as it was.
+    """
+    work = target.with_name(f"{target.name}.writing")
+    shutil.rmtree(work, ignore_errors=True)
     try:
-        yield
-    except (OSError, SafetensorError) as error:
+        work.mkdir(parents=True)
+        yield work
+        shutil.rmtree(target, ignore_errors=True)
+        work.replace(target)
+    except Exception as error:
+        # safetensors and tokenizers write through Rust, which names the errno in the text alone
+        if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):
+            raise
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
         reason = "the disk is full" if full else str(error)
         raise UserError(
-            f"cannot write {target}: {reason}; the checkpoints before it are whole: make room, then go on with "
+            f"cannot write {target}: {reason}; what was written before it is whole: make room, then go on with "
             "--resume_from_checkpoint auto"
         ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -131,6 +131,7 @@ def run_command(argv: list[str]) -> None:
         from rlhf_fast.models.merge import merge
 
         merge(flags["adapter"], flags["output_dir"], flags.get("dtype"))
+        print(f"merged model: {flags['output_dir']}")
     elif command == "run":
         run_config = load_run(flags.pop("config", None), flags)
         from rlhf_fast.recipes.run import run

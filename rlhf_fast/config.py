@@ -183,6 +183,8 @@ class RewardConfig(StageConfig):
         enough = self.calibration_prompts >= 2
         require(self, "calibration_prompts", enough, "2 or above: a standard deviation needs two samples")
         require(self, "response_length", self.response_length > 0, "above 0")
+        room = f"below --max_length ({self.max_length}), which leaves the rest to the prompt"
+        require(self, "response_length", self.response_length < self.max_length, room)
         require(self, "temperature", self.temperature > 0, "above 0")
         if self.label_noise_ceiling is not None:
             require(self, "label_noise_ceiling", 0.5 <= self.label_noise_ceiling <= 1, "from 0.5 to 1")

@@ -108,9 +108,12 @@ def dump_yaml(config: StageConfig | RunConfig, path: str | os.PathLike[str]) -> 
             del section["output_dir"]  # follows from the run's
         document |= sections
     part = f"{os.fspath(path)}.part"
-    with open(part, "w", encoding="utf-8") as file:
-        yaml.safe_dump(document, file, sort_keys=False, allow_unicode=True)
-    os.replace(part, path)
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            yaml.safe_dump(document, file, sort_keys=False, allow_unicode=True)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"could not write {os.fspath(path)}: {error.strerror or error}; name another folder") from error
 
 
 def build(stage: str, settings: Settings) -> StageConfig:

@@ -234,6 +234,9 @@ def _conversation(value: Any, column: str) -> tuple[list[Turn], bool]:
 def _text(value: Any, column: str) -> Text:
     if value is None:
         return ""
+    if not isinstance(value, str | list):
+        kind = type(value).__name__
+        raise _Wrong(f"{column}: expected a string or a list of chat turns, got {kind} {value!r:.60}")
     return value if isinstance(value, str) else _turns(value, column)
 
 

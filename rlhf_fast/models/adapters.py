@@ -6,6 +6,7 @@ and standard deviation: (score − mean) / std is what PPO sees.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -48,9 +49,11 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load_role(base: SharedBase, role: str, folder: str | Path, *, want_head: bool = False) -> None:
-    """Reads a role that ``save_role`` or PEFT wrote. ``want_head``: a missing ``score`` head is an error.
+    """Reads a role that ``save_role`` or PEFT wrote. ``want_head``: a missing ``score`` head is an error;
+    else one that is there is.
 
-    Raises UserError for a missing folder, file or head, a damaged file, or an adapter of another base.
+    Raises UserError for a missing folder, file or head, a damaged file, NaN or infinity in it, or an adapter of another
+    base.
     """
     lora, state = read_adapter(folder)
     score = [name for name in state if name.endswith("score.weight")]
@@ -59,6 +62,8 @@ def load_role(base: SharedBase, role: str, folder: str | Path, *, want_head: boo
         raise UserError(
             f"{folder}: no score head in {WEIGHTS}; expected a reward model as `rlhf-fast reward` writes it"
         )
+    if not want_head and head is not None:
+        raise UserError(f"{folder} holds a reward model (it has a score head); expected an adapter without one")
     lora.task_type, lora.modules_to_save = "CAUSAL_LM", None  # type: ignore[assignment]
     base.load_role(role, lora, state)
     if want_head and head is not None:
@@ -78,16 +83,27 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
         state = load_file(path / WEIGHTS)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path / WEIGHTS}: {name} holds NaN or infinity; train the adapter again")
     if not isinstance(lora, LoraConfig):
         raise UserError(f"{path / CONFIG}: expected a LoRA adapter; got {type(lora).__name__}")
     return lora, state
 
 
 def _head(weight: torch.Tensor, calibration: Path) -> ScoreHead:
+    if weight.shape[0] != 1:
+        raise UserError(f"{calibration.parent}: expected a score head of one label; got {weight.shape[0]}")
     head = ScoreHead(weight.shape[1])
     with torch.no_grad():
         head.weight.copy_(weight)
     if calibration.is_file():
-        constants = json.loads(calibration.read_text())
-        head.calibrate(constants["mean"], constants["std"])
+        try:
+            constants = json.loads(calibration.read_text())
+            mean, std = float(constants["mean"]), float(constants["std"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{calibration} is damaged ({error!r}); expected mean and std as JSON") from error
+        if not (math.isfinite(mean) and 0 < std < math.inf):
+            raise UserError(f"{calibration}: expected a finite mean and a std above 0; got {mean} and {std}")
+        head.calibrate(mean, std)
     return head

@@ -43,7 +43,7 @@ def default_model() -> Path:
 
 def tiny_model() -> Path:
     """A random Llama of 4 layers and 64 hidden units with a byte-level tokenizer; knows nothing, trains in seconds."""
-    return _made_once(f"{TINY_MODEL}-1", _make_tiny)
+    return _made_once(f"{TINY_MODEL}-v2", _make_tiny)
 
 
 BUILT_IN: dict[str, Callable[[], Path]] = {DEFAULT_MODEL: default_model, TINY_MODEL: tiny_model}
@@ -80,6 +80,7 @@ def _make_tiny(folder: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        initializer_range=0.1,  # so that adapters on a frozen random head can move the logits
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,6 +1,7 @@
 """Where a transformers decoder keeps its layers, and running it from the middle."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,14 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             "Llama-, Qwen-, Mistral-, GPT-2- and GPT-NeoX-style models are known to work"
         )
     return lists[0]
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Inside, PEFT wraps models without a warning that is between it and transformers alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from rlhf_fast.errors import UserError, nearest
 from rlhf_fast.models.builtin import BUILT_IN
 
 HUB_SECONDS = 5.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -39,12 +41,12 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
             source,
             config=model_config,
             dtype=choose_dtype(config.dtype, device),
-            use_safetensors=not config.allow_pickle_weights,
+            use_safetensors=None if config.allow_pickle_weights else True,
             **common,
             **extra,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the model {config.model_name_or_path}: {_advice(source, error)}") from error
     model.requires_grad_(False)
     # generate() fills what a call leaves unset from here: a top_k or a penalty of the model's own would bend the
@@ -54,12 +56,25 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
     return model.to(device).eval(), tokenizer
 
 
+def check_window(model: PreTrainedModel, max_length: int) -> None:
+    """Past their last position, learned positions fail deep inside the model and rotary ones go wrong without a word.
+
+    Raises UserError where ``max_length`` is beyond the model's max_position_embeddings.
+    """
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and max_length > window:
+        raise UserError(
+            f"--max_length must be at most {window}, the positions that this model knows (max_position_embeddings of "
+            f"its config.json); got {max_length}"
+        )
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 on a GPU that computes in it, else float32."""
     if name == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return DTYPES[name]
 
 
 def resolve(name: str) -> str:
@@ -115,4 +130,10 @@ def _advice(source: str, error: Exception) -> str:
         if list(folder.glob("*.bin")):
             return "it has no safetensors, only pickle files (.bin); set --allow_pickle_weights true if you trust them"
         return f"no *.safetensors in {folder}"
+    if isinstance(error, SafetensorError):
+        return f"a *.safetensors file in it is damaged ({text}); download or copy it again"
+    if "for this kind of AutoModel" in text:
+        return "it is no causal language model"
+    if folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("*.model")]:
+        return f"no tokenizer in {folder} (tokenizer.json, tokenizer_config.json); copy the one it was trained with"
     return text[:300]

@@ -5,6 +5,7 @@ a role changes which adapter is active, never which parameters train.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from rlhf_fast.config import ALL_LINEAR, StageConfig
 from rlhf_fast.errors import UserError, nearest
 from rlhf_fast.models import layers
 from rlhf_fast.models.heads import ScoreHead
+
+LORA_IN_A_LAYER = re.compile(r"\.\d+\..*\.lora_[AB]\.weight$")
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,11 @@ class SharedBase:
         self.peft: PeftModel | None = None
         self.heads: dict[str, ScoreHead] = {}
         self._trainable: set[str] = set()
+        self._in_role = False
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._list_name, self._layers = layers.decoder_layers(model)
         self._body = layers.decoder(model)
+        self._linear_names = layers.linear_names(model)  # before adapters bring linear modules of their own
         self._check_vocabulary()
 
     # ---- roles -------------------------------------------------------------------------------------------------
@@ -81,11 +86,17 @@ class SharedBase:
 
     def load_role(self, name: str, lora: LoraConfig, state: dict[str, torch.Tensor]) -> None:
         """A role from PEFT's own config and tensors (see ``adapters.load_role``), not trainable."""
-        self._add_adapter(name, lora)
-        assert self.peft is not None
+        for key in state:
+            if not LORA_IN_A_LAYER.search(key):
+                raise UserError(
+                    f"adapter {name}: it holds {key}, and only LoRA matrices of the decoder layers' linear modules can "
+                    "be used: whatever else it changes would be lost, or shared with every other role"
+                )
         try:
+            self._add_adapter(name, lora)
+            assert self.peft is not None
             result = set_peft_model_state_dict(self.peft, state, adapter_name=name)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # other shapes; no module of the names it adapts
             raise UserError(f"adapter {name}: made for another base; {str(error).splitlines()[-1].strip()}") from error
         missing = [key for key in result.missing_keys if f".{name}." in key]
         if missing or result.unexpected_keys:
@@ -105,16 +116,23 @@ class SharedBase:
 
     @contextlib.contextmanager
     def role(self, name: str | None) -> Iterator[None]:
-        """Inside, the model computes with this role's adapter; None is the bare base."""
-        if name is None:
-            with self.peft.disable_adapter() if self.peft is not None else contextlib.nullcontext():
-                yield
-            self._set_requires_grad()
-            return
-        if self.peft is None or name not in self.peft.peft_config:
+        """Inside, the model computes with this role's adapter; None is the bare base. Roles do not nest: RuntimeError."""
+        if name is not None and name not in self.roles:
             raise KeyError(f"no role {name!r}; there are {self.roles}")
-        self._activate(name)
-        yield
+        if self._in_role:
+            raise RuntimeError(f"role {name!r} was asked for inside another role; leave that one first")
+        self._in_role = True
+        try:
+            if name is not None:
+                self._activate(name)
+                yield
+            else:
+                with self.peft.disable_adapter() if self.peft is not None else contextlib.nullcontext():
+                    yield
+        finally:
+            self._in_role = False
+            if name is None:
+                self._set_requires_grad()
 
     @contextlib.contextmanager
     def dropout(self, role: str) -> Iterator[None]:
@@ -200,7 +218,7 @@ class SharedBase:
 
     def _fresh_config(self) -> LoraConfig:
         config, count = self.config, self.model.config.num_hidden_layers
-        known = layers.linear_names(self.model)
+        known = self._linear_names
         targets = known if config.lora_target_modules == [ALL_LINEAR] else config.lora_target_modules
         for target in targets:
             if target not in known:
@@ -227,10 +245,11 @@ class SharedBase:
         return LoraConfig(**self.peft.peft_config[role].to_dict())
 
     def _add_adapter(self, name: str, lora: LoraConfig) -> None:
-        if self.peft is None:
-            self.peft = get_peft_model(self.model, lora, adapter_name=name)  # type: ignore[assignment]
-        else:
-            self.peft.add_adapter(name, lora)
+        with layers.quiet_peft():
+            if self.peft is None:
+                self.peft = get_peft_model(self.model, lora, adapter_name=name)  # type: ignore[assignment]
+            else:
+                self.peft.add_adapter(name, lora)
         self.model.eval()
 
     def _mark(self, name: str, trainable: bool) -> None:
@@ -268,6 +287,12 @@ class SharedBase:
         mask = torch.ones_like(ids)
         vocabulary = self.vocabulary
         expected = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        if not expected.isfinite().all():
+            broken = [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]
+            raise UserError(
+                f"{self.config.model_name_or_path}: the model's logits are not finite in {self.dtype}; weights with "
+                f"NaN or infinity: {', '.join(broken[:3]) or 'none, so try --dtype float32 or bfloat16'}"
+            )
         logits = nn.functional.linear(self._run(ids, mask), vocabulary.weight, vocabulary.bias).float()
         if vocabulary.softcap is not None:
             logits = vocabulary.softcap * torch.tanh(logits / vocabulary.softcap)

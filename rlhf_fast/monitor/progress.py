@@ -7,6 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -42,13 +43,15 @@ class Progress:
         if self._enabled and sys.stderr.isatty() and not self._console.is_dumb_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[texts]}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("left", markup=False),
                 TimeRemainingColumn(compact=True),
+                # the one column that gives way where the window is narrow
+                TextColumn("{task.fields[texts]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
                 console=self._console,
+                expand=True,
             )
             self._task = self._bar.add_task(self._title, total=self._total, completed=self._start, texts="")
             self._bar.start()

@@ -87,9 +87,7 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(1, -1)
 
 
-def check_aggregation(
-    op: str, values: torch.Tensor, aggregation: str, num_items: float | torch.Tensor | None
-) -> None:
+def check_aggregation(op: str, values: torch.Tensor, aggregation: str, num_items: float | torch.Tensor | None) -> None:
     """``values`` can be aggregated this way."""
     _checks.one_of(op, "aggregation", aggregation, AGGREGATIONS)
     if aggregation != "token-mean" and values.dim() != 2:

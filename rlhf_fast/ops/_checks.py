@@ -41,9 +41,7 @@ def shaped(op: str, expected: tuple[int, ...] | torch.Size, what: str, **tensors
     """Every tensor that is given has the expected shape; ``what`` says where that shape comes from."""
     for name, tensor in tensors.items():
         if tensor is not None and tuple(tensor.shape) != tuple(expected):
-            raise ValueError(
-                f"{op}: {name} must have shape {tuple(expected)} ({what}); got {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{op}: {name} must have shape {tuple(expected)} ({what}); got {tuple(tensor.shape)}")
 
 
 def live_mask(op: str, mask: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor | None:

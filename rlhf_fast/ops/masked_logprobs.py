@@ -95,9 +95,7 @@ def masked_logprobs(
         raise ValueError(f"{op}: logits must have shape (..., V); got a tensor without dimensions")
     _checks.positive(op, softcap=softcap)
     vocab = vocabulary(op, logits.shape[-1], vocab_size)
-    tokens = flat_tokens(
-        op, logits, targets, mask, temperature=temperature, vocab=vocab, ignore_index=ignore_index
-    )
+    tokens = flat_tokens(op, logits, targets, mask, temperature=temperature, vocab=vocab, ignore_index=ignore_index)
     shape = logits.shape[:-1]
     rows = (logits.contiguous() if inplace_backward else logits).reshape(shape.numel(), logits.shape[-1])
     run = implementation(op, logits.device)

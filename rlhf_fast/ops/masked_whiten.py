@@ -84,9 +84,7 @@ class _Spread(torch.autograd.Function):
         return ordered_sum(grads[0]), None
 
 
-def _over_ranks(
-    sums: torch.Tensor, group: "torch.distributed.ProcessGroup | None"
-) -> tuple[torch.Tensor, ...]:
+def _over_ranks(sums: torch.Tensor, group: "torch.distributed.ProcessGroup | None") -> tuple[torch.Tensor, ...]:
     """The sums of all ranks of ``group`` together; added in float64, so that a large token count stays exact."""
     if group is not None:
         total = sums.double()

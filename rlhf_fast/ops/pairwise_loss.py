@@ -7,9 +7,7 @@ from rlhf_fast.ops._aggregate import masked_mean, upcast
 from rlhf_fast.ops._dispatch import implementation, implements
 
 
-def pairwise_loss(
-    chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor | None = None
-) -> torch.Tensor:
+def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor | None = None) -> torch.Tensor:
     """The mean of -log sigmoid(chosen - rejected - margin) over N pairs.
 
     Source: Stiennon et al. 2020, arXiv 2009.01325; the margin is Llama 2's, arXiv 2307.09288, section 3.2.2.

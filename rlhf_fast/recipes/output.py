@@ -1,5 +1,6 @@
 """Opening a stage's output folder: new, to be gone on with, or another run's."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,10 @@ def check_output(config: StageConfig) -> None:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; name a folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        reason = "no permission to write in" if there.is_dir() else "a folder cannot be made under the file"
+        raise UserError(f"--output_dir {folder}: {reason} {there}; name another folder")
     if config.resume_from_checkpoint is not None and config.overwrite_output_dir:
         raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; set one of them")
     if config.resume_from_checkpoint is None and not config.overwrite_output_dir and _holds_run(folder):

@@ -10,7 +10,7 @@ import torch
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import PromptRow
 from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, Experience
-from rlhf_fast.recipes.stage import Stage, peak_memory, seeded
+from rlhf_fast.recipes.stage import Stage, seeded
 from rlhf_fast.rewards import Functions
 from rlhf_fast.rollout import Response, collate_episodes, generate
 
@@ -149,13 +149,11 @@ def evaluate(stage: Stage, rows: Sequence[PromptRow], rewarders: Functions, scor
     means = {f"eval/{name}": sum(values) / len(values) for name, values in gathered.items()}
     stage.log(step, means, shown={name: f"{value:+.2f}" for name, value in means.items()})
     gold = numbers[scorers.names[0]] if scorers.names else [None] * len(responses)
-    stage.log_samples(
-        step,
-        [
-            {"split": "eval", **_sample(response, number), "gold": true_score}
-            for response, number, true_score in zip(responses, numbers["scores"], gold, strict=True)
-        ],
-    )
+    samples = [
+        {"split": "eval", **_sample(response, number), "gold": true_score}
+        for response, number, true_score in zip(responses, numbers["scores"], gold, strict=True)
+    ]
+    stage.log_samples(step, stage.gather(samples))
     stage.report()
 
 
@@ -173,7 +171,7 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
 def finish(stage: Stage, scorers: Functions) -> dict[str, Any]:
     """The closing table: reward and gold against the SFT model on the held-out prompts, KL against its target."""
     config: PPOConfig = stage.config  # type: ignore[assignment]
-    figures: dict[str, Any] = {"steps": stage.step, "peak_memory_gb": round(peak_memory(), 2)}
+    figures: dict[str, Any] = {}
     table = [("steps", str(stage.step), f"{stage.step * config.batch_size} episodes")]
     before, after = stage.values["baseline"], stage.values["latest"]
     for name in before or {}:

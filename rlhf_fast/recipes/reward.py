@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from rlhf_fast.config import RewardConfig
-from rlhf_fast.data import PairRow, batch_indices, collate_pairs, epoch_order, preference_rows
+from rlhf_fast.data import PairRow, PromptRow, batch_indices, collate_pairs, epoch_order, preference_rows
 from rlhf_fast.models import adapters
 from rlhf_fast.ops import pairwise_loss
 from rlhf_fast.recipes.rows import load_prompts, load_rows
-from rlhf_fast.recipes.stage import Stage, peak_memory, seeded
+from rlhf_fast.recipes.stage import Stage, seeded
 from rlhf_fast.rewards.quality import Quality, assess
 from rlhf_fast.rollout import collate_episodes, generate
 
@@ -27,6 +27,8 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
     config.resume_from_checkpoint = resume_from_checkpoint or config.resume_from_checkpoint
     stage = Stage("reward", config)
     rows, held_out = load_rows(stage, preference_rows, config.max_length)
+    window = config.max_length - config.response_length
+    prompts = load_prompts(stage, config.dataset_name, config.dataset_split, window)
     sft = None
     if config.sft_adapter is not None:
         adapters.load_role(stage.base, SFT, config.sft_adapter)
@@ -60,7 +62,7 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
                 evaluate(stage, held_out, step=step)
 
     quality = evaluate(stage, held_out, step=None) if held_out else None
-    return finish(stage, quality, calibrate(stage, sft))
+    return finish(stage, quality, calibrate(stage, sft, prompts))
 
 
 def score_pairs(stage: Stage, rows: Sequence[PairRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -93,11 +95,9 @@ def evaluate(stage: Stage, rows: Sequence[PairRow], *, step: int | None) -> Qual
 
 
 @torch.no_grad()
-def calibrate(stage: Stage, sft: str | None) -> tuple[float, float]:
+def calibrate(stage: Stage, sft: str | None, prompts: Sequence[PromptRow]) -> tuple[float, float]:
     """Mean and standard deviation of the raw scores on the SFT model's own samples; the head is set to remove them."""
     config: RewardConfig = stage.config  # type: ignore[assignment]
-    window = config.max_length - config.response_length
-    prompts = load_prompts(stage, config.dataset_name, config.dataset_split, max(window, 1))
     chosen = [prompts[i] for i in epoch_order(len(prompts), config.seed, 0)]
     distinct = list({row.prompt_key: row for row in chosen}.values())[: config.calibration_prompts]
     head = stage.base.heads[ROLE]
@@ -116,7 +116,8 @@ def calibrate(stage: Stage, sft: str | None) -> tuple[float, float]:
         batch = collate_episodes(part, stage.base.pad_id, stage.base.device)
         scores += stage.base.scores(ROLE, batch.input_ids, batch.attention_mask).tolist()
     all_scores = torch.tensor(stage.gather(scores), dtype=torch.float64)
-    mean, std = all_scores.mean().item(), all_scores.std().item()
+    mean = all_scores.mean().item()
+    std = all_scores.std().item() if len(all_scores) > 1 else 0.0
     if not std > 0:
         stage.say("reward: every sample of the SFT model has the same score; scores are shifted and not scaled")
         std = 1.0
@@ -128,12 +129,10 @@ def finish(stage: Stage, quality: Quality | None, constants: tuple[float, float]
     config: RewardConfig = stage.config  # type: ignore[assignment]
     mean, std = constants
     figures: dict[str, Any] = {
-        "steps": stage.step,
         "dataset": config.dataset_name,
         "base": config.model_name_or_path,
         "calibration_mean": mean,
         "calibration_std": std,
-        "peak_memory_gb": round(peak_memory(), 2),
     }
     table: list[tuple[str, str, str]] = [
         ("steps", str(stage.step), f"data {config.dataset_name}, base {config.model_name_or_path}")

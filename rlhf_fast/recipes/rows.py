@@ -18,6 +18,18 @@ def load_rows(
 
     Held out are the rows of eval_dataset_name where that is set, else eval_size of the training data, by prompt.
     """
+    rows, held_out = _split_rows(stage, encode, max_length)
+    if len(rows) < stage.config.batch_size:
+        stage.say(
+            f"--batch_size {stage.config.batch_size} is more than the {len(rows)} training rows: every batch holds "
+            "some rows more than once"
+        )
+    return rows, held_out
+
+
+def _split_rows(
+    stage: Stage, encode: Callable[..., tuple[list[Row], DataReport]], max_length: int
+) -> tuple[list[Row], list[Row]]:
     config = stage.config
     read = partial(_read, stage, encode, max_length)
     rows = read(config.dataset_name, config.dataset_split, config.max_samples)
@@ -31,20 +43,30 @@ def load_rows(
             if not held_out:
                 raise UserError(f"{config.eval_dataset_name}: every held-out prompt is trained on; name other data")
         return rows, held_out
-    if config.eval_size == 0:
-        return rows, []
-    size = int(config.eval_size) if config.eval_size >= 1 else config.eval_size
-    return split_train_eval(rows, size, config.seed)
+    size = int(config.eval_size) if config.eval_size >= 1 or config.eval_size == 0 else config.eval_size
+    try:
+        train, held_out = split_train_eval(rows, size, config.seed)
+    except UserError as error:
+        raise UserError(f"{config.dataset_name}, --eval_size {config.eval_size:g}: {error}") from error
+    return train, held_out
 
 
 def load_prompts(stage: Stage, name: str, split: str, max_length: int) -> list[PromptRow]:
     """The prompts of any data set, for sampling."""
-    return _read(stage, prompt_rows, max_length, name, split, None)
+    return _read(stage, prompt_rows, max_length, name, split, None, purpose=", prompts to sample from")
 
 
-def _read(stage: Stage, encode: Callable[..., Any], max_length: int, name: str, split: str, limit: int | None) -> Any:
+def _read(
+    stage: Stage,
+    encode: Callable[..., Any],
+    max_length: int,
+    name: str,
+    split: str,
+    limit: int | None,
+    purpose: str = "",
+) -> Any:
     dataset = load_dataset(name, split=split, rename=stage.config.rename_columns, limit=limit)
-    rows, report = encode(dataset, stage.base.tokenizer, max_length=max_length, source=name)
+    rows, report = encode(dataset, stage.base.tokenizer, max_length=max_length, source=name + purpose)
     for line in report.lines():
         stage.say(line)
     return rows

@@ -10,7 +10,7 @@ from rlhf_fast.config import SFTConfig
 from rlhf_fast.data import SFTRow, batch_indices, collate_sft, sft_rows
 from rlhf_fast.ops import linear_cross_entropy
 from rlhf_fast.recipes.rows import load_rows
-from rlhf_fast.recipes.stage import Stage, peak_memory
+from rlhf_fast.recipes.stage import Stage
 
 ROLE = "sft"
 
@@ -98,7 +98,7 @@ def validate(stage: Stage, rows: Sequence[SFTRow], *, step: int) -> bool:
 def finish(stage: Stage) -> dict[str, Any]:
     """The best adapter becomes ``adapter``; without held-out rows, the last one."""
     values = stage.values
-    figures: dict[str, Any] = {"steps": stage.step, "peak_memory_gb": round(peak_memory(), 2)}
+    figures: dict[str, Any] = {}
     table = [("steps", str(stage.step), f"of {stage.total}")]
     if values["best_loss"] is None:
         table.append(("validation loss", "-", "no held-out rows (--eval_size 0)"))

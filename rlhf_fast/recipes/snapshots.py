@@ -102,15 +102,17 @@ class Snapshots:
         return state.step, state.values["recipe"]
 
     def _restore_role(self, path: Path, role: str) -> None:
+        if not (path / role).is_dir():
+            raise UserError(f"{path}: no {role} adapter in it: a checkpoint of another stage; name one of this stage")
         _, tensors = adapters.read_adapter(path / role)
-        for name, parameter in self._base.named_parameters(role).items():
-            saved = tensors.get(adapters.PREFIX + name)
-            if saved is None or saved.shape != parameter.shape:
+        own = {adapters.PREFIX + name: parameter for name, parameter in self._base.named_parameters(role).items()}
+        for name in own | tensors:
+            if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
                 raise UserError(
-                    f"{path}: {role}/{name} does not fit this config's adapters; resume with the config that began the "
-                    "run (config.yaml in its folder), or name a new --output_dir"
+                    f"{path}: {role}/{name.removeprefix(adapters.PREFIX)} does not fit this config's adapters; resume "
+                    "with the config that began the run (config.yaml in its folder), or name a new --output_dir"
                 )
-            parameter.data.copy_(saved)
+            own[name].data.copy_(tensors[name])
 
     def _write_roles(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         for role in self._roles:

@@ -49,6 +49,7 @@ class Stage:
 
     def __init__(self, name: str, config: StageConfig) -> None:
         _check_trackers(config)
+        self._opened = time.perf_counter()
         self.name, self.config, self.folder = name, config, Path(config.output_dir)
         self.accelerator = Accelerator(log_with=config.report_to or None, project_dir=str(self.folder / "runs"))
         self.main = self.accelerator.is_main_process
@@ -59,6 +60,7 @@ class Stage:
             tokenizer, vocab_size=model.config.vocab_size, chat_template=config.chat_template
         ):
             self.say(note)
+        pretrained.check_window(model, config.max_length)
         self.base = SharedBase(model, tokenizer, config)
         self.values: dict[str, Any] = {}
         self.step = self.total = 0
@@ -99,6 +101,8 @@ class Stage:
         if self._resume_path is not None:
             self.step, self.values = self._snapshots.restore(self._resume_path)
             self.say(f"{self.name}: going on after step {self.step} from {self._resume_path}")
+            if self.main:
+                checkpoint.drop_after(self.folder, self.step)
         if self.main:
             self._log = RunLog(self.folder, resume_step=self.step if self._resume_path is not None else None)
             dump_yaml(self.config, self.folder / "config.yaml")
@@ -256,6 +260,15 @@ class Stage:
         self, figures: dict[str, Any], rows: list[tuple[str, str, str]], roles: dict[str, str]
     ) -> dict[str, Any]:
         """Writes the final adapters (role -> folder name), summary and report, and prints the table."""
+        seconds, memory = time.perf_counter() - self._opened, peak_memory()
+        figures |= {"steps": self.step, "seconds": round(seconds, 1), "peak_memory_gb": round(memory, 2)}
+        resumed = ", since it was resumed" if self._resume_path is not None else ""
+        place = "GPU" if torch.cuda.is_available() else "process"
+        rows = [
+            *rows,
+            ("time", f"{seconds / 60:.1f} min", f"set-up and evaluations included{resumed}"),
+            ("peak memory", f"{memory:.1f} GB", f"of the {place}"),
+        ]
         if self.main:
             for role, name in roles.items():
                 self.save_adapter(role, name)
@@ -272,18 +285,15 @@ class Stage:
 
     def save_adapter(self, role: str, name: str) -> None:
         """A role and its tokenizer in PEFT's format under the stage's folder, replaced as a whole."""
-        target, work = self.folder / name, self.folder / f"{name}.writing"
-        shutil.rmtree(work, ignore_errors=True)
-        adapters.save_role(self.base, role, work)
-        self.base.tokenizer.save_pretrained(work)
-        shutil.rmtree(target, ignore_errors=True)
-        work.replace(target)
+        with checkpoint.whole_folder(self.folder / name) as work:
+            adapters.save_role(self.base, role, work)
+            self.base.tokenizer.save_pretrained(work)
 
     def use_saved(self, name: str, as_name: str) -> None:
         """Copies an adapter folder of this stage under another name."""
         if self.main:
-            shutil.rmtree(self.folder / as_name, ignore_errors=True)
-            shutil.copytree(self.folder / name, self.folder / as_name)
+            with checkpoint.whole_folder(self.folder / as_name) as work:
+                shutil.copytree(self.folder / name, work, dirs_exist_ok=True)
 
     def _on_main_first(self, open_folder: Callable[[], Path | None]) -> Path | None:
         """Process 0 opens the folder; the others learn what it found."""

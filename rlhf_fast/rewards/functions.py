@@ -4,7 +4,8 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,8 @@ def load_function(name: str) -> RewardFunction:
             module = importlib.import_module(place)
     except UserError:
         raise
-    except Exception as error:  # whatever a user's file raises when it runs
-        raise UserError(
-            f"reward function {name}: {place} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:  # whatever a user's file raises when it runs
+        raise UserError(f"reward function {name}: {place} cannot be imported: {_what(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
@@ -84,20 +83,27 @@ def call(
 
     Raises UserError where the function raises, or returns another number of rewards or one that is not finite.
     """
+    if not completions:  # a process without a share of the batch; there are no columns to pass either
+        return []
     texts = [
         [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
         for prompt, text in zip(prompts, completions, strict=True)
     ]
     try:
-        rewards = list(function(list(prompts), texts, **_columns(function, columns)))
+        returned = function(list(prompts), texts, **_columns(function, columns))
     except Exception as error:  # a user's code: any exception, told with the function's name
-        raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
+        raise UserError(f"reward function {name} raised {_what(error)}") from error
+    if not isinstance(returned, Iterable):
+        raise UserError(
+            f"reward function {name} must return a list, one number a completion: {len(completions)}, got {returned!r}"
+        )
+    rewards = list(returned)
     if len(rewards) != len(completions):
         raise UserError(
             f"reward function {name} must return one number a completion: {len(completions)}, got {len(rewards)}"
         )
     for index, reward in enumerate(rewards):
-        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+        if not _is_finite(reward):
             raise UserError(
                 f"reward function {name} must return finite numbers; got {reward!r} for completion {index}: "
                 f"{completions[index][:80]!r}"
@@ -105,8 +111,30 @@ def call(
     return [float(reward) for reward in rewards]
 
 
+def _what(error: BaseException) -> str:
+    """The exception on one line, with the place in the user's code where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    ours = (__file__, importlib.__file__)
+    inside = [frame for frame in frames if frame.filename not in ours and not frame.filename.startswith("<frozen")]
+    return f"{text} ({inside[-1].filename}, line {inside[-1].lineno})" if inside else text
+
+
+def _is_finite(reward: Any) -> bool:
+    """NumPy and torch scalars count as numbers too."""
+    try:
+        return math.isfinite(reward)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # None, texts, arrays, huge integers, tensors
+        return False
+
+
 def _columns(function: RewardFunction, columns: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     names = sorted(set().union(*columns)) if columns else []
+    for taken in {"prompts", "completions"}.intersection(names):
+        raise UserError(
+            f"the data has a column {taken!r}, which is what reward functions call their own argument; rename it: "
+            f"--rename_columns {taken}=data_{taken}"
+        )
     parameters = inspect.signature(function).parameters.values()
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         wanted = {parameter.name for parameter in parameters}

@@ -68,9 +68,7 @@ def test_where_no_group_is_small_enough_the_smallest_is_held_out():
     assert [row.prompt for row in train] == ["a"] * 3 and [row.prompt for row in held_out] == ["b"] * 2
 
 
-@pytest.mark.parametrize(
-    ("keys", "eval_size"), [("a", 1), ("a", 0.1), ("aaaa", 1), ("ab", 2), ("ab", 5), ("ab", 0.9)]
-)
+@pytest.mark.parametrize(("keys", "eval_size"), [("a", 1), ("a", 0.1), ("aaaa", 1), ("ab", 2), ("ab", 5), ("ab", 0.9)])
 def test_too_few_rows_to_split(keys: str, eval_size: int | float):
     with pytest.raises(UserError, match="cannot hold out .* give more data, a smaller evaluation size, or 0"):
         split_train_eval(prompts(*keys), eval_size, 0)

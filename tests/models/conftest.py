@@ -1,17 +1,14 @@
 """Fixtures: the tiny tokenizer, and shared bases with four roles that all differ."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import randomise, settings, tiny_model
+from tiny_models import MakeBase, randomise, settings, tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_fast.models import SharedBase, builtin
-
-MakeBase = Callable[..., SharedBase]
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeBase
-from tiny_models import ARCHITECTURES, batch, randomise, settings, tiny_model
+from tiny_models import ARCHITECTURES, MakeBase, batch, randomise, settings, tiny_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -67,9 +66,7 @@ def test_gradients_through_the_trunk_are_those_of_the_full_forward(full_base: Ma
     assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
 
 
-def test_layers_below_the_trunk_are_not_computed_again(
-    full_base: MakeBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_below_the_trunk_are_not_computed_again(full_base: MakeBase, monkeypatch: pytest.MonkeyPatch) -> None:
     base = full_base(lora_layers=1)
     input_ids, mask = batch([5, 4], "left")
     trunk = base.trunk(input_ids, mask)
@@ -117,8 +114,9 @@ def test_the_lowest_adapted_layer_of_any_role_ends_the_trunk(bare_base: MakeBase
 # ---- padding and batches -------------------------------------------------------------------------------------------
 
 
-@every_architecture
-@pytest.mark.parametrize("lora_layers", [None, 2])
+@pytest.mark.parametrize(
+    ("architecture", "lora_layers"), [("llama", None), *((architecture, 2) for architecture in ARCHITECTURES)]
+)
 def test_padding_and_the_rest_of_the_batch_change_nothing(
     full_base: MakeBase, architecture: str, lora_layers: int | None
 ) -> None:
@@ -180,8 +178,9 @@ def test_hidden_states_and_vocabulary_give_the_models_own_logits(bare_base: Make
     base.add_role("policy")
     randomise(base, "policy", 0)
     input_ids, mask = batch([6, 6], "right")
-    with torch.no_grad(), base.role("policy"):
-        expected = base.model(input_ids=input_ids, attention_mask=mask).logits
+    with torch.no_grad():
+        with base.role("policy"):
+            expected = base.model(input_ids=input_ids, attention_mask=mask).logits
         head = base.vocabulary
         logits = nn.functional.linear(base.hidden("policy", input_ids, mask), head.weight, head.bias)
         if head.softcap is not None:
@@ -319,6 +318,18 @@ def test_adapters_stand_on_the_top_layers_alone(
     assert not any("lm_head" in name or "embed" in name for name in base.named_parameters("policy"))
 
 
+@every_architecture
+@pytest.mark.parametrize("lora_layers", [None, 2])
+def test_a_second_fresh_role_is_adapted_like_the_first(
+    bare_base: MakeBase, architecture: str, lora_layers: int | None
+) -> None:
+    """A base that has adapters has more linear modules than it had: those are no targets."""
+    base = bare_base(architecture, lora_layers=lora_layers)
+    base.add_role("policy")
+    base.add_role("critic")
+    assert base.named_parameters("critic").keys() == base.named_parameters("policy").keys()
+
+
 def test_only_the_named_modules_get_an_adapter(bare_base: MakeBase) -> None:
     base = bare_base(lora_target_modules=["q_proj", "down_proj"])
     base.add_role("policy")
@@ -352,3 +363,10 @@ def test_padded_vocabulary_and_stop_tokens(bare_base: MakeBase, tokenizer: PreTr
     model = tiny_model("llama")
     model.generation_config = GenerationConfig(eos_token_id=[7, 1, 5])
     assert SharedBase(model, tokenizer, settings()).stop_ids == [1, 5, 7]
+
+
+def test_roles_do_not_nest(full_base: MakeBase) -> None:
+    base = full_base()
+    with base.role("policy"), pytest.raises(RuntimeError, match="inside another role"):
+        base.hidden(None, *batch([3], "right"))
+    base.hidden("sft", *batch([3], "right"))

@@ -1,5 +1,6 @@
 """Random models of 4 layers and 32 hidden units, one an architecture, and shared bases made of them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from rlhf_fast.config import StageConfig
 from rlhf_fast.models import SharedBase
+
+MakeBase = Callable[..., SharedBase]
 
 # final_logit_softcapping is low, so that a forgotten softcap shows; sliding_window is shorter than the test batches.
 ARCHITECTURES: dict[str, dict[str, Any]] = {

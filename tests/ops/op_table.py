@@ -183,9 +183,7 @@ OPS = [
     Op(
         "exact_kl",
         lambda x, targets, mask: (ops.exact_kl(x["logits"], x["ref_logits"], mask),),
-        lambda x, targets, mask: (
-            _naive_kl(x["logits"].log_softmax(-1), x["ref_logits"].log_softmax(-1), mask),
-        ),
+        lambda x, targets, mask: (_naive_kl(x["logits"].log_softmax(-1), x["ref_logits"].log_softmax(-1), mask),),
         {"logits": (V,), "ref_logits": (V,)},
         ("logits",),
         row_wise=True,
@@ -205,8 +203,11 @@ OPS = [
         "linear_cross_entropy",
         lambda x, targets, mask: (
             ops.linear_cross_entropy(
-                x["hidden"], x["weight"], targets if mask is None else targets.masked_fill(mask == 0, -100),
-                bias=x["bias"], lora=_lora(x),
+                x["hidden"],
+                x["weight"],
+                targets if mask is None else targets.masked_fill(mask == 0, -100),
+                bias=x["bias"],
+                lora=_lora(x),
             ),
         ),  # fmt: skip
         lambda x, targets, mask: (_mean(-_pick(_logits(x).log_softmax(-1), targets), mask),),

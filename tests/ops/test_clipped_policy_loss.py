@@ -45,9 +45,7 @@ def test_by_hand() -> None:
 
 def test_each_side_has_its_own_clip_by_hand() -> None:
     # range 0.9 to 1.3:  A = 1, r = 1.25 is inside; r = 1.4 is cut to 1.3; A = -1, r = 0.95 is inside; 0.85 becomes 0.9
-    result, gradient = loss_and_gradient(
-        [1.25, 1.4, 0.95, 0.85], [1.0, 1.0, -1.0, -1.0], clip_low=0.1, clip_high=0.3
-    )
+    result, gradient = loss_and_gradient([1.25, 1.4, 0.95, 0.85], [1.0, 1.0, -1.0, -1.0], clip_low=0.1, clip_high=0.3)
     assert result.loss.item() == pytest.approx((-1.25 - 1.3 + 0.95 + 0.9) / 4, rel=1e-6)
     torch.testing.assert_close(gradient, torch.tensor([-1.25, 0.0, 0.95, 0.0]) / 4)
     assert result.clip_fraction.item() == 0.5
@@ -106,9 +104,7 @@ def test_the_first_update_has_ratio_one_exactly() -> None:
 @pytest.mark.parametrize("num_items", [None, 5])
 def test_aggregation_of_the_token_losses(aggregation: str, num_items: int | None) -> None:
     logprobs, old_logprobs, advantages, mask = sample(1, 3, 5)
-    result = clipped_policy_loss(
-        logprobs, old_logprobs, advantages, mask, aggregation=aggregation, num_items=num_items
-    )
+    result = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, aggregation=aggregation, num_items=num_items)
     losses = torch.empty(3, 5)
     for i in range(3):
         for j in range(5):

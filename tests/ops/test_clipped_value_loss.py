@@ -67,9 +67,7 @@ def test_gradcheck(aggregation: str, clip: float | None) -> None:
     arguments = {"aggregation": aggregation, "clip": clip}
     if clip is not None:
         assert 0 < clipped_value_loss(values, *rest, **arguments).clip_fraction < 1  # both branches are checked
-    assert torch.autograd.gradcheck(
-        lambda v: clipped_value_loss(v, *rest, **arguments).loss, values.requires_grad_()
-    )
+    assert torch.autograd.gradcheck(lambda v: clipped_value_loss(v, *rest, **arguments).loss, values.requires_grad_())
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -52,9 +52,7 @@ def test_a_tie_is_not_counted_as_accurate() -> None:
     assert dpo_loss(same, same, same, same).accuracy.item() == 0
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"label_smoothing": 0.2}, {"loss_type": "ipo"}, {"loss_type": "hinge"}]
-)
+@pytest.mark.parametrize("arguments", [{}, {"label_smoothing": 0.2}, {"loss_type": "ipo"}, {"loss_type": "hinge"}])
 def test_gradcheck(arguments: dict) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen, rejected, *refs = torch.randn(4, 5, dtype=torch.float64, generator=generator).unbind()

@@ -65,9 +65,9 @@ def test_strides_and_dtypes() -> None:
     expected = pairwise_loss(scores[:, 0].float().contiguous(), scores[:, 1].float().contiguous())
     got = pairwise_loss(scores[:, 0], scores[:, 1])
     assert got.dtype == torch.float32 and torch.equal(got, expected)
-    assert torch.equal(pairwise_loss(scores[0, :1].expand(6), scores[:, 1]), pairwise_loss(
-        scores[0, :1].repeat(6), scores[:, 1]
-    ))
+    assert torch.equal(
+        pairwise_loss(scores[0, :1].expand(6), scores[:, 1]), pairwise_loss(scores[0, :1].repeat(6), scores[:, 1])
+    )
     assert pairwise_loss(scores[:, 0].double(), scores[:, 1]).dtype == torch.float64
 
 

@@ -18,7 +18,13 @@ def rows(count: int) -> list[dict]:
     made = []
     for number in range(count):
         prompt = " ".join(generator.choices(WORDS, k=generator.randint(1, 4))) + f" {number}?"
-        made.append({"prompt": prompt, "chosen": "good " + generator.choice(WORDS), "rejected": "bad " + generator.choice(WORDS)})
+        made.append(
+            {
+                "prompt": prompt,
+                "chosen": "good " + generator.choice(WORDS),
+                "rejected": "bad " + generator.choice(WORDS),
+            }
+        )
     return made
 
 
@@ -35,7 +41,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "sft": write_jsonl(folder / "sft.jsonl", demonstrations),
         "reward": write_jsonl(folder / "pairs.jsonl", made),
-        "ppo": write_jsonl(folder / "prompts.jsonl", [{"prompt": row["prompt"], "number": i} for i, row in enumerate(made)]),
+        "ppo": write_jsonl(
+            folder / "prompts.jsonl", [{"prompt": row["prompt"], "number": i} for i, row in enumerate(made)]
+        ),
     }
 
 
@@ -52,6 +60,11 @@ COMMON = dict(
     learning_rate=1e-2,
     eval_size=8,
 )
+
+
+@pytest.fixture(scope="session")
+def common() -> dict:
+    return COMMON
 
 
 @pytest.fixture
@@ -85,6 +98,4 @@ def ppo_config(data, trained, tmp_path):
     fixed = dict(
         dataset_name=data["ppo"], response_length=6, num_ppo_epochs=2, num_mini_batches=2, eval_prompts=4, **trained
     )
-    return lambda name="ppo", **changes: PPOConfig(
-        **{**COMMON, **fixed, "output_dir": str(tmp_path / name), **changes}
-    )
+    return lambda name="ppo", **changes: PPOConfig(**{**COMMON, **fixed, "output_dir": str(tmp_path / name), **changes})

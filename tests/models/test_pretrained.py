@@ -1,0 +1,259 @@
+"""Finding and loading the base: folders, built-in names, hub names without a network, what is refused and why."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from tiny_models import save_model, settings, tiny_model
+from transformers import AutoConfig, PreTrainedModel
+
+from rlhf_fast.data import PromptRow
+from rlhf_fast.errors import UserError
+from rlhf_fast.models import SharedBase, builtin, load_pretrained, pretrained
+from rlhf_fast.rollout import generate
+
+CPU = torch.device("cpu")
+
+
+def load(folder: str | Path, **changes: Any) -> tuple[PreTrainedModel, Any]:
+    return load_pretrained(settings(model_name_or_path=str(folder), **changes), CPU)
+
+
+def refusal(folder: str | Path, **changes: Any) -> str:
+    with pytest.raises(UserError) as error:
+        load(folder, **changes)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer_folder: Path) -> Path:
+    return save_model(tmp_path / "llama-tiny", tokenizer_folder, "llama")
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_loads_frozen_in_eval_mode_and_in_the_dtype_asked_for(folder: Path) -> None:
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+        model, tokenizer = load(folder, dtype=name)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+        assert tokenizer.eos_token_id == 1
+    assert torch.equal(load(folder)[0].lm_head.weight, tiny_model("llama").lm_head.weight)
+
+
+def test_a_missing_folder_is_named_with_the_nearest_beside_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "(did you mean 'llama-tiny'?)" in refusal(tmp_path / "llama-tiyn")
+    assert refusal(tmp_path / "x" / "y").startswith(f"no model folder {tmp_path / 'x' / 'y'}")
+    monkeypatch.chdir(tmp_path)
+    assert refusal("./llama-tin") == "no model folder ./llama-tin (did you mean 'llama-tiny'?)"
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    assert refusal("models/smal") == "no model folder models/smal (did you mean 'small'?)"
+
+
+def test_a_folder_that_holds_no_model_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "is a folder without config.json" in refusal(tmp_path / "empty")
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1000])
+    assert "damaged" in refusal(folder)
+    weights.unlink()
+    assert f"no *.safetensors in {folder}" in refusal(folder)
+    weights.write_bytes(content)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert f"no tokenizer in {folder}" in refusal(folder)
+
+
+def test_pickle_weights_load_only_when_allowed(folder: Path) -> None:
+    torch.save(load(folder)[0].state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "--allow_pickle_weights" in refusal(folder)
+    model, _ = load(folder, allow_pickle_weights=True)
+    assert torch.equal(model.lm_head.weight, tiny_model("llama").lm_head.weight)
+
+
+def test_allowing_pickle_weights_does_no_harm_where_safetensors_are_there(folder: Path) -> None:
+    model, _ = load(folder, allow_pickle_weights=True)
+    assert torch.equal(model.lm_head.weight, tiny_model("llama").lm_head.weight)
+
+
+def test_code_that_comes_with_a_model_runs_only_when_trusted(folder: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (folder / "modeling_own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    change_json(
+        folder / "config.json",
+        model_type="own",
+        architectures=["OwnModel"],
+        auto_map={"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"},
+    )
+    assert "--trust_remote_code" in refusal(folder)
+    assert not ran.exists()
+    model, _ = load(folder, trust_remote_code=True)
+    assert ran.exists() and type(model).__name__ == "OwnModel"
+
+
+def test_a_model_that_writes_no_text_is_refused(folder: Path) -> None:
+    AutoConfig.for_model("vit").save_pretrained(folder)
+    assert "no causal language model" in refusal(folder)
+
+
+def test_nothing_of_the_folders_generation_config_but_its_stop_tokens_is_used(folder: Path) -> None:
+    """min_new_tokens, penalties or a top_k would bend the distribution that is sampled away from the trained one."""
+
+    def sampled() -> list[list[int]]:
+        base = SharedBase(*load(folder), settings())
+        row = PromptRow(1, base.tokenizer("hello").input_ids, "hello", {}, "hello")
+        torch.manual_seed(0)
+        return [r.token_ids for r in generate(base, None, [row] * 4, response_length=12, temperature=1.0, batch_size=4)]
+
+    change_json(folder / "generation_config.json", eos_token_id=[1, 7])
+    expected = sampled()
+    change_json(
+        folder / "generation_config.json",
+        do_sample=False,
+        top_k=5,
+        top_p=0.3,
+        temperature=0.1,
+        repetition_penalty=2.0,
+        no_repeat_ngram_size=1,
+        min_new_tokens=11,
+        min_p=0.5,
+        typical_p=0.5,
+        bad_words_ids=[[token] for token in range(2, 200)],
+        suppress_tokens=list(range(2, 200)),
+        max_new_tokens=3,
+    )
+    assert sampled() == expected
+    assert SharedBase(*load(folder), settings()).stop_ids == [1, 7]
+
+
+# ---- built-in models -----------------------------------------------------------------------------------------------
+
+
+def test_the_tiny_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_FAST_CACHE", str(tmp_path / "cache"))
+    first = Path(pretrained.resolve("tiny-random"))
+    stamps = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    monkeypatch.setattr(builtin, "_make_tiny", lambda folder: pytest.fail("made a second time"))
+    assert Path(pretrained.resolve("tiny-random")) == first
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == stamps
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    model, tokenizer = load("tiny-random")
+    assert model.config.vocab_size > len(tokenizer) and tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_making_the_tiny_model_leaves_the_random_numbers_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_FAST_CACHE", str(tmp_path))
+    before = torch.get_rng_state()
+    builtin.tiny_model()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_half_made_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_FAST_CACHE", str(tmp_path))
+
+    def fail(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtin, "_make_tiny", fail)
+        with pytest.raises(UserError, match=f"cannot write the model to {tmp_path}.*No space left"):
+            builtin.tiny_model()
+    assert not list(tmp_path.iterdir())
+    assert (builtin.tiny_model() / "model.safetensors").is_file()
+
+
+# ---- hub names -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def offline_setting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What resolve() sets for the process is put back."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    yield
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub's address is a port of this machine where nobody listens; its cache is empty."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_an_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    message = refusal("someone/some-model")
+    assert time.monotonic() - began < 10
+    assert "the hub can't be reached" in message and "'someone/some-model'" in message
+    assert "(did you mean 'tiny-random'?)" in refusal("tiny-randon")
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pretrained, "HUB_SECONDS", 0.2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        assert "the hub can't be reached" in refusal("someone/some-model")
+    assert time.monotonic() - began < 10 * 0.2
+
+
+def test_a_name_that_the_hub_does_not_know_is_said_so(no_hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(self: Any, name: str, **kwargs: Any) -> None:
+        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unknown)
+    message = refusal("smollm2-135m-instrct")
+    assert "nor a public model of the hub" in message and "(did you mean 'smollm2-135m-instruct'?)" in message
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_name_that_no_hub_model_can_have_is_refused() -> None:
+    assert "nor a public model of the hub" in refusal("no spaces allowed")
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_cached_model_loads_without_the_hub(folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--someone--some-model" / "snapshots" / ("a" * 40)
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    snapshot.parent.mkdir()
+    folder.rename(snapshot)
+    began = time.monotonic()
+    model, tokenizer = load("someone/some-model")
+    assert time.monotonic() - began < 10
+    assert torch.equal(model.lm_head.weight, tiny_model("llama").lm_head.weight) and len(tokenizer) == 258
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

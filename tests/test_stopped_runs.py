@@ -1,0 +1,222 @@
+"""Runs that stop half-way: interrupted, numbers that are not finite, a full disk, damaged checkpoints. Each says where
+it stands in one line, leaves a whole checkpoint of the last finished step, and goes on from it."""
+
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import OWN, arguments, write_data
+from safetensors.torch import load_file, save_file
+
+from rlhf_fast.checkpoint import damage, list_checkpoints, whole_folder
+from rlhf_fast.errors import UserError
+from rlhf_fast.recipes.stage import Stage
+from rlhf_fast.rollout.local import RealTokensOnly
+
+STAGES = list(OWN)
+SECONDS = 90
+
+
+def whole_checkpoints(folder: Path) -> list[str]:
+    """The checkpoints' names; none is damaged, nothing half-written lies beside them, every metrics line parses."""
+    found = list_checkpoints(folder)
+    assert [damage(path) for path in found] == [None] * len(found)
+    assert not [path for path in folder.rglob("*") if path.name.endswith((".writing", ".tmp", ".part"))]
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["step"] <= 3
+    return [path.name for path in found]
+
+
+def in_step(number: int, act, monkeypatch, method: str = "backward") -> None:
+    """Before the step's first backward pass (or another method of Stage), once: ``act(loss or None)``."""
+    real, done = getattr(Stage, method), []
+
+    def patched(stage, *args):
+        if stage.step == number - 1 and not done:
+            done.append(True)
+            args = act(*args) or args
+        return real(stage, *args)
+
+    monkeypatch.setattr(Stage, method, patched)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stage", STAGES)
+def test_interrupted_in_a_step(stage, number, command, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        in_step(3, lambda loss: signal.raise_signal(number), patch)
+        outcome = command(stage, "--max_steps 4 --save_steps 4")
+    checkpoint = "out/checkpoint-2"
+    assert outcome.code == 130
+    assert outcome.err.splitlines()[-1] == (
+        f"{stage}: stopped after step 2 of 4; checkpoint {checkpoint}; go on with --resume_from_checkpoint auto"
+    )
+    assert whole_checkpoints(tmp_path / "out") == ["checkpoint-2"]
+    outcome = command(stage, "--max_steps 4 --resume_from_checkpoint auto")
+    assert outcome.code == 0
+    assert f"{stage}: going on after step 2 from {checkpoint}" in outcome.err
+
+
+def test_interrupted_while_sampling(command, monkeypatch, tmp_path):
+    real, calls = RealTokensOnly.__call__, []
+
+    def interrupting(self, *args):
+        calls.append(True)
+        if (tmp_path / "out" / "checkpoint-1").is_dir():
+            signal.raise_signal(signal.SIGINT)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RealTokensOnly, "__call__", interrupting)
+        outcome = command("ppo", "--eval_size 0 --save_steps 1")
+    assert outcome.code == 130
+    assert "ppo: stopped after step 1 of 2; checkpoint out/checkpoint-1; go on with" in outcome.err
+    assert whole_checkpoints(tmp_path / "out") == ["checkpoint-1"]
+    assert command("ppo", "--eval_size 0 --resume_from_checkpoint auto").code == 0
+
+
+def test_interrupted_process(tmp_path, tiny_adapters):
+    """Ctrl-C as it really comes: a process of its own, at a moment of its own."""
+    write_data(tmp_path)
+    flags = "--max_steps 100000 --save_steps 100000 --eval_size 0"
+    line = [sys.executable, "-m", "rlhf_fast.cli", *arguments("ppo", flags, tiny_adapters)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + SECONDS
+    while not (tmp_path / "out" / "metrics.jsonl").exists():  # its first line comes with the first step
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=SECONDS)[1]
+    assert process.returncode == 130, err
+    (checkpoint,) = list_checkpoints(tmp_path / "out")
+    assert damage(checkpoint) is None
+    last = err.splitlines()[-1]
+    assert last.startswith("ppo: stopped after step") and f"out/{checkpoint.name}; go on with" in last
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_not_finite_names_step_and_rows_and_can_be_resumed(stage, command, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        in_step(2, lambda loss: (loss * float("nan"),), patch)
+        outcome = command(stage)
+    assert outcome.code == 2
+    stopped, last = outcome.err.splitlines()[-2:]
+    assert stopped == f"{stage}: stopped after step 1 of 2; checkpoint out/checkpoint-1"
+    message, _, rest = last.partition("not finite; batch of rows ")
+    assert message.startswith(f"rlhf-fast: error: {stage} step 2: loss ") and "gradient norm nan" in message
+    rows = [int(row) for row in rest.partition(".")[0].split(", ")]
+    assert len(set(rows)) == 4 and all(1 <= row <= 12 for row in rows)
+    assert "--learning_rate" in rest
+    assert whole_checkpoints(tmp_path / "out") == ["checkpoint-1"]
+    assert command(stage, "--resume_from_checkpoint auto").code == 0
+
+
+def test_an_adapter_with_nan_is_refused(command, tiny_adapters, tmp_path):
+    folder = shutil.copytree(tiny_adapters["sft"], tmp_path / "spoilt")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name][0] = float("nan")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    outcome = command("reward", "--sft_adapter spoilt")
+    assert outcome.code == 2
+    assert f"spoilt/adapter_model.safetensors: {name} holds NaN or infinity" in outcome.err
+
+
+# Files of more bytes than this cannot be written, from step 2 on: the metrics, the report, the adapter, the checkpoint.
+FULL = {
+    "metrics": ("sft", 200, "could not write out/metrics.jsonl: File too large"),
+    "report": ("sft", 5_000, "could not write out/report.html: File too large|cannot write out/best"),
+    "adapter": ("sft", 60_000, "cannot write out/best: .*File too large"),
+    "sft checkpoint": ("sft", 60_000, "cannot write out/checkpoint-2: .*File too large"),
+    "reward checkpoint": ("reward", 60_000, "cannot write out/checkpoint-2: .*File too large"),
+    "ppo checkpoint": ("ppo", 60_000, "cannot write out/checkpoint-2: .*File too large"),
+}
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_full_disk_loses_nothing_and_the_run_can_go_on(case, command, monkeypatch, tmp_path):
+    stage, size, message = FULL[case]
+    flags = "--eval_size 0" if "checkpoint" in case else ""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with monkeypatch.context() as patch:
+            limits = (size, before[1])
+            in_step(2, lambda loss: resource.setrlimit(resource.RLIMIT_FSIZE, limits), patch)
+            outcome = command(stage, f"{flags} --max_steps 3 --save_steps 1 --eval_steps 1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert outcome.code == 2, outcome.err
+    assert re.search(f"rlhf-fast: error: .*{message}", outcome.err.splitlines()[-1]), outcome.err
+    assert whole_checkpoints(tmp_path / "out") == ["checkpoint-1"]
+    outcome = command(stage, f"{flags} --max_steps 3 --resume_from_checkpoint auto")
+    assert outcome.code == 0 and "going on after step 1" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), Exception("No space left on device (os error 28)")]
+)
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(error, tmp_path):
+    target = tmp_path / "adapter"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(UserError, match="cannot write .*adapter: the disk is full; .* make room"):
+        with whole_folder(target) as work:
+            (work / "half").write_text("half")
+            raise error
+    with pytest.raises(ZeroDivisionError), whole_folder(target):  # a defect stays a defect
+        1 / 0  # noqa: B018
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "old"]
+    with whole_folder(target) as work:
+        (work / "new").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "new"]
+
+
+@pytest.fixture
+def finished(command):
+    """An SFT run of 2 steps in ``out``, with a checkpoint of each."""
+    assert command("sft", "--save_steps 1 --eval_size 0").code == 0
+    return lambda stage, flags: command(stage, f"--eval_size 0 --max_steps 3 {flags}")
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
+    state = tmp_path / "out" / "checkpoint-2" / "state.safetensors"
+    content = state.read_bytes()
+    state.write_bytes(content[:-5])
+    outcome = finished("sft", "--resume_from_checkpoint out/checkpoint-2")
+    assert outcome.code == 2
+    assert f"out/checkpoint-2 is not a whole checkpoint: state.safetensors has {len(content) - 5} bytes" in outcome.err
+    outcome = finished("sft", "--resume_from_checkpoint auto")
+    assert outcome.code == 0
+    assert "out/checkpoint-2 is damaged" in outcome.err
+    assert "sft: going on after step 1 from out/checkpoint-1" in outcome.err
+
+
+@pytest.mark.parametrize("flags", ["--lora_r 4", "--lora_target_modules q_proj", "--lora_layers 2"])
+def test_a_checkpoint_of_another_config_is_refused(flags, finished, tmp_path):
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    outcome = finished("sft", f"--resume_from_checkpoint auto {flags}")
+    assert outcome.code == 2
+    assert "out/checkpoint-2: sft/" in outcome.err and "does not fit this config's adapters; resume with" in outcome.err
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_stage_is_refused(finished):
+    outcome = finished("reward", "--output_dir other --resume_from_checkpoint out/checkpoint-2")
+    assert outcome.code == 2
+    assert "out/checkpoint-2: no reward adapter in it: a checkpoint of another stage" in outcome.err
+
+
+def test_going_on_with_a_finished_run_ends_at_once(finished, tmp_path):
+    outcome = finished("sft", "--resume_from_checkpoint auto --max_steps 2")
+    assert outcome.code == 0 and "going on after step 2" in outcome.err
+    assert whole_checkpoints(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
