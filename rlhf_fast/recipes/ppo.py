@@ -84,7 +84,6 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             statistics = update(stage, experiences, step)
             clock.append(time.perf_counter())
 
-            stage.advance_schedule()
             metrics = ppo_report.rollout_metrics(stage, experiences, scores, kl_coef, scorers) | statistics
             metrics |= ppo_report.phase_seconds(clock)
             controller.update(metrics["objective/kl"], config.batch_size)

@@ -37,14 +37,13 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
     total = config.max_steps or math.ceil(len(rows) * config.num_train_epochs / config.batch_size)
     stage.start([ROLE], total)
 
-    if stage.step == 0 and held_out:
-        evaluate(stage, held_out, step=0)
+    quality = evaluate(stage, held_out, step=0) if stage.step == 0 and held_out else None
     with stage:
         for step in stage.steps():
             batch = [rows[i] for i in batch_indices(len(rows), config.batch_size, step - 1, config.seed)]
-            share = stage.share(batch)
+            by_length = sorted(stage.share(batch), key=lambda row: len(row.chosen_ids))  # fewer pads, the same sum
             totals = torch.zeros(3, device=stage.base.device)  # loss, pairs ranked right, margin; summed over pairs
-            for micro_batch in stage.micro_batches(share):
+            for micro_batch in stage.micro_batches(by_length):
                 with stage.base.dropout(ROLE):
                     chosen, rejected, margin = score_pairs(stage, micro_batch)
                 ranking = pairwise_loss(chosen, rejected, margin) * len(micro_batch)
@@ -54,14 +53,14 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
                 totals += torch.stack([ranking.detach(), right.float(), (chosen - rejected).detach().sum()])
             loss, accuracy, mean_margin = (stage.accelerator.reduce(totals, reduction="sum") / len(batch)).tolist()
             norm = stage.update(loss, [row.index for row in batch])
-            stage.advance_schedule()
             metrics = {"loss": loss, "accuracy": accuracy, "margin": mean_margin, "grad_norm": norm}
             tokens = sum(len(row.chosen_ids) + len(row.rejected_ids) for row in batch)
             stage.log(step, metrics, tokens=tokens, shown={"loss": f"{loss:.3f}"})
             if held_out and stage.evaluation_due(step):
-                evaluate(stage, held_out, step=step)
+                quality = evaluate(stage, held_out, step=step)
 
-    quality = evaluate(stage, held_out, step=None) if held_out else None
+    if held_out and quality is None:  # resumed after its last step
+        quality = evaluate(stage, held_out, step=None)
     return finish(stage, quality, calibrate(stage, sft, prompts))
 
 

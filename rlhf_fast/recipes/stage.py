@@ -86,8 +86,9 @@ class Stage:
             self.config.lr_scheduler_type,
             self._optimizer,
             num_warmup_steps=round(self.config.warmup_ratio * total_steps),
-            num_training_steps=total_steps,
+            num_training_steps=total_steps + 1,
         )
+        self._scheduler.step()  # the schedule is 0 before its first step and after its last: no step trains at 0
         set_seed(self.config.seed, device_specific=True)  # from here on, processes sample differently
         self._snapshots = Snapshots(
             self.folder,
@@ -145,6 +146,7 @@ class Stage:
             self._snapshot = self._snapshots.take(self.step, self.values)
             self._began = time.perf_counter()
             yield self.step + 1
+            self._scheduler.step()
             self.step += 1
             if self.step % every == 0 or self.step == self.total or self.stopped_early:
                 self._snapshot = self._snapshots.take(self.step, self.values)
@@ -183,9 +185,6 @@ class Stage:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
-
-    def advance_schedule(self) -> None:
-        self._scheduler.step()
 
     @property
     def learning_rate(self) -> float:

@@ -80,10 +80,22 @@ def test_without_held_out_rows_the_last_adapter_is_kept(sft_config, tmp_path):
 
 def test_warm_up_and_schedule(sft_config, tmp_path):
     sft.train(sft_config(max_steps=4, warmup_ratio=0.5, learning_rate=1e-3, lr_scheduler_type="linear"))
-    assert metrics(tmp_path / "sft", "lr") == pytest.approx([0.5e-3, 1e-3, 0.5e-3, 0.0])
+    assert metrics(tmp_path / "sft", "lr") == pytest.approx([0.5e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])
 
 
 def test_every_metric_is_finite(sft_config, tmp_path):
     sft.train(sft_config())
     for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines():
         assert all(math.isfinite(value) for value in json.loads(line).values())
+
+
+def test_trackers_get_the_metrics_of_the_log(sft_config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sft.train(sft_config(report_to=["tensorboard"]))
+    (events,) = (tmp_path / "sft" / "runs").rglob("events.out.tfevents.*0")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    logged = [(event.step, event.value) for event in accumulator.Scalars("loss")]
+    assert [step for step, _ in logged] == [1, 2, 3, 4]
+    assert [value for _, value in logged] == pytest.approx(metrics(tmp_path / "sft", "loss"))
