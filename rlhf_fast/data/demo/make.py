@@ -7,7 +7,8 @@ instructions (context distillation, Askell et al. 2021, section 2.2.2). Demonstr
 the reward model is trained on what the fine-tuned model will say.
 
 Files written beside this one (chat lists, one JSON object a line):
-    sft.jsonl           {"messages": [user, assistant]}, one row for each prompt that is not held out
+    sft.jsonl           {"messages": [user, assistant]}, one row for each prompt that is not held out: its shortest
+                        reply, so that the fine-tuned model is brief and a run on a CPU is too
     preferences.jsonl   {"prompt", "chosen", "rejected", "gold_chosen", "gold_rejected"}
     prompts.jsonl       {"prompt": [user]}: the prompts that PPO may use
     prompts-eval.jsonl  {"prompt": [user]}: held out of every other file
@@ -39,7 +40,7 @@ from rlhf_fast.data.demo.gold import gold
 
 FOLDER = Path(__file__).parent
 EVAL_PROMPTS = 64
-REPLIES_PER_PROMPT = 3  # at most: the first is the demonstration too, and three give three pairs
+REPLIES_PER_PROMPT = 3  # at most: the shortest is the demonstration too, and three give three pairs
 ROUNDS = 4  # of sampling, each for the prompts that still lack replies
 MAX_NEW_TOKENS = 40
 PAIRS = 960
@@ -262,7 +263,11 @@ def write_files(
     margins = [pair.first.score - pair.second.score for pair in pairs]
     tau = find_tau(margins, CEILING)
     preferences = label(pairs, tau, seed)
-    demonstrations = [{"messages": user_turn(p) + assistant_turn(mine[0].text)} for p, mine in replies.items() if mine]
+    demonstrations = [
+        {"messages": user_turn(prompt) + assistant_turn(min(mine, key=lambda reply: reply.tokens).text)}
+        for prompt, mine in replies.items()
+        if mine
+    ]
     write_lines("sft.jsonl", demonstrations)
     write_lines("preferences.jsonl", preferences)
     write_lines("prompts.jsonl", [{"prompt": user_turn(prompt)} for prompt in replies])
