@@ -98,7 +98,7 @@ def _ppo(rows: Sequence[Row], summary: Row) -> list[Panel | None]:
                 rows,
                 f"Gold score: {name.removeprefix('eval/')}",
                 "Rises with the score that is trained on; one that falls while that score climbs is reward hacking.",
-                {name.removeprefix("eval/"): name},
+                {"held-out prompts": name, "training prompts": name.replace("eval/", "objective/", 1)},
                 "mean score",
             )
             for name in gold

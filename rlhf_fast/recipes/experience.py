@@ -70,9 +70,7 @@ def score(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference
     else:
         scores = torch.zeros(len(episodes.responses), device=base.device)
     nothing = torch.zeros_like(values)
-    return Experience(
-        episodes, trunk, logprobs, ref_logprobs, values, scores, scores, nothing, nothing, nothing
-    )
+    return Experience(episodes, trunk, logprobs, ref_logprobs, values, scores, scores, nothing, nothing, nothing)
 
 
 def _logprobs(

@@ -69,6 +69,7 @@ def write_ppo(folder: Path, steps: int = 100, *, ended: bool = True) -> None:
         done = step / max(steps, 1)
         values = {
             "objective/scores": 2.4 * (1 - math.exp(-2.5 * done)) + noise.gauss(0, 0.08),
+            "objective/gold": 1.4 * math.sin(2.2 * done) + noise.gauss(0, 0.1),
             "objective/kl": 8.5 * (1 - math.exp(-4 * done)) + noise.gauss(0, 0.3),
             "objective/kl_target": 6.0,
             "objective/kl_coef": 0.05 * (1 + 0.6 * done),
