@@ -82,13 +82,14 @@ class Stage:
             eps=self.config.adam_epsilon,
             weight_decay=self.config.weight_decay,
         )
-        self._scheduler = get_scheduler(
+        factor = get_scheduler(
             self.config.lr_scheduler_type,
             self._optimizer,
             num_warmup_steps=round(self.config.warmup_ratio * total_steps),
             num_training_steps=total_steps + 1,
-        )
-        self._scheduler.step()  # the schedule is 0 before its first step and after its last: no step trains at 0
+        ).lr_lambdas[0]
+        # its factor is 0 before the first step and after the last; ours counts from 1, so that no step trains at 0
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda done: factor(done + 1))
         set_seed(self.config.seed, device_specific=True)  # from here on, processes sample differently
         self._snapshots = Snapshots(
             self.folder,
