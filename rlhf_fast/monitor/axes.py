@@ -84,7 +84,7 @@ class Axis:
 
         Args:
             pad: the share of the span left free at each end; it never carries an axis across zero.
-            least_step: ticks are no closer than this (1 for whole numbers, such as training steps).
+            least_step: ticks are whole multiples of this (1 for whole numbers, such as training steps).
         """
         known = [known for value in values if (known := number(value)) is not None] or [0.0]
         low, high = min(known), max(known)
@@ -95,7 +95,9 @@ class Axis:
             room = (high - low) * pad
             low = 0.0 if low >= 0 > low - room else low - room
             high = 0.0 if high <= 0 < high + room else high + room
-        step = max(round_step(high - low, ticks), least_step)
+        step = round_step(high - low, ticks)
+        if least_step > 0:
+            step = math.ceil(step / least_step - 1e-9) * least_step
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
         labels = [(i * step, _tick_label(i * step, step, max(abs(low), abs(high)))) for i in range(first, last + 1)]
         return cls(low, high, start, end, labels)

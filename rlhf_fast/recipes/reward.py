@@ -77,13 +77,12 @@ def score_pairs(stage: Stage, rows: Sequence[PairRow]) -> tuple[torch.Tensor, to
 @torch.no_grad()
 def evaluate(stage: Stage, rows: Sequence[PairRow], *, step: int | None) -> Quality:
     """Quality on held-out pairs; logged under ``step`` unless that is None."""
-    found: list[tuple[float, float]] = []
-    for part in stage.micro_batches(stage.share(rows)):
+    found: list[tuple[float, float, int]] = []
+    for part in stage.micro_batches(sorted(stage.share(rows), key=lambda row: len(row.chosen_ids))):
         chosen, rejected, _ = score_pairs(stage, part)
-        found += zip(chosen.tolist(), rejected.tolist(), strict=True)
-    scores = torch.tensor(stage.gather(found), dtype=torch.float64)
-    lengths = torch.tensor([row.chosen_response_length - row.rejected_response_length for row in rows])
-    quality = assess(scores[:, 0], scores[:, 1], lengths)
+        lengths = [row.chosen_response_length - row.rejected_response_length for row in part]
+        found += zip(chosen.tolist(), rejected.tolist(), lengths, strict=True)
+    quality = assess(*torch.tensor(stage.gather(found), dtype=torch.float64).unbind(dim=1))
     if step is not None:
         line = {f"eval_{name}": value for name, value in asdict(quality).items() if not isinstance(value, list)}
         if stage.config.label_noise_ceiling is not None:  # type: ignore[attr-defined]

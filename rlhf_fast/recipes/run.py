@@ -26,7 +26,8 @@ def run(config: RunConfig) -> dict[str, dict[str, Any]]:
     stages: dict[str, StageConfig] = {name: getattr(config, name) for name in config.stages}
     for stage in stages.values():
         check_output(stage)
-    Functions(config.ppo.reward_functions + config.ppo.eval_functions)
+    for names in (config.ppo.reward_functions, config.ppo.eval_functions):
+        Functions(names)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     dump_yaml(config, folder / "config.yaml")

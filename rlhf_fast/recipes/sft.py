@@ -74,7 +74,7 @@ def target_count(row: SFTRow) -> int:
 @torch.no_grad()
 def validate(stage: Stage, rows: Sequence[SFTRow], *, step: int) -> bool:
     """Logs the validation loss and keeps the best adapter; False when patience has run out."""
-    own = stage.share(rows)
+    own = sorted(stage.share(rows), key=lambda row: len(row.input_ids))
     summed = sum(loss_sum(stage, part) for part in stage.micro_batches(own))
     losses = stage.gather([float(summed)])
     loss = sum(losses) / sum(target_count(row) for row in rows)
