@@ -130,7 +130,7 @@ def test_a_run_in_its_first_step_shows_dots(tmp_path: Path, ppo: Callable[..., N
     assert list(found) == PPO
     assert not any(list(chart.iter(f"{SVG}polyline")) for chart in found.values())
     dots = {title: len(list(found[title].iter(f"{SVG}circle"))) for title in PPO[:-1]}
-    assert dots == {title: 2 if title.startswith("Gold score") else 1 for title in dots}  # held-out and training prompts
+    assert dots == {title: 2 if title.startswith("Gold score") else 1 for title in dots}  # held-out, training
     assert ["Prompt", "SFT model (step 0)"] in Page(text).rows  # one evaluation: one column
 
 
