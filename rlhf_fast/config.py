@@ -171,7 +171,7 @@ class RewardConfig(StageConfig):
     )
     calibration_prompts: int = option(
         64,
-        "Prompts of the training data on which the SFT model's own samples are scored, to shift and scale the "
+        "Prompts of the preference data on which the SFT model's own samples are scored, to shift and scale the "
         "scores to mean 0, standard deviation 1.",
     )
     response_length: int = option(64, "Longest sample in tokens when calibrating.")
@@ -207,7 +207,7 @@ class PPOConfig(StageConfig):
     )
     eval_functions: list[str] = option(
         [],
-        "Python scorers of the same form that are measured at every evaluation and never trained on: a gold "
+        "Python scorers of the same form that are measured on every rollout and evaluation, never trained on: a gold "
         "scorer, to see the reward model being fooled.",
     )
 
@@ -261,6 +261,26 @@ class PPOConfig(StageConfig):
         super().validate()
         positive = ["num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length"]
         positive += ["temperature", "kl_horizon", "value_clip", "eval_prompts"]
+        reserved = {
+            "kl",
+            "kl_coef",
+            "kl_target",
+            "entropy",
+            "scores",
+            "reward_model",
+            "non_score_reward",
+            "rlhf_reward",
+        }
+        for name in self.eval_functions:
+            short = name.rpartition(":")[2]
+            require(self, "eval_functions", short not in reserved, f"named otherwise: {short!r} is a metric of its own")
+        fast_enough = self.kl_horizon > 0.2 * self.batch_size
+        require(
+            self,
+            "kl_horizon",
+            fast_enough,
+            f"above a fifth of --batch_size ({self.batch_size}): beta would turn negative",
+        )
         for name in positive:
             require(self, name, getattr(self, name) > 0, "above 0")
         room = f"below --max_length ({self.max_length}), which leaves the rest to the prompt"

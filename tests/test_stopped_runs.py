@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import OWN, arguments, write_data
+from command_lines import OWN, arguments, write_data
 from safetensors.torch import load_file, save_file
 
 from rlhf_fast.checkpoint import damage, list_checkpoints, whole_folder
@@ -212,6 +212,8 @@ def test_a_checkpoint_of_another_config_is_refused(flags, finished, tmp_path):
 
 def test_a_checkpoint_of_another_stage_is_refused(finished):
     outcome = finished("reward", "--output_dir other --resume_from_checkpoint out/checkpoint-2")
+    assert outcome.code == 2 and "out/checkpoint-2 is not in --output_dir other" in outcome.err
+    outcome = finished("reward", "--resume_from_checkpoint out/checkpoint-2")
     assert outcome.code == 2
     assert "out/checkpoint-2: no reward adapter in it: a checkpoint of another stage" in outcome.err
 

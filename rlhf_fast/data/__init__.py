@@ -5,7 +5,7 @@ from rlhf_fast.data.encode import PairRow, PromptRow, SFTRow, preference_rows, p
 from rlhf_fast.data.load import DEMO_NAMES, load_dataset
 from rlhf_fast.data.report import DataReport
 from rlhf_fast.data.sampler import batch_indices, epoch_order
-from rlhf_fast.data.tokenizer import prepare_tokenizer
+from rlhf_fast.data.tokenizer import end_of_turn, prepare_tokenizer
 
 __all__ = [
     "DEMO_NAMES",
@@ -18,6 +18,7 @@ __all__ = [
     "collate_pairs",
     "collate_prompts",
     "collate_sft",
+    "end_of_turn",
     "epoch_order",
     "load_dataset",
     "preference_rows",

@@ -50,6 +50,7 @@ class SharedBase:
         self.heads: dict[str, ScoreHead] = {}
         self._trainable: set[str] = set()
         self._in_role = False
+        self.notes: list[str] = []
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._list_name, self._layers = layers.decoder_layers(model)
         self._body = layers.decoder(model)
@@ -72,8 +73,14 @@ class SharedBase:
 
     def add_role(self, name: str, *, copy_of: str | None = None, head: bool = False, trainable: bool = True) -> None:
         """A new adapter: a copy of another role's (its head too, where both have one), else a fresh one that changes
-        nothing yet (B = 0)."""
-        self._add_adapter(name, self._fresh_config() if copy_of is None else self._config_of(copy_of))
+        nothing yet (B = 0). A copy has the other's rank, scale and modules; ``notes`` says where the config differs.
+        """
+        lora = self._fresh_config()
+        if copy_of is not None:
+            asked, lora = lora, self._config_of(copy_of)
+            lora.lora_dropout = asked.lora_dropout
+            self._note_difference(name, copy_of, asked, lora)
+        self._add_adapter(name, lora)
         if copy_of is not None:
             assert self.peft is not None
             state = get_peft_model_state_dict(self.peft, adapter_name=copy_of)
@@ -240,6 +247,12 @@ class SharedBase:
             task_type="CAUSAL_LM",
         )
 
+    def _note_difference(self, name: str, copy_of: str, asked: LoraConfig, taken: LoraConfig) -> None:
+        for field in ("r", "lora_alpha", "target_modules", "layers_to_transform"):
+            wanted, found = getattr(asked, field), getattr(taken, field)
+            if wanted != found and set(_listed(wanted)) != set(_listed(found)):
+                self.notes.append(f"{name} starts as a copy of {copy_of}: {field} is its {found}, not {wanted}")
+
     def _config_of(self, role: str) -> LoraConfig:
         assert self.peft is not None
         return LoraConfig(**self.peft.peft_config[role].to_dict())
@@ -311,6 +324,10 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     if not stops:
         raise UserError("the tokenizer has no EOS token: a response could never end; set eos_token in its config")
     return sorted(stops)
+
+
+def _listed(value: object) -> list[object]:
+    return list(value) if isinstance(value, (list, set, tuple)) else [value]
 
 
 def _softcap(model: PreTrainedModel) -> float | None:

@@ -140,7 +140,7 @@ def check_start(experiences: Sequence[Experience], dtype: torch.dtype) -> None:
     Raises UserError that says what to look at. Source: trl issue 495, where the reference was the base without the
     SFT adapter.
     """
-    gap = max(((e.logprobs - e.ref_logprobs).abs() * e.mask).max().item() for e in experiences)
+    gap = torch.stack([((e.logprobs - e.ref_logprobs).abs() * e.mask).max() for e in experiences]).max().item()
     if not gap <= TOLERANCE[dtype]:
         raise UserError(
             f"ppo: before the first update the policy's log-probs lie up to {gap:.3g} nats from the reference's, which "

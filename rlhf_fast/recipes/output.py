@@ -34,6 +34,11 @@ def open_output(config: StageConfig, say: Callable[[str], None]) -> Path | None:
         if not path.is_dir():
             there = ", ".join(str(p) for p in checkpoint.list_checkpoints(folder)) or "none"
             raise UserError(f"--resume_from_checkpoint: no folder {wanted}; checkpoints of {folder}: {there}")
+        if path.resolve().parent != folder.resolve():
+            raise UserError(
+                f"--resume_from_checkpoint {wanted} is not in --output_dir {folder}; set --output_dir to the "
+                "folder of the run that goes on"
+            )
         return path
     clear(folder)
     return None

@@ -57,7 +57,12 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
     stage.start([POLICY, CRITIC], total, values=fresh)
     controller.kl_coef, moments = stage.values["kl_coef"], RunningMoments(**stage.values["moments"])
 
-    if stage.step == 0 and held_out:
+    if stage.values["baseline"] and len(stage.values["baseline"]["scores"]) != len(held_out):
+        raise UserError(
+            f"this run was begun with {len(stage.values['baseline']['scores'])} held-out prompts and now has "
+            f"{len(held_out)}; resume with the config that began it"
+        )
+    if not stage.values["baseline"] and held_out:
         ppo_report.evaluate(stage, held_out, rewarders, scorers, step=0)
     with stage:
         for step in stage.steps():

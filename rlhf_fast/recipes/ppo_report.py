@@ -72,7 +72,7 @@ def rollout_metrics(
         "critic/explained_variance": _explained_variance(total, tokens),
         "response/length_mean": tokens / episodes,
         "response/truncated": 1 - total["stopped"] / episodes,
-        "response/distinct_2": distinct_2([response.token_ids for response in responses]),
+        "response/distinct_2": distinct_2(stage.gather([response.token_ids for response in responses])),
         "val/num_eos_tokens": total["stopped"],
         "tokens": tokens,
     }

@@ -35,9 +35,12 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
         sft = SFT
     stage.base.add_role(ROLE, copy_of=sft, head=True)
     total = config.max_steps or math.ceil(len(rows) * config.num_train_epochs / config.batch_size)
-    stage.start([ROLE], total)
+    stage.start([ROLE], total, values={"evaluated": False})
 
-    quality = evaluate(stage, held_out, step=0) if stage.step == 0 and held_out else None
+    quality = None
+    if held_out and not stage.values["evaluated"]:
+        quality = evaluate(stage, held_out, step=0)
+        stage.values["evaluated"] = True
     with stage:
         for step in stage.steps():
             batch = [rows[i] for i in batch_indices(len(rows), config.batch_size, step - 1, config.seed)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def run(config: RunConfig) -> dict[str, dict[str, Any]]:
         Functions(names)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    dump_yaml(config, folder / "config.yaml")
+    if os.environ.get("RANK", "0") == "0":  # of several processes one writes; no process group is there yet
+        dump_yaml(config, folder / "config.yaml")
     figures = {}
     for name, stage in stages.items():
         finished = read_summary(Path(stage.output_dir)) if stage.resume_from_checkpoint == "auto" else None

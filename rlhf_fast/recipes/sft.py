@@ -28,7 +28,7 @@ def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[
     stage.start([ROLE], total, values={"first_loss": None, "best_loss": None, "best_step": 0, "worse": 0})
     stage.stopped_early = stage.values["worse"] >= config.patience  # resumed where it had stopped
 
-    if stage.step == 0 and held_out:
+    if stage.values["first_loss"] is None and held_out:
         validate(stage, held_out, step=0)
     with stage:
         for step in stage.steps():

@@ -28,7 +28,7 @@ from transformers import get_scheduler
 from rlhf_fast import checkpoint
 from rlhf_fast.config import StageConfig
 from rlhf_fast.config_load import dump_yaml
-from rlhf_fast.data import prepare_tokenizer
+from rlhf_fast.data import end_of_turn, prepare_tokenizer
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models import SharedBase, adapters, pretrained
 from rlhf_fast.monitor import Progress, RunLog, print_summary, write_report, write_summary
@@ -50,6 +50,8 @@ class Stage:
     def __init__(self, name: str, config: StageConfig) -> None:
         _check_trackers(config)
         self._opened = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         self.name, self.config, self.folder = name, config, Path(config.output_dir)
         self.accelerator = Accelerator(log_with=config.report_to or None, project_dir=str(self.folder / "runs"))
         self.main = self.accelerator.is_main_process
@@ -62,6 +64,10 @@ class Stage:
             self.say(note)
         pretrained.check_window(model, config.max_length)
         self.base = SharedBase(model, tokenizer, config)
+        closing = end_of_turn(tokenizer)
+        if closing is not None and closing not in self.base.stop_ids:
+            self.base.stop_ids = sorted([*self.base.stop_ids, closing])
+            self.say(f"responses also end at {tokenizer.convert_ids_to_tokens(closing)!r}, as the chat template does")
         self.values: dict[str, Any] = {}
         self.step = self.total = 0
         self.stopped_early = False
@@ -73,6 +79,8 @@ class Stage:
     def start(self, roles: Sequence[str], total_steps: int, values: dict[str, Any] | None = None) -> None:
         """Optimizer and schedule for the roles' parameters; where a checkpoint is resumed, everything from it."""
         self.total, self.values = total_steps, dict(values or {})
+        for note in self.base.notes:
+            self.say(f"{self.name}: {note}")
         self.parameters = [p for role in roles for p in self.base.named_parameters(role).values()]
         for parameter in self.parameters:  # every process begins with the same adapters
             parameter.data.copy_(broadcast(parameter.data))
@@ -127,25 +135,32 @@ class Stage:
         assert self._progress is not None
         self._progress.__exit__(kind, error, trace)
         self._progress = None
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._old_handler)
-        if error is None or self._snapshot is None:
-            return
-        # an error of one process alone must not wait for the others
-        alone = self.accelerator.num_processes == 1
-        if isinstance(error, KeyboardInterrupt) or (isinstance(error, Exception) and alone):
-            where = self._snapshots.keep(self._snapshot)
-            message = f"{self.name}: stopped after step {self._snapshot.step} of {self.total}; {where}"
-            if isinstance(error, KeyboardInterrupt):
-                raise Interrupted(f"{message}; go on with --resume_from_checkpoint auto") from None
-            self.say(message)
+        try:
+            if isinstance(error, (KeyboardInterrupt, Exception)) and self._snapshot is not None:
+                self._leave(error, self._snapshot)
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, self._old_handler)
+
+    def _leave(self, error: BaseException, snapshot: checkpoint.State) -> None:
+        """Keeps the last finished step. Several processes stop wherever each of them stands, so that they cannot write
+        together: there the last periodic checkpoint is what stays."""
+        if self.accelerator.num_processes == 1:
+            where = self._snapshots.keep(snapshot)
+        else:
+            there = checkpoint.list_checkpoints(self.folder)
+            where = f"checkpoint {there[-1]}" if there else "no checkpoint yet"
+        message = f"{self.name}: stopped after step {snapshot.step} of {self.total}; {where}"
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"{message}; go on with --resume_from_checkpoint auto") from None
+        self.say(message)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps still to do, from 1. After each, a checkpoint where one is due."""
         every = self.config.save_steps or max(1, math.ceil(self.total / 10))
         while self.step < self.total and not self.stopped_early:
-            self._snapshot = self._snapshots.take(self.step, self.values)
             self._began = time.perf_counter()
+            self._snapshot = self._snapshots.take(self.step, self.values)
             yield self.step + 1
             self._scheduler.step()
             self.step += 1
@@ -163,7 +178,7 @@ class Stage:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of ``loss``: already divided by the whole batch's count, so that shares simply add up."""
-        self.accelerator.backward(loss)
+        loss.backward()  # not accelerate's: it divides by an accumulation and scales by a precision that are not ours
 
     def update(self, loss: float, rows: Sequence[int]) -> float:
         """One optimizer step on the gradients of all processes; returns their norm before clipping.
@@ -245,7 +260,7 @@ class Stage:
 
     def sum(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """0-dim tensors summed over all processes, as numbers, in one exchange."""
-        stacked = self.accelerator.reduce(torch.stack([value.float() for value in values.values()]), reduction="sum")
+        stacked = self.accelerator.reduce(torch.stack([value.double() for value in values.values()]), reduction="sum")
         return dict(zip(values, stacked.tolist(), strict=True))
 
     def gather(self, values: Sequence[Any]) -> list[Any]:

@@ -85,6 +85,17 @@ def test_interrupted_in_the_middle_of_a_step_leaves_the_step_before_it(name, con
     assert_same_run(tmp_path / "whole", folder)
 
 
+@pytest.mark.parametrize("name", TRAIN)
+def test_interrupted_in_the_first_step_repeats_no_evaluation(name, config_of, monkeypatch, tmp_path):
+    train, make = TRAIN[name], config_of[name]
+    train(make("whole"))
+    config = make("interrupted")
+    run_until(monkeypatch, train, config, update=1, error=KeyboardInterrupt)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "interrupted")] == ["checkpoint-0"]
+    train(config, resume_from_checkpoint="auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "interrupted")
+
+
 def test_interrupted_between_periodic_checkpoints_loses_no_finished_step(sft_config, monkeypatch, tmp_path):
     config = sft_config(save_steps=100)
     run_until(monkeypatch, sft.train, config, update=4, error=KeyboardInterrupt)

@@ -99,3 +99,13 @@ def test_trackers_get_the_metrics_of_the_log(sft_config, tmp_path):
     logged = [(event.step, event.value) for event in accumulator.Scalars("loss")]
     assert [step for step, _ in logged] == [1, 2, 3, 4]
     assert [value for _, value in logged] == pytest.approx(metrics(tmp_path / "sft", "loss"))
+
+
+def test_a_response_ends_where_the_chat_template_ends_it(sft_config, capsys):
+    """Chat templates on base models often close a turn with another token than the tokenizer's EOS."""
+    template = "{% for message in messages %}{{ message['content'] + '<pad>' }}{% endfor %}"
+    stage = Stage("sft", sft_config(chat_template=template))
+    closing, eos = stage.base.tokenizer.convert_tokens_to_ids(["<pad>", "<end>"])
+    assert stage.base.stop_ids == sorted([closing, eos])
+    assert "responses also end at '<pad>'" in capsys.readouterr().err
+    assert Stage("sft", sft_config("own")).base.stop_ids == [eos]
