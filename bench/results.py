@@ -15,6 +15,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("sft", "reward", "ppo")
+DATA_KEYS = {"dataset", "dataset_name", "eval_dataset_name"}
 
 
 def collect(run: Path) -> dict[str, Any]:
@@ -24,13 +25,22 @@ def collect(run: Path) -> dict[str, Any]:
     }
     if not found:
         raise SystemExit(f"{run}: no finished stage in it (sft, reward or ppo with a summary.json)")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    for part in [settings, *settings.values(), *(summary["figures"] for summary in found.values())]:
+        for key in DATA_KEYS & set(part if isinstance(part, dict) else ()):
+            part[key] = part[key] and file_name(part[key])
     seconds = [summary["figures"].get("seconds") for summary in found.values()]
     return {
         "machine": machine(),
         "seconds": None if None in seconds else round(sum(seconds)),
         "stages": found,
-        "config": yaml.safe_load((run / "config.yaml").read_text()),
+        "config": settings,
     }
+
+
+def file_name(data: str) -> str:
+    """Where a file lay is this machine's business; a hub or built-in name is kept."""
+    return Path(data).name if Path(data).exists() else data
 
 
 def machine() -> dict[str, Any]:
