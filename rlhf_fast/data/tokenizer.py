@@ -99,7 +99,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+    try:
+        ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+    except jinja2.TemplateError:  # it wants other turns than these; chat data that it refuses is told with its row
+        return None
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     content = tokenizer("b", add_special_tokens=False)["input_ids"][-1]
     tail = ids[len(ids) - ids[::-1].index(content) :] if content in ids else []

@@ -29,7 +29,7 @@ def write_rows(path: Path) -> Path:
     else:
         datasets.Dataset.from_list(ROWS).to_parquet(str(plain))
     if path != plain:
-        path.write_bytes(gzip.compress(plain.read_bytes()))
+        path.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
         plain.unlink()
     return path
 
@@ -75,7 +75,7 @@ def test_a_folder_gives_the_file_of_the_split(tmp_path: Path):
     folder = tmp_path / "data"
     folder.mkdir()
     write_rows(folder / "train.jsonl")
-    (folder / "gold-test.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "held out"}\n'))
+    (folder / "gold-test.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "held out"}\n', mtime=0))
     (folder / "README.md").write_text("not data")
     assert list(load_dataset(str(folder))) == ROWS
     assert list(load_dataset(str(folder), split="test")) == [{"prompt": "held out"}]
@@ -133,18 +133,18 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path):
     ("name", "content", "expected"),
     [
         ("bad.jsonl", b'{"a": 1}\n{"a": }\n', "bad.jsonl: line 2: broken JSON (Expecting value at column 7)"),
-        ("bad.jsonl.gz", gzip.compress(b'{"a": 1}\n\n{"a\n'), "bad.jsonl.gz: line 3: broken JSON"),
+        ("bad.jsonl.gz", gzip.compress(b'{"a": 1}\n\n{"a\n', mtime=0), "bad.jsonl.gz: line 3: broken JSON"),
         ("bad.json", b'[{"a": 1},\n {"a": x}]', "bad.json: line 2: broken JSON"),
         ("list.jsonl", b'{"a": 1}\n[1, 2]\n', "line 2: expected a JSON object (columns and values), got list"),
         ("latin.jsonl", b'{"a": "x"}\n{"a": "caf\xe9"}\n', "latin.jsonl, line 2: not UTF-8"),
         ("latin.csv", b"a\ncaf\xe9\n", "latin.csv, line 2: not UTF-8"),
         ("ragged.csv", b"a,b\n1,2\n1,2,3\n", "ragged.csv: cannot be read as csv (ParserError"),
         ("bad.parquet", b"zzz", "bad.parquet: cannot be read as parquet"),
-        ("bad.parquet.gz", gzip.compress(b"zzz"), "bad.parquet.gz: cannot be read as parquet"),
-        ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "cut.jsonl.gz: not a whole gzip file"),
+        ("bad.parquet.gz", gzip.compress(b"zzz", mtime=0), "bad.parquet.gz: cannot be read as parquet"),
+        ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], "cut.jsonl.gz: not a whole gzip file"),
         ("plain.jsonl.gz", b'{"a": 1}\n', "plain.jsonl.gz: not a whole gzip file"),
         ("empty.jsonl", b"", "empty.jsonl: the file is empty"),
-        ("blank.jsonl.gz", gzip.compress(b"\n \n"), "blank.jsonl.gz: the file is empty"),
+        ("blank.jsonl.gz", gzip.compress(b"\n \n", mtime=0), "blank.jsonl.gz: the file is empty"),
         ("header.csv", b"prompt,completion\n", "header.csv: "),
         ("none.json", b"[]", "none.json: "),
         ("notes.txt", b"hello", "notes.txt: expected a file ending in .jsonl"),

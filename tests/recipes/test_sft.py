@@ -109,3 +109,6 @@ def test_a_response_ends_where_the_chat_template_ends_it(sft_config, capsys):
     assert stage.base.stop_ids == sorted([closing, eos])
     assert "responses also end at '<pad>'" in capsys.readouterr().err
     assert Stage("sft", sft_config("own")).base.stop_ids == [eos]
+    # a template that refuses an answer is of no concern to string columns
+    strict = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0]['content'] }}"
+    assert Stage("sft", sft_config("strict", chat_template=strict)).base.stop_ids == [eos]
