@@ -1,6 +1,8 @@
 """The losses and their building blocks: plain functions from tensors to tensors, one a file."""
 
+from . import _fused as _fused
 from ._dispatch import backends, use_backend
+from ._native import build_info
 from .clipped_policy_loss import PolicyLoss, clipped_policy_loss
 from .clipped_value_loss import ValueLoss, clipped_value_loss
 from .dpo_loss import DPOLoss, dpo_loss
@@ -22,6 +24,7 @@ __all__ = [
     "PolicyRef",
     "ValueLoss",
     "backends",
+    "build_info",
     "clipped_policy_loss",
     "clipped_value_loss",
     "dpo_loss",

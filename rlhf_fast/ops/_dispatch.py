@@ -5,7 +5,6 @@ An implementation joins the table with ``@implements("gae", "torch")``. A backen
 """
 
 import contextlib
-import contextvars
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ Probe = Callable[[torch.device], str | None]
 NAMES = ("cuda", "triton", "native", "torch")  # the order of preference
 _table: dict[str, dict[str, Implementation]] = {}
 _probes: dict[str, Probe] = {"torch": lambda device: None}
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("rlhf_fast_backend", default=None)
+_forced: str | None = None  # a plain global, which torch.compile guards on
 _warned: set[tuple[str, str]] = set()
 
 
@@ -38,24 +37,27 @@ def implements(op: str, backend: str) -> Callable[[Implementation], Implementati
     return register
 
 
-def implementation(op: str, device: torch.device) -> Implementation:
-    """The function that runs ``op`` on ``device``: the forced backend's, else the first that can run.
+def implementation(op: str, like: torch.Tensor) -> Implementation:
+    """The function that runs ``op`` on tensors like this one: the forced backend's, else the first that can run.
+
+    float64 is the torch reference on every backend: it is the truth that the others are held to. An op of a number a
+    sequence (pairwise_loss, dpo_loss) exists in torch alone, and no forced backend changes that.
 
     Raises RuntimeError when a forced backend cannot run; warns once when a registered one is passed over.
     """
-    forced = forced_backend()
-    if forced is not None:
+    forced, device = forced_backend(), like.device
+    if forced is not None and len(_table[op]) > 1:
         reason = _why_not(op, forced, device)
         if reason is not None:
             raise RuntimeError(
                 f"{op}: backend {forced!r} was asked for and cannot run on {device.type}: {reason}. "
                 "Unset RLHF_FAST_BACKEND (or leave use_backend) to let rlhf-fast choose."
             )
-        return _table[op][forced]
+        return _table[op]["torch" if like.dtype == torch.float64 else forced]
     for name in NAMES:
         reason = _why_not(op, name, device)
         if reason is None:
-            return _table[op][name]
+            return _table[op]["torch" if like.dtype == torch.float64 else name]
         if name in _table[op] and _meant_for(name, device) and (op, name) not in _warned:
             _warned.add((op, name))
             warnings.warn(f"{op}: backend {name!r} cannot run here and is passed over: {reason}", stacklevel=3)
@@ -88,22 +90,22 @@ def backends(device: str | torch.device | None = None) -> dict[str, dict[str, An
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces one backend inside the block: ``with rlhf_fast.use_backend("torch"): ...``.
+    """Forces one backend inside the block, in every thread: ``with rlhf_fast.use_backend("torch"): ...``.
 
     Raises ValueError for a name that is no backend. An op that the backend cannot run raises RuntimeError when called.
     """
-    token = _forced.set(_checked(name))
+    global _forced
+    outer, _forced = _forced, _checked(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = outer
 
 
 def forced_backend() -> str | None:
     """The backend forced by ``use_backend``, else by RLHF_FAST_BACKEND, else None."""
-    inner = _forced.get()
-    if inner is not None:
-        return inner
+    if _forced is not None:
+        return _forced
     outer = os.environ.get("RLHF_FAST_BACKEND")
     return _checked(outer) if outer else None
 

@@ -32,8 +32,8 @@ def flat_tokens(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.
-        IndexError: on the CPU, a live target outside [0, vocab). On a GPU the check would synchronise; the op gives
-            NaN in that row instead.
+        IndexError: on the CPU, a live target outside [0, vocab). On a GPU the check would synchronise, and under
+            torch.compile it would break the graph; the op gives NaN in that row instead.
     """
     shape = data.shape[:-1]
     _checks.integral(op, **{targets_name: targets})
@@ -44,7 +44,7 @@ def flat_tokens(
     if mask is not None:
         live = live & mask
     targets = targets.to(torch.int64)
-    if data.device.type == "cpu":
+    if data.device.type == "cpu" and not torch.compiler.is_compiling():
         _in_range(op, targets_name, targets, live, vocab)
     return Tokens(targets.reshape(-1), live.reshape(-1), flat_temperature(op, temperature, data))
 

@@ -79,7 +79,7 @@ def clipped_policy_loss(
     live = _checks.live_mask(op, mask, logprobs.shape, logprobs.device)
 
     logprobs, old_logprobs, advantages = upcast(logprobs, old_logprobs.detach(), advantages.detach())
-    return implementation(op, logprobs.device)(
+    return implementation(op, logprobs)(
         as_rows(logprobs),
         as_rows(old_logprobs),
         as_rows(advantages),

@@ -54,7 +54,7 @@ def clipped_value_loss(
     live = _checks.live_mask(op, mask, values.shape, values.device)
 
     values, old_values, returns = upcast(values, old_values.detach(), returns.detach())
-    return implementation(op, values.device)(
+    return implementation(op, values)(
         as_rows(values),
         as_rows(old_values),
         as_rows(returns),

@@ -67,7 +67,7 @@ def dpo_loss(
         raise ValueError(f"{op}: label_smoothing is defined for loss_type 'sigmoid' alone; got {loss_type!r}")
 
     inputs = upcast(policy_chosen, policy_rejected, ref_chosen.detach(), ref_rejected.detach())
-    return implementation(op, policy_chosen.device)(*inputs, beta, label_smoothing, loss_type)
+    return implementation(op, policy_chosen)(*inputs, beta, label_smoothing, loss_type)
 
 
 @implements("dpo_loss", "torch")

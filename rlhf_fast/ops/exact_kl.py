@@ -50,7 +50,7 @@ def exact_kl(
         live = torch.ones((), dtype=torch.bool, device=logits.device).expand(shape)
     tau = flat_temperature(op, temperature, logits)
     rows = (shape.numel(), vocab)
-    run = implementation(op, logits.device)
+    run = implementation(op, logits)
     return run(logits.reshape(rows), ref_logits.detach().reshape(rows), live.reshape(-1), tau).reshape(shape)
 
 

@@ -61,7 +61,7 @@ def gae(
     live = _checks.live_mask("gae", mask, rewards.shape, rewards.device)
 
     rewards, values = upcast(rewards.detach(), values.detach())
-    advantages, returns = implementation("gae", rewards.device)(rewards, values, live, cu_seqlens, gamma, lam)
+    advantages, returns = implementation("gae", rewards)(rewards, values, live, cu_seqlens, gamma, lam)
     return (masked_whiten(advantages, live) if whiten else advantages), returns
 
 

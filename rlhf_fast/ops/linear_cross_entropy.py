@@ -65,7 +65,7 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         targets_name="labels",
     )
-    losses = implementation(op, hidden.device)(flat_hidden(hidden), *head, *tokens, softcap)
+    losses = implementation(op, hidden)(flat_hidden(hidden), *head, *tokens, softcap)
     if reduction == "none":
         return losses.reshape(hidden.shape[:-1])
     if reduction == "sum":

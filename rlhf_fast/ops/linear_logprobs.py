@@ -90,7 +90,7 @@ def linear_logprobs(
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
     )
-    run = implementation(op, hidden.device)
+    run = implementation(op, hidden)
     logprobs, entropy = run(flat_hidden(hidden), *head, *tokens, softcap, return_entropy)
     shape = hidden.shape[:-1]
     return (logprobs.reshape(shape), entropy.reshape(shape)) if return_entropy else logprobs.reshape(shape)

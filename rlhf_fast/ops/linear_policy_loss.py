@@ -94,7 +94,7 @@ def linear_policy_loss(
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
     )
-    return implementation(op, hidden.device)(
+    return implementation(op, hidden)(
         flat_hidden(hidden),
         *head,
         tokens,

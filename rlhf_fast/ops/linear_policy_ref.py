@@ -64,7 +64,7 @@ def linear_policy_ref(
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
     )
-    run = implementation(op, hidden.device)
+    run = implementation(op, hidden)
     results = run(flat_hidden(hidden), flat_hidden(ref_hidden.detach()), head.weight, head.bias, *tokens, softcap)
     return PolicyRef(*(result.reshape(hidden.shape[:-1]) for result in results))
 

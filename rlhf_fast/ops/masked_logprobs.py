@@ -98,7 +98,7 @@ def masked_logprobs(
     tokens = flat_tokens(op, logits, targets, mask, temperature=temperature, vocab=vocab, ignore_index=ignore_index)
     shape = logits.shape[:-1]
     rows = (logits.contiguous() if inplace_backward else logits).reshape(shape.numel(), logits.shape[-1])
-    run = implementation(op, logits.device)
+    run = implementation(op, logits)
     logprobs, entropy = run(rows, *tokens, softcap, vocab, return_entropy, inplace_backward)
     return (logprobs.reshape(shape), entropy.reshape(shape)) if return_entropy else logprobs.reshape(shape)
 

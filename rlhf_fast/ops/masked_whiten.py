@@ -45,7 +45,7 @@ def masked_whiten(
             "masked_whiten: expected an x without gradient when group is given, since none flows between ranks; "
             "got x.requires_grad=True. Pass x.detach()."
         )
-    flat = implementation("masked_whiten", x.device)(
+    flat = implementation("masked_whiten", x)(
         upcast(x)[0].reshape(-1), None if live is None else live.reshape(-1), shift_mean, unbiased, group
     )
     return flat.view(x.shape)

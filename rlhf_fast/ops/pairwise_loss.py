@@ -34,7 +34,7 @@ def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Te
     _checks.same_device(op, chosen=chosen, rejected=rejected, margin=margin)
 
     target = torch.zeros_like(chosen) if margin is None else margin.detach()
-    return implementation(op, chosen.device)(*upcast(chosen, rejected, target))
+    return implementation(op, chosen)(*upcast(chosen, rejected, target))
 
 
 @implements("pairwise_loss", "torch")

@@ -51,7 +51,7 @@ def token_kl(
     live = _checks.live_mask("token_kl", mask, logprobs.shape, logprobs.device)
 
     logprobs, ref_logprobs = upcast(logprobs, ref_logprobs.detach())
-    flat = implementation("token_kl", logprobs.device)(
+    flat = implementation("token_kl", logprobs)(
         logprobs.reshape(-1), ref_logprobs.reshape(-1), None if live is None else live.reshape(-1), estimator
     )
     return flat.view(logprobs.shape)

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_fast.ops._dispatch import use_backend
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "native"]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,0 +1,215 @@
+// The Python module rlhf_fast._C: every launcher with its pointers as integers. Only rlhf_fast/ops/_native.py calls it,
+// and has checked shapes, dtypes and strides before.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "rlhf_fast.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// A data_ptr(), 0 for none: converts to whatever pointer the launcher's argument is.
+struct Address {
+  uintptr_t value;
+  template <class T>
+  operator T*() const {
+    return reinterpret_cast<T*>(value);
+  }
+};
+
+}  // namespace
+
+namespace pybind11::detail {
+template <>
+struct type_caster<Address> {
+  PYBIND11_TYPE_CASTER(Address, const_name("int"));
+  bool load(handle source, bool) {
+    value.value = PyLong_AsUnsignedLongLong(source.ptr());
+    if (PyErr_Occurred()) {
+      PyErr_Clear();
+      return false;
+    }
+    return true;
+  }
+};
+}  // namespace pybind11::detail
+
+namespace {
+
+using namespace rlhf_fast;
+using Size = int64_t;
+
+Logits logits_of(Address data, int dtype, Size row_stride) { return {data, (DType)dtype, row_stride}; }
+
+// The arguments of every vocabulary-level launcher, in this order, are those of Rows.
+Rows rows_of(Size count, Size vocab, Address targets, Address live, Address temperature, Size temperature_stride,
+             float softcap, int threads) {
+  return {count, vocab, targets, live, temperature, temperature_stride, softcap, threads};
+}
+
+#define ROWS                                                                                              \
+  Size count, Size vocab, Address targets, Address live, Address temperature, Size temperature_stride, \
+      float softcap, int threads
+#define ROWS_VALUE rows_of(count, vocab, targets, live, temperature, temperature_stride, softcap, threads)
+
+py::list paths() {
+  py::list names;
+  for (const CpuLaunchers* const* path = cpu_paths(); *path; path++) names.append((*path)->path);
+  return names;
+}
+
+void choose_path(const std::string& name) {
+  if (!choose_cpu_path(name.c_str())) {
+    throw py::value_error("the CPU path " + name + " is not in this build or cannot run on this processor; there is " +
+                          std::string(py::str(paths())));
+  }
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["cpu_paths"] = paths();
+  info["cpu_path"] = cpu().path;
+  info["compiler"] = RLHF_FAST_COMPILER;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#ifdef RLHF_FAST_CUDA
+  info["cuda"] = RLHF_FAST_CUDA_COMPILER;
+  info["cuda_architectures"] = RLHF_FAST_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = py::none();
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("build_info", &build_info);
+  m.def("paths", &paths);
+  m.def("path", [] { return cpu().path; });
+  m.def("choose_path", &choose_path);
+
+  m.def(
+      "masked_logprobs",
+      [](ROWS, Address logits, int dtype, Size stride, Address logprobs, Address entropy, Address statistics) {
+        cpu().masked_logprobs({ROWS_VALUE, logits_of(logits, dtype, stride), logprobs, entropy, statistics});
+      },
+      release());
+  m.def(
+      "masked_logprobs_backward",
+      [](ROWS, Address logits, int dtype, Size stride, Size columns, Address statistics, Address logprobs,
+         Address entropy, Address grad_logprobs, Address grad_entropy, Address grad, Size grad_stride) {
+        cpu().masked_logprobs_backward({ROWS_VALUE, logits_of(logits, dtype, stride), columns, statistics, logprobs,
+                                        entropy, grad_logprobs, grad_entropy, logits_of(grad, dtype, grad_stride)});
+      },
+      release());
+  m.def(
+      "exact_kl",
+      [](ROWS, Address logits, Size stride, Address ref_logits, Size ref_stride, int dtype, Address kl,
+         Address statistics) {
+        cpu().exact_kl({ROWS_VALUE, logits_of(logits, dtype, stride), logits_of(ref_logits, dtype, ref_stride), kl,
+                        statistics});
+      },
+      release());
+  m.def(
+      "exact_kl_backward",
+      [](ROWS, Address logits, Size stride, Address ref_logits, Size ref_stride, int dtype, Address statistics,
+         Address kl, Address grad_kl, Address grad, Size grad_stride) {
+        cpu().exact_kl_backward({ROWS_VALUE, logits_of(logits, dtype, stride), logits_of(ref_logits, dtype, ref_stride),
+                                 statistics, kl, grad_kl, logits_of(grad, dtype, grad_stride)});
+      },
+      release());
+  m.def(
+      "linear_logprobs",
+      [](ROWS, Address logits, int dtype, Size stride, Address logprobs, Address entropy, bool write_gradient,
+         Address grad_logprobs, Address grad_entropy) {
+        cpu().linear_logprobs({ROWS_VALUE, logits_of(logits, dtype, stride), logprobs, entropy, write_gradient,
+                               grad_logprobs, grad_entropy});
+      },
+      release());
+  m.def(
+      "linear_policy_loss",
+      [](ROWS, Address logits, int dtype, Size stride, Address old_logprobs, Address advantages, Address ref_logprobs,
+         Address weight, float clip_low, float clip_high, float dual_clip, float kl_coef, float entropy_coef,
+         int kl_slope, bool write_gradient, Address logprobs, Address entropy) {
+        cpu().linear_policy_loss({ROWS_VALUE, logits_of(logits, dtype, stride), old_logprobs, advantages, ref_logprobs,
+                                  weight, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, (Kl)kl_slope,
+                                  write_gradient, logprobs, entropy});
+      },
+      release());
+  m.def(
+      "linear_policy_ref",
+      [](ROWS, Address logits, Size stride, Address ref_logits, Size ref_stride, int dtype, Address logprobs,
+         Address ref_logprobs, Address entropy, Address kl, bool write_gradient, Address grad_logprobs,
+         Address grad_entropy, Address grad_kl) {
+        cpu().linear_policy_ref({ROWS_VALUE, logits_of(logits, dtype, stride), logits_of(ref_logits, dtype, ref_stride),
+                                 logprobs, ref_logprobs, entropy, kl, write_gradient, grad_logprobs, grad_entropy,
+                                 grad_kl});
+      },
+      release());
+  m.def(
+      "token_kl",
+      [](Size count, Address logprobs, Address ref_logprobs, Address live, int estimator, Address kl, int threads) {
+        cpu().token_kl({count, logprobs, ref_logprobs, live, (Kl)estimator, kl, threads});
+      },
+      release());
+  m.def(
+      "token_kl_backward",
+      [](Size count, Address logprobs, Address ref_logprobs, Address live, int slope, Address grad_kl, Address grad,
+         int threads) {
+        cpu().token_kl_backward({count, logprobs, ref_logprobs, live, (Kl)slope, grad_kl, grad, threads});
+      },
+      release());
+  m.def(
+      "gae",
+      [](Size sequences, Size length, Address cu_seqlens, Address rewards, Address values, Address live, float gamma,
+         float lam, bool whiten, Address advantages, Address returns, int threads) {
+        cpu().gae({sequences, length, cu_seqlens, rewards, values, live, gamma, lam, whiten, advantages, returns,
+                   threads, nullptr});
+      },
+      release());
+  m.def(
+      "masked_moments",
+      [](Size count, Address x, Address live, Address mean, Address moments, int threads) {
+        cpu().masked_moments({count, x, live, mean, moments, threads});
+      },
+      release());
+  m.def(
+      "masked_whiten",
+      [](Size count, Address x, Address live, bool shift_mean, bool unbiased, bool given, Address statistics,
+         Address whitened, int threads) {
+        cpu().masked_whiten({count, x, live, shift_mean, unbiased, given, statistics, whitened, threads});
+      },
+      release());
+  m.def(
+      "masked_whiten_backward",
+      [](Size count, Address x, Address live, bool shift_mean, bool unbiased, Address statistics,
+         Address grad_whitened, Address grad, int threads) {
+        cpu().masked_whiten_backward({count, x, live, shift_mean, unbiased, statistics, grad_whitened, grad, threads});
+      },
+      release());
+  m.def(
+      "clipped_policy_loss",
+      [](Size sequences, Size length, Address logprobs, Address old_logprobs, Address advantages, Address live,
+         float clip_low, float clip_high, float dual_clip, bool sequence_level, int aggregation, double num_items,
+         Address results, Address grad, int threads) {
+        cpu().clipped_policy_loss({sequences, length, logprobs, old_logprobs, advantages, live, clip_low, clip_high,
+                                   dual_clip, sequence_level, (Aggregation)aggregation, num_items, results, grad,
+                                   threads});
+      },
+      release());
+  m.def(
+      "clipped_value_loss",
+      [](Size sequences, Size length, Address values, Address old_values, Address returns, Address live, float clip,
+         int aggregation, double num_items, Address results, Address grad, int threads) {
+        cpu().clipped_value_loss({sequences, length, values, old_values, returns, live, clip, (Aggregation)aggregation,
+                                  num_items, results, grad, threads});
+      },
+      release());
+}

@@ -1,0 +1,39 @@
+// log softmax(logits)[target] and the entropy. The forward reads the logits once; the backward reads them once more and
+// writes the gradient, over them where it may. The rows' statistics come between.
+#include "rows.h"
+
+namespace rlhf_fast::RLHF_FAST_PATH {
+
+void masked_logprobs(const MaskedLogprobs& a) {
+  typed(a.logits, [&](auto* logits) {
+    parallel_for(a.rows.count, a.rows.vocab, a.rows.threads, [&](int64_t i) {
+      RowResult result{};
+      if (is_live(a.rows, i)) {
+        const Row row(logits + i * a.logits.row_stride, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
+        result = evaluate_row(row, inverse_temperature_of(a.rows, i), a.entropy);
+      }
+      a.logprobs[i] = result.logprob;
+      if (a.entropy) a.entropy[i] = result.entropy;
+      if (a.statistics) memcpy(a.statistics + i * kStatistics, &result.statistics, sizeof(RowStatistics));
+    });
+  });
+}
+
+void masked_logprobs_backward(const MaskedLogprobsBackward& a) {
+  typed(a.logits, [&](auto* logits) {
+    auto* grads = (decltype(logits))a.grad.data;
+    parallel_for(a.rows.count, a.columns, a.rows.threads, [&](int64_t i) {
+      auto* grad = grads + i * a.grad.row_stride;
+      if (!is_live(a.rows, i)) return zero(grad, a.columns);
+      zero(grad + a.rows.vocab, a.columns - a.rows.vocab);
+      const Row row(logits + i * a.logits.row_stride, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
+      RowStatistics statistics;
+      memcpy(&statistics, a.statistics + i * kStatistics, sizeof(RowStatistics));
+      write_row_gradient(row, a.rows.targets[i], row.target_logit(), statistics, inverse_temperature_of(a.rows, i),
+                         a.logprobs[i], a.entropy ? a.entropy[i] : 0, a.grad_logprobs ? a.grad_logprobs[i] : 0,
+                         a.grad_entropy ? a.grad_entropy[i] : 0, grad);
+    });
+  });
+}
+
+}  // namespace rlhf_fast::RLHF_FAST_PATH

@@ -1,0 +1,28 @@
+// Work shared over threads. OpenMP decides who does a task, never what a task does: the tasks are cut by size alone.
+#pragma once
+
+#include "vec.h"
+
+namespace rlhf_fast::RLHF_FAST_PATH {
+
+// A fork of threads costs a few microseconds, so smaller work stays on the caller's.
+constexpr int64_t kSerialElements = 16384;
+
+// Runs task(i) for i in [0, tasks), each about `elements` elements of work.
+template <class Task>
+RLHF_FAST_INLINE void parallel_for(int64_t tasks, int64_t elements, int threads, const Task& task) {
+  if (threads <= 1 || tasks <= 1 || tasks * elements <= kSerialElements) {
+    for (int64_t i = 0; i < tasks; i++) task(i);
+    return;
+  }
+  const int64_t batch = elements >= kSerialElements ? 1 : kSerialElements / (elements > 0 ? elements : 1);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, batch)
+  for (int64_t i = 0; i < tasks; i++) task(i);
+}
+
+// Tokens of one task of the token-level ops, and of one partial sum. Small enough for a few arrays to fit in L1.
+constexpr int64_t kBlock = 1024;
+
+RLHF_FAST_INLINE int64_t blocks_of(int64_t count) { return (count + kBlock - 1) / kBlock; }
+
+}  // namespace rlhf_fast::RLHF_FAST_PATH

@@ -1,0 +1,57 @@
+// Which of the compiled paths runs: the best that the processor has, unless one is named.
+#include <cstring>
+
+#include "../rlhf_fast.h"
+
+namespace rlhf_fast {
+namespace {
+
+#ifdef RLHF_FAST_X86
+bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+struct Paths {
+  const CpuLaunchers* list[4] = {};
+  const CpuLaunchers* chosen = nullptr;
+
+  Paths() {
+    int count = 0;
+#ifdef RLHF_FAST_X86
+    if (has_avx512()) list[count++] = &avx512::launchers;
+    if (has_avx2()) list[count++] = &avx2::launchers;
+#endif
+    list[count++] = &portable::launchers;
+    chosen = list[0];
+  }
+};
+
+Paths& paths() {
+  static Paths instance;
+  return instance;
+}
+
+}  // namespace
+
+const CpuLaunchers* const* cpu_paths() { return paths().list; }
+
+const CpuLaunchers& cpu() { return *paths().chosen; }
+
+bool choose_cpu_path(const char* path) {
+  for (const CpuLaunchers* const* candidate = paths().list; *candidate; candidate++) {
+    if (strcmp((*candidate)->path, path) == 0) {
+      paths().chosen = *candidate;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace rlhf_fast

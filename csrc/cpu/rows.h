@@ -1,0 +1,209 @@
+// One row of logits: its statistics in one sweep, its gradient in another. The formulas are those of
+// rlhf_fast/ops/_vocab.py: the target stands apart from the other columns, so that no step subtracts near-equal numbers.
+//
+// A row is read in blocks, the running maximum of which is the shift of the exponentials. Sums inside a block are float
+// lanes, sums over blocks double, so a row of 151936 columns is as exact as a short one.
+#pragma once
+
+#include <cmath>
+
+#include "parallel.h"
+
+namespace rlhf_fast::RLHF_FAST_PATH {
+
+constexpr int kRowBlock = 2048;
+// Below it e^gap is exactly 0; bounds a gap where it meets such a 0, so that 0 * inf is 0.
+constexpr float kFarGap = -104.0f;
+constexpr double kFar = 1e4;
+
+RLHF_FAST_INLINE double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(-std::fabs(x))); }
+RLHF_FAST_INLINE double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+RLHF_FAST_INLINE double at_most(double x, double bound) { return x > bound ? bound : x; }
+
+// A row of logits as floats, after the softcap. The target's column (none: -1) reads as -inf, and so does whatever
+// fills the last vector.
+template <class T>
+class Row {
+ public:
+  Row(const T* data, int64_t vocab, int64_t target, float softcap)
+      : data_(data), vocab_(vocab), target_(target), softcap_(softcap) {}
+
+  int64_t vocab() const { return vocab_; }
+  float softcap() const { return softcap_; }
+
+  float target_logit() const {
+    if (target_ < 0 || target_ >= vocab_) return __builtin_nanf("");
+    return capped(load(data_ + target_, 1))[0];
+  }
+
+  // The block from `start` on, in whole vectors: a pointer into the row itself, or into `scratch`.
+  const float* block(int64_t start, int count, float* scratch) const {
+    const bool holds_target = target_ >= start && target_ < start + count;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (softcap_ == 0 && !holds_target && count % kLanes == 0) return data_ + start;
+    }
+    for (int i = 0; i < count; i += kLanes) {
+      F32 x = capped(load(data_ + start + i, count - i));
+      if (count - i < kLanes) x = where(first_lanes(count - i), x, all(-__builtin_inff()));
+      store(scratch + i, x);
+    }
+    if (holds_target) scratch[target_ - start] = -__builtin_inff();
+    return scratch;
+  }
+
+ private:
+  RLHF_FAST_INLINE F32 capped(F32 x) const { return softcap_ == 0 ? x : softcap_ * tanh(x / softcap_); }
+
+  const T* data_;
+  int64_t vocab_, target_;
+  float softcap_;
+};
+
+template <class Visit>
+RLHF_FAST_INLINE void over_blocks(int64_t vocab, const Visit& visit) {
+  for (int64_t start = 0; start < vocab; start += kRowBlock) {
+    visit(start, (int)(vocab - start < kRowBlock ? vocab - start : kRowBlock));
+  }
+}
+
+// Over the columns other than the target, with gap = (x - shift) / temperature.
+struct RowSums {
+  float shift = -__builtin_inff();  // the largest
+  double total = 0;                 // of e^gap
+  double weighted = 0;              // of e^gap * -gap, where asked for
+};
+
+template <bool kWeighted, class T>
+RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
+  RowSums sums;
+  alignas(64) float scratch[kRowBlock];
+  over_blocks(row.vocab(), [&](int64_t start, int count) __attribute__((always_inline)) {
+    const float* x = row.block(start, count, scratch);
+    F32 peaks[4] = {all(sums.shift), all(sums.shift), all(sums.shift), all(sums.shift)};
+    int i = 0;
+    for (; i + 3 * kLanes < count; i += 4 * kLanes) {
+      for (int k = 0; k < 4; k++) peaks[k] = larger(load(x + i + k * kLanes), peaks[k]);
+    }
+    for (; i < count; i += kLanes) peaks[0] = larger(load(x + i), peaks[0]);
+    const float peak = largest(larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3])));
+
+    if (peak > sums.shift) {
+      if (sums.shift > -__builtin_inff()) {
+        const double rise = ((double)peak - sums.shift) * inverse_temperature;
+        const double shrink = std::exp(-rise);
+        sums.weighted = shrink * (sums.weighted + rise * sums.total);
+        sums.total *= shrink;
+      }
+      sums.shift = peak;
+    }
+    const F32 shift = all(sums.shift == -__builtin_inff() ? 0.0f : sums.shift);
+    F32 total[2] = {}, weighted[2] = {};
+    for (i = 0; i < count; i += 2 * kLanes) {
+      for (int k = 0; k < 2 && i + k * kLanes < count; k++) {
+        F32 gap = (load(x + i + k * kLanes) - shift) * inverse_temperature;
+        const F32 e = exp_negative(gap);
+        total[k] += e;
+        if (kWeighted) weighted[k] -= e * (gap < kFarGap ? all(kFarGap) : gap);
+      }
+    }
+    sums.total += sum(total[0] + total[1]);
+    if (kWeighted) sums.weighted += sum(weighted[0] + weighted[1]);
+  });
+  return sums;
+}
+
+struct RowResult {
+  RowStatistics statistics;
+  float logprob;
+  float entropy;  // where the sums are weighted
+};
+
+// d = log odds against the target: logsumexp of the others minus the target's logit.
+RLHF_FAST_INLINE RowResult finish_row(const RowSums& sums, float target_logit, float inverse_temperature) {
+  const bool alone = sums.shift == -__builtin_inff();
+  const double total = alone && sums.total == 0 ? 1 : sums.total;
+  double d = ((double)sums.shift - target_logit) * inverse_temperature + std::log(total);
+  if (target_logit == __builtin_inff()) d = __builtin_nan("");
+  const double mass = sigmoid(d);
+  const double certainty = at_most(std::fabs(d), kFar);
+  const double split = sigmoid(-certainty) * certainty + std::log1p(std::exp(-certainty));
+  const double spread = std::log(total) + sums.weighted / total;
+  RowResult result;
+  result.statistics.shift = alone ? 0 : sums.shift;
+  result.statistics.others_mass = (float)mass;
+  result.statistics.scale = (float)(mass / total);
+  result.statistics.log_norm = (float)at_most(std::log(total) + softplus(-d), kFar);
+  result.logprob = (float)-softplus(d);
+  result.entropy = (float)(split + mass * spread);
+  return result;
+}
+
+template <class T>
+RLHF_FAST_INLINE RowResult evaluate_row(const Row<T>& row, float inverse_temperature, bool want_entropy) {
+  const RowSums sums = want_entropy ? sum_row<true>(row, inverse_temperature) : sum_row<false>(row, inverse_temperature);
+  return finish_row(sums, row.target_logit(), inverse_temperature);
+}
+
+template <bool kSloped, class T, class Out>
+RLHF_FAST_INLINE void write_others(const Row<T>& row, float inverse_temperature, float shift, float constant, float slope,
+                                   Out* grad) {
+  alignas(64) float scratch[kRowBlock];
+  const float inverse_softcap = row.softcap() == 0 ? 0 : 1 / row.softcap();
+  over_blocks(row.vocab(), [&](int64_t start, int count) __attribute__((always_inline)) {
+    const float* x = row.block(start, count, scratch);
+    for (int i = 0; i < count; i += kLanes) {
+      const F32 logit = load(x + i);
+      const F32 gap = (logit - shift) * inverse_temperature;
+      const F32 factor = kSloped ? constant + slope * (gap < kFarGap ? all(kFarGap) : gap) : all(constant);
+      F32 g = exp_negative(gap) * factor;
+      if (inverse_softcap != 0) g *= 1.0f - (logit * inverse_softcap) * (logit * inverse_softcap);
+      store(grad + start + i, g, count - i);
+    }
+  });
+}
+
+// grad_logprob * d logprob / d logits + grad_entropy * d entropy / d logits, over `vocab` columns. `grad` may be the row.
+template <class T, class Out>
+RLHF_FAST_INLINE void write_row_gradient(const Row<T>& row, int64_t target, float target_logit, const RowStatistics& s,
+                                         float inverse_temperature, float logprob, float entropy, float grad_logprob,
+                                         float grad_entropy, Out* grad) {
+  const float scale = s.scale * inverse_temperature;
+  float at_target = grad_logprob * s.others_mass;
+  if (grad_entropy == 0) {
+    write_others<false>(row, inverse_temperature, s.shift, -grad_logprob * scale, 0, grad);
+  } else {
+    const float constant = scale * (grad_entropy * (s.log_norm - entropy) - grad_logprob);
+    write_others<true>(row, inverse_temperature, s.shift, constant, -grad_entropy * scale, grad);
+    const float far_logprob = logprob < (float)-kFar ? (float)-kFar : logprob;
+    at_target -= grad_entropy * std::exp(logprob) * (entropy + far_logprob);
+  }
+  at_target *= inverse_temperature;
+  if (row.softcap() != 0) {
+    const float tanh = target_logit / row.softcap();
+    at_target *= 1 - tanh * tanh;
+  }
+  if (target >= 0 && target < row.vocab()) store(grad + target, all(at_target), 1);
+}
+
+template <class T>
+RLHF_FAST_INLINE void zero(T* to, int64_t count) {
+  if (count > 0) memset(to, 0, count * sizeof(T));
+}
+
+RLHF_FAST_INLINE float inverse_temperature_of(const Rows& rows, int64_t i) {
+  return 1 / rows.temperature[i * rows.temperature_stride];
+}
+
+RLHF_FAST_INLINE bool is_live(const Rows& rows, int64_t i) { return !rows.live || rows.live[i]; }
+
+// Calls `body` with the logits' elements typed.
+template <class Body>
+RLHF_FAST_INLINE void typed(const Logits& logits, const Body& body) {
+  switch (logits.dtype) {
+    case DType::f32: return body((float*)logits.data);
+    case DType::bf16: return body((BFloat16*)logits.data);
+    default: return body((Float16*)logits.data);
+  }
+}
+
+}  // namespace rlhf_fast::RLHF_FAST_PATH

@@ -1,0 +1,186 @@
+// One vector of floats for every instruction set. GCC's and Clang's vector extensions spell the arithmetic, so that the
+// AVX-512, AVX2 and portable paths are the same lines, compiled three times into three namespaces (RLHF_FAST_PATH).
+// No std:: templates in this folder: the linker would keep one copy of each, perhaps the one with AVX-512 in it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../rlhf_fast.h"
+
+namespace rlhf_fast::RLHF_FAST_PATH {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float F32 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t U8 __attribute__((vector_size(kLanes)));
+
+#define RLHF_FAST_INLINE inline __attribute__((always_inline))
+
+RLHF_FAST_INLINE F32 all(float x) { return F32{} + x; }
+RLHF_FAST_INLINE F32 where(I32 condition, F32 a, F32 b) { return condition ? a : b; }
+RLHF_FAST_INLINE F32 as_float(I32 bits) { return (F32)bits; }
+RLHF_FAST_INLINE I32 as_bits(F32 x) { return (I32)x; }
+RLHF_FAST_INLINE F32 abs(F32 x) { return as_float(as_bits(x) & 0x7fffffff); }
+// A NaN in `kept` stays, a NaN in `x` is passed over.
+RLHF_FAST_INLINE F32 larger(F32 x, F32 kept) { return x > kept ? x : kept; }
+
+// e^x as 2^n (1 + f), n an integer, 1 + f in [0.7, 1.42], for |x| < 90.
+struct Exponential {
+  F32 fraction;  // f
+  I32 exponent;  // n, in the place of a float's exponent
+};
+
+RLHF_FAST_INLINE Exponential split_exponential(F32 x) {
+  const F32 rounder = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+  const F32 shifted = x * 1.44269504f + rounder;
+  const F32 n = shifted - rounder;
+  F32 r = x - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  F32 p = all(1.9875691e-4f);
+  p = p * r + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
+  p = p * r + 4.1665795e-2f;
+  p = p * r + 1.6666665e-1f;
+  p = p * r + 0.5f;
+  return {p * (r * r) + r, as_bits(shifted) << 23};
+}
+
+// e^x for x <= 0 (or NaN). Below -87, where float has no normal numbers left, exactly 0.
+RLHF_FAST_INLINE F32 exp_negative(F32 x) {
+  const F32 bounded = x < -87.0f ? all(-87.0f) : x;
+  const Exponential e = split_exponential(bounded);
+  const F32 result = as_float(as_bits(e.fraction + 1.0f) + e.exponent);
+  return x < -87.0f ? all(0.0f) : result;
+}
+
+RLHF_FAST_INLINE F32 exp(F32 x) {
+  const F32 low = x < -87.0f ? all(-87.0f) : x;
+  const Exponential e = split_exponential(low > 89.0f ? all(89.0f) : low);
+  // Above 0 one factor of 2 is kept back, so that 2^128 passes and larger results overflow to infinity.
+  const I32 held_back = (x > 0.0f) & (1 << 23);
+  const F32 result = as_float(as_bits(e.fraction + 1.0f) + (e.exponent - held_back)) * (x > 0.0f ? all(2.0f) : all(1.0f));
+  return x < -87.0f ? all(0.0f) : result;
+}
+
+// e^x - 1, exact for small x too.
+RLHF_FAST_INLINE F32 expm1(F32 x) {
+  const F32 bounded = x < -20.0f ? all(-20.0f) : (x > 20.0f ? all(20.0f) : x);
+  const Exponential e = split_exponential(bounded);
+  const F32 scale = as_float(as_bits(all(1.0f)) + e.exponent);
+  const F32 near = scale * e.fraction + (scale - 1.0f);
+  return abs(x) > 20.0f ? exp(x) - 1.0f : near;
+}
+
+RLHF_FAST_INLINE F32 tanh(F32 x) {
+  const F32 bounded = x > 10.0f ? all(10.0f) : (x < -10.0f ? all(-10.0f) : x);
+  const F32 e = expm1(bounded + bounded);
+  return e / (e + 2.0f);
+}
+
+#include "../formulas.h"
+
+// The sum of the lanes, in a fixed order.
+RLHF_FAST_INLINE float sum(F32 x) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; lane++) x[lane] += x[lane + half];
+  }
+  return x[0];
+}
+
+RLHF_FAST_INLINE float largest(F32 x) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; lane++) x[lane] = x[lane + half] > x[lane] ? x[lane + half] : x[lane];
+  }
+  return x[0];
+}
+
+// ---- loads and stores: any alignment, any of the three types, whole vectors or the first `count` lanes ----------------
+
+template <class Vector, class Element>
+RLHF_FAST_INLINE Vector load_raw(const Element* from, int count) {
+  Vector x{};
+  if (count >= kLanes) {
+    memcpy(&x, from, sizeof(Vector));
+  } else {
+    memcpy(&x, from, count * sizeof(Element));
+  }
+  return x;
+}
+
+template <class Vector, class Element>
+RLHF_FAST_INLINE void store_raw(Element* to, Vector x, int count) {
+  if (count >= kLanes) {
+    memcpy(to, &x, sizeof(Vector));
+  } else {
+    memcpy(to, &x, count * sizeof(Element));
+  }
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Lanes from `count` on are 0.
+RLHF_FAST_INLINE F32 load(const float* from, int count = kLanes) { return load_raw<F32>(from, count); }
+
+RLHF_FAST_INLINE F32 load(const BFloat16* from, int count = kLanes) {
+  return (F32)(__builtin_convertvector(load_raw<U16>(from, count), U32) << 16);
+}
+
+RLHF_FAST_INLINE F32 load(const Float16* from, int count = kLanes) {
+  const U32 half = __builtin_convertvector(load_raw<U16>(from, count), U32);
+  const U32 magnitude = (half & 0x7fff) << 13;
+  const F32 finite = (F32)magnitude * 5.192296858534828e33f;  // 2^112: the difference of the exponents' biases
+  const F32 special = (F32)(magnitude | 0x7f800000);
+  const F32 unsigned_value = (I32)magnitude >= 0x0f800000 ? special : finite;
+  return (F32)((U32)unsigned_value | ((half & 0x8000) << 16));
+}
+
+RLHF_FAST_INLINE void store(float* to, F32 x, int count = kLanes) { store_raw(to, x, count); }
+
+// Rounded to nearest, ties to even.
+RLHF_FAST_INLINE void store(BFloat16* to, F32 x, int count = kLanes) {
+  const U32 bits = (U32)x;
+  const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U32 result = (U32)(x == x ? (I32)rounded : (I32)(U32{} + 0x7fc0));
+  store_raw(to, __builtin_convertvector(result, U16), count);
+}
+
+RLHF_FAST_INLINE void store(Float16* to, F32 x, int count = kLanes) {
+  const U32 sign = ((U32)x >> 16) & 0x8000;
+  const U32 bits = (U32)x & 0x7fffffff;
+  // subnormal halves: adding 1/2 leaves the rounded result in the low bits
+  const U32 small = (U32)((F32)bits + 0.5f) - 0x3f000000;
+  const U32 normal = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
+  const U32 over = (U32)((I32)bits > 0x7f800000 ? (I32)(U32{} + 0x7e00) : (I32)(U32{} + 0x7c00));
+  U32 result = (U32)((I32)bits < 0x38800000 ? (I32)small : (I32)normal);
+  result = (U32)((I32)bits >= 0x47800000 ? (I32)over : (I32)result);
+  store_raw(to, __builtin_convertvector(result | sign, U16), count);
+}
+
+// All bits of a lane are set where the byte is not 0.
+RLHF_FAST_INLINE I32 load_mask(const uint8_t* from, int count = kLanes) {
+  return __builtin_convertvector(load_raw<U8>(from, count), I32) != 0;
+}
+
+// The first `count` lanes.
+RLHF_FAST_INLINE I32 first_lanes(int count) {
+  I32 lane{};
+  for (int i = 0; i < kLanes; i++) lane[i] = i;
+  return lane < count;
+}
+
+}  // namespace rlhf_fast::RLHF_FAST_PATH
