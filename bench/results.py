@@ -1,5 +1,6 @@
 """Keeps what a finished run measured: `python bench/results.py runs/demo` writes bench/results/demo.json and renews
-the table between `<!-- results demo -->` and `<!-- end -->` in README.md.
+the table between `<!-- results demo -->` and `<!-- end -->` in README.md. `python bench/results.py
+bench/results/cpu.json` renews the tables of what `rlhf-fast bench --json` wrote there.
 """
 
 import argparse
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 import yaml
+
+from rlhf_fast.bench import report
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("sft", "reward", "ppo")
@@ -59,6 +62,8 @@ def machine() -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The README's table: one line a figure."""
+    if "rows" in results:
+        return report.summary(results)
     stages = {name: summary["figures"] for name, summary in results["stages"].items()}
     rows: list[tuple[str, str]] = []
     if "validation_loss" in stages.get("sft", {}):
@@ -116,13 +121,15 @@ def renew(text: str, name: str, results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a finished run's folder; its name is the results' name")
+    parser.add_argument("run", type=Path, help="a finished run's folder, or what `rlhf-fast bench --json` wrote")
     run = parser.parse_args().run
-    results = collect(run)
-    path = ROOT / "bench" / "results" / f"{run.name}.json"
-    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    path = ROOT / "bench" / "results" / f"{run.stem}.json"
+    if run.is_dir():
+        path.write_text(json.dumps(collect(run), indent=1, sort_keys=True) + "\n")
+    elif run.resolve() != path.resolve():
+        raise SystemExit(f"expected a run's folder or a file in {path.parent}; got {run}")
     readme = ROOT / "README.md"
-    readme.write_text(renew(readme.read_text(), run.name, results))
+    readme.write_text(renew(readme.read_text(), path.stem, json.loads(path.read_text())))
     print(f"wrote {path.relative_to(ROOT)} and its table in README.md")
 
 

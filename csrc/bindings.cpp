@@ -2,6 +2,7 @@
 // and has checked shapes, dtypes and strides before.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
 
 #include "rlhf_fast.h"
@@ -86,14 +87,30 @@ py::dict build_info() {
   return info;
 }
 
+#ifdef RLHF_FAST_CUDA
+void raise_if(const char* error) {
+  if (error) throw std::runtime_error(error);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   using release = py::call_guard<py::gil_scoped_release>;
+  m.attr("interface") = RLHF_FAST_INTERFACE;
   m.def("build_info", &build_info);
   m.def("paths", &paths);
   m.def("path", [] { return cpu().path; });
   m.def("choose_path", &choose_path);
+  m.def("multiplies_bfloat16", &multiplies_bfloat16);
+  m.def(
+      "bfloat16_product",
+      [](Size rows, Size columns, Size inner, Address left, Size left_stride, Address right, Size right_stride,
+         Address out, Size out_stride, int threads) {
+        return bfloat16_product(
+            {rows, columns, inner, left, left_stride, right, right_stride, out, out_stride, threads});
+      },
+      release());
 
   m.def(
       "masked_logprobs",
@@ -127,30 +144,29 @@ PYBIND11_MODULE(_C, m) {
       release());
   m.def(
       "linear_logprobs",
-      [](ROWS, Address logits, int dtype, Size stride, Address logprobs, Address entropy, bool write_gradient,
+      [](ROWS, Address logits, Size stride, Address logprobs, Address entropy, bool write_gradient, int gradient,
          Address grad_logprobs, Address grad_entropy) {
-        cpu().linear_logprobs({ROWS_VALUE, logits_of(logits, dtype, stride), logprobs, entropy, write_gradient,
+        cpu().linear_logprobs({ROWS_VALUE, logits, stride, logprobs, entropy, write_gradient, (DType)gradient,
                                grad_logprobs, grad_entropy});
       },
       release());
   m.def(
       "linear_policy_loss",
-      [](ROWS, Address logits, int dtype, Size stride, Address old_logprobs, Address advantages, Address ref_logprobs,
+      [](ROWS, Address logits, Size stride, Address old_logprobs, Address advantages, Address ref_logprobs,
          Address weight, float clip_low, float clip_high, float dual_clip, float kl_coef, float entropy_coef,
-         int kl_slope, bool write_gradient, Address logprobs, Address entropy) {
-        cpu().linear_policy_loss({ROWS_VALUE, logits_of(logits, dtype, stride), old_logprobs, advantages, ref_logprobs,
-                                  weight, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, (Kl)kl_slope,
-                                  write_gradient, logprobs, entropy});
+         int kl_slope, bool write_gradient, int gradient, Address logprobs, Address entropy) {
+        cpu().linear_policy_loss({ROWS_VALUE, logits, stride, old_logprobs, advantages, ref_logprobs, weight, clip_low,
+                                  clip_high, dual_clip, kl_coef, entropy_coef, (Kl)kl_slope, write_gradient,
+                                  (DType)gradient, logprobs, entropy});
       },
       release());
   m.def(
       "linear_policy_ref",
-      [](ROWS, Address logits, Size stride, Address ref_logits, Size ref_stride, int dtype, Address logprobs,
-         Address ref_logprobs, Address entropy, Address kl, bool write_gradient, Address grad_logprobs,
+      [](ROWS, Address logits, Size stride, Address ref_logits, Size ref_stride, Address logprobs,
+         Address ref_logprobs, Address entropy, Address kl, bool write_gradient, int gradient, Address grad_logprobs,
          Address grad_entropy, Address grad_kl) {
-        cpu().linear_policy_ref({ROWS_VALUE, logits_of(logits, dtype, stride), logits_of(ref_logits, dtype, ref_stride),
-                                 logprobs, ref_logprobs, entropy, kl, write_gradient, grad_logprobs, grad_entropy,
-                                 grad_kl});
+        cpu().linear_policy_ref({ROWS_VALUE, logits, stride, ref_logits, ref_stride, logprobs, ref_logprobs, entropy,
+                                 kl, write_gradient, (DType)gradient, grad_logprobs, grad_entropy, grad_kl});
       },
       release());
   m.def(
@@ -168,8 +184,8 @@ PYBIND11_MODULE(_C, m) {
       release());
   m.def(
       "gae",
-      [](Size sequences, Size length, Address cu_seqlens, Address rewards, Address values, Address live, float gamma,
-         float lam, bool whiten, Address advantages, Address returns, int threads) {
+      [](Size sequences, Size length, Address cu_seqlens, Address rewards, Address values, Address live, double gamma,
+         double lam, bool whiten, Address advantages, Address returns, int threads) {
         cpu().gae({sequences, length, cu_seqlens, rewards, values, live, gamma, lam, whiten, advantages, returns,
                    threads, nullptr});
       },
@@ -198,18 +214,29 @@ PYBIND11_MODULE(_C, m) {
       "clipped_policy_loss",
       [](Size sequences, Size length, Address logprobs, Address old_logprobs, Address advantages, Address live,
          float clip_low, float clip_high, float dual_clip, bool sequence_level, int aggregation, double num_items,
-         Address results, Address grad, int threads) {
+         Address loss, Address statistics, Address grad, int threads) {
         cpu().clipped_policy_loss({sequences, length, logprobs, old_logprobs, advantages, live, clip_low, clip_high,
-                                   dual_clip, sequence_level, (Aggregation)aggregation, num_items, results, grad,
-                                   threads});
+                                   dual_clip, sequence_level, (Aggregation)aggregation, num_items, loss, statistics,
+                                   grad, threads});
       },
       release());
   m.def(
       "clipped_value_loss",
       [](Size sequences, Size length, Address values, Address old_values, Address returns, Address live, float clip,
-         int aggregation, double num_items, Address results, Address grad, int threads) {
+         int aggregation, double num_items, Address loss, Address clip_fraction, Address grad, int threads) {
         cpu().clipped_value_loss({sequences, length, values, old_values, returns, live, clip, (Aggregation)aggregation,
-                                  num_items, results, grad, threads});
+                                  num_items, loss, clip_fraction, grad, threads});
       },
       release());
+
+#ifdef RLHF_FAST_CUDA
+  m.def(
+      "cuda_gae",
+      [](Size sequences, Size length, Address cu_seqlens, Address rewards, Address values, Address live, double gamma,
+         double lam, bool whiten, Address advantages, Address returns, Address stream) {
+        raise_if(cuda::gae({sequences, length, cu_seqlens, rewards, values, live, gamma, lam, whiten, advantages,
+                            returns, 0, stream}));
+      },
+      release());
+#endif
 }

@@ -21,7 +21,7 @@ RLHF_FAST_FORMULA F k3(F x) {
   tail = 1.0f + x * (1.0f / 4) * tail;
   tail = 1.0f + x * (1.0f / 3) * tail;
   // the bound keeps inf - inf out; wherever it acts, exp(x) is infinite already
-  const F bounded = where(x > 1000.0f, x * 0.0f + 1000.0f, x);
+  const F bounded = where(x > 1000.0f, F{} + 1000.0f, x);
   return where(abs(x) < 0.5f, 0.5f * x * x * tail, expm1(x) - bounded);
 }
 
@@ -36,14 +36,14 @@ RLHF_FAST_FORMULA F kl_value(Kl estimator, F d) {
   }
 }
 
+// d value / d logprob; that of abs is 0 at NaN, as torch.sign is.
 template <class F>
 RLHF_FAST_FORMULA F kl_slope(Kl estimator, F d) {
-  const F zero = d * 0.0f;
   switch (estimator) {
-    case Kl::k1: return zero + 1.0f;
+    case Kl::k1: return F{} + 1.0f;
     case Kl::k2: return d;
     case Kl::k3: return -expm1(-d);
-    default: return where(d > 0.0f, zero + 1.0f, where(d < 0.0f, zero - 1.0f, d));
+    default: return where(d > 0.0f, F{} + 1.0f, where(d < 0.0f, F{} - 1.0f, F{}));
   }
 }
 
@@ -52,56 +52,45 @@ constexpr float kLogRatioBound = 20.0f;
 
 template <class F>
 RLHF_FAST_FORMULA F bounded_log_ratio(F log_ratio) {
-  const F zero = log_ratio * 0.0f;
-  log_ratio = where(log_ratio > kLogRatioBound, zero + kLogRatioBound, log_ratio);
-  return where(log_ratio < -kLogRatioBound, zero - kLogRatioBound, log_ratio);
+  log_ratio = where(log_ratio > kLogRatioBound, F{} + kLogRatioBound, log_ratio);
+  return where(log_ratio < -kLogRatioBound, F{} - kLogRatioBound, log_ratio);
 }
 
 template <class F>
-struct PolicyToken {
+struct LossToken {
   F loss;
-  F slope;    // d loss / d logprob, were the ratio's own slope (ratio) not bounded: see policy_token
-  F clipped;  // 1 where the clipped branch is the one in force, else 0
+  F slope;    // d loss / d logprob, or d value: 0 where the clipped branch is in force
+  F clipped;  // 1 where it is, else 0, NaN or not
 };
 
-// PPO's clipped loss of a token whose ratio is given. At a tie the unclipped branch is in force.
-// dual_clip is +inf for none.
+// PPO's clipped loss of a token. `log_ratio` is its own and not yet bounded; `ratio` is that of its bounded log ratio, or
+// its sequence's. dual_clip is +inf for none. At a tie, and at the very ceiling, the unclipped branch is in force.
 template <class F>
-RLHF_FAST_FORMULA PolicyToken<F> policy_token(F ratio, F advantage, float low, float high, float dual_clip) {
-  const F zero = ratio * 0.0f;
-  F held = where(ratio < low, zero + low, ratio);
-  held = where(held > high, zero + high, held);
+RLHF_FAST_FORMULA LossToken<F> policy_token(F log_ratio, F ratio, F advantage, float low, float high, float dual_clip) {
+  F held = where(ratio < low, F{} + low, ratio);
+  held = where(held > high, F{} + high, held);
   const F unclipped = -advantage * ratio;
   const F at_bound = -advantage * held;
-  F loss = where(at_bound > unclipped, at_bound, unclipped);
-  F clipped = where(at_bound > unclipped, zero + 1.0f, zero);
   const F ceiling = -advantage * dual_clip;
+  const auto outside = at_bound > unclipped;
+  const F loss = where(outside, at_bound, unclipped);
   const auto over = (advantage < 0.0f) & (loss > ceiling);
-  loss = where(over, ceiling, loss);
-  clipped = where(over, zero + 1.0f, clipped);
-  return {loss, where(clipped > 0.0f, zero, unclipped), clipped};
+  const auto clipped = outside | over;
+  const auto constant = clipped | (abs(log_ratio) > kLogRatioBound);
+  return {where(over, ceiling, loss), where(constant, F{}, unclipped), where(clipped, F{} + 1.0f, F{})};
 }
-
-template <class F>
-struct ValueToken {
-  F loss;
-  F slope;
-  F clipped;
-};
 
 // 0.5 * max((v - R)^2, (clip(v) - R)^2); clip is +inf for none. At a tie the unclipped branch is in force.
 template <class F>
-RLHF_FAST_FORMULA ValueToken<F> value_token(F value, F old_value, F target, float clip) {
-  const F zero = value * 0.0f;
-  const F error = value - target;
+RLHF_FAST_FORMULA LossToken<F> value_token(F value, F old_value, F target, float clip) {
   F held = where(value < old_value - clip, old_value - clip, value);
   held = where(held > old_value + clip, old_value + clip, held);
+  const F error = value - target;
   const F held_error = held - target;
   const F squared = error * error;
   const F held_squared = held_error * held_error;
-  const auto outside = held_squared > squared;
-  return {0.5f * where(outside, held_squared, squared), where(outside, zero, error),
-          where(outside, zero + 1.0f, zero)};
+  const auto clipped = held_squared > squared;
+  return {0.5f * where(clipped, held_squared, squared), where(clipped, F{}, error), where(clipped, F{} + 1.0f, F{})};
 }
 
 // One step backwards in time: the advantage of a token from the next live token's value and advantage.

@@ -85,15 +85,19 @@ struct ExactKlBackward {
 };
 
 // ---- the fold of the ops with an lm head: a tile of logits becomes its own gradient, in place ------------------------
+//
+// The logits are float32. The gradient is of `gradient`'s type, and a row of it starts where its row of logits starts.
 
 // logprobs and entropy of every row and, where write_gradient, over the logits
 // grad_logprobs * d logprob + grad_entropy * d entropy.
 struct LinearLogprobs {
   Rows rows;
-  Logits logits;
+  float* logits;
+  int64_t row_stride;
   float* logprobs;
   float* entropy;              // nullptr = not wanted
   bool write_gradient;
+  DType gradient;
   const float* grad_logprobs;  // (count,), or nullptr = 1
   const float* grad_entropy;   // (count,), or nullptr = 0
 };
@@ -101,7 +105,8 @@ struct LinearLogprobs {
 // The same with the gradient of weight * (policy loss + kl_coef * KL - entropy_coef * entropy) at ratios by the token.
 struct LinearPolicyLoss {
   Rows rows;
-  Logits logits;
+  float* logits;
+  int64_t row_stride;
   const float* old_logprobs;
   const float* advantages;
   const float* ref_logprobs;  // nullptr = no KL
@@ -110,6 +115,7 @@ struct LinearPolicyLoss {
   float kl_coef, entropy_coef;
   Kl kl_slope;
   bool write_gradient;
+  DType gradient;
   float* logprobs;
   float* entropy;
 };
@@ -118,13 +124,16 @@ struct LinearPolicyLoss {
 // grad_logprobs * d logprob + grad_entropy * d entropy + grad_kl * d KL.
 struct LinearPolicyRef {
   Rows rows;
-  Logits logits;
-  Logits ref_logits;
+  float* logits;
+  int64_t row_stride;
+  float* ref_logits;
+  int64_t ref_row_stride;
   float* logprobs;
   float* ref_logprobs;
   float* entropy;
   float* kl;
   bool write_gradient;
+  DType gradient;
   const float* grad_logprobs;
   const float* grad_entropy;
   const float* grad_kl;
@@ -160,7 +169,7 @@ struct Gae {
   const float* rewards;
   const float* values;
   const uint8_t* live;
-  float gamma, lam;
+  double gamma, lam;
   bool whiten;                // advantages alone
   float* advantages;
   float* returns;
@@ -212,9 +221,10 @@ struct ClippedPolicyLoss {
   float clip_low, clip_high, dual_clip;  // +inf = no dual clip
   bool sequence_level;
   Aggregation aggregation;
-  double num_items;  // < 0 = count here
-  float* results;    // 6: loss, clip_fraction, approx_kl, ratio_mean, ratio_max, ratio_var
-  float* grad;       // of the loss, (sequences, length); nullptr = not wanted
+  double num_items;   // < 0 = count here
+  float* loss;        // 1
+  float* statistics;  // 5: clip_fraction, approx_kl, ratio_mean, ratio_max, ratio_var
+  float* grad;        // of the loss, (sequences, length); nullptr = not wanted
   int threads;
 };
 
@@ -227,8 +237,9 @@ struct ClippedValueLoss {
   float clip;  // +inf = no clip
   Aggregation aggregation;
   double num_items;
-  float* results;  // 2: loss, clip_fraction
-  float* grad;     // or nullptr
+  float* loss;           // 1
+  float* clip_fraction;  // 1
+  float* grad;           // or nullptr
   int threads;
 };
 
@@ -275,6 +286,22 @@ const CpuLaunchers* const* cpu_paths();
 // The chosen one, the best unless `choose_cpu_path` named another. False where that one cannot run here.
 const CpuLaunchers& cpu();
 bool choose_cpu_path(const char* path);
+
+// out (rows, columns) = left (rows, inner) right (columns, inner)^T, from bfloat16 to float32. The inner stride is 1.
+struct BFloat16Product {
+  int64_t rows, columns, inner;
+  const uint16_t* left;
+  int64_t left_stride;
+  const uint16_t* right;
+  int64_t right_stride;
+  float* out;
+  int64_t out_stride;
+  int threads;
+};
+// Whether the processor has the instructions and this build uses them; without, bfloat16_product must not be called.
+bool multiplies_bfloat16();
+// False when memory for its packed columns could not be had.
+bool bfloat16_product(const BFloat16Product&);
 
 #ifdef RLHF_FAST_CUDA
 // ---- CUDA: one launcher a file of csrc/cuda; nullptr or the text of CUDA's error ------------------------------------

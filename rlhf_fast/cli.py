@@ -1,4 +1,4 @@
-"""The command line: `rlhf-fast sft | reward | ppo | run | merge`. Flags are built from the config classes' fields.
+"""The command line: `rlhf-fast sft | reward | ppo | run | merge | bench`. The stages' flags are their config's fields.
 
 Nothing heavy (torch, transformers) is imported before the flags and the YAML are read, so that help and mistakes answer
 at once. Exit codes: 0 done, 1 a defect in rlhf-fast, 2 a mistake that the message names, 130 interrupted.
@@ -26,6 +26,7 @@ rlhf-fast: SFT, reward model and PPO on one frozen base.
   rlhf-fast ppo    --dataset_name prompts.jsonl --sft_adapter out/sft/adapter \\
                    --reward_adapter out/reward/adapter --output_dir out/ppo
   rlhf-fast merge  --adapter out/ppo/policy --output_dir out/model      an adapter into a plain model
+  rlhf-fast bench  --only gae --threads 2                 the operations timed beside torch and other libraries
 
 Without --dataset_name the built-in model learns from built-in demo data.
 rlhf-fast COMMAND --help lists a command's flags; --config FILE.yaml sets them by name, and flags win over it.
@@ -37,6 +38,7 @@ COMMANDS = {
     "ppo": "PPO with a KL leash to the SFT model.",
     "run": "The stages in a row. A plain flag holds for every stage, --STAGE.NAME for one.",
     "merge": "Merge an adapter into its base: a plain model folder.",
+    "bench": "Time the operations beside torch and the other libraries that are installed.",
 }
 METAVARS: dict[Any, str] = {
     int: "N",
@@ -121,7 +123,7 @@ def run_command(argv: list[str]) -> None:
         commands = ", ".join(COMMANDS)
         raise UserError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}; the commands are {commands}")
 
-    parser = {"run": run_parser, "merge": merge_parser}.get(command, stage_parser)(command)
+    parser = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}.get(command, stage_parser)(command)
     if "--help" in argv or "-h" in argv:
         parser.print_help()
         return
@@ -132,6 +134,10 @@ def run_command(argv: list[str]) -> None:
 
         merge(flags["adapter"], flags["output_dir"], flags.get("dtype"))
         print(f"merged model: {flags['output_dir']}")
+    elif command == "bench":
+        from rlhf_fast.bench.command import bench
+
+        bench(flags)
     elif command == "run":
         run_config = load_run(flags.pop("config", None), flags)
         from rlhf_fast.recipes.run import run
@@ -182,6 +188,19 @@ def merge_parser(command: str) -> Parser:
     parser.flag(parser, "adapter", "The adapter folder.", required=True, metavar="FOLDER")
     parser.flag(parser, "output_dir", "Folder for the merged model.", required=True, metavar="FOLDER")
     parser.flag(parser, "dtype", "dtype of the merged weights. Unset: the base's.", metavar="DTYPE")
+    return parser
+
+
+def bench_parser(command: str) -> Parser:
+    parser = Parser(command)
+    parser.flag(parser, "only", "Benches to run, by op, or `overhead`. [all]", metavar="A,B")
+    parser.flag(parser, "quick", "Small sizes: seconds, not minutes.", action="store_true")
+    parser.flag(parser, "device", "cpu, cuda or cuda:N. [cpu]", metavar="DEVICE")
+    parser.flag(parser, "threads", "CPU threads. [torch's own choice]", metavar="N", type=int)
+    parser.flag(parser, "json", "Write every figure here.", metavar="FILE")
+    parser.flag(parser, "markdown", "Write tables here.", metavar="FILE")
+    parser.flag(parser, "chart", "Write a bar chart here; needs matplotlib.", metavar="FILE.png")
+    parser.flag(parser, "list", "Only list the workloads and their marks.", action="store_true")
     return parser
 
 

@@ -1,8 +1,69 @@
-#include "parallel.h"
+// KL(policy || reference) over the whole vocabulary. The forward reads both rows for their normalisers, and again, out of
+// the cache, for the terms; the backward reads them once more.
+#include "pairs.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
+namespace {
 
-void exact_kl(const ExactKl&) {}
-void exact_kl_backward(const ExactKlBackward&) {}
+struct Statistics {
+  float shift, total, ref_shift, ref_total;
+};
+static_assert(sizeof(Statistics) == kStatistics * sizeof(float));
+
+template <class T>
+Row<T> row_of(const Rows& rows, const Logits& logits, const T* data, int64_t i) {
+  return {data + i * logits.row_stride, rows.vocab, -1, 0};
+}
+
+// A row with nothing above -inf has no normaliser: its infinite shift makes it NaN.
+Normaliser normaliser_of(float shift, float total) { return {shift, 1 / total, std::log((double)total)}; }
+
+template <class T>
+Pair<T> pair_of(const Row<T>& policy, const Row<T>& reference, const Statistics& s, float inverse_temperature) {
+  return {policy, reference, normaliser_of(s.shift, s.total), normaliser_of(s.ref_shift, s.ref_total),
+          inverse_temperature};
+}
+
+}  // namespace
+
+void exact_kl(const ExactKl& a) {
+  typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
+    auto* ref_logits = (decltype(logits))a.ref_logits.data;
+    parallel_for(a.rows.count, 2 * a.rows.vocab, a.rows.threads, [&](int64_t i) {
+      float kl = 0;
+      Statistics s{};
+      if (is_live(a.rows, i)) {
+        const float inverse_temperature = inverse_temperature_of(a.rows, i);
+        const auto policy = row_of(a.rows, a.logits, logits, i);
+        const auto reference = row_of(a.rows, a.ref_logits, ref_logits, i);
+        const RowSums sums = sum_row<false>(policy, inverse_temperature);
+        const RowSums ref_sums = sum_row<false>(reference, inverse_temperature);
+        s = {sums.shift, (float)sums.total, ref_sums.shift, (float)ref_sums.total};
+        kl = (float)pair_of(policy, reference, s, inverse_temperature).kl();
+      }
+      a.kl[i] = kl;
+      if (a.statistics) memcpy(a.statistics + i * kStatistics, &s, sizeof(s));
+    });
+  });
+}
+
+// d KL / d x_j = p_j (log p_j - log r_j - KL) / temperature
+void exact_kl_backward(const ExactKlBackward& a) {
+  typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
+    auto* ref_logits = (decltype(logits))a.ref_logits.data;
+    auto* grads = (decltype(logits))a.grad.data;
+    parallel_for(a.rows.count, 2 * a.rows.vocab, a.rows.threads, [&](int64_t i) {
+      auto* grad = grads + i * a.grad.row_stride;
+      if (!is_live(a.rows, i)) return zero(grad, a.rows.vocab);
+      const float inverse_temperature = inverse_temperature_of(a.rows, i);
+      const auto policy = row_of(a.rows, a.logits, logits, i);
+      const auto reference = row_of(a.rows, a.ref_logits, ref_logits, i);
+      Statistics s;
+      memcpy(&s, a.statistics + i * kStatistics, sizeof(s));
+      const float slope = a.grad_kl[i] * inverse_temperature;
+      pair_of(policy, reference, s, inverse_temperature).write_gradient(-slope * a.kl[i], 0, -slope, grad);
+    });
+  });
+}
 
 }  // namespace rlhf_fast::RLHF_FAST_PATH

@@ -5,20 +5,19 @@
 namespace rlhf_fast::RLHF_FAST_PATH {
 
 void linear_logprobs(const LinearLogprobs& a) {
-  typed(a.logits, [&](auto* logits) {
-    parallel_for(a.rows.count, a.rows.vocab, a.rows.threads, [&](int64_t i) {
-      auto* data = logits + i * a.logits.row_stride;
-      const Row row(data, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
-      const float inverse_temperature = inverse_temperature_of(a.rows, i);
-      const float target_logit = row.target_logit();
-      const RowResult result = evaluate_row(row, inverse_temperature, a.entropy || a.grad_entropy);
-      a.logprobs[i] = result.logprob;
-      if (a.entropy) a.entropy[i] = result.entropy;
-      if (a.write_gradient) {
-        write_row_gradient(row, a.rows.targets[i], target_logit, result.statistics, inverse_temperature, result.logprob,
-                           result.entropy, a.grad_logprobs ? a.grad_logprobs[i] : 1,
-                           a.grad_entropy ? a.grad_entropy[i] : 0, data);
-      }
+  parallel_for(a.rows.count, a.rows.vocab, a.rows.threads, [&](int64_t i) {
+    float* data = a.logits + i * a.row_stride;
+    const Row row(data, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
+    const float inverse_temperature = inverse_temperature_of(a.rows, i);
+    const float target_logit = row.target_logit();
+    const RowResult result = evaluate_row(row, inverse_temperature, a.entropy || a.grad_entropy);
+    a.logprobs[i] = result.logprob;
+    if (a.entropy) a.entropy[i] = result.entropy;
+    if (!a.write_gradient) return;
+    typed(data, a.gradient, [&](auto* grad) {
+      write_row_gradient(row, a.rows.targets[i], target_logit, result.statistics, inverse_temperature, result.logprob,
+                         result.entropy, a.grad_logprobs ? a.grad_logprobs[i] : 1,
+                         a.grad_entropy ? a.grad_entropy[i] : 0, grad);
     });
   });
 }

@@ -10,9 +10,9 @@ namespace {
 float logprob_slope(const LinearPolicyLoss& a, int64_t i, float logprob) {
   const float log_ratio = logprob - a.old_logprobs[i];
   const F32 ratio = exp(bounded_log_ratio(all(log_ratio)));
-  const PolicyToken<F32> token =
-      policy_token(ratio, all(a.advantages[i]), 1 - a.clip_low, 1 + a.clip_high, a.dual_clip);
-  float slope = std::fabs(log_ratio) > kLogRatioBound ? 0 : token.slope[0];
+  const LossToken<F32> token =
+      policy_token(all(log_ratio), ratio, all(a.advantages[i]), 1 - a.clip_low, 1 + a.clip_high, a.dual_clip);
+  float slope = token.slope[0];
   if (a.kl_coef != 0) slope += a.kl_coef * kl_slope(a.kl_slope, all(logprob - a.ref_logprobs[i]))[0];
   return slope;
 }
@@ -20,20 +20,19 @@ float logprob_slope(const LinearPolicyLoss& a, int64_t i, float logprob) {
 }  // namespace
 
 void linear_policy_loss(const LinearPolicyLoss& a) {
-  typed(a.logits, [&](auto* logits) {
-    parallel_for(a.rows.count, a.rows.vocab, a.rows.threads, [&](int64_t i) {
-      auto* data = logits + i * a.logits.row_stride;
-      const Row row(data, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
-      const float inverse_temperature = inverse_temperature_of(a.rows, i);
-      const float target_logit = row.target_logit();
-      const RowResult result = evaluate_row(row, inverse_temperature, true);
-      a.logprobs[i] = result.logprob;
-      a.entropy[i] = result.entropy;
-      if (a.write_gradient) {
-        write_row_gradient(row, a.rows.targets[i], target_logit, result.statistics, inverse_temperature, result.logprob,
-                           result.entropy, a.weight[i] * logprob_slope(a, i, result.logprob),
-                           -a.weight[i] * a.entropy_coef, data);
-      }
+  parallel_for(a.rows.count, a.rows.vocab, a.rows.threads, [&](int64_t i) {
+    float* data = a.logits + i * a.row_stride;
+    const Row row(data, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
+    const float inverse_temperature = inverse_temperature_of(a.rows, i);
+    const float target_logit = row.target_logit();
+    const RowResult result = evaluate_row(row, inverse_temperature, true);
+    a.logprobs[i] = result.logprob;
+    a.entropy[i] = result.entropy;
+    if (!a.write_gradient) return;
+    typed(data, a.gradient, [&](auto* grad) {
+      write_row_gradient(row, a.rows.targets[i], target_logit, result.statistics, inverse_temperature, result.logprob,
+                         result.entropy, a.weight[i] * logprob_slope(a, i, result.logprob),
+                         -a.weight[i] * a.entropy_coef, grad);
     });
   });
 }

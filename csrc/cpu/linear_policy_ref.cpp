@@ -1,7 +1,63 @@
-#include "parallel.h"
+// The fold of linear_policy_ref: a tile of the policy's logits and one of the reference's give both log-probs, the
+// policy's entropy and the exact KL; the policy's becomes the gradient of all of them together, in place.
+#include "pairs.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
+namespace {
 
-void linear_policy_ref(const LinearPolicyRef&) {}
+Normaliser normaliser_of(const RowResult& result) {
+  return {result.statistics.shift, result.statistics.scale, result.log_norm};
+}
+
+// The target's own part of the KL: p log(p / r) - p + r.
+double kl_at_target(double log_p, double log_r) {
+  const double p = std::exp(log_p), r = std::exp(log_r), ratio = log_r - log_p;
+  if (p == 0) return r;
+  return ratio <= 1 ? p * (std::expm1(ratio) - ratio) : r - p - p * ratio;
+}
+
+float kl_slope_at_target(float log_p, float log_r, float kl) {
+  const float p = std::exp(log_p);
+  return p == 0 ? 0 : p * (log_p - log_r - kl);
+}
+
+}  // namespace
+
+void linear_policy_ref(const LinearPolicyRef& a) {
+  parallel_for(a.rows.count, 2 * a.rows.vocab, a.rows.threads, [&](int64_t i) {
+    float* data = a.logits + i * a.row_stride;
+    const int64_t target = a.rows.targets[i];
+    const Row policy(data, a.rows.vocab, target, a.rows.softcap);
+    const Row reference(a.ref_logits + i * a.ref_row_stride, a.rows.vocab, target, a.rows.softcap);
+    const float inverse_temperature = inverse_temperature_of(a.rows, i);
+    const float target_logit = policy.target_logit();
+    const RowResult p = evaluate_row(policy, inverse_temperature, true);
+    const RowResult r = evaluate_row(reference, inverse_temperature, false);
+    const Pair pair(policy, reference, normaliser_of(p), normaliser_of(r), inverse_temperature);
+    const float kl = (float)(kl_at_target(p.logprob, r.logprob) + pair.kl());
+    a.logprobs[i] = p.logprob;
+    a.ref_logprobs[i] = r.logprob;
+    a.entropy[i] = p.entropy;
+    a.kl[i] = kl;
+    if (!a.write_gradient) return;
+    const float grad_logprob = a.grad_logprobs ? a.grad_logprobs[i] : 0;
+    const float grad_entropy = a.grad_entropy ? a.grad_entropy[i] : 0;
+    const float grad_kl = a.grad_kl ? a.grad_kl[i] : 0;
+    typed(data, a.gradient, [&](auto* grad) {
+      if (grad_kl == 0) {
+        return write_row_gradient(policy, target, target_logit, p.statistics, inverse_temperature, p.logprob, p.entropy,
+                                  grad_logprob, grad_entropy, grad);
+      }
+      // p_j times (-grad_logprob - grad_entropy (log p_j + entropy) + grad_kl (log p_j - log r_j - KL))
+      const float constant = grad_entropy * (p.statistics.log_norm - p.entropy) - grad_logprob - grad_kl * kl;
+      pair.write_gradient(inverse_temperature * constant, -inverse_temperature * grad_entropy,
+                          -inverse_temperature * grad_kl, grad);
+      write_target_gradient(policy, target, target_logit, inverse_temperature,
+                            target_slope(p.statistics, p.logprob, p.entropy, grad_logprob, grad_entropy) +
+                                grad_kl * kl_slope_at_target(p.logprob, r.logprob, kl),
+                            grad);
+    });
+  });
+}
 
 }  // namespace rlhf_fast::RLHF_FAST_PATH

@@ -5,7 +5,7 @@
 namespace rlhf_fast::RLHF_FAST_PATH {
 
 void masked_logprobs(const MaskedLogprobs& a) {
-  typed(a.logits, [&](auto* logits) {
+  typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
     parallel_for(a.rows.count, a.rows.vocab, a.rows.threads, [&](int64_t i) {
       RowResult result{};
       if (is_live(a.rows, i)) {
@@ -20,7 +20,7 @@ void masked_logprobs(const MaskedLogprobs& a) {
 }
 
 void masked_logprobs_backward(const MaskedLogprobsBackward& a) {
-  typed(a.logits, [&](auto* logits) {
+  typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
     auto* grads = (decltype(logits))a.grad.data;
     parallel_for(a.rows.count, a.columns, a.rows.threads, [&](int64_t i) {
       auto* grad = grads + i * a.grad.row_stride;

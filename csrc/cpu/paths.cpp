@@ -44,6 +44,14 @@ const CpuLaunchers* const* cpu_paths() { return paths().list; }
 
 const CpuLaunchers& cpu() { return *paths().chosen; }
 
+bool multiplies_bfloat16() {
+#ifdef RLHF_FAST_BFLOAT16
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 bool choose_cpu_path(const char* path) {
   for (const CpuLaunchers* const* candidate = paths().list; *candidate; candidate++) {
     if (strcmp((*candidate)->path, path) == 0) {

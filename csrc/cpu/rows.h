@@ -12,8 +12,6 @@
 namespace rlhf_fast::RLHF_FAST_PATH {
 
 constexpr int kRowBlock = 2048;
-// Below it e^gap is exactly 0; bounds a gap where it meets such a 0, so that 0 * inf is 0.
-constexpr float kFarGap = -104.0f;
 constexpr double kFar = 1e4;
 
 RLHF_FAST_INLINE double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(-std::fabs(x))); }
@@ -36,18 +34,22 @@ class Row {
     return capped(load(data_ + target_, 1))[0];
   }
 
-  // The block from `start` on, in whole vectors: a pointer into the row itself, or into `scratch`.
-  const float* block(int64_t start, int count, float* scratch) const {
+  // Calls `visit` with the block from `start` on, in whole vectors: with the row's own elements where they serve as they
+  // are, else with floats in `scratch`.
+  template <class Visit>
+  RLHF_FAST_INLINE void visit_block(int64_t start, int count, float* scratch, const Visit& visit) const {
     const bool holds_target = target_ >= start && target_ < start + count;
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (softcap_ == 0 && !holds_target && count % kLanes == 0) return data_ + start;
-    }
+    if (softcap_ == 0 && !holds_target && count % kLanes == 0) return visit(data_ + start);
+    visit((const float*)copy_block(start, count, scratch));
+  }
+
+  const float* copy_block(int64_t start, int count, float* scratch) const {
     for (int i = 0; i < count; i += kLanes) {
       F32 x = capped(load(data_ + start + i, count - i));
       if (count - i < kLanes) x = where(first_lanes(count - i), x, all(-__builtin_inff()));
       store(scratch + i, x);
     }
-    if (holds_target) scratch[target_ - start] = -__builtin_inff();
+    if (target_ >= start && target_ < start + count) scratch[target_ - start] = -__builtin_inff();
     return scratch;
   }
 
@@ -71,49 +73,52 @@ struct RowSums {
   float shift = -__builtin_inff();  // the largest
   double total = 0;                 // of e^gap
   double weighted = 0;              // of e^gap * -gap, where asked for
+
+  void raise_shift(float peak, float inverse_temperature) {
+    if (!(peak > shift)) return;
+    if (shift > -__builtin_inff()) {
+      const double rise = ((double)peak - shift) * inverse_temperature;
+      const double shrink = std::exp(-rise);
+      weighted = shrink * (weighted + rise * total);
+      total *= shrink;
+    }
+    shift = peak;
+  }
 };
 
 template <bool kWeighted, class T>
 RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
   RowSums sums;
   alignas(64) float scratch[kRowBlock];
+  const float rate = kLog2E * inverse_temperature;
   over_blocks(row.vocab(), [&](int64_t start, int count) __attribute__((always_inline)) {
-    const float* x = row.block(start, count, scratch);
-    F32 peaks[4] = {all(sums.shift), all(sums.shift), all(sums.shift), all(sums.shift)};
-    int i = 0;
-    for (; i + 3 * kLanes < count; i += 4 * kLanes) {
-      for (int k = 0; k < 4; k++) peaks[k] = larger(load(x + i + k * kLanes), peaks[k]);
-    }
-    for (; i < count; i += kLanes) peaks[0] = larger(load(x + i), peaks[0]);
-    const float peak = largest(larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3])));
+    row.visit_block(start, count, scratch, [&](const auto* x) __attribute__((always_inline)) {
+      F32 peaks[4] = {all(sums.shift), all(sums.shift), all(sums.shift), all(sums.shift)};
+      int i = 0;
+      for (; i + 3 * kLanes < count; i += 4 * kLanes) {
+        for (int k = 0; k < 4; k++) peaks[k] = larger(load(x + i + k * kLanes), peaks[k]);
+      }
+      for (; i < count; i += kLanes) peaks[0] = larger(load(x + i), peaks[0]);
+      sums.raise_shift(largest(larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3]))), inverse_temperature);
 
-    if (peak > sums.shift) {
-      if (sums.shift > -__builtin_inff()) {
-        const double rise = ((double)peak - sums.shift) * inverse_temperature;
-        const double shrink = std::exp(-rise);
-        sums.weighted = shrink * (sums.weighted + rise * sums.total);
-        sums.total *= shrink;
+      const F32 shift = all(sums.shift == -__builtin_inff() ? 0.0f : sums.shift);
+      F32 total{}, weighted{};
+      for (i = 0; i < count; i += kLanes) {
+        const F32 gap = load(x + i) - shift;
+        const F32 e = exp2_scaled(gap, rate);
+        total += e;
+        if (kWeighted) weighted -= where(e == 0.0f, F32{}, e * gap);
       }
-      sums.shift = peak;
-    }
-    const F32 shift = all(sums.shift == -__builtin_inff() ? 0.0f : sums.shift);
-    F32 total[2] = {}, weighted[2] = {};
-    for (i = 0; i < count; i += 2 * kLanes) {
-      for (int k = 0; k < 2 && i + k * kLanes < count; k++) {
-        F32 gap = (load(x + i + k * kLanes) - shift) * inverse_temperature;
-        const F32 e = exp_negative(gap);
-        total[k] += e;
-        if (kWeighted) weighted[k] -= e * (gap < kFarGap ? all(kFarGap) : gap);
-      }
-    }
-    sums.total += sum(total[0] + total[1]);
-    if (kWeighted) sums.weighted += sum(weighted[0] + weighted[1]);
+      sums.total += sum(total);
+      if (kWeighted) sums.weighted += (double)sum(weighted) * inverse_temperature;
+    });
   });
   return sums;
 }
 
 struct RowResult {
   RowStatistics statistics;
+  double log_norm;  // unrounded and unbounded
   float logprob;
   float entropy;  // where the sums are weighted
 };
@@ -132,7 +137,8 @@ RLHF_FAST_INLINE RowResult finish_row(const RowSums& sums, float target_logit, f
   result.statistics.shift = alone ? 0 : sums.shift;
   result.statistics.others_mass = (float)mass;
   result.statistics.scale = (float)(mass / total);
-  result.statistics.log_norm = (float)at_most(std::log(total) + softplus(-d), kFar);
+  result.log_norm = std::log(total) + softplus(-d);
+  result.statistics.log_norm = (float)at_most(result.log_norm, kFar);
   result.logprob = (float)-softplus(d);
   result.entropy = (float)(split + mass * spread);
   return result;
@@ -144,22 +150,46 @@ RLHF_FAST_INLINE RowResult evaluate_row(const Row<T>& row, float inverse_tempera
   return finish_row(sums, row.target_logit(), inverse_temperature);
 }
 
+// p_j-like: e^gap * (constant + slope * gap), and the softcap's own slope.
 template <bool kSloped, class T, class Out>
 RLHF_FAST_INLINE void write_others(const Row<T>& row, float inverse_temperature, float shift, float constant, float slope,
                                    Out* grad) {
   alignas(64) float scratch[kRowBlock];
   const float inverse_softcap = row.softcap() == 0 ? 0 : 1 / row.softcap();
+  const float rate = kLog2E * inverse_temperature;
+  slope *= inverse_temperature;
   over_blocks(row.vocab(), [&](int64_t start, int count) __attribute__((always_inline)) {
-    const float* x = row.block(start, count, scratch);
-    for (int i = 0; i < count; i += kLanes) {
-      const F32 logit = load(x + i);
-      const F32 gap = (logit - shift) * inverse_temperature;
-      const F32 factor = kSloped ? constant + slope * (gap < kFarGap ? all(kFarGap) : gap) : all(constant);
-      F32 g = exp_negative(gap) * factor;
-      if (inverse_softcap != 0) g *= 1.0f - (logit * inverse_softcap) * (logit * inverse_softcap);
-      store(grad + start + i, g, count - i);
-    }
+    row.visit_block(start, count, scratch, [&](const auto* x) __attribute__((always_inline)) {
+      for (int i = 0; i < count; i += kLanes) {
+        const F32 logit = load(x + i), gap = logit - shift;
+        const F32 e = exp2_scaled(gap, rate);
+        // an infinite gap meets 0, but a NaN in the factors has to show
+        F32 g = e * (kSloped ? constant + slope * where(e == 0.0f, F32{}, gap) : all(constant));
+        if (inverse_softcap != 0) g *= 1.0f - (logit * inverse_softcap) * (logit * inverse_softcap);
+        store(grad + start + i, g, count - i);
+      }
+    });
   });
+}
+
+// grad_logprob * d logprob + grad_entropy * d entropy, by the target's logit as it is after cap and temperature.
+RLHF_FAST_INLINE float target_slope(const RowStatistics& s, float logprob, float entropy, float grad_logprob,
+                                    float grad_entropy) {
+  const float slope = grad_logprob * s.others_mass;
+  if (grad_entropy == 0) return slope;
+  const float far_logprob = logprob < (float)-kFar ? (float)-kFar : logprob;
+  return slope - grad_entropy * std::exp(logprob) * (entropy + far_logprob);
+}
+
+template <class T, class Out>
+RLHF_FAST_INLINE void write_target_gradient(const Row<T>& row, int64_t target, float target_logit,
+                                            float inverse_temperature, float slope, Out* grad) {
+  slope *= inverse_temperature;
+  if (row.softcap() != 0) {
+    const float tanh = target_logit / row.softcap();
+    slope *= 1 - tanh * tanh;
+  }
+  if (target >= 0 && target < row.vocab()) store(grad + target, all(slope), 1);
 }
 
 // grad_logprob * d logprob / d logits + grad_entropy * d entropy / d logits, over `vocab` columns. `grad` may be the row.
@@ -168,21 +198,14 @@ RLHF_FAST_INLINE void write_row_gradient(const Row<T>& row, int64_t target, floa
                                          float inverse_temperature, float logprob, float entropy, float grad_logprob,
                                          float grad_entropy, Out* grad) {
   const float scale = s.scale * inverse_temperature;
-  float at_target = grad_logprob * s.others_mass;
   if (grad_entropy == 0) {
     write_others<false>(row, inverse_temperature, s.shift, -grad_logprob * scale, 0, grad);
   } else {
     const float constant = scale * (grad_entropy * (s.log_norm - entropy) - grad_logprob);
     write_others<true>(row, inverse_temperature, s.shift, constant, -grad_entropy * scale, grad);
-    const float far_logprob = logprob < (float)-kFar ? (float)-kFar : logprob;
-    at_target -= grad_entropy * std::exp(logprob) * (entropy + far_logprob);
   }
-  at_target *= inverse_temperature;
-  if (row.softcap() != 0) {
-    const float tanh = target_logit / row.softcap();
-    at_target *= 1 - tanh * tanh;
-  }
-  if (target >= 0 && target < row.vocab()) store(grad + target, all(at_target), 1);
+  write_target_gradient(row, target, target_logit, inverse_temperature,
+                        target_slope(s, logprob, entropy, grad_logprob, grad_entropy), grad);
 }
 
 template <class T>
@@ -196,13 +219,13 @@ RLHF_FAST_INLINE float inverse_temperature_of(const Rows& rows, int64_t i) {
 
 RLHF_FAST_INLINE bool is_live(const Rows& rows, int64_t i) { return !rows.live || rows.live[i]; }
 
-// Calls `body` with the logits' elements typed.
+// Calls `body` with the pointer typed.
 template <class Body>
-RLHF_FAST_INLINE void typed(const Logits& logits, const Body& body) {
-  switch (logits.dtype) {
-    case DType::f32: return body((float*)logits.data);
-    case DType::bf16: return body((BFloat16*)logits.data);
-    default: return body((Float16*)logits.data);
+RLHF_FAST_INLINE void typed(void* data, DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32: return body((float*)data);
+    case DType::bf16: return body((BFloat16*)data);
+    default: return body((Float16*)data);
   }
 }
 

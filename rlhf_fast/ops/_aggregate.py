@@ -57,6 +57,26 @@ def aggregate(
     return _divide(ordered_sum(per_sequence), (lengths > 0).sum() if num_items is None else num_items)
 
 
+def token_weights(
+    live: torch.Tensor, *, aggregation: str, num_items: float | torch.Tensor | None = None
+) -> torch.Tensor:
+    """What a token counts in ``aggregate``, whose result is the sum of weights * values: float32, shape of ``live``."""
+    weights = live.float()
+    if aggregation == "token-mean":
+        return _divide(weights, live.sum() if num_items is None else num_items)
+    lengths = live.sum(-1, keepdim=True)
+    if aggregation == "seq-mean-token-mean":
+        weights = weights / lengths.clamp(min=1)
+    if aggregation == "seq-mean-token-sum-norm":
+        weights = weights / max(live.shape[1], 1)
+    return _divide(weights, (lengths > 0).sum() if num_items is None else num_items)
+
+
+def scalar_tensor(num_items: float | torch.Tensor | None) -> torch.Tensor | None:
+    """``num_items`` as the custom ops take it."""
+    return torch.tensor(float(num_items)) if isinstance(num_items, (int, float)) else num_items
+
+
 def masked_mean(values: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
     """The mean of ``values`` where ``live`` (bool, None = everywhere), 0-dim; 0 when nothing is live."""
     return _divide(_total(values, live), _count(values, live))
@@ -104,7 +124,7 @@ def check_aggregation(op: str, values: torch.Tensor, aggregation: str, num_items
             raise ValueError(f"{op}: num_items must be on {values.device}; got {num_items.device}")
     elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(f"{op}: num_items must be a number or a 0-dim tensor; got {type(num_items).__name__}")
-    elif not (math.isfinite(num_items) and num_items >= 0):
+    elif not 0 <= num_items < math.inf:
         raise ValueError(f"{op}: num_items must be a finite number >= 0; got {num_items!r}")
 
 

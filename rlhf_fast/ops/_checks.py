@@ -72,20 +72,20 @@ def temperatures(
         if device.type == "cpu" and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
             raise ValueError(f"{op}: every temperature must be > 0; got {temperature.min().item()}")
         return temperature
-    if not isinstance(temperature, (int, float)) or not math.isfinite(temperature) or temperature <= 0:
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be a finite number > 0; got {temperature!r}")
     return float(temperature)
 
 
 def positive(op: str, **numbers: float | None) -> None:
     for name, number in numbers.items():
-        if number is not None and not (math.isfinite(number) and number > 0):
+        if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{op}: {name} must be a finite number > 0; got {number!r}")
 
 
 def non_negative(op: str, **numbers: float | None) -> None:
     for name, number in numbers.items():
-        if number is not None and not (math.isfinite(number) and number >= 0):
+        if number is not None and not 0 <= number < math.inf:
             raise ValueError(f"{op}: {name} must be a finite number >= 0; got {number!r}")
 
 

@@ -45,8 +45,8 @@ def implementation(op: str, like: torch.Tensor) -> Implementation:
 
     Raises RuntimeError when a forced backend cannot run; warns once when a registered one is passed over.
     """
-    forced, device = forced_backend(), like.device
-    if forced is not None and len(_table[op]) > 1:
+    forced, device = _forced_for(op), like.device
+    if forced is not None:
         reason = _why_not(op, forced, device)
         if reason is not None:
             raise RuntimeError(
@@ -58,9 +58,8 @@ def implementation(op: str, like: torch.Tensor) -> Implementation:
         reason = _why_not(op, name, device)
         if reason is None:
             return _table[op]["torch" if like.dtype == torch.float64 else name]
-        if name in _table[op] and _meant_for(name, device) and (op, name) not in _warned:
-            _warned.add((op, name))
-            warnings.warn(f"{op}: backend {name!r} cannot run here and is passed over: {reason}", stacklevel=3)
+        if name in _table[op] and _meant_for(name, device):
+            _say_once(op, name, reason)
     raise RuntimeError(f"{op}: no backend can run on {device}")
 
 
@@ -79,7 +78,7 @@ def backends(device: str | torch.device | None = None) -> dict[str, dict[str, An
     for op in sorted(_table):
         reasons = {name: _why_not(op, name, where) for name in NAMES}
         available = [name for name, reason in reasons.items() if reason is None]
-        wanted = forced_backend() or (available[0] if available else None)
+        wanted = _forced_for(op) or (available[0] if available else None)
         listing[op] = {
             "chosen": wanted if wanted in available else None,
             "available": available,
@@ -103,11 +102,29 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend forced by ``use_backend``, else by RLHF_FAST_BACKEND, else None."""
+    """The backend forced by ``use_backend``, else by RLHF_FAST_BACKEND, else None.
+
+    A compiled graph keeps to the RLHF_FAST_BACKEND that it was compiled under; ``use_backend`` reaches it at any time.
+    """
     if _forced is not None:
         return _forced
     outer = os.environ.get("RLHF_FAST_BACKEND")
     return _checked(outer) if outer else None
+
+
+def _forced_for(op: str) -> str | None:
+    return forced_backend() if len(_table[op]) > 1 else None
+
+
+def _say_once(op: str, name: str, reason: str) -> None:
+    if (op, name) not in _warned:
+        _warned.add((op, name))
+        warnings.warn(f"{op}: backend {name!r} cannot run here and is passed over: {reason}", stacklevel=4)
+
+
+# Runs while torch.compile traces, whose graph a warning would break. It is torch.compiler.assume_constant_result, less
+# that decorator's import of the compiler.
+_say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _checked(name: str) -> str:

@@ -97,16 +97,28 @@ def over_live_rows(
 
     Dead rows are never read and come out as 0. Selecting the live rows synchronises on a GPU.
     """
-    rows = live.nonzero().squeeze(1)
+    inputs = (hidden, *tensors)
+    # A compiled graph cannot depend on how many rows are live: there the dead are computed too, on data not their own.
+    rows = None if torch.compiler.is_compiling() else live.nonzero().squeeze(1)
+    inputs = tuple(_inert(tensor, live) if rows is None else tensor.index_select(0, rows) for tensor in inputs)
     step = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
-    chunks = zip(*(tensor.index_select(0, rows).split(step) for tensor in (hidden, *tensors)), strict=True)
+    chunks = zip(*(tensor.split(step) for tensor in inputs), strict=True)
     trained = (hidden, head.weight, head.bias, *(head.lora or ())[:2])
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):
         parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     else:
         parts = [function(*chunk) for chunk in chunks]
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    if rows is None:
+        return tuple(column.masked_fill(~live, 0.0) for column in columns)
     zeros = torch.zeros(live.shape[0], dtype=accumulation_dtype(hidden.dtype), device=live.device)
-    return tuple(zeros.index_copy(0, rows, torch.cat(column)) for column in zip(*parts, strict=True))
+    return tuple(zeros.index_copy(0, rows, column) for column in columns)
+
+
+def _inert(tensor: Tensor, live: Tensor) -> Tensor:
+    """(N, ...) with harmless values in the dead rows: 0 for a target, 1 for a hidden state or a temperature."""
+    dead = ~live if tensor.dim() == 1 else ~live[:, None]
+    return tensor.masked_fill(dead, float(tensor.is_floating_point()))
 
 
 def _checked_lora(op: str, hidden: Tensor, columns: int, lora: LoRA) -> LoRA:

@@ -1,4 +1,4 @@
-"""The compiled engine, rlhf_fast._C: the only importer. It takes raw pointers; shapes and dtypes were checked before."""
+"""The compiled engine, rlhf_fast._C, and its only importer. It takes raw pointers: all checks were made before."""
 
 import importlib
 import os
@@ -55,6 +55,11 @@ def launch(launcher: str, *arguments: Any) -> None:
 def dtype_code(dtype: torch.dtype) -> int:
     """The number of ``DType`` in csrc/rlhf_fast.h."""
     return _DTYPES[dtype]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16 products, so that torch's are faster than float32 ones."""
+    return bool(_module.multiplies_bfloat16())
 
 
 def build_info() -> dict[str, Any]:

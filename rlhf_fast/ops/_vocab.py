@@ -38,13 +38,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices that cover ``rows`` rows of ``columns`` columns, about CHUNK_ELEMENTS elements each."""
     step = max(1, CHUNK_ELEMENTS // max(1, columns))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    for chunk in range(-(-rows // step)):  # a compiled graph then depends on their number alone, not on ``rows``
+        yield slice(chunk * step, min((chunk + 1) * step, rows))
 
 
 def all_dead(live: Tensor) -> bool:
-    """Whether a chunk can be skipped. Asked on the CPU alone: elsewhere the answer would cost a synchronisation."""
-    return live.device.type == "cpu" and not bool(live.any())
+    """Whether a chunk can be skipped. Asked on the CPU alone: on a GPU the answer would cost a synchronisation, and
+    under torch.compile it would break the graph.
+    """
+    return live.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(live.any())
 
 
 def row_sum(values: Tensor) -> Tensor:

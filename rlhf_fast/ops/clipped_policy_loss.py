@@ -69,7 +69,7 @@ def clipped_policy_loss(
     _checks.non_negative(op, clip_low=clip_low, clip_high=clip_high)
     if clip_low > 1:
         raise ValueError(f"{op}: clip_low must be in [0, 1], since a ratio is never below 0; got {clip_low!r}")
-    if dual_clip is not None and not (math.isfinite(dual_clip) and dual_clip > 1):
+    if dual_clip is not None and not 1 < dual_clip < math.inf:
         raise ValueError(f"{op}: dual_clip must be a finite number > 1, or None; got {dual_clip!r}")
     if ratio_level == "sequence" and logprobs.dim() != 2:
         raise ValueError(
@@ -114,8 +114,9 @@ def _torch(
     ratio = torch.exp(log_ratio) if ratio_level == "token" else _sequence_ratio(log_ratio, live)
 
     # Selected with where, and not with maximum, which would halve the gradient between the two sides of a tie.
+    # In force only past a bound, where it is constant, so that it needs no gradient (and an infinite advantage no 0 * inf).
     unclipped = -advantages * ratio
-    at_bound = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    at_bound = -advantages * ratio.detach().clamp(1 - clip_low, 1 + clip_high)
     clipped = at_bound > unclipped
     losses = torch.where(clipped, at_bound, unclipped)
     if dual_clip is not None:

@@ -47,7 +47,7 @@ def exact_kl(
     shape = logits.shape[:-1]
     live = _checks.live_mask(op, mask, shape, logits.device)
     if live is None:
-        live = torch.ones((), dtype=torch.bool, device=logits.device).expand(shape)
+        live = torch.ones(shape, dtype=torch.bool, device=logits.device)
     tau = flat_temperature(op, temperature, logits)
     rows = (shape.numel(), vocab)
     run = implementation(op, logits)

@@ -31,8 +31,8 @@ def gae(
         gamma: discount a token, in [0, 1].
         lam: the lambda of GAE, in [0, 1].
         cu_seqlens: (B + 1,) integers, the bounds of packed sequences: 0 first, N last, never decreasing; sequence b
-            is tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1. Its values are checked on the CPU only, and not under
-            torch.compile: reading them from a GPU would synchronise, and would break the graph.
+            is tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1. Its values are checked on the CPU only: reading them from
+            a GPU would synchronise.
         whiten: advantages to mean 0 and variance 1 over all live tokens of this call (``masked_whiten``; across
             ranks, call that yourself with its ``group``). Returns are taken before it.
 
@@ -57,17 +57,28 @@ def gae(
         if not 0 <= number <= 1:
             raise ValueError(f"gae: {name} must be in [0, 1]; got {number!r}")
     if cu_seqlens is not None:
-        _check_bounds(cu_seqlens, rewards.shape[0])
+        _checks.integral("gae", cu_seqlens=cu_seqlens)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(f"gae: cu_seqlens must have shape (B + 1,); got {tuple(cu_seqlens.shape)}")
+        cu_seqlens = cu_seqlens.to(torch.int64)
     live = _checks.live_mask("gae", mask, rewards.shape, rewards.device)
 
     rewards, values = upcast(rewards.detach(), values.detach())
-    advantages, returns = implementation("gae", rewards)(rewards, values, live, cu_seqlens, gamma, lam)
-    return (masked_whiten(advantages, live) if whiten else advantages), returns
+    return implementation("gae", rewards)(rewards, values, live, cu_seqlens, gamma, lam, whiten)
 
 
-# One opaque op to torch.compile, which would otherwise unroll the loop over time into its graph.
+def check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """For the implementations on the CPU, which would read and write past the tokens; inside their custom op, so that
+    a compiled graph checks too.
+    """
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
+        raise ValueError(
+            f"gae: cu_seqlens must start at 0, never decrease and end at the number of tokens, {tokens}; got {bounds}"
+        )
+
+
 @implements("gae", "torch")
-@torch.library.custom_op("rlhf_fast::gae_torch", mutates_args=())
 def _torch(
     rewards: torch.Tensor,
     values: torch.Tensor,
@@ -75,12 +86,29 @@ def _torch(
     cu_seqlens: torch.Tensor | None,
     gamma: float,
     lam: float,
+    whiten: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) without cu_seqlens, (N,) with; one dtype -> (advantages, returns)."""
+    """(B, T) without cu_seqlens (int64), (N,) with; one dtype -> (advantages, returns)."""
+    advantages, returns = _loop(rewards, values, live, cu_seqlens, gamma, lam)
+    return (masked_whiten(advantages, live) if whiten else advantages), returns
+
+
+# One opaque op to torch.compile, which would otherwise unroll the loop over time into its graph.
+@torch.library.custom_op("rlhf_fast::gae_torch", mutates_args=())
+def _loop(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    live: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    gamma: float,
+    lam: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     if live is None:
         live = torch.ones_like(rewards, dtype=torch.bool)
     if cu_seqlens is None:
         return _padded(rewards, values, live, gamma, lam)
+    if cu_seqlens.device.type == "cpu":
+        check_bounds(cu_seqlens, rewards.shape[0])
     if rewards.shape[0] == 0:  # nor may there be a sequence, and so a longest one
         return torch.zeros_like(rewards), torch.zeros_like(values)
 
@@ -126,16 +154,3 @@ def _padded(
         next_advantage = torch.where(live[:, t], advantage, next_advantage)
         next_value = torch.where(live[:, t], values[:, t], next_value)
     return advantages, torch.where(live, advantages + values, 0.0)
-
-
-def _check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
-    _checks.integral("gae", cu_seqlens=cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"gae: cu_seqlens must have shape (B + 1,); got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
-        raise ValueError(
-            f"gae: cu_seqlens must start at 0, never decrease and end at the number of tokens, {tokens}; got {bounds}"
-        )

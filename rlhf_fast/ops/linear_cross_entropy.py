@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from . import _checks
-from ._aggregate import aggregate, check_aggregation, ordered_sum
+from ._aggregate import aggregate, check_aggregation
 from ._dispatch import implementation, implements
 from ._linear import LoRA, checked_head, flat_hidden
 from ._tokens import flat_tokens
@@ -65,12 +65,8 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         targets_name="labels",
     )
-    losses = implementation(op, hidden)(flat_hidden(hidden), *head, *tokens, softcap)
-    if reduction == "none":
-        return losses.reshape(hidden.shape[:-1])
-    if reduction == "sum":
-        return ordered_sum(losses)
-    return aggregate(losses, tokens.live, aggregation="token-mean", num_items=num_items)
+    loss = implementation(op, hidden)(flat_hidden(hidden), *head, *tokens, softcap, reduction, num_items)
+    return loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
 
 
 @implements("linear_cross_entropy", "torch")
@@ -83,6 +79,11 @@ def reference(
     live: Tensor,
     temperature: Tensor,
     softcap: float | None,
+    reduction: str,
+    num_items: float | Tensor | None,
 ) -> Tensor:
-    """hidden (N, H), weight (V, H), the rest (N,) -> losses (N,)."""
-    return -linear_logprobs_reference(hidden, weight, bias, lora, targets, live, temperature, softcap, False)[0]
+    """hidden (N, H), weight (V, H), the rest (N,) -> the loss, or losses (N,) for "none"."""
+    losses = -linear_logprobs_reference(hidden, weight, bias, lora, targets, live, temperature, softcap, False)[0]
+    if reduction == "none":
+        return losses
+    return aggregate(losses, live, aggregation="token-mean", num_items=1.0 if reduction == "sum" else num_items)

@@ -139,8 +139,46 @@ def reference(
     """hidden (N, H), weight (V, H), tokens of N; the other tensors keep their leading shape, of N elements."""
     logprobs, entropies = linear_logprobs_reference(hidden, weight, bias, lora, *tokens, softcap, True)
     assert entropies is not None  # they were asked for
+    return from_logprobs(
+        logprobs,
+        entropies,
+        tokens.live,
+        old_logprobs,
+        advantages,
+        ref_logprobs,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        ratio_level=ratio_level,
+        aggregation=aggregation,
+        num_items=num_items,
+    )
+
+
+def from_logprobs(
+    logprobs: Tensor,
+    entropies: Tensor,
+    live: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    *,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ratio_level: str,
+    aggregation: str,
+    num_items: float | Tensor | None,
+) -> LinearPolicyLoss:
+    """logprobs, entropies and live (N,); the other tensors keep their leading shape, of N elements."""
     shape = old_logprobs.shape
-    logprobs, entropies, live = logprobs.reshape(shape), entropies.reshape(shape), tokens.live.reshape(shape)
+    logprobs, entropies, live = logprobs.reshape(shape), entropies.reshape(shape), live.reshape(shape)
 
     policy = clipped_policy_loss(
         logprobs,

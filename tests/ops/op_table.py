@@ -30,6 +30,10 @@ class Op:
     constants: tuple[str, ...] = ()  # of ``grads``, those whose gradient is partial by design: no gradcheck
     row_wise: bool = False  # a row's result depends on that row alone, to the bit
 
+    @property
+    def has_vocabulary(self) -> bool:
+        return "logits" in self.data or bool(self.shared)
+
 
 @dataclass
 class Case:
@@ -38,16 +42,22 @@ class Case:
     mask: Tensor
 
 
-def make(op: Op, shape: tuple[int, int] = (3, 5), dtype: torch.dtype = torch.float64, seed: int = 0) -> Case:
-    """Random inputs; the mask has holes, and at least one live token where there is any."""
+def make(
+    op: Op, shape: tuple[int, int] = (3, 5), dtype: torch.dtype = torch.float32, seed: int = 0, vocab: int = V
+) -> Case:
+    """Random inputs; the mask has holes, and at least one live token where there is any.
+
+    Not float64 unless asked for, which runs the torch reference on every backend.
+    """
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(size: tuple[int, ...]) -> Tensor:
+    def normal(leading: tuple[int, ...], trailing: tuple[int, ...]) -> Tensor:
+        size = (*leading, *(vocab if length == V else length for length in trailing))
         return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
-    x = {name: normal((*shape, *trailing)) for name, trailing in op.data.items()}
-    x |= {name: normal(size) for name, size in op.shared.items()}
-    targets = torch.randint(V, shape, generator=generator)
+    x = {name: normal(shape, trailing) for name, trailing in op.data.items()}
+    x |= {name: normal((), size) for name, size in op.shared.items()}
+    targets = torch.randint(vocab, shape, generator=generator)
     mask = torch.rand(shape, generator=generator) < 0.6
     mask[:1, :1] = True
     return Case(x, targets, mask)

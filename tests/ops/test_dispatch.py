@@ -1,14 +1,16 @@
 """Which backend runs: forced, unforced, passed over, and what is said about it."""
 
+import threading
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from rlhf_fast.ops import _dispatch, backends, masked_logprobs, use_backend
+from rlhf_fast.ops import _dispatch, backends, masked_logprobs, pairwise_loss, use_backend
 
-CPU = torch.device("cpu")
+SINGLE = torch.zeros(1)
+DOUBLE = SINGLE.double()
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +19,7 @@ def own_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_dispatch, "_table", {op: dict(row) for op, row in _dispatch._table.items()})
     monkeypatch.setattr(_dispatch, "_probes", {"torch": lambda device: None})
     monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr(_dispatch, "_forced", None)
     monkeypatch.delenv("RLHF_FAST_BACKEND", raising=False)
     yield
 
@@ -27,27 +30,40 @@ def add(name: str, reason: str | None) -> None:
     _dispatch.implements("demo", "torch")(lambda: "torch")
 
 
+def chosen(like: torch.Tensor = SINGLE) -> str:
+    return _dispatch.implementation("demo", like)()
+
+
 def test_the_preferred_backend_that_can_run_is_chosen() -> None:
     add("native", None)
-    assert _dispatch.implementation("demo", CPU)() == "native"
+    assert chosen() == "native"
     with use_backend("torch"):
-        assert _dispatch.implementation("demo", CPU)() == "torch"
-    assert _dispatch.implementation("demo", CPU)() == "native"
+        assert chosen() == "torch"
+    assert chosen() == "native"
+
+
+def test_float64_is_the_reference_on_every_backend() -> None:
+    add("native", None)
+    assert chosen(DOUBLE) == "torch"
+    with use_backend("native"):
+        assert chosen(DOUBLE) == "torch"
+        assert chosen(SINGLE.half()) == "native"
 
 
 def test_a_backend_passed_over_is_said_once() -> None:
     add("native", "this processor has no vectors")
     with pytest.warns(UserWarning, match="demo: backend 'native' .* this processor has no vectors"):
-        assert _dispatch.implementation("demo", CPU)() == "torch"
+        assert chosen() == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _dispatch.implementation("demo", CPU)() == "torch"
+        assert chosen() == "torch"
 
 
-def test_a_forced_backend_that_cannot_run_is_an_error() -> None:
+@pytest.mark.parametrize("like", [SINGLE, DOUBLE], ids=["float32", "float64"])
+def test_a_forced_backend_that_cannot_run_is_an_error(like: torch.Tensor) -> None:
     add("native", "this processor has no vectors")
     with use_backend("native"), pytest.raises(RuntimeError, match="'native' was asked for .* no vectors"):
-        _dispatch.implementation("demo", CPU)
+        chosen(like)
 
 
 def test_a_forced_backend_that_is_not_built_or_lacks_the_op() -> None:
@@ -58,6 +74,12 @@ def test_a_forced_backend_that_is_not_built_or_lacks_the_op() -> None:
     _dispatch._table["masked_logprobs"].pop("cuda", None)
     with use_backend("cuda"), pytest.raises(RuntimeError, match="has no masked_logprobs"):
         masked_logprobs(logits, targets)
+
+
+def test_an_op_of_torch_alone_runs_under_every_forced_backend() -> None:
+    assert set(_dispatch._table["pairwise_loss"]) == {"torch"}
+    with use_backend("native"):
+        assert pairwise_loss(torch.zeros(3), torch.zeros(3)).item() == pytest.approx(torch.tensor(2.0).log().item())
 
 
 def test_unknown_name() -> None:
@@ -71,18 +93,33 @@ def test_unknown_name() -> None:
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     add("native", None)
     monkeypatch.setenv("RLHF_FAST_BACKEND", "torch")
-    assert _dispatch.implementation("demo", CPU)() == "torch"
+    assert chosen() == "torch"
     with use_backend("native"):  # the block wins over the environment
-        assert _dispatch.implementation("demo", CPU)() == "native"
+        assert chosen() == "native"
+    monkeypatch.setenv("RLHF_FAST_BACKEND", "")
+    assert chosen() == "native"
     monkeypatch.setenv("RLHF_FAST_BACKEND", "fastest")
     with pytest.raises(ValueError, match="'fastest'"):
-        _dispatch.implementation("demo", CPU)
+        chosen()
 
 
-def test_the_block_is_left_after_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), use_backend("triton"):
-        raise ZeroDivisionError
+def test_blocks_nest_and_are_left_after_an_error() -> None:
+    with use_backend("native"):
+        with pytest.raises(ZeroDivisionError), use_backend("triton"):
+            assert _dispatch.forced_backend() == "triton"
+            raise ZeroDivisionError
+        assert _dispatch.forced_backend() == "native"
     assert _dispatch.forced_backend() is None
+
+
+def test_the_block_holds_in_every_thread() -> None:
+    """The autograd engine and data loaders call ops on threads of their own."""
+    seen: list[str | None] = []
+    with use_backend("triton"):
+        thread = threading.Thread(target=lambda: seen.append(_dispatch.forced_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["triton"]
 
 
 def test_backends_listing() -> None:

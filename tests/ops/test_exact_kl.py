@@ -51,6 +51,52 @@ def test_never_negative_and_zero_for_the_same() -> None:
     assert (exact_kl(logits, logits + 1e-6 * torch.randn(500, 300, generator=generator)) >= 0).all()
 
 
+def test_the_same_pulls_nowhere() -> None:
+    logits = (5 * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    (grad,) = torch.autograd.grad(exact_kl(logits, logits.detach().clone(), temperature=0.7).sum(), logits)
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    "ratio", [-60.0, -5.0, -0.7, -0.35, -0.01, -1e-4, 1e-4, 0.01, 0.34, 0.36, 0.99, 1.01, 5.0, 60.0]
+)
+def test_every_size_of_ratio(ratio: float) -> None:
+    """Two columns whose log odds differ by ``ratio``, from every start: each part of the sum has its own formula."""
+    start = torch.linspace(-20, 20, 81)
+    logits = torch.stack([torch.zeros(81), start], dim=1)
+    ref_logits = torch.stack([torch.zeros(81), start + ratio], dim=1)
+    log_p, log_r = logits.double().log_softmax(-1), ref_logits.double().log_softmax(-1)
+    step = log_r - log_p
+    truth = (log_p.exp() * (torch.expm1(step) - step)).sum(-1)
+    kl = exact_kl(logits, ref_logits)
+    torch.testing.assert_close(kl.double(), truth, rtol=2e-5 + 2e-6 / abs(ratio), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
+def test_long_rows(order: str, dtype: torch.dtype) -> None:
+    """5003 columns are several blocks of a kernel, with their largest in the last, the first or anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(6, 5003, generator=generator)
+    if order != "mixed":
+        logits = logits.sort(dim=1, descending=order == "falling").values
+    logits = torch.cat([logits[:3], logits[3:] - 5000]).to(dtype).requires_grad_()
+    ref_logits = (logits + 0.5 * torch.randn(6, 5003, generator=generator)).detach().to(dtype)
+    ref_logits[:, ::100] = -INF
+    with torch.no_grad():
+        logits[:, ::100] = -INF
+    kl = exact_kl(logits, ref_logits, temperature=0.5)
+    (grad,) = torch.autograd.grad(kl.sum(), logits)
+
+    log_p, log_r = (2 * logits.detach().double()).log_softmax(-1), (2 * ref_logits.double()).log_softmax(-1)
+    ratio = (log_p - log_r).nan_to_num(0.0)
+    truth = (log_p.exp() * ratio).sum(-1)
+    torch.testing.assert_close(kl.double(), truth, rtol=1e-5, atol=0)
+    true_grad = 2 * log_p.exp() * (ratio - truth[:, None])
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    torch.testing.assert_close(grad.double(), true_grad, rtol=rounding, atol=2e-6)
+
+
 def test_minus_infinity() -> None:
     """In both: nothing. In the policy alone: its r falls out, KL((1), (1/2)) = log 2. In the reference alone: +inf."""
     logits = torch.tensor([[0.3, -INF, 1.0], [0.0, -INF, -INF], [0.0, 0.0, -INF]], requires_grad=True)

@@ -4,6 +4,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.ops.gae import gae
+from rlhf_fast.ops.masked_whiten import masked_whiten
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -101,6 +102,47 @@ def test_packed_is_padded_is_compacted(seed: int, lengths: list[int], bounds_dty
             assert (ours[start:stop][~live] == 0).all()
 
 
+@settings(every_example, max_examples=20)
+@given(
+    seed=seeds,
+    lengths=st.lists(st.integers(0, 400), min_size=1, max_size=5),
+    live_share=st.sampled_from([0.5, 0.99, 1.0]),
+    gamma=unit,
+    lam=unit,
+)
+def test_long_sequences_against_a_loop(
+    seed: int, lengths: list[int], live_share: float, gamma: float, lam: float
+) -> None:
+    rewards, values, _ = sample(seed, sum(lengths))
+    mask = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed)) < live_share
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    packed, _ = gae(rewards, values, mask, cu_seqlens=bounds, gamma=gamma, lam=lam)
+    inside = torch.arange(max(lengths)) < bounds.diff()[:, None]
+    padded = (x.new_zeros(inside.shape).masked_scatter(inside, x) for x in (rewards, values, mask))
+    from_padded, _ = gae(*padded, gamma=gamma, lam=lam)
+
+    expected = torch.zeros_like(from_padded, dtype=torch.float64)
+    for row, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        value = advantage = 0.0
+        for t in reversed(range(start, stop)):
+            if mask[t]:
+                advantage = rewards[t].item() + gamma * value - values[t].item() + gamma * lam * advantage
+                value = values[t].item()
+                expected[row, t - start] = advantage
+    torch.testing.assert_close(from_padded, expected.float(), rtol=1e-5, atol=1e-4)  # sums of up to 400 tokens
+    assert torch.equal(packed, torch.cat([row[:length] for row, length in zip(from_padded, lengths, strict=True)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_bounds_of_any_integer_dtype_and_stride(dtype: torch.dtype) -> None:
+    rewards, values, mask = sample(10, 12)
+    expected = gae(rewards, values, mask, cu_seqlens=torch.tensor([0, 5, 5, 12]))
+    strided = torch.tensor([0, 99, 5, 99, 5, 99, 12])[::2]
+    for bounds in (strided.to(dtype), strided):
+        got = gae(rewards, values, mask, cu_seqlens=bounds)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_a_row_alone_is_bitwise_the_row_in_a_batch() -> None:
     rewards, values, mask = sample(5, 6, 33)
     whole = gae(rewards, values, mask)
@@ -147,6 +189,7 @@ def test_whitening_comes_after_the_returns() -> None:
     assert (advantages[~mask] == 0).all()
     assert torch.equal(returns, returns_too)
     torch.testing.assert_close(returns, torch.where(mask, plain + values, 0.0))
+    assert torch.equal(advantages, masked_whiten(plain, mask))
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -206,9 +249,11 @@ def test_bad_arguments() -> None:
 
 
 @pytest.mark.parametrize("bounds", [[1, 3], [0, 2], [0, 4], [0, 2, 1, 3], [0, 5, 3]])
-def test_bad_bounds(bounds: list[int]) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bad_bounds(bounds: list[int], compiled: bool) -> None:
+    function = torch.compile(gae, fullgraph=True, backend="aot_eager") if compiled else gae
     with pytest.raises(ValueError, match="must start at 0, never decrease and end at the number of tokens, 3"):
-        gae(torch.zeros(3), torch.zeros(3), cu_seqlens=torch.tensor(bounds))
+        function(torch.zeros(3), torch.zeros(3), cu_seqlens=torch.tensor(bounds))
 
 
 def test_bounds_of_the_wrong_kind() -> None:

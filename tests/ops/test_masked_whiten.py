@@ -57,6 +57,37 @@ def test_mean_0_and_variance_1_over_live_elements(seed: int, shape: list[int], m
     torch.testing.assert_close(kept, live + x[mask].double().mean(), rtol=1e-6, atol=1e-5)
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.integers(2, 3000),
+    mean=st.sampled_from([0.0, -3.0, 100.0]),
+    live_share=st.sampled_from([0.02, 0.7, None]),
+    shift_mean=st.booleans(),
+    unbiased=st.booleans(),
+)
+def test_values_and_gradients_against_float64(
+    seed: int, size: int, mean: float, live_share: float | None, shift_mean: bool, unbiased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, generator=generator) + mean
+    weight = torch.randn(size, generator=generator)
+    mask = torch.rand(size, generator=generator) < (live_share or 1.0)
+    mask[:2] = True
+    x[:2] = mean + torch.tensor([-1.0, 1.0])
+    ours = torch.where(mask, x, torch.nan).requires_grad_()
+    whitened = masked_whiten(ours, None if live_share is None else mask, shift_mean=shift_mean, unbiased=unbiased)
+    (whitened * weight).sum().backward()
+
+    live = x[mask].double().requires_grad_()
+    truth = (live - live.mean()) / (live.var(unbiased=unbiased) + 1e-8).sqrt() + (0 if shift_mean else live.mean())
+    (truth * weight[mask]).sum().backward()
+    tolerance = 2e-6 * (1 + abs(mean))
+    torch.testing.assert_close(whitened[mask].double(), truth, rtol=2e-6, atol=tolerance)
+    torch.testing.assert_close(ours.grad[mask].double(), live.grad, rtol=2e-5, atol=tolerance * 10)
+    assert (whitened[~mask] == 0).all() and (ours.grad[~mask] == 0).all()
+
+
 def test_a_large_mean_does_not_cancel() -> None:
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) + 1e5
     truth = (x.double() - x.double().mean()) / x.double().std()
@@ -94,6 +125,19 @@ def test_one_live_element_and_equal_elements_have_variance_0() -> None:
     assert masked_whiten(X, torch.tensor([[0, 1], [0, 0]])).tolist() == [[0, 0], [0, 0]]
     assert masked_whiten(X, torch.tensor([[0, 1], [0, 0]]), shift_mean=False).tolist() == [[0, 4], [0, 0]]
     assert masked_whiten(torch.full((5,), 3.0)).tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_gradient_at_variance_0_by_hand(shift_mean: bool, unbiased: bool) -> None:
+    # every deviation is 0, so that only the mean moves: d y_i = 1e4 (d x_i - mean d x), + mean d x where it is kept
+    kept = 0.0 if shift_mean else 2.0
+    x = torch.full((3,), 5.0, requires_grad=True)
+    masked_whiten(x, shift_mean=shift_mean, unbiased=unbiased).backward(torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(x.grad, torch.tensor([-1e4, 0, 1e4]) + kept)
+    x.grad = None
+    masked_whiten(x, torch.tensor([0, 1, 0]), shift_mean=shift_mean, unbiased=unbiased).backward(torch.full((3,), 2.0))
+    torch.testing.assert_close(x.grad, torch.tensor([0, kept, 0]))
 
 
 def test_a_live_nan_is_not_hidden() -> None:

@@ -1,0 +1,60 @@
+"""exact_kl: KL over the whole vocabulary from two sets of logits, and the gradient of the policy's."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import exact_kl
+from rlhf_fast.bench.workload import (
+    COMPILED,
+    COPY,
+    EAGER,
+    OURS,
+    Contest,
+    Sizes,
+    Work,
+    Workload,
+    compiled,
+    copying,
+    forward_backward,
+    leaf,
+)
+
+
+def build(sizes: Sizes, device: torch.device) -> Contest:
+    logits = leaf(3 * torch.randn(sizes["tokens"], sizes["vocab"], device=device))
+    ref_logits = (logits + torch.randn_like(logits)).detach()
+    upstream = torch.randn(sizes["tokens"], device=device)
+    do = functools.partial(forward_backward, upstream=upstream)
+    fast = compiled(naive)
+    return Contest(
+        {
+            OURS: lambda: do(exact_kl, logits, ref_logits),
+            EAGER: lambda: do(naive, logits, ref_logits),
+            COMPILED: lambda: do(fast, logits, ref_logits),
+            COPY: copying(ref_logits),
+        },
+        names=("kl", "gradient"),
+        truth=lambda: forward_backward(
+            naive, leaf(logits[:64].double()), ref_logits[:64].double(), upstream=upstream[:64].double()
+        ),
+        # both sets read forward and backward, the gradient written
+        work=Work("bytes", 5 * logits.nbytes, COPY, 2 * logits.nbytes),
+    )
+
+
+def naive(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    policy, reference = torch.log_softmax(logits, dim=-1), torch.log_softmax(ref_logits, dim=-1)
+    return (policy.exp() * (policy - reference)).sum(-1)
+
+
+WORKLOADS = [
+    Workload(
+        "exact_kl",
+        "{tokens} x {vocab} fp32, forward + backward",
+        {"tokens": 512, "vocab": 49152},
+        {"tokens": 64, "vocab": 1000},
+        build,
+    )
+]

@@ -1,0 +1,127 @@
+"""`rlhf-fast bench`: picks the workloads, measures them, and writes what was asked for."""
+
+import importlib
+import importlib.util
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from rlhf_fast import build_info
+from rlhf_fast.bench import chart, harness, peers, report, results
+from rlhf_fast.bench.workload import Workload
+from rlhf_fast.errors import UserError, nearest
+
+BENCHES = (
+    "masked_logprobs",
+    "linear_logprobs",
+    "linear_cross_entropy",
+    "linear_policy_loss",
+    "linear_policy_ref",
+    "token_kl",
+    "exact_kl",
+    "gae",
+    "masked_whiten",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "overhead",
+)
+
+
+def bench(flags: dict[str, Any]) -> None:
+    """Runs the command with the flags that were given."""
+    workloads = chosen(flags.get("only"))
+    if "list" in flags:
+        print("\n".join(f"{workload.name(workload.sizes)}{marks_of(workload)}" for workload in workloads))
+        return
+    device = checked_device(flags.get("device", "cpu"))
+    files = {name: Path(flags[name]) for name in WRITERS if name in flags}
+    check_writable(files)
+    threads = flags.get("threads", torch.get_num_threads())
+    if threads < 1:
+        raise UserError(f"--threads must be 1 or more; got {threads}")
+    torch.set_num_threads(threads)
+
+    measured = run(workloads, device, "quick" in flags)
+    print(report.where(measured))
+    for name, path in files.items():
+        WRITERS[name](path, measured)
+        print(f"wrote {path}")
+
+
+def chosen(only: str | None) -> list[Workload]:
+    """The workloads of the benches named in ``only``, A,B; all when None."""
+    names = BENCHES if only is None else tuple(name.strip() for name in only.split(","))
+    for name in names:
+        if name not in BENCHES:
+            near = nearest(name, [*BENCHES])
+            raise UserError(f"--only: there is no bench {name!r}{near}; there are {', '.join(BENCHES)}")
+    modules = [importlib.import_module(f"rlhf_fast.bench.bench_{name}") for name in names]
+    return [workload for module in modules for workload in module.WORKLOADS]
+
+
+def marks_of(workload: Workload) -> str:
+    return "".join(f"\n    {mark}" for mark in workload.marks)
+
+
+def checked_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu, cuda or cuda:N; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
+        )
+    return device
+
+
+def check_writable(files: dict[str, Path]) -> None:
+    """Before the minutes of measuring, not after them."""
+    for name, path in files.items():
+        if path.is_dir() or not path.parent.is_dir():
+            raise UserError(f"--{name} must be a file in a folder that exists; got {str(path)!r}")
+    if "chart" in files and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--chart draws with matplotlib, which is not installed: pip install matplotlib")
+
+
+def run(workloads: list[Workload], device: torch.device, quick: bool) -> dict[str, Any]:
+    """Measures, telling each row as it is done."""
+    start, rows = perf_counter(), []
+    for workload in workloads:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the peers' and compilers' talk
+            rows.append(rounded(harness.measure(workload, device, quick)))
+        print(report.lines(rows[-1]) + "\n", flush=True)
+    machine = results.machine()
+    return {
+        "machine": {**machine, "versions": {**machine["versions"], **peers.versions()}},
+        "device": device.type,
+        "quick": quick,
+        "build": build_info(),
+        "seconds": round(perf_counter() - start),
+        "rows": rows,
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four digits, which is more than they are sure of; what is not finite, which JSON has not, as None."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list) else value
+
+
+WRITERS: dict[str, Callable[[Path, dict[str, Any]], object]] = {
+    "json": lambda path, measured: path.write_text(json.dumps(measured, indent=1) + "\n"),
+    "markdown": lambda path, measured: path.write_text(report.details(measured)),
+    "chart": lambda path, measured: chart.draw(measured, path),
+}

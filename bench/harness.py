@@ -1,0 +1,198 @@
+"""Measures one workload: its contestants in turn, each one's time, extra memory and error against float64."""
+
+import ctypes
+import gc
+import statistics
+import sys
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import backends
+from rlhf_fast.bench.workload import COMPILED, OURS, Contest, Missing, Results, Run, Work, Workload
+
+SECONDS = 20.0  # a workload's rounds stop after them
+LEAST_ROUNDS, MOST_ROUNDS = 5, 50
+SAMPLE_SECONDS = 5e-3  # shorter runs are repeated to last so long, so that the clock's own cost does not count
+
+
+def measure(workload: Workload, device: torch.device, quick: bool) -> dict[str, Any]:
+    """One row of the results; ``quick`` takes the small sizes, a tenth of a second, and nothing that compiles."""
+    sizes = workload.quick if quick else workload.sizes
+    torch.compiler.reset()
+    small, contest = (built(workload, each, device) for each in (workload.quick, sizes))
+    truth = contest.truth()
+    found: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
+    for name in contest.runs:
+        if quick and name == COMPILED:
+            missing[name] = "left out of --quick: compiling takes longer than all the rest"
+            continue
+        try:
+            # The memory of our first call, so that what we would keep for the next one counts. Peers are measured on
+            # their second call, so that nothing that compiling leaves behind counts against them.
+            _called(small if name == OURS else contest, name)
+            results, extra_bytes = peak_extra_bytes(lambda name=name: _called(contest, name), device)  # type: ignore[misc]
+        except Missing as reason:
+            missing[name] = str(reason)
+        except Exception as error:
+            if name == OURS:
+                raise
+            missing[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        else:
+            found[name] = {
+                "extra_mb": None if extra_bytes is None else extra_bytes / 1e6,
+                "error": errors(contest.names, results, truth),
+            }
+            del results
+    del truth, small
+    runs = {name: contest.runs[name] for name in found}
+    for name, samples in time_in_turn(runs, contest.fresh, device, 0.1 if quick else SECONDS).items():
+        found[name] |= figures(samples, name, contest.work)
+    return {
+        "op": workload.op,
+        "name": workload.name(sizes),
+        "sizes": sizes,
+        "backend": backends(device)[workload.op]["chosen"],
+        "ceiling": contest.work.ceiling if contest.work else None,
+        "contestants": _with_ratios(found),
+        "missing": missing,
+        "marks": _marks(workload, found),
+    }
+
+
+def built(workload: Workload, sizes: dict[str, int], device: torch.device) -> Contest:
+    torch.manual_seed(0)
+    return workload.build(sizes, device)
+
+
+def _called(contest: Contest, name: str) -> Results:
+    if contest.fresh:
+        contest.fresh()
+    return contest.runs[name]()
+
+
+# ---- time ----------------------------------------------------------------------------------------------------------
+
+
+def time_in_turn(
+    runs: dict[str, Run], fresh: Callable[[], object] | None, device: torch.device, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds a run, one sample a round. In a round each contestant runs, so that a noisy moment hits them all, and
+    each round begins with the next one of them."""
+
+    def sample(run: Run, repeats: int) -> float:
+        if fresh:
+            fresh()
+        synchronize(device)
+        start = perf_counter()
+        for _ in range(repeats):
+            run()
+        synchronize(device)
+        return (perf_counter() - start) / repeats
+
+    repeats = {
+        name: 1 if fresh else max(1, round(SAMPLE_SECONDS / max(sample(run, 1), 1e-7))) for name, run in runs.items()
+    }
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    gc.collect()
+    gc.disable()
+    try:
+        end = perf_counter() + seconds
+        for done in range(MOST_ROUNDS):
+            if done >= LEAST_ROUNDS and perf_counter() > end:
+                break
+            for name in order:
+                samples[name].append(sample(runs[name], repeats[name]))
+            order.append(order.pop(0))
+    finally:
+        gc.enable()
+    return samples
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def figures(samples: list[float], name: str, work: Work | None) -> dict[str, Any]:
+    """Median and spread (half the distance between the quartiles), and what the median means in work done."""
+    median = statistics.median(samples)
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    result: dict[str, Any] = {"ms": median * 1e3, "spread_ms": (high - low) / 2 * 1e3, "rounds": len(samples)}
+    if work and (name == OURS or not name.startswith(OURS)):
+        amount = work.ceiling_amount if name == work.ceiling else work.amount
+        result["gb_per_s" if work.unit == "bytes" else "gflop_per_s"] = amount / median / 1e9
+    return result
+
+
+def _with_ratios(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    for entry in found.values():
+        entry["times_ours"] = entry["ms"] / found[OURS]["ms"]
+    return found
+
+
+def _marks(workload: Workload, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    milliseconds = {name: entry["ms"] for name, entry in found.items()}
+    rows = []
+    for mark in workload.marks:
+        value = mark.value(milliseconds, found[OURS]["extra_mb"])
+        met = None if value is None else mark.met(value)
+        rows.append({"mark": str(mark), "bound": mark.bound, "value": value, "met": met})
+    return rows
+
+
+# ---- memory and error ----------------------------------------------------------------------------------------------
+
+
+def peak_extra_bytes(run: Run, device: torch.device) -> tuple[Results, int | None]:
+    """The run's results, and by how much it raised the memory in use at its highest, results included.
+
+    On the CPU that is the process's own high-water mark, which Linux lets it reset: whoever asked for the memory, it
+    counts. None on other systems. On a GPU it is what torch's allocator gave out.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        results = run()
+        synchronize(device)
+        return results, torch.cuda.max_memory_allocated(device) - before
+    if sys.platform != "linux":
+        return run(), None
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:  # what the allocator keeps of freed memory would be used again and not be seen
+        trim(0)
+    with open("/proc/self/clear_refs", "w") as marks:
+        marks.write("5")
+    before = _status_bytes("VmRSS")
+    results = run()
+    return results, max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def errors(names: tuple[str, ...], results: Results, truth: Results) -> dict[str, float]:
+    """For each result its largest error, as a share of the largest true entry."""
+    if not results:
+        return {}
+    return {
+        name: _error(result, exact)
+        for name, result, exact in zip(names, results, truth, strict=True)
+        if result is not None and exact is not None
+    }
+
+
+def _error(result: Tensor, exact: Tensor) -> float:
+    if result.dim():
+        result = result[: exact.shape[0]]
+    scale = exact.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    return float((result.double() - exact).abs().max() / scale)

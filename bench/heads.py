@@ -1,0 +1,60 @@
+"""What the benches of the ops with an lm head share: hidden states, the head, and its matrix products alone."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.bench.workload import Results, Run, Sizes, Work, leaf
+
+SIZES = {"tokens": 1024, "hidden": 576, "vocab": 49152}
+QUICK = {"tokens": 64, "hidden": 32, "vocab": 1000}
+SEQUENCES = 4  # in the benches of losses that know sequences
+PRODUCTS = "its matrix products alone"
+
+
+class Head(NamedTuple):
+    hidden: Tensor  # (N, H), with a gradient
+    weight: Tensor  # (V, H), frozen
+    targets: Tensor  # (N,)
+    upstream: (
+        Tensor  # (N,), the gradient of the log-probs: 1, so that it is that of a summed cross-entropy, but for the sign
+    )
+
+
+def random_head(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Head:
+    tokens, features, vocab = sizes["tokens"], sizes["hidden"], sizes["vocab"]
+    return Head(
+        leaf(torch.randn(tokens, features, device=device).to(dtype)),
+        (torch.randn(vocab, features, device=device) * 3 / features**0.5).to(dtype),
+        torch.randint(vocab, (tokens,), device=device),
+        torch.ones(tokens, device=device),
+    )
+
+
+def products(hidden: Tensor, weight: Tensor, *, trained: bool = False) -> Run:
+    """logits and d hidden (and d weight, where it is trained) into memory that is there, with nothing in between."""
+    hidden, weight = hidden.detach(), weight.detach()
+    logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight) if trained else None
+
+    def run() -> Results:
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=grad_hidden)
+        if grad_weight is not None:
+            torch.mm(logits.T, hidden, out=grad_weight)
+        return ()
+
+    return run
+
+
+def work(head: Head, *, tokens: int | None = None, count: int = 2) -> Work:
+    """``count`` matrix products over ``tokens`` (all of them when None)."""
+    flops = 2.0 * count * (len(head.hidden) if tokens is None else tokens) * head.weight.numel()
+    return Work("flops", flops, PRODUCTS, flops)
+
+
+def first_rows(tensors: Sequence[Tensor], rows: int = 64) -> list[Tensor]:
+    """Of each tensor the first rows, the floating ones in float64."""
+    return [tensor[:rows].detach().double() if tensor.is_floating_point() else tensor[:rows] for tensor in tensors]

@@ -1,0 +1,56 @@
+"""The other libraries' functions, found when a contestant first runs; Missing says how to install one."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.nn.functional
+from torch import Tensor
+
+from rlhf_fast.bench.workload import Missing
+
+PACKAGES = ("trl", "liger-kernel")
+
+
+def versions() -> dict[str, str | None]:
+    return {package: _version(package) for package in PACKAGES}
+
+
+@functools.cache
+def selective_log_softmax() -> Callable[..., Tensor]:
+    return _load("trl", "trl.trainer.utils", "selective_log_softmax")
+
+
+@functools.cache
+def liger_grpo(kl_coef: float) -> Callable[..., Any]:
+    """All sequences in one chunk, which is its fastest. Its loss is a few numbers a token, so not worth a compiler."""
+    loss = _load("liger-kernel", "liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+    return loss(beta=kl_coef, use_ref_model=kl_coef > 0, compiled=False, chunk_size=1 << 30, loss_type="bnpo")
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """torch's chunked one. Its own choice of chunks takes many times as long as these."""
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        raise Missing(f"not in torch {torch.__version__}; torch 2.13 has it")
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
+    return torch.nn.functional.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=options)
+
+
+def _load(package: str, module: str, name: str) -> Any:
+    installed = _version(package)
+    if installed is None:
+        raise Missing(f"not installed: pip install {package}")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise Missing(f"{package} {installed} gives no {name} ({error}): pip install -U {package}") from error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

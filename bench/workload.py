@@ -1,0 +1,124 @@
+"""What a bench is made of: a workload, the contestants that do it, and the marks that we mean to reach.
+
+Each bench_<op>.py lists its WORKLOADS; harness.py measures them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Sizes = dict[str, int]
+Results = tuple[Tensor | None, ...]
+Run = Callable[[], Results]
+Output = TypeVar("Output")
+
+OURS = "rlhf-fast"  # names that begin with it, such as "rlhf-fast, fp32", are other work of ours to compare with
+EAGER = "torch eager"
+COMPILED = "torch.compile"
+LOOP = "a Python loop"  # over time, each step of it torch eager
+COPY = "a plain copy"
+
+
+class Missing(Exception):
+    """This contestant cannot take part. The message says why, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that the work takes, and what the ceiling (a contestant that does nothing else) takes of the same."""
+
+    unit: Literal["bytes", "flops"]
+    amount: float
+    ceiling: str
+    ceiling_amount: float
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A workload's contestants, on inputs of one size that they share.
+
+    A run returns the tensors called ``names``, gradients included, with None for one that it does not have, or () where
+    there is nothing to compare. ``truth`` gives the same in float64; it may stop after the first rows.
+    """
+
+    runs: dict[str, Run]  # ours is called OURS
+    names: tuple[str, ...] = ()
+    truth: Run = tuple
+    work: Work | None = None
+    fresh: Callable[[], object] | None = None  # restores what a run destroys, before each run and outside its time
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A goal, against another contestant of the workload."""
+
+    kind: Literal["faster", "within", "above", "memory"]
+    bound: float
+    against: str = ""
+
+    def __str__(self) -> str:
+        return {
+            "faster": f"at least {self.bound:g}x as fast as {self.against}",
+            "within": f"at most {self.bound:g}x the time of {self.against}",
+            "above": f"at most {self.bound:g} us above {self.against}",
+            "memory": f"at most {self.bound:g} MB extra",
+        }[self.kind]
+
+    def value(self, milliseconds: dict[str, float], extra_mb: float | None) -> float | None:
+        """What was reached, in the mark's unit; None where the other contestant or the memory was not measured."""
+        if self.kind == "memory":
+            return extra_mb
+        if self.against not in milliseconds:
+            return None
+        ours, other = milliseconds[OURS], milliseconds[self.against]
+        return {"faster": other / ours, "within": ours / other, "above": (ours - other) * 1e3}[self.kind]
+
+    def met(self, value: float) -> bool:
+        return value >= self.bound if self.kind == "faster" else value <= self.bound
+
+
+@dataclass(frozen=True)
+class Workload:
+    op: str
+    title: str  # what comes after the op's name; {sizes} are filled in
+    sizes: Sizes
+    quick: Sizes  # small ones, for --quick
+    build: Callable[[Sizes, torch.device], Contest]
+    marks: tuple[Mark, ...] = ()
+
+    def name(self, sizes: Sizes) -> str:
+        return f"{self.op}, {self.title.format(**sizes)}"
+
+
+# ---- parts of contestants ------------------------------------------------------------------------------------------
+
+
+def forward_backward(function: Callable[..., Tensor], leaf: Tensor, *rest: Tensor, upstream: Tensor) -> Results:
+    """function(leaf, ...) and the gradient of ``leaf``, given that of the output."""
+    output = function(leaf, *rest)
+    (gradient,) = torch.autograd.grad(output, leaf, upstream.to(output.dtype))
+    return output.detach(), gradient
+
+
+def compiled(function: Callable[..., Output]) -> Callable[..., Output]:
+    """Compiled for the shapes of its first call, which is never timed."""
+    return torch.compile(function, dynamic=False)
+
+
+def copying(tensor: Tensor) -> Run:
+    """A plain copy: reads and writes the tensor's bytes once."""
+    source, buffer = tensor.detach(), torch.empty_like(tensor)
+
+    def run() -> Results:
+        buffer.copy_(source)
+        return ()
+
+    return run
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """Its own memory, with a gradient."""
+    return tensor.detach().clone().requires_grad_()

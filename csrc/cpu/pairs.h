@@ -1,0 +1,98 @@
+// Two rows of logits side by side, x of the policy and y of the reference: KL(policy || reference) and its gradient. The
+// formulas are those of rlhf_fast/ops/exact_kl.py, over the columns other than the target, which is -inf in both rows.
+#pragma once
+
+#include "rows.h"
+
+namespace rlhf_fast::RLHF_FAST_PATH {
+
+// p_j = e^((x_j - shift) / temperature) * scale, and log p_j = (x_j - shift) / temperature - log_norm.
+struct Normaliser {
+  float shift, scale;
+  double log_norm;
+};
+
+// p log(p / r) - p + r with ratio = log(r / p), where r = e^ref_gap * ref_scale. Either form has one exponential: near p,
+// that of the ratio, and e^x - 1 - x is then the tail of its series alone, so that nothing cancels; far above p, r's own.
+RLHF_FAST_INLINE F32 kl_terms(F32 p, F32 ratio, F32 ref_gap, float ref_scale) {
+  ratio = where(p == 0.0f, all(2.0f), ratio);  // p has no log: r alone is left
+  const I32 near = ratio <= 1.0f;
+  const F32 x = where(near, ratio, ref_gap);
+  const Exponential e = split_exponential(x < -87.0f ? all(-87.0f) : x);
+  const F32 power = as_float(as_bits(all(1.0f)) + e.exponent);
+  const F32 excess = power * e.tail + (power * e.remainder + ((power - 1.0f) - ratio));
+  const F32 r = where(x < -87.0f, F32{}, (power * e.fraction + power) * ref_scale);
+  return where(near, p * excess, r - p - p * ratio);
+}
+
+template <class T>
+class Pair {
+ public:
+  Pair(const Row<T>& policy, const Row<T>& reference, const Normaliser& p, const Normaliser& r, float inverse_temperature)
+      : policy_(policy),
+        reference_(reference),
+        p_(p),
+        r_(r),
+        inverse_temperature_(inverse_temperature),
+        rate_(kLog2E * inverse_temperature),
+        offset_((float)(p.log_norm - r.log_norm)) {}
+
+  // The sum of p log(p / r) - p + r, whose terms are never negative.
+  double kl() const {
+    double total = 0;
+    over_blocks_of_both([&](int64_t, int count, const auto* x, const auto* y) __attribute__((always_inline)) {
+      F32 terms{};
+      for (int i = 0; i < count; i += kLanes) {
+        const F32 logit = load(x + i), ref_logit = load(y + i);
+        const F32 p = probability(p_, logit);
+        terms += kl_terms(p, log_ratio(logit, ref_logit), gap(r_, ref_logit), r_.scale);
+      }
+      total += sum(terms);
+    });
+    return total;
+  }
+
+  // p_j * (constant + slope * (x_j - shift) / temperature + ratio_slope * log(r_j / p_j)), and the softcap's own slope.
+  // `grad` may be the policy's row.
+  template <class Out>
+  void write_gradient(float constant, float slope, float ratio_slope, Out* grad) const {
+    const float inverse_softcap = policy_.softcap() == 0 ? 0 : 1 / policy_.softcap();
+    over_blocks_of_both([&](int64_t start, int count, const auto* x, const auto* y) __attribute__((always_inline)) {
+      for (int i = 0; i < count; i += kLanes) {
+        const F32 logit = load(x + i);
+        const F32 p = probability(p_, logit), ratio = log_ratio(logit, load(y + i));
+        F32 g = p * (constant + slope * gap(p_, logit) + ratio_slope * ratio);
+        if (inverse_softcap != 0) g *= 1.0f - (logit * inverse_softcap) * (logit * inverse_softcap);
+        store(grad + start + i, where(p == 0.0f, F32{}, g), count - i);
+      }
+    });
+  }
+
+ private:
+  RLHF_FAST_INLINE F32 gap(const Normaliser& of, F32 logit) const { return (logit - of.shift) * inverse_temperature_; }
+  RLHF_FAST_INLINE F32 probability(const Normaliser& of, F32 logit) const {
+    return exp2_scaled(logit - of.shift, rate_) * of.scale;
+  }
+  // log(r_j / p_j); the two logits meet before anything is rounded to the temperature, so that equal rows give exactly 0.
+  RLHF_FAST_INLINE F32 log_ratio(F32 logit, F32 ref_logit) const {
+    return ((ref_logit - r_.shift) - (logit - p_.shift)) * inverse_temperature_ + offset_;
+  }
+
+  template <class Visit>
+  RLHF_FAST_INLINE void over_blocks_of_both(const Visit& visit) const {
+    alignas(64) float scratch[kRowBlock], ref_scratch[kRowBlock];
+    over_blocks(policy_.vocab(), [&](int64_t start, int count) __attribute__((always_inline)) {
+      policy_.visit_block(start, count, scratch, [&](const auto* x) __attribute__((always_inline)) {
+        reference_.visit_block(start, count, ref_scratch, [&](const auto* y) __attribute__((always_inline)) {
+          visit(start, count, x, y);
+        });
+      });
+    });
+  }
+
+  const Row<T>&policy_, &reference_;
+  Normaliser p_, r_;
+  float inverse_temperature_, rate_, offset_;
+};
+
+}  // namespace rlhf_fast::RLHF_FAST_PATH

@@ -1,0 +1,90 @@
+// Ops of a number a token: which tokens count, each one's share in a loss, and the walk over them. It goes in blocks, the
+// tasks of parallel_for, whose partial sums are added in the blocks' order.
+#pragma once
+
+#include "parallel.h"
+
+namespace rlhf_fast::RLHF_FAST_PATH {
+
+RLHF_FAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The lanes from token i on that count, at most `lanes`.
+RLHF_FAST_INLINE I32 live_lanes(const uint8_t* live, int64_t i, int lanes) {
+  return live ? load_mask(live + i, lanes) : first_lanes(lanes);
+}
+
+// x where it counts, else 0.
+RLHF_FAST_INLINE F32 kept(I32 live, F32 x) { return as_float(as_bits(x) & live); }
+
+// Calls visit(i, lanes) for each vector of the tokens [start, end).
+template <class Visit>
+RLHF_FAST_INLINE void over_vectors(int64_t start, int64_t end, const Visit& visit) {
+  for (int64_t i = start; i < end; i += kLanes) visit(i, (int)smaller(end - i, kLanes));
+}
+
+// Calls visit(sequence, start, end) for each part of the tokens [start, end) that lies in one sequence.
+template <class Visit>
+RLHF_FAST_INLINE void over_sequences(int64_t length, int64_t start, int64_t end, const Visit& visit) {
+  for (int64_t sequence = start / length; start < end; sequence++) {
+    const int64_t stop = smaller((sequence + 1) * length, end);
+    visit(sequence, start, stop);
+    start = stop;
+  }
+}
+
+RLHF_FAST_INLINE int64_t count_live(const uint8_t* live, int64_t start, int64_t end) {
+  if (!live) return end - start;
+  int64_t count = 0;
+  for (int64_t i = start; i < end; i++) count += live[i] != 0;
+  return count;
+}
+
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t count) : data_(new T[count]) {}
+  ~Array() { delete[] data_; }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+// The share of a sequence's tokens in the loss: the divisors of rlhf_fast/ops/_aggregate.py.
+class Shares {
+ public:
+  template <class Loss>
+  explicit Shares(const Loss& a)
+      : differ(a.aggregation == Aggregation::seq_mean_token_mean), lengths_(differ ? a.sequences : 0) {
+    const bool by_token = a.aggregation == Aggregation::token_mean;
+    const int64_t tokens = a.sequences * a.length;
+    const int64_t span = by_token ? kBlock : a.length;
+    int64_t items = 0;
+    if (a.num_items < 0 || differ) {
+      parallel_for(by_token ? blocks_of(tokens) : a.sequences, span, a.threads, [&](int64_t i) {
+        const int64_t count = count_live(a.live, i * span, smaller((i + 1) * span, tokens));
+        if (differ) lengths_[i] = count;
+        // whole numbers: the order in which the threads add them changes nothing
+        __atomic_fetch_add(&items, by_token ? count : count > 0, __ATOMIC_RELAXED);
+      });
+    }
+    double divisor = a.num_items < 0 ? items : a.num_items;
+    if (!(divisor > 0)) divisor = 1;
+    if (a.aggregation == Aggregation::seq_mean_token_sum_norm && a.length > 0) divisor *= a.length;
+    share_ = 1 / divisor;
+  }
+
+  float of(int64_t sequence) const {
+    return (float)(differ && lengths_[sequence] > 0 ? share_ / lengths_[sequence] : share_);
+  }
+
+  const bool differ;  // between sequences
+
+ private:
+  Array<int64_t> lengths_;
+  double share_;
+};
+
+}  // namespace rlhf_fast::RLHF_FAST_PATH

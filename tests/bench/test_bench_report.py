@@ -1,0 +1,106 @@
+"""Tables and chart from made-up results."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_fast.bench import chart, report
+
+
+def entry(ms: float, ours: float, **rest: Any) -> dict[str, Any]:
+    return {"ms": ms, "spread_ms": ms / 10, "rounds": 5, "times_ours": ms / ours, "extra_mb": 0.5, "error": {}, **rest}
+
+
+RESULTS: dict[str, Any] = {
+    "machine": {
+        "cpu": "Some CPU",
+        "cores": 2,
+        "gpu": None,
+        "versions": {"torch": "2.13.0", "trl": None, "liger-kernel": "0.8"},
+    },
+    "device": "cpu",
+    "quick": False,
+    "rows": [
+        {
+            "op": "gae",
+            "name": "gae, 64 x 1024",
+            "backend": "native",
+            "ceiling": "a plain copy",
+            "contestants": {
+                "rlhf-fast": entry(0.0625, 0.0625, gb_per_s=16.0, error={"advantages": 2e-7, "returns": 1e-7}),
+                "torch eager": entry(0.5, 0.0625, gb_per_s=2.0, extra_mb=806.0),
+                "torch.compile": entry(1.25, 0.0625, gb_per_s=1.0),
+                "Liger": entry(1250.0, 0.0625, gb_per_s=0.1, extra_mb=None),
+                "rlhf-fast, fp32": entry(0.125, 0.0625),
+                "a plain copy": entry(0.03125, 0.0625, gb_per_s=32.0),
+            },
+            "missing": {"TRL": "not installed: pip install trl"},
+            "marks": [
+                {"mark": "at least 5x as fast as torch eager", "bound": 5, "value": 8.0, "met": True},
+                {"mark": "at most 1x the time of a plain copy", "bound": 1, "value": 2.0, "met": False},
+                {"mark": "at least 6x as fast as TRL", "bound": 6, "value": None, "met": None},
+            ],
+        }
+    ],
+}
+
+
+def test_the_summary_has_a_line_a_workload_and_a_mark() -> None:
+    where, work, marks = report.summary(RESULTS).split("\n\n")
+    assert where.startswith("2 cores of Some CPU; torch 2.13.0, liger-kernel 0.8.") and "Quick" not in where
+    assert work.splitlines()[0].count("|") == 9
+    assert work.splitlines()[2] == (
+        "| `gae`, 64 x 1024 | 62.5 us | 500 us (8.00x) | 1.25 ms (20x) | Liger 1,250 ms (20000x)<br>"
+        "rlhf-fast, fp32 125 us (2.00x) | 50% of a plain copy | 0.5 MB<br>torch eager 806 MB | 2e-07 |"
+    )
+    assert marks.splitlines()[2:] == [
+        "| `gae`, 64 x 1024 | at least 5x as fast as torch eager | 8, met |",
+        "|  | at most 1x the time of a plain copy | 2, MISSED |",
+        "|  | at least 6x as fast as TRL | not measured |",
+    ]
+
+
+def test_details_have_every_contestant_and_who_is_missing() -> None:
+    text = report.details(RESULTS)
+    assert "### gae, 64 x 1024 (native)" in text
+    assert "| rlhf-fast | 62.5 us | ± 6.25 us |  | 16 GB/s | 50% | 0.5 MB | 2e-07 |" in text
+    assert "| Liger | 1,250 ms | ± 125 ms | 20000x | 0.1 GB/s | 0% |  |  |" in text
+    assert "| a plain copy | 31.2 us | ± 3.12 us | 0.50x | 32 GB/s |  | 0.5 MB |  |" in text
+    assert "- TRL: not installed: pip install trl" in text
+    assert "- at most 1x the time of a plain copy: 2, MISSED" in text
+
+
+def test_the_terminal_gets_the_same() -> None:
+    text = report.lines(RESULTS["rows"][0])
+    assert text.startswith("gae, 64 x 1024  (backend: native)\n")
+    for part in (
+        "62.5 us",
+        "not installed: pip install trl",
+        "mark: at least 5x as fast as torch eager: 8, met",
+        "MISSED",
+    ):
+        assert part in text
+
+
+def test_quick_sizes_are_said_to_be() -> None:
+    assert "Quick sizes" in report.summary({**RESULTS, "quick": True})
+
+
+def test_the_chart_compares_with_plain_torch() -> None:
+    bars = [("rlhf-fast", 8.0), ("torch.compile", 0.4), ("Liger", 0.0004)]
+    assert chart.groups(RESULTS) == [("gae, 64 x 1024", bars)]
+    loop = copy.deepcopy(RESULTS)
+    entries = loop["rows"][0]["contestants"]
+    entries["a Python loop"] = entries.pop("torch eager")
+    assert chart.groups(loop) == [("gae, 64 x 1024", bars)]
+    del entries["a Python loop"]
+    assert chart.groups(loop) == []
+
+
+@pytest.mark.parametrize("rows", [RESULTS["rows"], []])
+def test_the_chart_is_a_png(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    path = tmp_path / "chart.png"
+    chart.draw({**RESULTS, "rows": rows}, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
