@@ -71,7 +71,7 @@ struct ExactKl {
   Logits logits;
   Logits ref_logits;
   float* kl;
-  float* statistics;  // (count, 4): shift and log of the normaliser, of the policy and then of the reference; or nullptr
+  float* statistics;  // (count, 4): shift and total (sum of e^((x - shift) / temperature)), of both; or nullptr
 };
 
 struct ExactKlBackward {

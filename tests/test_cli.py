@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import rlhf_fast.recipes
-from rlhf_fast.cli import COMMANDS, OVERVIEW, Parser, main, merge_parser, run_parser, stage_parser
+from rlhf_fast.cli import COMMANDS, OVERVIEW, Parser, bench_parser, main, merge_parser, run_parser, stage_parser
 from rlhf_fast.config import STAGES, PPOConfig, RunConfig, SFTConfig, StageConfig
 from rlhf_fast.errors import Interrupted, UserError
 
@@ -138,7 +138,7 @@ def unknown(command: str, flag: str, near: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ("pop", "unknown command 'pop' (did you mean 'ppo'?); the commands are sft, reward, ppo, run, merge"),
+        ("pop", "unknown command 'pop' (did you mean 'ppo'?); the commands are sft, reward, ppo, run, merge, bench"),
         ("ppo --kl_coeff 1", unknown("ppo", "--kl_coeff", "--kl_coef")),
         ("ppo --kl_coeff=1", unknown("ppo", "--kl_coeff", "--kl_coef")),
         ("sft --learning 1", unknown("sft", "--learning", "--learning_rate")),
@@ -214,7 +214,8 @@ def test_the_flags_of_the_overview_exist() -> None:
     for line in OVERVIEW.replace("\\\n", " ").splitlines():
         words = line.split()
         if words[:1] == ["rlhf-fast"] and words[1] in COMMANDS:
-            maker = {"run": run_parser, "merge": merge_parser}.get(words[1], stage_parser)
+            makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}
+            maker = makers.get(words[1], stage_parser)
             assert {word for word in words if word.startswith("--")} <= set(maker(words[1]).flags)
 
 
@@ -231,7 +232,9 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert "this checkout is not installed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("argv", "code"), [(["run", "--help"], 0), (["sft", "--lora_rr", "1"], 2), (["ppo"], 2)])
+@pytest.mark.parametrize(
+    ("argv", "code"), [(["run", "--help"], 0), (["bench", "--help"], 0), (["sft", "--lora_rr", "1"], 2), (["ppo"], 2)]
+)
 def test_help_and_mistakes_answer_at_once_without_heavy_imports(argv: list[str], code: int) -> None:
     script = (
         "import sys; from rlhf_fast.cli import main; code = main(sys.argv[1:]);"

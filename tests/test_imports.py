@@ -1,4 +1,5 @@
 """Who may import whom: data flows cli -> recipes -> (rollout, models, rewards, data, monitor) -> ops -> kernels, csrc.
+The bench stands beside them: it uses what users use, and the cli alone knows it.
 
 The rules are read from the sources (imports at any depth, lazy ones too), and are themselves tried on small sources
 that break each of them.
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "rlhf_fast"
 NATIVE = {"_native", "_C"}  # the compiled module
 NATIVE_IMPORTER = "rlhf_fast/ops/_native.py"
+LINKED = {"kernels", "bench"}  # folders of the root that the package holds links to
 WORKERS = {"rollout", "models", "rewards", "data", "monitor"}
 # What a folder may import of rlhf_fast beside itself. errors and config have nothing of the package below them.
 ALLOWED: dict[str, set[str]] = {
@@ -29,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "rewards": {"errors", "config", "ops", "data", "models"},
     "rollout": {"errors", "config", "ops", "data", "models", "rewards"},
     "monitor": {"errors", "config"},
+    "bench": {"errors", "ops"},
 }
 ALLOWED["recipes"] = {*WORKERS, "ops", "errors", "config", "config_load", "checkpoint"}
 
@@ -54,8 +57,7 @@ def violations(source: str, path: str) -> list[str]:
     """What a Python file, by its path from the repository's root, imports against the rules."""
     found = []
     parts = path.split("/")
-    inside = parts[0] == "kernels" or parts[:2] == [PACKAGE, "kernels"]
-    place = "kernels" if inside else parts[1].removesuffix(".py")
+    place = parts[0] if parts[0] in LINKED else parts[1].removesuffix(".py")
     for module, name in imports(source, path):
         what = f"{path} imports {module}" + (f".{name}" if name else "")
         words = module.split(".") + ([name] if name else [])
@@ -64,7 +66,12 @@ def violations(source: str, path: str) -> list[str]:
         if words[0] != PACKAGE or len(words) == 1:
             continue
         other = words[1]
-        if NATIVE & set(words[1:2]) and path != NATIVE_IMPORTER:
+        if place == "bench" and (module == PACKAGE or other == "ops"):
+            if module not in (PACKAGE, f"{PACKAGE}.ops") or name not in PUBLIC:
+                found.append(f"{what}: bench uses the public names of {PACKAGE} alone")
+        elif other == "bench" and place not in ("bench", "cli"):
+            found.append(f"{what}: only cli imports bench")
+        elif NATIVE & set(words[1:2]) and path != NATIVE_IMPORTER:
             found.append(f"{what}: only {NATIVE_IMPORTER} imports the compiled module")
         elif other == place or other in NATIVE:
             continue
@@ -81,6 +88,9 @@ def public_names(folder: Path) -> set[str] | None:
         if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets):
             return set(ast.literal_eval(node.value))
     return None
+
+
+PUBLIC = public_names(ROOT / PACKAGE / "ops") or set()
 
 
 def native_violations(source: str, path: str) -> list[str]:
@@ -104,8 +114,12 @@ def sources(folder: str, *endings: str) -> list[str]:
 
 
 def test_every_import_keeps_the_rules() -> None:
-    files = sources(PACKAGE, ".py") + sources("kernels", ".py")
-    assert len(files) > 40 and NATIVE_IMPORTER.removesuffix("_native.py") + "_dispatch.py" in files
+    files = [path for folder in (PACKAGE, *sorted(LINKED)) for path in sources(folder, ".py")]
+    assert (
+        "bench/harness.py" in files
+        and len(files) > 40
+        and NATIVE_IMPORTER.removesuffix("_native.py") + "_dispatch.py" in files
+    )
     assert [line for path in files for line in violations((ROOT / path).read_text(), path)] == []
 
 
@@ -166,6 +180,16 @@ BROKEN = [
     ("rlhf_fast/checkpoint.py", "from rlhf_fast.models import SharedBase", "checkpoint may import errors"),
     ("rlhf_fast/cli.py", "from tests.ops import op_table", "never imports tests"),
     ("rlhf_fast/ops/gae.py", "import bench.bench_gae", "never imports bench"),
+    ("bench/bench_gae.py", "import bench.workload", "never imports bench"),
+    ("bench/bench_gae.py", "from tests.ops import op_table", "never imports tests"),
+    ("bench/bench_gae.py", "from rlhf_fast import _dispatch", "public names of rlhf_fast alone"),
+    ("bench/bench_gae.py", "from rlhf_fast.ops import _native", "public names of rlhf_fast alone"),
+    ("bench/bench_gae.py", "from rlhf_fast.ops.gae import gae", "public names of rlhf_fast alone"),
+    ("rlhf_fast/bench/bench_gae.py", "import rlhf_fast.ops.gae", "public names of rlhf_fast alone"),
+    ("bench/bench_gae.py", "from rlhf_fast.models import SharedBase", "bench may import errors, ops"),
+    ("rlhf_fast/config_load.py", "from rlhf_fast.bench import harness", "only cli imports bench"),
+    ("rlhf_fast/ops/gae.py", "from rlhf_fast.bench.workload import Mark", "only cli imports bench"),
+    ("rlhf_fast/recipes/ppo.py", "from rlhf_fast import bench", "only cli imports bench"),
     ("rlhf_fast/ops/gae.py", "from rlhf_fast import _native", "only rlhf_fast/ops/_native.py"),
     ("rlhf_fast/ops/gae.py", "import rlhf_fast._C", "only rlhf_fast/ops/_native.py"),
     ("rlhf_fast/cli.py", "from rlhf_fast._native import build_info", "only rlhf_fast/ops/_native.py"),
@@ -208,6 +232,9 @@ def test_the_checker_finds_imports_by_name(call: str) -> None:
         ),
         ("rlhf_fast/recipes/ppo.py", "from rlhf_fast.rewards.shaping import token_rewards"),
         ("rlhf_fast/integrations/trl.py", "from rlhf_fast.ops import gae\nfrom rlhf_fast.ops.gae import gae"),
+        ("bench/bench_gae.py", "import trl\nfrom rlhf_fast import gae, backends\nfrom rlhf_fast.ops import exact_kl"),
+        ("bench/command.py", "from rlhf_fast.errors import UserError\nfrom rlhf_fast.bench.workload import Mark"),
+        ("rlhf_fast/cli.py", "def f():\n    from rlhf_fast.bench.command import bench"),
         (
             "rlhf_fast/cli.py",
             "from rlhf_fast.recipes import ppo\nfrom rlhf_fast.config import STAGES\nimport testsuite",

@@ -1,5 +1,5 @@
-// KL(policy || reference) over the whole vocabulary. The forward reads both rows for their normalisers, and again, out of
-// the cache, for the terms; the backward reads them once more.
+// KL(policy || reference) over the whole vocabulary. The forward reads both rows for their normalisers, and again, out
+// of the cache, for the terms; the backward reads them once more.
 #include "pairs.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {

@@ -1,8 +1,9 @@
-// Generalised advantage estimation: one pass over each sequence, from its end. A token waits for the next one's
-// advantage alone, one multiply-add, so that a plain loop is nearly as fast as memory; sequences run beside each other.
+// Generalised advantage estimation: one pass over each sequence, from its end. A token waits for the next one by a single
+// multiply-add, so that a plain loop with a branch is fast; a select in place of the branch would make it wait longer.
 #include "parallel.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
+
 namespace {
 
 void run_sequence(const Gae& a, int64_t start, int64_t stop) {

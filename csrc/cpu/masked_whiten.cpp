@@ -1,5 +1,5 @@
 // Whitening: mean 0 and variance 1 over the live elements. All arithmetic is double, so that a mean far from 0 costs no
-// digits; memory is what the passes wait for.
+// digits. `whitened` may be `x` itself.
 #include <cmath>
 
 #include "tokens.h"

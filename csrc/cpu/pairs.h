@@ -1,5 +1,5 @@
-// Two rows of logits side by side, x of the policy and y of the reference: KL(policy || reference) and its gradient. The
-// formulas are those of rlhf_fast/ops/exact_kl.py, over the columns other than the target, which is -inf in both rows.
+// Two rows of logits side by side, x of the policy and y of the reference: KL(policy || reference) and its gradient.
+// The formulas are those of rlhf_fast/ops/exact_kl.py, over the columns other than the target, which is -inf in both.
 #pragma once
 
 #include "rows.h"
@@ -12,8 +12,8 @@ struct Normaliser {
   double log_norm;
 };
 
-// p log(p / r) - p + r with ratio = log(r / p), where r = e^ref_gap * ref_scale. Either form has one exponential: near p,
-// that of the ratio, and e^x - 1 - x is then the tail of its series alone, so that nothing cancels; far above p, r's own.
+// p log(p / r) - p + r, with ratio = log(r / p) and r = e^ref_gap * ref_scale. It takes one exponential: the ratio's,
+// where next to 0 the tail of its series is e^x - 1 - x and nothing cancels, or r's own where r lies far above p.
 RLHF_FAST_INLINE F32 kl_terms(F32 p, F32 ratio, F32 ref_gap, float ref_scale) {
   ratio = where(p == 0.0f, all(2.0f), ratio);  // p has no log: r alone is left
   const I32 near = ratio <= 1.0f;
@@ -28,7 +28,8 @@ RLHF_FAST_INLINE F32 kl_terms(F32 p, F32 ratio, F32 ref_gap, float ref_scale) {
 template <class T>
 class Pair {
  public:
-  Pair(const Row<T>& policy, const Row<T>& reference, const Normaliser& p, const Normaliser& r, float inverse_temperature)
+  Pair(const Row<T>& policy, const Row<T>& reference, const Normaliser& p, const Normaliser& r,
+       float inverse_temperature)
       : policy_(policy),
         reference_(reference),
         p_(p),
@@ -73,7 +74,7 @@ class Pair {
   RLHF_FAST_INLINE F32 probability(const Normaliser& of, F32 logit) const {
     return exp2_scaled(logit - of.shift, rate_) * of.scale;
   }
-  // log(r_j / p_j); the two logits meet before anything is rounded to the temperature, so that equal rows give exactly 0.
+  // log(r_j / p_j). The gaps meet before the temperature rounds them, so that equal rows give exactly 0.
   RLHF_FAST_INLINE F32 log_ratio(F32 logit, F32 ref_logit) const {
     return ((ref_logit - r_.shift) - (logit - p_.shift)) * inverse_temperature_ + offset_;
   }

@@ -19,7 +19,8 @@ RLHF_FAST_INLINE F32 kept(I32 live, F32 x) { return as_float(as_bits(x) & live);
 // Calls visit(i, lanes) for each vector of the tokens [start, end).
 template <class Visit>
 RLHF_FAST_INLINE void over_vectors(int64_t start, int64_t end, const Visit& visit) {
-  for (int64_t i = start; i < end; i += kLanes) visit(i, (int)smaller(end - i, kLanes));
+  for (; start + kLanes <= end; start += kLanes) visit(start, kLanes);
+  if (start < end) visit(start, (int)(end - start));
 }
 
 // Calls visit(sequence, start, end) for each part of the tokens [start, end) that lies in one sequence.

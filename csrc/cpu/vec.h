@@ -188,7 +188,16 @@ RLHF_FAST_INLINE void store(Float16* to, F32 x, int count = kLanes) {
 
 // All bits of a lane are set where the byte is not 0.
 RLHF_FAST_INLINE I32 load_mask(const uint8_t* from, int count = kLanes) {
-  return __builtin_convertvector(load_raw<U8>(from, count), I32) != 0;
+  // Four bytes at a time to four lanes, each of which keeps its own: GCC 12 widens bytes to lanes one by one.
+  const U8 bytes = load_raw<U8>(from, count);
+  uint32_t words[kLanes / 4];
+  memcpy(words, &bytes, sizeof(words));
+  U32 word{}, own{};
+  for (int i = 0; i < kLanes; i++) {
+    word[i] = words[i / 4];
+    own[i] = 0xffu << 8 * (i % 4);
+  }
+  return (word & own) != 0;
 }
 
 // The first `count` lanes.

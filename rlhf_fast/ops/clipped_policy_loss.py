@@ -114,7 +114,7 @@ def _torch(
     ratio = torch.exp(log_ratio) if ratio_level == "token" else _sequence_ratio(log_ratio, live)
 
     # Selected with where, and not with maximum, which would halve the gradient between the two sides of a tie.
-    # In force only past a bound, where it is constant, so that it needs no gradient (and an infinite advantage no 0 * inf).
+    # In force only past a bound, where it is constant: it needs no gradient (and an infinite advantage no 0 * inf).
     unclipped = -advantages * ratio
     at_bound = -advantages * ratio.detach().clamp(1 - clip_low, 1 + clip_high)
     clipped = at_bound > unclipped

@@ -83,7 +83,7 @@ def _torch(
     errors = (values - returns).square()
     clipped = torch.zeros_like(live)
     if clip is not None:
-        # in force only past a bound, where it is constant, so that it needs no gradient (nor an infinite return 0 * inf)
+        # in force only past a bound, where it is constant: it needs no gradient (nor an infinite return 0 * inf)
         clipped_errors = (values.detach().clamp(old_values - clip, old_values + clip) - returns).square()
         clipped = clipped_errors > errors
         # selected with where, and not with maximum, which would halve the gradient between the two sides of a tie

@@ -1,4 +1,4 @@
-"""What the clipped losses have in common: one kernel gives the loss, its statistics and, where asked for, its gradient."""
+"""What the clipped losses have in common: one kernel gives the loss, its statistics and, where wanted, its gradient."""
 
 from typing import Any
 

@@ -34,7 +34,7 @@ def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _arguments(logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor) -> tuple[object, ...]:
     return (
-        *rows_arguments(*logits.shape, None, live, temperature, 0.0),
+        *rows_arguments(logits.shape[0], logits.shape[1], None, live, temperature, 0.0),
         logits,
         logits.stride(0),
         ref_logits,
