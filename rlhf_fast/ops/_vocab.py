@@ -70,10 +70,14 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def cap_and_scale(logits: Tensor, softcap: float | None, temperature: Tensor) -> Tensor:
-    """softcap * tanh(logits / softcap), then divided by the row's temperature."""
+    """softcap * tanh(logits / softcap), less the row's largest, then divided by the row's temperature.
+
+    A softmax does not see what is taken off a whole row; the division would round logits far from 0 before they meet.
+    """
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return logits / temperature[:, None]
+    peak = logits.amax(dim=1, keepdim=True)
+    return (logits - peak.masked_fill(peak.isinf(), 0.0)) / temperature[:, None]
 
 
 def cap_and_scale_backward(grad: Tensor, logits: Tensor, softcap: float | None, temperature: Tensor) -> Tensor:

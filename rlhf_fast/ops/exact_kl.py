@@ -105,8 +105,12 @@ def _terms(log_p: Tensor, log_r: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor, alive: Tensor, temperature: Tensor, dtype: torch.dtype) -> Tensor:
-    """Like torch.log_softmax in ``dtype``, but for masked rows, which are not read, and a row sum in a fixed order."""
-    scaled = logits.to(dtype).masked_fill(~alive[:, None], 0.0) / temperature.masked_fill(~alive, 1.0)[:, None]
-    scaled = scaled.contiguous()
-    shifted = scaled - scaled.amax(dim=1, keepdim=True)
-    return shifted - torch.log(row_sum(torch.exp(shifted)))[:, None]
+    """Like torch.log_softmax in ``dtype``, but for masked rows, which are not read, a row sum in a fixed order, and a
+    largest column set apart, so that a log p next to 0 keeps its digits.
+    """
+    logits = logits.to(dtype).masked_fill(~alive[:, None], 0.0).contiguous()
+    top = logits.argmax(dim=1, keepdim=True)
+    shifted = (logits - logits.gather(1, top)) / temperature.masked_fill(~alive, 1.0)[:, None]
+    # 0 at the top, or the NaN of a row that has no answer
+    others = torch.exp(shifted).scatter(1, top, shifted.gather(1, top))
+    return shifted - torch.log1p(row_sum(others))[:, None]
