@@ -2,6 +2,7 @@
 // and has checked shapes, dtypes and strides before.
 #include <pybind11/pybind11.h>
 
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -107,8 +108,10 @@ PYBIND11_MODULE(_C, m) {
       "bfloat16_product",
       [](Size rows, Size columns, Size inner, Address left, Size left_stride, Address right, Size right_stride,
          Address out, Size out_stride, int threads) {
-        return bfloat16_product(
-            {rows, columns, inner, left, left_stride, right, right_stride, out, out_stride, threads});
+        if (!bfloat16_product(
+                {rows, columns, inner, left, left_stride, right, right_stride, out, out_stride, threads})) {
+          throw std::bad_alloc();
+        }
       },
       release());
 
@@ -153,9 +156,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "linear_policy_loss",
       [](ROWS, Address logits, Size stride, Address old_logprobs, Address advantages, Address ref_logprobs,
-         Address weight, float clip_low, float clip_high, float dual_clip, float kl_coef, float entropy_coef,
+         Address share, float clip_low, float clip_high, float dual_clip, float kl_coef, float entropy_coef,
          int kl_slope, bool write_gradient, int gradient, Address logprobs, Address entropy) {
-        cpu().linear_policy_loss({ROWS_VALUE, logits, stride, old_logprobs, advantages, ref_logprobs, weight, clip_low,
+        cpu().linear_policy_loss({ROWS_VALUE, logits, stride, old_logprobs, advantages, ref_logprobs, share, clip_low,
                                   clip_high, dual_clip, kl_coef, entropy_coef, (Kl)kl_slope, write_gradient,
                                   (DType)gradient, logprobs, entropy});
       },

@@ -59,9 +59,20 @@ RLHF_FAST_FORMULA F bounded_log_ratio(F log_ratio) {
 template <class F>
 struct LossToken {
   F loss;
-  F slope;    // d loss / d logprob, or d value: 0 where the clipped branch is in force
+  F slope;    // of the loss by the log-prob or the value: 0 where the clipped branch is in force
   F clipped;  // 1 where it is, else 0, NaN or not
 };
+
+// The bounds of a ratio, each rounded once.
+template <class Loss>
+RLHF_FAST_FORMULA float lowest_ratio(const Loss& loss) {
+  return (float)(1 - (double)loss.clip_low);
+}
+
+template <class Loss>
+RLHF_FAST_FORMULA float highest_ratio(const Loss& loss) {
+  return (float)(1 + (double)loss.clip_high);
+}
 
 // PPO's clipped loss of a token. `log_ratio` is its own and not yet bounded; `ratio` is that of its bounded log ratio, or
 // its sequence's. dual_clip is +inf for none. At a tie, and at the very ceiling, the unclipped branch is in force.

@@ -51,7 +51,7 @@ struct MaskedLogprobs {
   Logits logits;
   float* logprobs;
   float* entropy;     // nullptr = not wanted
-  float* statistics;  // (count, kStatistics), or nullptr
+  float* statistics;  // (count, kStatistics)
 };
 
 struct MaskedLogprobsBackward {
@@ -71,7 +71,7 @@ struct ExactKl {
   Logits logits;
   Logits ref_logits;
   float* kl;
-  float* statistics;  // (count, 4): shift and total (sum of e^((x - shift) / temperature)), of both; or nullptr
+  float* statistics;  // (count, 4) for the backward
 };
 
 struct ExactKlBackward {
@@ -102,7 +102,7 @@ struct LinearLogprobs {
   const float* grad_entropy;   // (count,), or nullptr = 0
 };
 
-// The same with the gradient of weight * (policy loss + kl_coef * KL - entropy_coef * entropy) at ratios by the token.
+// The same with the gradient of share * (policy loss + kl_coef * KL - entropy_coef * entropy) at ratios by the token.
 struct LinearPolicyLoss {
   Rows rows;
   float* logits;
@@ -110,7 +110,7 @@ struct LinearPolicyLoss {
   const float* old_logprobs;
   const float* advantages;
   const float* ref_logprobs;  // nullptr = no KL
-  const float* weight;        // (count,) the share of the token in the loss
+  const float* share;         // (count,) of the token in the loss
   float clip_low, clip_high, dual_clip;  // bounds of the ratio: 1 - clip_low, 1 + clip_high; +inf = no dual clip
   float kl_coef, entropy_coef;
   Kl kl_slope;
@@ -134,7 +134,7 @@ struct LinearPolicyRef {
   float* kl;
   bool write_gradient;
   DType gradient;
-  const float* grad_logprobs;
+  const float* grad_logprobs;  // these three, (count,), with write_gradient
   const float* grad_entropy;
   const float* grad_kl;
 };
@@ -298,7 +298,7 @@ struct BFloat16Product {
   int64_t out_stride;
   int threads;
 };
-// Whether the processor has the instructions and this build uses them; without, bfloat16_product must not be called.
+// Whether the chosen path has the instructions for it; without, bfloat16_product must not be called.
 bool multiplies_bfloat16();
 // False when memory for its packed columns could not be had.
 bool bfloat16_product(const BFloat16Product&);

@@ -24,7 +24,16 @@ def main() -> None:
         zipfile.ZipFile(wheel).extractall(place)
         for path in build_info()["cpu_paths"]:
             print(f"{path}:", flush=True)
-            command = ["pytest", "-q", ROOT / "tests" / "ops", "-p", "no:cacheprovider", "-k", "native"]
+            command = [
+                "pytest",
+                "-q",
+                ROOT / "tests" / "ops",
+                "-p",
+                "no:cacheprovider",
+                "--capture=sys",
+                "-k",
+                "native",
+            ]
             subprocess.run([sys.executable, "-m", *command], env=environment(place, path), cwd=place, check=True)
 
 

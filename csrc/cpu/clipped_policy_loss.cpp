@@ -15,12 +15,12 @@ struct PolicySums {
 // The log ratios from token i on, and which of them count.
 struct LogRatios {
   I32 live;
-  F32 free, bounded;  // 0 where not live
+  F32 unbounded, bounded;  // 0 where not live
 
   RLHF_FAST_INLINE LogRatios(const ClippedPolicyLoss& a, int64_t i, int lanes)
       : live(live_lanes(a.live, i, lanes)),
-        free(kept(live, load(a.logprobs + i, lanes) - load(a.old_logprobs + i, lanes))),
-        bounded(bounded_log_ratio(free)) {}
+        unbounded(kept(live, load(a.logprobs + i, lanes) - load(a.old_logprobs + i, lanes))),
+        bounded(bounded_log_ratio(unbounded)) {}
 };
 
 // exp(mean log ratio over the live tokens [start, end)).
@@ -42,7 +42,7 @@ float sequence_ratio(const ClippedPolicyLoss& a, int64_t start, int64_t end) {
 // Writes the gradient of the tokens [start, end).
 PolicySums evaluate_block(const ClippedPolicyLoss& a, int64_t length, int64_t start, int64_t end, const Shares& shares,
                           const Array<float>& sequence_ratios) {
-  const float low = (float)(1 - (double)a.clip_low), high = (float)(1 + (double)a.clip_high);
+  const float low = lowest_ratio(a), high = highest_ratio(a);
   alignas(64) float ratios[kBlock + kLanes];
   F32 losses{}, counts{}, clipped{}, squared{}, totals{}, peaks{};
   over_sequences(length, start, end, [&](int64_t sequence, int64_t from, int64_t to) {
@@ -53,7 +53,7 @@ PolicySums evaluate_block(const ClippedPolicyLoss& a, int64_t length, int64_t st
       const I32 live = log_ratios.live;
       const F32 ratio = kept(live, a.sequence_level ? shared_ratio : exp(log_ratios.bounded));
       const F32 advantage = kept(live, load(a.advantages + i, lanes));
-      const LossToken<F32> token = policy_token(log_ratios.free, ratio, advantage, low, high, a.dual_clip);
+      const LossToken<F32> token = policy_token(log_ratios.unbounded, ratio, advantage, low, high, a.dual_clip);
       losses += token.loss * share;
       counts += kept(live, all(1));
       clipped += token.clipped;

@@ -22,7 +22,7 @@ ValueSums evaluate_block(const ClippedValueLoss& a, int64_t length, int64_t star
       losses += token.loss * share;
       counts += kept(live, all(1));
       clipped += token.clipped;
-      if (a.grad) store(a.grad + i, token.slope * share, lanes);
+      if (a.grad) store(a.grad + i, kept(live, token.slope * share), lanes);
     });
   });
   return {sum(counts), sum(losses), sum(clipped)};

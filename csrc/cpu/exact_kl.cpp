@@ -6,7 +6,8 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 namespace {
 
 struct Statistics {
-  float shift, total, ref_shift, ref_total;
+  Normaliser policy;
+  float ref_shift, offset;
 };
 static_assert(sizeof(Statistics) == kStatistics * sizeof(float));
 
@@ -16,13 +17,7 @@ Row<T> row_of(const Rows& rows, const Logits& logits, const T* data, int64_t i) 
 }
 
 // A row with nothing above -inf has no normaliser: its infinite shift makes it NaN.
-Normaliser normaliser_of(float shift, float total) { return {shift, 1 / total, std::log((double)total)}; }
-
-template <class T>
-Pair<T> pair_of(const Row<T>& policy, const Row<T>& reference, const Statistics& s, float inverse_temperature) {
-  return {policy, reference, normaliser_of(s.shift, s.total), normaliser_of(s.ref_shift, s.ref_total),
-          inverse_temperature};
-}
+Normaliser normaliser_of(const RowSums& sums) { return {sums.shift, (float)(1 / sums.total())}; }
 
 }  // namespace
 
@@ -38,11 +33,12 @@ void exact_kl(const ExactKl& a) {
         const auto reference = row_of(a.rows, a.ref_logits, ref_logits, i);
         const RowSums sums = sum_row<false>(policy, inverse_temperature);
         const RowSums ref_sums = sum_row<false>(reference, inverse_temperature);
-        s = {sums.shift, (float)sums.total, ref_sums.shift, (float)ref_sums.total};
-        kl = (float)pair_of(policy, reference, s, inverse_temperature).kl();
+        const Normaliser p = normaliser_of(sums), r = normaliser_of(ref_sums);
+        s = {p, r.shift, (float)(sums.log_total() - ref_sums.log_total())};
+        kl = (float)Pair(policy, reference, p, r, s.offset, inverse_temperature).kl();
       }
       a.kl[i] = kl;
-      if (a.statistics) memcpy(a.statistics + i * kStatistics, &s, sizeof(s));
+      memcpy(a.statistics + i * kStatistics, &s, sizeof(s));
     });
   });
 }
@@ -61,7 +57,8 @@ void exact_kl_backward(const ExactKlBackward& a) {
       Statistics s;
       memcpy(&s, a.statistics + i * kStatistics, sizeof(s));
       const float slope = a.grad_kl[i] * inverse_temperature;
-      pair_of(policy, reference, s, inverse_temperature).write_gradient(-slope * a.kl[i], 0, -slope, grad);
+      const Normaliser r = {s.ref_shift, 0};  // of the reference the gradient needs the ratio alone
+      Pair(policy, reference, s.policy, r, s.offset, inverse_temperature).write_gradient(-slope * a.kl[i], 0, -slope, grad);
     });
   });
 }

@@ -11,7 +11,7 @@ float logprob_slope(const LinearPolicyLoss& a, int64_t i, float logprob) {
   const float log_ratio = logprob - a.old_logprobs[i];
   const F32 ratio = exp(bounded_log_ratio(all(log_ratio)));
   const LossToken<F32> token =
-      policy_token(all(log_ratio), ratio, all(a.advantages[i]), 1 - a.clip_low, 1 + a.clip_high, a.dual_clip);
+      policy_token(all(log_ratio), ratio, all(a.advantages[i]), lowest_ratio(a), highest_ratio(a), a.dual_clip);
   float slope = token.slope[0];
   if (a.kl_coef != 0) slope += a.kl_coef * kl_slope(a.kl_slope, all(logprob - a.ref_logprobs[i]))[0];
   return slope;
@@ -31,8 +31,8 @@ void linear_policy_loss(const LinearPolicyLoss& a) {
     if (!a.write_gradient) return;
     typed(data, a.gradient, [&](auto* grad) {
       write_row_gradient(row, a.rows.targets[i], target_logit, result.statistics, inverse_temperature, result.logprob,
-                         result.entropy, a.weight[i] * logprob_slope(a, i, result.logprob),
-                         -a.weight[i] * a.entropy_coef, grad);
+                         result.entropy, a.share[i] * logprob_slope(a, i, result.logprob),
+                         -a.share[i] * a.entropy_coef, grad);
     });
   });
 }

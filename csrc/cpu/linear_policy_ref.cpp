@@ -5,9 +5,7 @@
 namespace rlhf_fast::RLHF_FAST_PATH {
 namespace {
 
-Normaliser normaliser_of(const RowResult& result) {
-  return {result.statistics.shift, result.statistics.scale, result.log_norm};
-}
+Normaliser normaliser_of(const RowResult& result) { return {result.statistics.shift, result.statistics.scale}; }
 
 // The target's own part of the KL: p log(p / r) - p + r.
 double kl_at_target(double log_p, double log_r) {
@@ -33,16 +31,15 @@ void linear_policy_ref(const LinearPolicyRef& a) {
     const float target_logit = policy.target_logit();
     const RowResult p = evaluate_row(policy, inverse_temperature, true);
     const RowResult r = evaluate_row(reference, inverse_temperature, false);
-    const Pair pair(policy, reference, normaliser_of(p), normaliser_of(r), inverse_temperature);
+    const Pair pair(policy, reference, normaliser_of(p), normaliser_of(r), (float)(p.log_norm - r.log_norm),
+                    inverse_temperature);
     const float kl = (float)(kl_at_target(p.logprob, r.logprob) + pair.kl());
     a.logprobs[i] = p.logprob;
     a.ref_logprobs[i] = r.logprob;
     a.entropy[i] = p.entropy;
     a.kl[i] = kl;
     if (!a.write_gradient) return;
-    const float grad_logprob = a.grad_logprobs ? a.grad_logprobs[i] : 0;
-    const float grad_entropy = a.grad_entropy ? a.grad_entropy[i] : 0;
-    const float grad_kl = a.grad_kl ? a.grad_kl[i] : 0;
+    const float grad_logprob = a.grad_logprobs[i], grad_entropy = a.grad_entropy[i], grad_kl = a.grad_kl[i];
     typed(data, a.gradient, [&](auto* grad) {
       if (grad_kl == 0) {
         return write_row_gradient(policy, target, target_logit, p.statistics, inverse_temperature, p.logprob, p.entropy,

@@ -14,7 +14,7 @@ void masked_logprobs(const MaskedLogprobs& a) {
       }
       a.logprobs[i] = result.logprob;
       if (a.entropy) a.entropy[i] = result.entropy;
-      if (a.statistics) memcpy(a.statistics + i * kStatistics, &result.statistics, sizeof(RowStatistics));
+      memcpy(a.statistics + i * kStatistics, &result.statistics, sizeof(RowStatistics));
     });
   });
 }

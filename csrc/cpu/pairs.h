@@ -6,10 +6,9 @@
 
 namespace rlhf_fast::RLHF_FAST_PATH {
 
-// p_j = e^((x_j - shift) / temperature) * scale, and log p_j = (x_j - shift) / temperature - log_norm.
+// p_j = e^((x_j - shift) / temperature) * scale
 struct Normaliser {
   float shift, scale;
-  double log_norm;
 };
 
 // p log(p / r) - p + r, with ratio = log(r / p) and r = e^ref_gap * ref_scale. It takes one exponential: the ratio's,
@@ -19,7 +18,7 @@ RLHF_FAST_INLINE F32 kl_terms(F32 p, F32 ratio, F32 ref_gap, float ref_scale) {
   const I32 near = ratio <= 1.0f;
   const F32 x = where(near, ratio, ref_gap);
   const Exponential e = split_exponential(x < -87.0f ? all(-87.0f) : x);
-  const F32 power = as_float(as_bits(all(1.0f)) + e.exponent);
+  const F32 power = power_of_2(e.exponent);
   const F32 excess = power * e.tail + (power * e.remainder + ((power - 1.0f) - ratio));
   const F32 r = where(x < -87.0f, F32{}, (power * e.fraction + power) * ref_scale);
   return where(near, p * excess, r - p - p * ratio);
@@ -28,7 +27,8 @@ RLHF_FAST_INLINE F32 kl_terms(F32 p, F32 ratio, F32 ref_gap, float ref_scale) {
 template <class T>
 class Pair {
  public:
-  Pair(const Row<T>& policy, const Row<T>& reference, const Normaliser& p, const Normaliser& r,
+  // `offset` is log(p.scale / r.scale) with its sign turned, exact where both scales are next to 1.
+  Pair(const Row<T>& policy, const Row<T>& reference, const Normaliser& p, const Normaliser& r, float offset,
        float inverse_temperature)
       : policy_(policy),
         reference_(reference),
@@ -36,7 +36,7 @@ class Pair {
         r_(r),
         inverse_temperature_(inverse_temperature),
         rate_(kLog2E * inverse_temperature),
-        offset_((float)(p.log_norm - r.log_norm)) {}
+        offset_(offset) {}
 
   // The sum of p log(p / r) - p + r, whose terms are never negative.
   double kl() const {

@@ -46,7 +46,7 @@ const CpuLaunchers& cpu() { return *paths().chosen; }
 
 bool multiplies_bfloat16() {
 #ifdef RLHF_FAST_BFLOAT16
-  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+  return paths().chosen == &avx512::launchers && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif

@@ -68,19 +68,25 @@ RLHF_FAST_INLINE void over_blocks(int64_t vocab, const Visit& visit) {
   }
 }
 
-// Over the columns other than the target, with gap = (x - shift) / temperature.
+// Over the columns other than the target, with gap = (x - shift) / temperature. The largest columns, whose e^gap is 1,
+// are counted apart: next to a 1, a float has no digits left for a tail of 1e-8.
 struct RowSums {
   float shift = -__builtin_inff();  // the largest
-  double total = 0;                 // of e^gap
-  double weighted = 0;              // of e^gap * -gap, where asked for
+  int64_t tops = 0;                 // columns with it
+  double rest = 0;                  // sum of e^gap over the others
+  double weighted = 0;              // sum of e^gap * -gap, where asked for
+
+  double total() const { return tops + rest; }
+  double log_total() const { return tops > 0 ? std::log1p(tops - 1 + rest) : std::log(rest); }
 
   void raise_shift(float peak, float inverse_temperature) {
     if (!(peak > shift)) return;
     if (shift > -__builtin_inff()) {
       const double rise = ((double)peak - shift) * inverse_temperature;
       const double shrink = std::exp(-rise);
-      weighted = shrink * (weighted + rise * total);
-      total *= shrink;
+      weighted = shrink * (weighted + rise * total());
+      rest = shrink * total();
+      tops = 0;
     }
     shift = peak;
   }
@@ -102,14 +108,17 @@ RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
       sums.raise_shift(largest(larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3]))), inverse_temperature);
 
       const F32 shift = all(sums.shift == -__builtin_inff() ? 0.0f : sums.shift);
-      F32 total{}, weighted{};
+      F32 rest{}, weighted{}, tops{};
       for (i = 0; i < count; i += kLanes) {
         const F32 gap = load(x + i) - shift;
         const F32 e = exp2_scaled(gap, rate);
-        total += e;
+        const I32 top = gap == 0.0f;
+        rest += where(top, F32{}, e);
+        tops += where(top, e, F32{});
         if (kWeighted) weighted -= where(e == 0.0f, F32{}, e * gap);
       }
-      sums.total += sum(total);
+      sums.rest += sum(rest);
+      sums.tops += (int64_t)sum(tops);
       if (kWeighted) sums.weighted += (double)sum(weighted) * inverse_temperature;
     });
   });
@@ -126,18 +135,19 @@ struct RowResult {
 // d = log odds against the target: logsumexp of the others minus the target's logit.
 RLHF_FAST_INLINE RowResult finish_row(const RowSums& sums, float target_logit, float inverse_temperature) {
   const bool alone = sums.shift == -__builtin_inff();
-  const double total = alone && sums.total == 0 ? 1 : sums.total;
-  double d = ((double)sums.shift - target_logit) * inverse_temperature + std::log(total);
+  const bool empty = alone && sums.rest == 0;
+  const double total = empty ? 1 : sums.total(), log_total = empty ? 0 : sums.log_total();
+  double d = ((double)sums.shift - target_logit) * inverse_temperature + log_total;
   if (target_logit == __builtin_inff()) d = __builtin_nan("");
   const double mass = sigmoid(d);
   const double certainty = at_most(std::fabs(d), kFar);
   const double split = sigmoid(-certainty) * certainty + std::log1p(std::exp(-certainty));
-  const double spread = std::log(total) + sums.weighted / total;
+  const double spread = log_total + sums.weighted / total;
   RowResult result;
   result.statistics.shift = alone ? 0 : sums.shift;
   result.statistics.others_mass = (float)mass;
   result.statistics.scale = (float)(mass / total);
-  result.log_norm = std::log(total) + softplus(-d);
+  result.log_norm = log_total + softplus(-d);
   result.statistics.log_norm = (float)at_most(result.log_norm, kFar);
   result.logprob = (float)-softplus(d);
   result.entropy = (float)(split + mass * spread);

@@ -34,17 +34,19 @@ RLHF_FAST_INLINE F32 abs(F32 x) { return as_float(as_bits(x) & 0x7fffffff); }
 // A NaN in `kept` stays, a NaN in `x` is passed over.
 RLHF_FAST_INLINE F32 larger(F32 x, F32 kept) { return x > kept ? x : kept; }
 
+constexpr float kLog2E = 1.44269504f;
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+
 // e^x as 2^n (1 + f), n an integer, 1 + f in [0.7, 1.42], for |x| < 90.
 struct Exponential {
   F32 fraction;  // f
-  I32 exponent;  // n, in the place of a float's exponent
+  U32 exponent;  // n, in the place of a float's exponent
   F32 remainder, tail;  // f = remainder + tail, and x = remainder where n = 0
 };
 
 RLHF_FAST_INLINE Exponential split_exponential(F32 x) {
-  const F32 rounder = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-  const F32 shifted = x * 1.44269504f + rounder;
-  const F32 n = shifted - rounder;
+  const F32 shifted = x * kLog2E + kRounder;
+  const F32 n = shifted - kRounder;
   F32 r = x - n * 0.693145752f;
   r = r - n * 1.42860677e-6f;
   F32 p = all(1.9875691e-4f);
@@ -53,17 +55,17 @@ RLHF_FAST_INLINE Exponential split_exponential(F32 x) {
   p = p * r + 4.1665795e-2f;
   p = p * r + 1.6666665e-1f;
   p = p * r + 0.5f;
-  return {p * (r * r) + r, as_bits(shifted) << 23, r, p * (r * r)};
+  return {p * (r * r) + r, (U32)shifted << 23, r, p * (r * r)};
 }
 
-constexpr float kLog2E = 1.44269504f;
+// 2^n of n in the place of a float's exponent, from -126 to 127. Its product with a NaN is NaN.
+RLHF_FAST_INLINE F32 power_of_2(U32 exponent) { return (F32)((U32)all(1.0f) + exponent); }
 
 // 2^(x * rate) for x * rate <= 0 (or NaN), where float has no normal numbers left exactly 0. The workhorse of the
 // vocabulary rows: the shortest way to 2e-7. The fused product keeps x * rate unrounded.
 RLHF_FAST_INLINE F32 exp2_scaled(F32 x, float rate) {
-  const F32 rounder = all(12582912.0f);  // as in split_exponential
-  const F32 shifted = x * rate + rounder;
-  const F32 n = shifted - rounder;
+  const F32 shifted = x * rate + kRounder;
+  const F32 n = shifted - kRounder;
   const F32 f = x * rate - n;
   F32 p = all(1.3264727e-3f);
   p = p * f + 9.6715130e-3f;
@@ -71,19 +73,15 @@ RLHF_FAST_INLINE F32 exp2_scaled(F32 x, float rate) {
   p = p * f + 2.4022242e-1f;
   p = p * f + 6.9314700e-1f;
   p = p * f + 1.0f;
-  const F32 scale = as_float((as_bits(shifted) << 23) + as_bits(all(1.0f)));
-  return n < -125.0f ? all(0.0f) : p * scale;
+  return n < -125.0f ? all(0.0f) : p * power_of_2((U32)shifted << 23);
 }
-
-// e^x for x <= 0 (or NaN).
-RLHF_FAST_INLINE F32 exp_negative(F32 x) { return exp2_scaled(x, kLog2E); }
 
 RLHF_FAST_INLINE F32 exp(F32 x) {
   const F32 low = x < -87.0f ? all(-87.0f) : x;
   const Exponential e = split_exponential(low > 89.0f ? all(89.0f) : low);
   // Above 0 one factor of 2 is kept back, so that 2^128 passes and larger results overflow to infinity.
-  const I32 held_back = (x > 0.0f) & (1 << 23);
-  const F32 result = as_float(as_bits(e.fraction + 1.0f) + (e.exponent - held_back)) * (x > 0.0f ? all(2.0f) : all(1.0f));
+  const U32 held_back = (U32)(x > 0.0f) & (1u << 23);
+  const F32 result = (e.fraction + 1.0f) * power_of_2(e.exponent - held_back) * (x > 0.0f ? all(2.0f) : all(1.0f));
   return x < -87.0f ? all(0.0f) : result;
 }
 
@@ -91,7 +89,7 @@ RLHF_FAST_INLINE F32 exp(F32 x) {
 RLHF_FAST_INLINE F32 expm1(F32 x) {
   const F32 bounded = x < -20.0f ? all(-20.0f) : (x > 20.0f ? all(20.0f) : x);
   const Exponential e = split_exponential(bounded);
-  const F32 scale = as_float(as_bits(all(1.0f)) + e.exponent);
+  const F32 scale = power_of_2(e.exponent);
   const F32 near = scale * e.fraction + (scale - 1.0f);
   return abs(x) > 20.0f ? exp(x) - 1.0f : near;
 }

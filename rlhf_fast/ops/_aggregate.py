@@ -72,9 +72,11 @@ def token_weights(
     return _divide(weights, (lengths > 0).sum() if num_items is None else num_items)
 
 
-def scalar_tensor(num_items: float | torch.Tensor | None) -> torch.Tensor | None:
+def scalar_tensor(num_items: float | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """``num_items`` as the custom ops take it."""
-    return torch.tensor(float(num_items)) if isinstance(num_items, (int, float)) else num_items
+    if isinstance(num_items, (int, float)):
+        return torch.tensor(float(num_items), dtype=torch.float64, device=device)
+    return num_items
 
 
 def masked_mean(values: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+LOWEST_TEMPERATURE = 2.0**-126  # below it, float32 has no reciprocal
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,7 +53,14 @@ def live_mask(op: str, mask: torch.Tensor | None, shape: torch.Size, device: tor
     shaped(op, shape, "one entry a token, 1 = counts", mask=mask)
     if mask.device != device:
         raise ValueError(f"{op}: all tensors must be on one device; got mask on {mask.device}, the data on {device}")
-    return mask if mask.dtype == torch.bool else mask != 0
+    return constant(mask) if mask.dtype == torch.bool else mask != 0
+
+
+def constant(tensor: torch.Tensor) -> torch.Tensor:
+    """Without a gradient. An inference tensor, as a rollout leaves them, is copied: torch keeps none for a backward."""
+    tensor = tensor.detach()
+    inference = torch.is_grad_enabled() and not torch.compiler.is_compiling() and tensor.is_inference()
+    return tensor.clone() if inference else tensor
 
 
 def temperatures(
@@ -60,8 +68,8 @@ def temperatures(
 ) -> float | torch.Tensor:
     """A positive number, or a tensor of positive numbers, one a row (scalar tensors become numbers' shape ``()``).
 
-    A tensor on the CPU is checked for positive entries; on a GPU that would synchronise, and under torch.compile break
-    the graph, so there a non-positive entry gives NaN in its row.
+    They are float32 numbers that have a float32 reciprocal. A tensor's entries are checked on the CPU; on a GPU that
+    would synchronise, and under torch.compile break the graph, so there any other entry gives NaN in its row.
     """
     if isinstance(temperature, torch.Tensor):
         floating(op, temperature=temperature)
@@ -69,24 +77,46 @@ def temperatures(
             shaped(op, shape, "one temperature a row", temperature=temperature)
         if temperature.device != device:
             raise ValueError(f"{op}: temperature must be on {device}; got {temperature.device}")
-        if device.type == "cpu" and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
-            raise ValueError(f"{op}: every temperature must be > 0; got {temperature.min().item()}")
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = temperature[~usable_temperature(temperature)]
+            if wrong.numel():
+                raise ValueError(f"{op}: every temperature must be a finite number > 0; got {wrong[0].item()}")
         return temperature
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+    if not isinstance(temperature, (int, float)) or not LOWEST_TEMPERATURE <= temperature < math.inf:
         raise ValueError(f"{op}: temperature must be a finite number > 0; got {temperature!r}")
     return float(temperature)
 
 
+def usable_temperature(temperature: torch.Tensor) -> torch.Tensor:
+    return (temperature >= LOWEST_TEMPERATURE) & (temperature < math.inf)
+
+
+def is_number(op: str, **numbers: object) -> None:
+    """No tensor, which would pass every comparison and then not be the number that a kernel needs."""
+    for name, number in numbers.items():
+        if isinstance(number, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a number; got a tensor of shape {tuple(number.shape)}: .item() it")
+
+
 def positive(op: str, **numbers: float | None) -> None:
+    is_number(op, **numbers)
     for name, number in numbers.items():
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{op}: {name} must be a finite number > 0; got {number!r}")
 
 
 def non_negative(op: str, **numbers: float | None) -> None:
+    is_number(op, **numbers)
     for name, number in numbers.items():
         if number is not None and not 0 <= number < math.inf:
             raise ValueError(f"{op}: {name} must be a finite number >= 0; got {number!r}")
+
+
+def within(op: str, lowest: float, highest: float, **numbers: float) -> None:
+    is_number(op, **numbers)
+    for name, number in numbers.items():
+        if not lowest <= number <= highest:
+            raise ValueError(f"{op}: {name} must be in [{lowest:g}, {highest:g}]; got {number!r}")
 
 
 def one_of(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:

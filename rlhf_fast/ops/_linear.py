@@ -37,6 +37,8 @@ def checked_head(
     if hidden.dim() < 1:
         raise ValueError(f"{op}: hidden must have shape (..., H); got a tensor without dimensions")
     features = hidden.shape[-1]
+    if features < 1:
+        raise ValueError(f"{op}: hidden must have at least one feature; got shape {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != features:
         raise ValueError(
             f"{op}: weight must have shape (V, {features}) (H as in hidden {tuple(hidden.shape)}); "

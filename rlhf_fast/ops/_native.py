@@ -34,7 +34,8 @@ def _load() -> tuple[Any, str | None]:
         module = importlib.import_module("rlhf_fast._C")
     except ImportError as error:
         return None, damaged.format(error)
-    if module.interface != _interface(module.interface):
+    sources = _interface()
+    if sources is not None and getattr(module, "interface", None) != sources:
         return None, f"the compiled module {wanted} is of another state of csrc/; make, or install rlhf-fast again"
     return module, None
 
@@ -50,11 +51,11 @@ def _is_cut_short(path: Path) -> bool:
     return path.stat().st_size < table + size * count
 
 
-def _interface(installed: str) -> str:
-    """What the checkout's sources ask for, as CMakeLists.txt forms it; without a checkout, what is installed."""
+def _interface() -> str | None:
+    """What the checkout's sources ask for, as CMakeLists.txt forms it; None where there is no checkout."""
     sources = [_PACKAGE.parent / "csrc" / name for name in ("rlhf_fast.h", "bindings.cpp")]
     if not all(source.exists() for source in sources):
-        return installed
+        return None
     return "".join(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)
 
 

@@ -14,7 +14,7 @@ class Tokens(NamedTuple):
 
     targets: Tensor  # (N,) int64
     live: Tensor  # (N,) bool, True = counts: the mask, less the tokens whose target is ignore_index
-    temperature: Tensor  # (N,) in the accumulation dtype; NaN where it is not positive
+    temperature: Tensor  # (N,) in the accumulation dtype; NaN where it is not a finite number > 0
 
 
 def flat_tokens(
@@ -43,8 +43,7 @@ def flat_tokens(
     mask = _checks.live_mask(op, mask, shape, data.device)
     if mask is not None:
         live = live & mask
-    if targets.dtype != torch.int64:
-        targets = targets.to(torch.int64)
+    targets = _checks.constant(targets).to(torch.int64)
     if data.device.type == "cpu" and not torch.compiler.is_compiling():
         _in_range(op, targets_name, targets, live, vocab)
     return Tokens(targets.reshape(-1), live.reshape(-1), flat_temperature(op, temperature, data))
@@ -56,8 +55,8 @@ def flat_temperature(op: str, temperature: float | Tensor, data: Tensor) -> Tens
     checked = _checks.temperatures(op, temperature, shape, data.device)
     dtype = accumulation_dtype(data.dtype)
     if isinstance(checked, Tensor):
-        rows = checked.detach().to(dtype).expand(shape).reshape(-1)
-        return rows.masked_fill(~(rows > 0), torch.nan)
+        rows = _checks.constant(checked).to(dtype).expand(shape).reshape(-1)
+        return rows.masked_fill(~_checks.usable_temperature(rows), torch.nan)
     return torch.full((), checked, dtype=dtype, device=data.device).expand(shape.numel())
 
 

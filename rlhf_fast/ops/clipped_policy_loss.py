@@ -65,20 +65,11 @@ def clipped_policy_loss(
     _checks.floating(op, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     _checks.shaped(op, logprobs.shape, "that of logprobs", old_logprobs=old_logprobs, advantages=advantages)
     _checks.same_device(op, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    _checks.one_of(op, "ratio_level", ratio_level, ("token", "sequence"))
-    _checks.non_negative(op, clip_low=clip_low, clip_high=clip_high)
-    if clip_low > 1:
-        raise ValueError(f"{op}: clip_low must be in [0, 1], since a ratio is never below 0; got {clip_low!r}")
-    if dual_clip is not None and not 1 < dual_clip < math.inf:
-        raise ValueError(f"{op}: dual_clip must be a finite number > 1, or None; got {dual_clip!r}")
-    if ratio_level == "sequence" and logprobs.dim() != 2:
-        raise ValueError(
-            f"{op}: ratio_level 'sequence' needs (B, T), one row a sequence; got shape {tuple(logprobs.shape)}"
-        )
+    check_ratios(op, logprobs, clip_low, clip_high, dual_clip, ratio_level)
     check_aggregation(op, logprobs, aggregation, num_items)
     live = _checks.live_mask(op, mask, logprobs.shape, logprobs.device)
 
-    logprobs, old_logprobs, advantages = upcast(logprobs, old_logprobs.detach(), advantages.detach())
+    logprobs, old_logprobs, advantages = upcast(logprobs, _checks.constant(old_logprobs), _checks.constant(advantages))
     return implementation(op, logprobs)(
         as_rows(logprobs),
         as_rows(old_logprobs),
@@ -91,6 +82,21 @@ def clipped_policy_loss(
         aggregation,
         num_items,
     )
+
+
+def check_ratios(
+    op: str, logprobs: torch.Tensor, clip_low: float, clip_high: float, dual_clip: float | None, ratio_level: str
+) -> None:
+    _checks.one_of(op, "ratio_level", ratio_level, ("token", "sequence"))
+    _checks.within(op, 0, 1, clip_low=clip_low)  # a ratio is never below 0
+    _checks.non_negative(op, clip_high=clip_high)
+    _checks.is_number(op, dual_clip=dual_clip)
+    if dual_clip is not None and not 1 < dual_clip < math.inf:
+        raise ValueError(f"{op}: dual_clip must be a finite number > 1, or None; got {dual_clip!r}")
+    if ratio_level == "sequence" and logprobs.dim() != 2:
+        raise ValueError(
+            f"{op}: ratio_level 'sequence' needs (B, T), one row a sequence; got shape {tuple(logprobs.shape)}"
+        )
 
 
 @implements("clipped_policy_loss", "torch")

@@ -53,7 +53,7 @@ def clipped_value_loss(
     check_aggregation(op, values, aggregation, num_items)
     live = _checks.live_mask(op, mask, values.shape, values.device)
 
-    values, old_values, returns = upcast(values, old_values.detach(), returns.detach())
+    values, old_values, returns = upcast(values, _checks.constant(old_values), _checks.constant(returns))
     return implementation(op, values)(
         as_rows(values),
         as_rows(old_values),

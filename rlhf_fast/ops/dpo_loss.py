@@ -66,7 +66,7 @@ def dpo_loss(
     if label_smoothing > 0 and loss_type != "sigmoid":
         raise ValueError(f"{op}: label_smoothing is defined for loss_type 'sigmoid' alone; got {loss_type!r}")
 
-    inputs = upcast(policy_chosen, policy_rejected, ref_chosen.detach(), ref_rejected.detach())
+    inputs = upcast(policy_chosen, policy_rejected, _checks.constant(ref_chosen), _checks.constant(ref_rejected))
     return implementation(op, policy_chosen)(*inputs, beta, label_smoothing, loss_type)
 
 

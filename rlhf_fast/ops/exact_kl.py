@@ -51,7 +51,7 @@ def exact_kl(
     tau = flat_temperature(op, temperature, logits)
     rows = (shape.numel(), vocab)
     run = implementation(op, logits)
-    return run(logits.reshape(rows), ref_logits.detach().reshape(rows), live.reshape(-1), tau).reshape(shape)
+    return run(logits.reshape(rows), _checks.constant(ref_logits).reshape(rows), live.reshape(-1), tau).reshape(shape)
 
 
 @implements("exact_kl", "torch")

@@ -53,9 +53,7 @@ def gae(
             "gae: rewards must be (B, T), or packed (N,) together with cu_seqlens; "
             f"got shape {tuple(rewards.shape)} {'without' if cu_seqlens is None else 'with'} cu_seqlens"
         )
-    for name, number in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= number <= 1:
-            raise ValueError(f"gae: {name} must be in [0, 1]; got {number!r}")
+    _checks.within("gae", 0, 1, gamma=gamma, lam=lam)
     if cu_seqlens is not None:
         _checks.integral("gae", cu_seqlens=cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
@@ -63,7 +61,7 @@ def gae(
         cu_seqlens = cu_seqlens.to(torch.int64)
     live = _checks.live_mask("gae", mask, rewards.shape, rewards.device)
 
-    rewards, values = upcast(rewards.detach(), values.detach())
+    rewards, values = upcast(_checks.constant(rewards), _checks.constant(values))
     return implementation("gae", rewards)(rewards, values, live, cu_seqlens, gamma, lam, whiten)
 
 

@@ -10,7 +10,8 @@ from ._aggregate import aggregate, check_aggregation
 from ._dispatch import implementation, implements
 from ._linear import LoRA, checked_head, flat_hidden
 from ._tokens import Tokens, flat_tokens
-from .clipped_policy_loss import clipped_policy_loss
+from ._vocab import accumulation_dtype
+from .clipped_policy_loss import check_ratios, clipped_policy_loss
 from .linear_logprobs import reference as linear_logprobs_reference
 from .token_kl import ESTIMATORS, token_kl
 
@@ -70,7 +71,7 @@ def linear_policy_loss(
         clip_low, clip_high, dual_clip, ratio_level, aggregation, num_items: as in ``clipped_policy_loss``.
 
     Returns:
-        ``LinearPolicyLoss``, float32 (float64 for float64 inputs), all 0 when nothing is live.
+        ``LinearPolicyLoss``, float32 (float64 for float64 hidden), all 0 when nothing is live.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device or value.
@@ -90,7 +91,9 @@ def linear_policy_loss(
     _checks.floating(op, **given)
     _checks.shaped(op, shape, "the leading shape of hidden", **given)
     _checks.same_device(op, hidden=hidden, **given)
+    check_ratios(op, old_logprobs, clip_low, clip_high, dual_clip, ratio_level)
     check_aggregation(op, old_logprobs, aggregation, num_items)
+    dtype = accumulation_dtype(hidden.dtype)
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
     )
@@ -98,9 +101,9 @@ def linear_policy_loss(
         flat_hidden(hidden),
         *head,
         tokens,
-        old_logprobs,
-        advantages,
-        ref_logprobs,
+        _checks.constant(old_logprobs).to(dtype),
+        _checks.constant(advantages).to(dtype),
+        None if ref_logprobs is None else _checks.constant(ref_logprobs).to(dtype),
         softcap=softcap,
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,

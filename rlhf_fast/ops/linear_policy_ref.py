@@ -65,7 +65,9 @@ def linear_policy_ref(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
     )
     run = implementation(op, hidden)
-    results = run(flat_hidden(hidden), flat_hidden(ref_hidden.detach()), head.weight, head.bias, *tokens, softcap)
+    results = run(
+        flat_hidden(hidden), flat_hidden(_checks.constant(ref_hidden)), head.weight, head.bias, *tokens, softcap
+    )
     return PolicyRef(*(result.reshape(hidden.shape[:-1]) for result in results))
 
 

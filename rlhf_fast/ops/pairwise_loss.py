@@ -33,7 +33,7 @@ def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Te
     _checks.shaped(op, chosen.shape, "that of chosen", rejected=rejected, margin=margin)
     _checks.same_device(op, chosen=chosen, rejected=rejected, margin=margin)
 
-    target = torch.zeros_like(chosen) if margin is None else margin.detach()
+    target = torch.zeros_like(chosen) if margin is None else _checks.constant(margin)
     return implementation(op, chosen)(*upcast(chosen, rejected, target))
 
 

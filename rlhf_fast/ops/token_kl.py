@@ -50,7 +50,7 @@ def token_kl(
     _checks.one_of("token_kl", "estimator", estimator, ESTIMATORS)
     live = _checks.live_mask("token_kl", mask, logprobs.shape, logprobs.device)
 
-    logprobs, ref_logprobs = upcast(logprobs, ref_logprobs.detach())
+    logprobs, ref_logprobs = upcast(logprobs, _checks.constant(ref_logprobs))
     flat = implementation("token_kl", logprobs)(
         logprobs.reshape(-1), ref_logprobs.reshape(-1), None if live is None else live.reshape(-1), estimator
     )

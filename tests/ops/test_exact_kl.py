@@ -32,6 +32,18 @@ def test_temperature_divides_both() -> None:
     assert torch.equal(exact_kl(logits, ref_logits, temperature=temperature), expected)
 
 
+@pytest.mark.parametrize("lead", [10.0, 16.0, 20.0])
+def test_a_confident_policy_keeps_the_digits_of_its_gradient(lead: float) -> None:
+    """Beside the 1 of the largest column, a float has none left for the others; the gradient there is their sum."""
+    logits = torch.tensor([[lead, 0.0, 1.0, -0.5]], requires_grad=True)
+    ref_logits = torch.tensor([[lead - 1, 0.5, 0.3, -0.5]])
+    (grad,) = torch.autograd.grad(exact_kl(logits, ref_logits).sum(), logits)
+    exact = logits.detach().double().requires_grad_()
+    log_p, log_r = exact.log_softmax(-1), ref_logits.double().log_softmax(-1)
+    (truth,) = torch.autograd.grad((log_p.exp() * (log_p - log_r)).sum(), exact)
+    torch.testing.assert_close(grad.double(), truth, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("step", [1e-1, 1e-2, 1e-3])
 def test_close_distributions_keep_their_digits(step: float) -> None:
     """fp32 against float64 on logits that differ by ``step``; the plain sum p (log p - log r) is lost below 1e-6."""

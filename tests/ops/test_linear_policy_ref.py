@@ -23,6 +23,20 @@ def test_by_hand() -> None:
     assert result.exact_kl.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
 
 
+@pytest.mark.parametrize("target", [0, 2])
+@pytest.mark.parametrize("lead", [10.0, 16.0, 20.0])
+def test_a_confident_policy_keeps_the_digits_of_its_gradient(lead: float, target: int) -> None:
+    """Whether the confidence is in the target or in another column; an identity head makes states of logits."""
+    states = torch.tensor([[lead, 0.0, 1.0, -0.5]], requires_grad=True)
+    ref_states = torch.tensor([[lead - 1, 0.5, 0.3, -0.5]])
+    result = linear_policy_ref(states, ref_states, torch.eye(4), torch.tensor([target]))
+    (grad,) = torch.autograd.grad(result.exact_kl.sum(), states)
+    exact = states.detach().double().requires_grad_()
+    log_p, log_r = exact.log_softmax(-1), ref_states.double().log_softmax(-1)
+    (truth,) = torch.autograd.grad((log_p.exp() * (log_p - log_r)).sum(), exact)
+    torch.testing.assert_close(grad.double(), truth, rtol=1e-5, atol=0)
+
+
 def random_inputs() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     hidden, ref_hidden = torch.randn(2, 2, 3, 4, dtype=torch.float64, generator=generator)

@@ -46,29 +46,32 @@ def flat_head(weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, Tensor, f
     return LinearHead(weight, bias, *(lora if lora is not None else (None, None, 0.0)))
 
 
+def trainable(hidden: Tensor, head: LinearHead) -> tuple[Tensor | None, ...]:
+    """What may need a gradient, in the order of HeadGradients."""
+    return hidden, head.weight, head.bias, head.down, head.up
+
+
 def wanted(hidden: Tensor, head: LinearHead) -> list[bool]:
-    """Which of hidden, weight, bias, down and up need a gradient."""
-    tensors = (hidden, head.weight, head.bias, head.down, head.up)
+    """Which of them need one."""
+    tensors = trainable(hidden, head)
     return [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors]
 
 
+def wanted_dtypes(hidden: Tensor, head: LinearHead, wants: list[bool]) -> list[torch.dtype | None]:
+    tensors = zip(trainable(hidden, head), wants, strict=True)
+    return [tensor.dtype if want and tensor is not None else None for tensor, want in tensors]
+
+
 def empty_gradients(hidden: Tensor, head: LinearHead, wants: list[bool]) -> HeadGradients:
-    """Uninitialised, in float32: they are rounded once, after the last factor. (0,) where not wanted."""
-    tensors = (hidden, head.weight, head.bias, head.down, head.up)
-    shapes = [
-        tensor.shape if want and tensor is not None else (0,) for tensor, want in zip(tensors, wants, strict=True)
-    ]
+    """Uninitialised, in float32, which the chunks are added up in. (0,) where not wanted."""
+    tensors = zip(trainable(hidden, head), wants, strict=True)
+    shapes = [tensor.shape if want and tensor is not None else (0,) for tensor, want in tensors]
     return HeadGradients(*(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
 
 def scaled(grad_loss: Tensor, grads: tuple[Tensor, ...], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
     """The gradients of a loss, from those that its sweep formed, each in its tensor's dtype; None where not wanted."""
     return [None if dtype is None else (grad_loss * grad).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
-
-
-def wanted_dtypes(hidden: Tensor, head: LinearHead, wants: list[bool]) -> list[torch.dtype | None]:
-    tensors = (hidden, head.weight, head.bias, head.down, head.up)
-    return [tensor.dtype if want and tensor is not None else None for tensor, want in zip(tensors, wants, strict=True)]
 
 
 class LiveRows:
@@ -123,7 +126,9 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _tiles(vocab: int) -> list[slice]:
-    return [slice(start, min(start + TILE, vocab)) for start in range(0, vocab, TILE)]
+    """The last one takes a rest of up to half a tile: MKL's thin products depend on the number of threads."""
+    starts = range(0, max(vocab - TILE // 2, 1), TILE)
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], vocab], strict=True)]
 
 
 def _project(hidden: Tensor, head: LinearHead, out: Tensor) -> None:

@@ -12,9 +12,9 @@ def wants_gradient(data: Tensor) -> bool:
     return torch.is_grad_enabled() and data.requires_grad
 
 
-def divisor(aggregation: str, num_items: float | Tensor | None) -> tuple[int, Tensor | None]:
+def divisor(aggregation: str, num_items: float | Tensor | None, data: Tensor) -> tuple[int, Tensor | None]:
     """aggregation and num_items as the custom ops take them."""
-    return AGGREGATIONS.index(aggregation), scalar_tensor(num_items)
+    return AGGREGATIONS.index(aggregation), scalar_tensor(num_items, data.device)
 
 
 def data_arguments(*data: Tensor, live: Tensor | None) -> tuple[object, ...]:

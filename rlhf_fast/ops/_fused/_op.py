@@ -23,28 +23,33 @@ def fused_op(
     ``torch.library.register_autograd``.
 
     A custom op costs 30 to 80 microseconds of Python a call, many times a small kernel. So plain tensors in eager mode
-    reach the kernel straight, through an autograd.Function of the same formula; whatever traces gets the op.
+    reach the kernel straight, through an autograd.Function of the same formula; whatever watches or traces gets the op.
     """
     op = torch.library.custom_op(f"rlhf_fast::{name}", mutates_args=mutates, device_types="cpu")(kernel)
     op.register_fake(fake)
     straight = _bumping(kernel) if mutates else kernel
     if gradient is not None and save is not None:
         op.register_autograd(gradient, setup_context=save)
+        straight = _differentiable(name, kernel, save, gradient)
 
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = kernel(*inputs)
-            save(ctx, inputs, output)
-            return output
-
-        backward = torch.autograd.function.once_differentiable(gradient)
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        straight = getattr(type(name, (torch.autograd.Function,), members), "apply")  # noqa: B009 (mypy sees a type)
-
-    def call(first: Tensor, *arguments: Any) -> Any:
-        traced = torch.compiler.is_compiling() or type(first) not in (Tensor, torch.nn.Parameter)
-        return (op if traced else straight)(first, *arguments)
+    def call(*arguments: Any) -> Any:
+        return (straight if _plain(arguments) else op)(*arguments)
 
     return call
+
+
+def _plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether the tensors are plain memory, which nothing wraps and nobody watches."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    return all(
+        type(argument) in (Tensor, torch.nn.Parameter) or not isinstance(argument, Tensor) for argument in arguments
+    )
 
 
 def _bumping(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,3 +60,25 @@ def _bumping(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return kernel(first, *arguments)
 
     return call
+
+
+def _differentiable(
+    name: str, kernel: Callable[..., Any], save: Callable[..., None], gradient: Callable[..., Any]
+) -> Callable[..., Any]:
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = kernel(*inputs)
+        if any(ctx.needs_input_grad):
+            save(ctx, inputs, output)
+        return output
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch.no_grad():
+            found = gradient(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        # create_graph=True: a second derivative would silently lack this op's part
+        refuse: Any = torch._C._functions.DelayedError(f"rlhf_fast.{name} has no second derivative", len(found))
+        return refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return getattr(type(name, (torch.autograd.Function,), members), "apply")  # noqa: B009 (mypy sees a type)

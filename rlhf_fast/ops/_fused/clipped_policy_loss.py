@@ -33,7 +33,7 @@ def native(
         clip_high,
         math.inf if dual_clip is None else dual_clip,
         ratio_level == "sequence",
-        *divisor(aggregation, num_items),
+        *divisor(aggregation, num_items, logprobs),
         wants_gradient(logprobs),
     )
     return PolicyLoss(loss, *statistics.unbind())

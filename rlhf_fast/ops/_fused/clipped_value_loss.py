@@ -22,7 +22,7 @@ def native(
     num_items: float | Tensor | None,
 ) -> ValueLoss:
     bound = math.inf if clip is None else clip
-    rest = divisor(aggregation, num_items)
+    rest = divisor(aggregation, num_items, values)
     loss, statistics, _ = _forward(values, old_values, returns, live, bound, *rest, wants_gradient(values))
     return ValueLoss(loss, *statistics.unbind())
 

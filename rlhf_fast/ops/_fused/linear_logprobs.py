@@ -26,10 +26,13 @@ def native(
     temperature: Tensor,
     softcap: float | None,
     return_entropy: bool,
+    *,
+    ahead: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
+    """``ahead`` allows the gradient to be formed in the forward, which is for nothing where the entropy has one too."""
     head = flat_head(weight, bias, lora)
     wants = wanted(hidden, head)
-    ahead = wants[0] and not any(wants[1:])
+    ahead = ahead and wants[0] and not any(wants[1:])
     logprobs, entropy, _ = _forward(hidden, *head, targets, live, temperature, softcap or 0.0, return_entropy, ahead)
     return logprobs, entropy if return_entropy else None
 

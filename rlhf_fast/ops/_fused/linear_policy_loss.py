@@ -14,14 +14,11 @@ from .._linear import LoRA
 from .._native import launch
 from .._tokens import Tokens
 from ..linear_policy_loss import LinearPolicyLoss, from_logprobs
-from ..token_kl import ESTIMATORS
 from ._linear import LinearHead, LiveRows, empty_gradients, flat_head, scaled, sweep, wanted, wanted_dtypes
 from ._op import fused_op
 from .linear_logprobs import fold_arguments
 from .linear_logprobs import native as linear_logprobs
-
-# d KL / d logprob by the estimator whose slope it is: a "+" form has k2's
-SLOPES = {name: 1 if name.endswith("+") else ("k1", "k2", "k3", "abs").index(name) for name in ESTIMATORS}
+from .token_kl import kl_codes
 
 
 @implements("linear_policy_loss", "native")
@@ -51,19 +48,20 @@ def native(
         "clip_high": clip_high, "dual_clip": dual_clip, "aggregation": aggregation, "num_items": num_items,
     }  # fmt: skip
     if ratio_level == "sequence":  # a token's share is known after the last log-prob of its sequence
-        logprobs, entropies = linear_logprobs(hidden, weight, bias, lora, *tokens, softcap, True)
+        logprobs, entropies = linear_logprobs(
+            hidden, weight, bias, lora, *tokens, softcap, True, ahead=entropy_coef == 0
+        )
         assert entropies is not None  # they were asked for
         return from_logprobs(
             logprobs, entropies, tokens.live, old_logprobs, advantages, ref_logprobs, ratio_level=ratio_level, **loss
         )
     head = flat_head(weight, bias, lora)
-    loss["num_items"] = scalar_tensor(num_items)
-    results, *_ = _forward(
-        hidden, *head, *tokens, softcap or 0.0, old_logprobs.detach(), advantages.detach(),
-        None if ref_logprobs is None else ref_logprobs.detach(), *loss.values(), wanted(hidden, head),
+    loss["num_items"] = scalar_tensor(num_items, hidden.device)
+    total, statistics, *_ = _forward(
+        hidden, *head, *tokens, softcap or 0.0, old_logprobs, advantages, ref_logprobs, *loss.values(),
+        wanted(hidden, head),
     )  # fmt: skip
-    values = results.unbind()
-    return LinearPolicyLoss(values[0], *(value.detach() for value in values[1:]))
+    return LinearPolicyLoss(total, *statistics.unbind())
 
 
 def _kernel(
@@ -89,13 +87,13 @@ def _kernel(
     aggregation: str,
     num_items: Tensor | None,
     wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> the fields of LinearPolicyLoss (8,), and the gradients of the loss in the order of HeadGradients."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> the loss (), the other fields of LinearPolicyLoss (7,), and the loss's gradients as in HeadGradients."""
     rows = LiveRows(live)
     weights = token_weights(live.reshape(old_logprobs.shape), aggregation=aggregation, num_items=num_items)
 
     def tokens(tensor: Tensor) -> Tensor:
-        return rows.take(tensor.reshape(-1).float())
+        return rows.take(tensor.reshape(-1))
 
     aims = rows.take(targets), rows.take(temperature)
     old, advantage, share = tokens(old_logprobs), tokens(advantages), tokens(weights)
@@ -107,17 +105,17 @@ def _kernel(
         launch(
             "linear_policy_loss", *fold_arguments(logits[0], aims, part, softcap), old[part], advantage[part],
             None if ref is None else ref[part], share[part], clip_low, clip_high,
-            math.inf if dual_clip is None else dual_clip, kl_coef, entropy_coef, SLOPES[kl_estimator],
+            math.inf if dual_clip is None else dual_clip, kl_coef, entropy_coef, kl_codes(kl_estimator)[1],
             any(wants), dtype, logprobs[part], entropies[part],
         )  # fmt: skip
 
     grads = sweep(LinearHead(weight, bias, down, up, scale), (rows.take(hidden),), fold, wants)
-    results = from_logprobs(
+    total, *statistics = from_logprobs(
         rows.put(logprobs), rows.put(entropies), live, old_logprobs, advantages, ref_logprobs, kl_coef=kl_coef,
         kl_estimator=kl_estimator, entropy_coef=entropy_coef, clip_low=clip_low, clip_high=clip_high,
         dual_clip=dual_clip, ratio_level="token", aggregation=aggregation, num_items=num_items,
     )  # fmt: skip
-    return torch.stack(results), rows.put(grads.hidden) if wants[0] else grads.hidden, *grads[1:]
+    return total, torch.stack(statistics), rows.put(grads.hidden) if wants[0] else grads.hidden, *grads[1:]
 
 
 def _fake(
@@ -143,10 +141,10 @@ def _fake(
     aggregation: str,
     num_items: Tensor | None,
     wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = LinearHead(weight, bias, down, up, scale)
-    results = hidden.new_empty(len(LinearPolicyLoss._fields), dtype=torch.float32)
-    return results, *empty_gradients(hidden, head, wants)
+    statistics = hidden.new_empty(len(LinearPolicyLoss._fields) - 1, dtype=torch.float32)
+    return statistics.new_empty(()), statistics, *empty_gradients(hidden, head, wants)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -154,11 +152,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.dtypes = wanted_dtypes(hidden, LinearHead(*head), inputs[-1])
     ctx.others = len(inputs) - len(ctx.dtypes)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[2:])
 
 
-def _gradient(ctx: Any, grad_results: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *scaled(grad_results[0], ctx.saved_tensors, ctx.dtypes), *(None,) * ctx.others
+def _gradient(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *scaled(grad_total, ctx.saved_tensors, ctx.dtypes), *(None,) * ctx.others
 
 
 _forward = fused_op("linear_policy_loss", _kernel, _fake, save=_save, gradient=_gradient)

@@ -12,10 +12,15 @@ from ._op import fused_op
 _CODES = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}  # Kl of csrc/rlhf_fast.h
 
 
+def kl_codes(estimator: str) -> tuple[int, int]:
+    """Whose value an estimator has, and whose slope: a "+" form has k2's."""
+    value = _CODES[estimator.removesuffix("+")]
+    return value, _CODES["k2"] if estimator.endswith("+") else value
+
+
 @implements("token_kl", "native")
 def native(logprobs: Tensor, ref_logprobs: Tensor, live: Tensor | None, estimator: str) -> Tensor:
-    value = _CODES[estimator.removesuffix("+")]
-    return _forward(logprobs, ref_logprobs, live, value, _CODES["k2"] if estimator.endswith("+") else value)
+    return _forward(logprobs, ref_logprobs, live, *kl_codes(estimator))
 
 
 def _kernel(logprobs: Tensor, ref_logprobs: Tensor, live: Tensor | None, value: int, slope: int) -> Tensor:
