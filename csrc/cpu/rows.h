@@ -14,8 +14,6 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 constexpr int kRowBlock = 2048;
 constexpr double kFar = 1e4;
 
-RLHF_FAST_INLINE double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(-std::fabs(x))); }
-RLHF_FAST_INLINE double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 RLHF_FAST_INLINE double at_most(double x, double bound) { return x > bound ? bound : x; }
 
 // A row of logits as floats, after the softcap. The target's column (none: -1) reads as -inf, and so does whatever
@@ -139,17 +137,18 @@ RLHF_FAST_INLINE RowResult finish_row(const RowSums& sums, float target_logit, f
   const double total = empty ? 1 : sums.total(), log_total = empty ? 0 : sums.log_total();
   double d = ((double)sums.shift - target_logit) * inverse_temperature + log_total;
   if (target_logit == __builtin_inff()) d = __builtin_nan("");
-  const double mass = sigmoid(d);
-  const double certainty = at_most(std::fabs(d), kFar);
-  const double split = sigmoid(-certainty) * certainty + std::log1p(std::exp(-certainty));
+  const double certainty = std::fabs(d), odds = std::exp(-certainty), softplus = std::log1p(odds);
+  const double likelier = 1 / (1 + odds), unlikelier = odds * likelier;  // of the target and the others
+  const double mass = d > 0 ? likelier : unlikelier;
+  const double split = unlikelier * at_most(certainty, kFar) + softplus;
   const double spread = log_total + sums.weighted / total;
   RowResult result;
   result.statistics.shift = alone ? 0 : sums.shift;
   result.statistics.others_mass = (float)mass;
   result.statistics.scale = (float)(mass / total);
-  result.log_norm = log_total + softplus(-d);
+  result.log_norm = log_total + (d < 0 ? -d : 0) + softplus;
   result.statistics.log_norm = (float)at_most(result.log_norm, kFar);
-  result.logprob = (float)-softplus(d);
+  result.logprob = (float)-((d > 0 ? d : 0) + softplus);
   result.entropy = (float)(split + mass * spread);
   return result;
 }

@@ -102,19 +102,25 @@ RLHF_FAST_INLINE F32 tanh(F32 x) {
 
 #include "../formulas.h"
 
-// The sum of the lanes, in a fixed order.
-RLHF_FAST_INLINE float sum(F32 x) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; lane++) x[lane] += x[lane + half];
+// Combines the lanes, in a fixed order: halves onto each other.
+template <class Combine>
+RLHF_FAST_INLINE float across(F32 x, const Combine& combine) {
+  typedef float Quarter __attribute__((vector_size(16)));
+  Quarter parts[kLanes / 4];
+  memcpy(parts, &x, sizeof(x));
+  for (int half = kLanes / 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) parts[i] = combine(parts[i], parts[i + half]);
   }
-  return x[0];
+  const Quarter last = parts[0];
+  return combine(combine(last[0], last[2]), combine(last[1], last[3]));
+}
+
+RLHF_FAST_INLINE float sum(F32 x) {
+  return across(x, [](auto a, auto b) { return a + b; });
 }
 
 RLHF_FAST_INLINE float largest(F32 x) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; lane++) x[lane] = x[lane + half] > x[lane] ? x[lane + half] : x[lane];
-  }
-  return x[0];
+  return across(x, [](auto a, auto b) { return b > a ? b : a; });
 }
 
 // ---- loads and stores: any alignment, any of the three types, whole vectors or the first `count` lanes ----------------

@@ -100,8 +100,8 @@ def ordered_sum(values: torch.Tensor) -> torch.Tensor:
 
 def upcast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """All tensors in the dtype that is computed in: float64 when any of them is, else float32."""
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return tuple(tensor.to(torch.float64 if double else torch.float32) for tensor in tensors)
+    dtype = torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
+    return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,8 @@ def live_mask(op: str, mask: torch.Tensor | None, shape: torch.Size, device: tor
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:
     """Without a gradient. An inference tensor, as a rollout leaves them, is copied: torch keeps none for a backward."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        return tensor.detach()
     inference = torch.is_grad_enabled() and not torch.compiler.is_compiling() and tensor.is_inference()
     return tensor.clone() if inference else tensor
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._dispatch import register_backend
 
+_NUMBERS = {int, float, bool}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PACKAGE = Path(__file__).parent.parent
 
@@ -76,7 +77,7 @@ if _module is not None and (_path := os.environ.get("RLHF_FAST_CPU_PATH")):
 def launch(launcher: str, *arguments: Any) -> None:
     """Calls a launcher of csrc/rlhf_fast.h: tensors go as their data_ptr, None as 0."""
     getattr(_module, launcher)(*[
-        argument.data_ptr() if isinstance(argument, Tensor) else 0 if argument is None else argument
+        0 if argument is None else argument if type(argument) in _NUMBERS else argument.data_ptr()
         for argument in arguments
     ])  # fmt: skip
 

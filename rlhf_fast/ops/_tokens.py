@@ -46,18 +46,28 @@ def flat_tokens(
     targets = _checks.constant(targets).to(torch.int64)
     if data.device.type == "cpu" and not torch.compiler.is_compiling():
         _in_range(op, targets_name, targets, live, vocab)
-    return Tokens(targets.reshape(-1), live.reshape(-1), flat_temperature(op, temperature, data))
+    return Tokens(flat(targets), flat(live), flat_temperature(op, temperature, data))
+
+
+def flat(tokens: Tensor) -> Tensor:
+    """(...) -> (N,). A call of torch that changes nothing still costs a microsecond or more."""
+    return tokens if tokens.dim() == 1 else tokens.reshape(-1)
+
+
+def unflat(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """(N,) -> (...)."""
+    return tokens if len(shape) == 1 else tokens.reshape(shape)
 
 
 def flat_temperature(op: str, temperature: float | Tensor, data: Tensor) -> Tensor:
-    """One temperature a row of ``data`` (..., features), as (N,); no memory is taken where all are the same."""
+    """One temperature a row of ``data`` (..., features), as (N,)."""
     shape = data.shape[:-1]
     checked = _checks.temperatures(op, temperature, shape, data.device)
     dtype = accumulation_dtype(data.dtype)
     if isinstance(checked, Tensor):
         rows = _checks.constant(checked).to(dtype).expand(shape).reshape(-1)
         return rows.masked_fill(~_checks.usable_temperature(rows), torch.nan)
-    return torch.full((), checked, dtype=dtype, device=data.device).expand(shape.numel())
+    return torch.full((shape.numel(),), checked, dtype=dtype, device=data.device)
 
 
 def vocabulary(op: str, columns: int, vocab_size: int | None) -> int:

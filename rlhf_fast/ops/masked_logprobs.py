@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _checks
 from ._dispatch import implementation, implements
-from ._tokens import flat_tokens, vocabulary
+from ._tokens import flat_tokens, unflat, vocabulary
 from ._vocab import (
     RowStatistics,
     accumulation_dtype,
@@ -97,10 +97,12 @@ def masked_logprobs(
     vocab = vocabulary(op, logits.shape[-1], vocab_size)
     tokens = flat_tokens(op, logits, targets, mask, temperature=temperature, vocab=vocab, ignore_index=ignore_index)
     shape = logits.shape[:-1]
-    rows = (logits.contiguous() if inplace_backward else logits).reshape(shape.numel(), logits.shape[-1])
+    rows = logits.contiguous() if inplace_backward else logits
+    if rows.dim() != 2:
+        rows = rows.reshape(shape.numel(), logits.shape[-1])
     run = implementation(op, logits)
     logprobs, entropy = run(rows, *tokens, softcap, vocab, return_entropy, inplace_backward)
-    return (logprobs.reshape(shape), entropy.reshape(shape)) if return_entropy else logprobs.reshape(shape)
+    return (unflat(logprobs, shape), unflat(entropy, shape)) if return_entropy else unflat(logprobs, shape)
 
 
 @implements("masked_logprobs", "torch")

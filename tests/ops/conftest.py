@@ -7,7 +7,6 @@ import torch
 
 from rlhf_fast.ops import _native
 from rlhf_fast.ops._dispatch import use_backend
-from rlhf_fast.ops._fused import _linear
 
 BACKENDS = ["torch", "native"]
 
@@ -20,15 +19,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(params=_native.build_info().get("cpu_paths", ["not compiled"]))
-def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A path of the native backend, which is forced, as on a processor that has no more than this path needs.
-
-    Path and number of threads are restored.
-    """
+def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A path of the native backend, which is forced. Path and number of threads are restored."""
     best, threads = _native._module.path(), torch.get_num_threads()
     _native._module.choose_path(request.param)
-    bfloat16 = request.param == "avx512" and _native.multiplies_bfloat16()
-    monkeypatch.setattr(_linear, "multiplies_bfloat16", lambda: bfloat16)
     with use_backend("native"):
         yield request.param
     _native._module.choose_path(best)

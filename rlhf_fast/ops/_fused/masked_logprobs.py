@@ -1,5 +1,6 @@
 """masked_logprobs on fused kernels: the logits are read once forward, and once backward."""
 
+import functools
 from typing import Any
 
 import torch
@@ -68,12 +69,8 @@ def _fake(
 
 def _outputs(logits: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
-    new = logits.new_empty
-    return (
-        new(rows, dtype=torch.float32),
-        new(rows if return_entropy else 0, dtype=torch.float32),
-        new(rows, STATISTICS, dtype=torch.float32),
-    )
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
+    return empty(rows), empty(rows if return_entropy else 0), empty(rows, STATISTICS)
 
 
 def _backward_kernel(
