@@ -59,13 +59,13 @@ class Pair {
   void write_gradient(float constant, float slope, float ratio_slope, Out* grad) const {
     const float inverse_softcap = policy_.softcap() == 0 ? 0 : 1 / policy_.softcap();
     over_blocks_of_both([&](int64_t start, int count, const auto* x, const auto* y) __attribute__((always_inline)) {
-      for (int i = 0; i < count; i += kLanes) {
+      over_vectors(0, count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
         const F32 logit = load(x + i);
         const F32 p = probability(p_, logit), ratio = log_ratio(logit, load(y + i));
         F32 g = p * (constant + slope * gap(p_, logit) + ratio_slope * ratio);
         if (inverse_softcap != 0) g *= 1.0f - (logit * inverse_softcap) * (logit * inverse_softcap);
-        store(grad + start + i, where(p == 0.0f, F32{}, g), count - i);
-      }
+        store(grad + start + i, where(p == 0.0f, F32{}, g), lanes);
+      });
     });
   }
 

@@ -20,6 +20,13 @@ RLHF_FAST_INLINE void parallel_for(int64_t tasks, int64_t elements, int threads,
   for (int64_t i = 0; i < tasks; i++) task(i);
 }
 
+// Calls visit(i, lanes) for each vector of [start, end): whole ones, then the rest.
+template <class Visit>
+RLHF_FAST_INLINE void over_vectors(int64_t start, int64_t end, const Visit& visit) {
+  for (; start + kLanes <= end; start += kLanes) visit(start, kLanes);
+  if (start < end) visit(start, (int)(end - start));
+}
+
 // Tokens of one task of the token-level ops, and of one partial sum. Small enough for a few arrays to fit in L1.
 constexpr int64_t kBlock = 1024;
 

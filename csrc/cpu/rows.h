@@ -90,34 +90,44 @@ struct RowSums {
   }
 };
 
+// Adds a block whose largest columns are those of the row so far (kTop), or lie below.
+template <bool kWeighted, bool kTop, class T>
+RLHF_FAST_INLINE void add_block(const T* x, int count, float inverse_temperature, RowSums& sums) {
+  const float rate = kLog2E * inverse_temperature;
+  const F32 shift = all(sums.shift == -__builtin_inff() ? 0.0f : sums.shift);
+  F32 rest{}, weighted{}, tops{};
+  for (int i = 0; i < count; i += kLanes) {
+    const F32 gap = load(x + i) - shift;
+    const F32 e = exp2_scaled(gap, rate);
+    rest += kTop ? where(gap == 0.0f, F32{}, e) : e;
+    if (kTop) tops += where(gap == 0.0f, e, F32{});
+    if (kWeighted) weighted -= where(e == 0.0f, F32{}, e * gap);
+  }
+  sums.rest += sum(rest);
+  if (kTop) sums.tops += (int64_t)sum(tops);
+  if (kWeighted) sums.weighted += (double)sum(weighted) * inverse_temperature;
+}
+
 template <bool kWeighted, class T>
 RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
   RowSums sums;
   alignas(64) float scratch[kRowBlock];
-  const float rate = kLog2E * inverse_temperature;
   over_blocks(row.vocab(), [&](int64_t start, int count) __attribute__((always_inline)) {
     row.visit_block(start, count, scratch, [&](const auto* x) __attribute__((always_inline)) {
-      F32 peaks[4] = {all(sums.shift), all(sums.shift), all(sums.shift), all(sums.shift)};
+      F32 peaks[4];
+      for (int k = 0; k < 4; k++) peaks[k] = all(-__builtin_inff());
       int i = 0;
       for (; i + 3 * kLanes < count; i += 4 * kLanes) {
         for (int k = 0; k < 4; k++) peaks[k] = larger(load(x + i + k * kLanes), peaks[k]);
       }
       for (; i < count; i += kLanes) peaks[0] = larger(load(x + i), peaks[0]);
-      sums.raise_shift(largest(larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3]))), inverse_temperature);
-
-      const F32 shift = all(sums.shift == -__builtin_inff() ? 0.0f : sums.shift);
-      F32 rest{}, weighted{}, tops{};
-      for (i = 0; i < count; i += kLanes) {
-        const F32 gap = load(x + i) - shift;
-        const F32 e = exp2_scaled(gap, rate);
-        const I32 top = gap == 0.0f;
-        rest += where(top, F32{}, e);
-        tops += where(top, e, F32{});
-        if (kWeighted) weighted -= where(e == 0.0f, F32{}, e * gap);
+      const float peak = largest(larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3])));
+      sums.raise_shift(peak, inverse_temperature);
+      if (peak == sums.shift) {
+        add_block<kWeighted, true>(x, count, inverse_temperature, sums);
+      } else {
+        add_block<kWeighted, false>(x, count, inverse_temperature, sums);
       }
-      sums.rest += sum(rest);
-      sums.tops += (int64_t)sum(tops);
-      if (kWeighted) sums.weighted += (double)sum(weighted) * inverse_temperature;
     });
   });
   return sums;
@@ -169,14 +179,14 @@ RLHF_FAST_INLINE void write_others(const Row<T>& row, float inverse_temperature,
   slope *= inverse_temperature;
   over_blocks(row.vocab(), [&](int64_t start, int count) __attribute__((always_inline)) {
     row.visit_block(start, count, scratch, [&](const auto* x) __attribute__((always_inline)) {
-      for (int i = 0; i < count; i += kLanes) {
+      over_vectors(0, count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
         const F32 logit = load(x + i), gap = logit - shift;
         const F32 e = exp2_scaled(gap, rate);
         // an infinite gap meets 0, but a NaN in the factors has to show
         F32 g = e * (kSloped ? constant + slope * where(e == 0.0f, F32{}, gap) : all(constant));
         if (inverse_softcap != 0) g *= 1.0f - (logit * inverse_softcap) * (logit * inverse_softcap);
-        store(grad + start + i, g, count - i);
-      }
+        store(grad + start + i, g, lanes);
+      });
     });
   });
 }

@@ -16,13 +16,6 @@ RLHF_FAST_INLINE I32 live_lanes(const uint8_t* live, int64_t i, int lanes) {
 // x where it counts, else 0.
 RLHF_FAST_INLINE F32 kept(I32 live, F32 x) { return as_float(as_bits(x) & live); }
 
-// Calls visit(i, lanes) for each vector of the tokens [start, end).
-template <class Visit>
-RLHF_FAST_INLINE void over_vectors(int64_t start, int64_t end, const Visit& visit) {
-  for (; start + kLanes <= end; start += kLanes) visit(start, kLanes);
-  if (start < end) visit(start, (int)(end - start));
-}
-
 // Calls visit(sequence, start, end) for each part of the tokens [start, end) that lies in one sequence.
 template <class Visit>
 RLHF_FAST_INLINE void over_sequences(int64_t length, int64_t start, int64_t end, const Visit& visit) {
