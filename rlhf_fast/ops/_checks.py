@@ -4,7 +4,8 @@ import math
 
 import torch
 
-LOWEST_TEMPERATURE = 2.0**-126  # below it, float32 has no reciprocal
+# Past them, float32 has no reciprocal of a temperature, or no product of one and the exponents' range.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**119
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,8 +70,8 @@ def temperatures(
 ) -> float | torch.Tensor:
     """A positive number, or a tensor of positive numbers, one a row (scalar tensors become numbers' shape ``()``).
 
-    They are float32 numbers that have a float32 reciprocal. A tensor's entries are checked on the CPU; on a GPU that
-    would synchronise, and under torch.compile break the graph, so there any other entry gives NaN in its row.
+    A tensor's entries are checked on the CPU; on a GPU that would synchronise, and under torch.compile break the graph,
+    so there a wrong entry gives NaN in its row.
     """
     if isinstance(temperature, torch.Tensor):
         floating(op, temperature=temperature)
@@ -81,15 +82,15 @@ def temperatures(
         if device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = temperature[~usable_temperature(temperature)]
             if wrong.numel():
-                raise ValueError(f"{op}: every temperature must be a finite number > 0; got {wrong[0].item()}")
+                raise ValueError(f"{op}: every temperature must be > 0 and at most 2^119; got {wrong[0].item()}")
         return temperature
-    if not isinstance(temperature, (int, float)) or not LOWEST_TEMPERATURE <= temperature < math.inf:
-        raise ValueError(f"{op}: temperature must be a finite number > 0; got {temperature!r}")
+    if not isinstance(temperature, (int, float)) or not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        raise ValueError(f"{op}: temperature must be a number > 0 and at most 2^119; got {temperature!r}")
     return float(temperature)
 
 
 def usable_temperature(temperature: torch.Tensor) -> torch.Tensor:
-    return (temperature >= LOWEST_TEMPERATURE) & (temperature < math.inf)
+    return (temperature >= LOWEST_TEMPERATURE) & (temperature <= HIGHEST_TEMPERATURE)
 
 
 def is_number(op: str, **numbers: object) -> None:

@@ -14,7 +14,7 @@ class Tokens(NamedTuple):
 
     targets: Tensor  # (N,) int64
     live: Tensor  # (N,) bool, True = counts: the mask, less the tokens whose target is ignore_index
-    temperature: Tensor  # (N,) in the accumulation dtype; NaN where it is not a finite number > 0
+    temperature: Tensor  # (N,) in the accumulation dtype; NaN where it cannot be used
 
 
 def flat_tokens(

@@ -92,7 +92,7 @@ def test_loads(dtype: torch.dtype) -> None:
     At a temperature of an eighth of it, so that the log-prob tells a number from its neighbours however small it is.
     """
     x = every_pattern(dtype)
-    temperature = x.float().abs().nan_to_num(1, posinf=1).clamp(min=1e-36) / 8
+    temperature = x.float().abs().nan_to_num(1, posinf=1).clamp(min=1e-36, max=2.0**119) / 8
     log_odds = x.double() / temperature.double()
     logits = torch.stack([x, torch.zeros_like(x)], dim=1)
     for target, sign in ((0, 1), (1, -1)):

@@ -15,8 +15,10 @@ from .._native import dtype_code, launch, multiplies_bfloat16
 
 # The buffer of one chunk. Fewer rows a chunk would read the weight more often than it takes to multiply them.
 CHUNK_BYTES = 48 << 20
-# Columns of one product. Tiles that stay in the cache are a fifth faster in float32 than the whole width at once, and
-# what is added to the logits (bias, adapter) finds them there.
+# Rows of the buffer begin an odd number of cache lines apart: a power of two between them, of which vocabularies are
+# often a multiple, has them fight for the same places in the cache.
+LINE = 16
+# Columns of one product where more is done to them than to multiply: a tile stays in the cache in between.
 TILE = 1024
 
 Fold = Callable[[slice, tuple[Tensor, ...], int], None]
@@ -106,7 +108,8 @@ def sweep(head: LinearHead, hiddens: tuple[Tensor, ...], fold: Fold, wants: list
     most = max(1, CHUNK_BYTES // (4 * vocab * len(hiddens)))
     chunks = max(1, math.ceil(hidden.shape[0] / most))
     size = max(1, math.ceil(hidden.shape[0] / chunks))
-    buffers = [hidden.new_empty(size, vocab, dtype=torch.float32) for _ in hiddens]
+    width = LINE * (math.ceil(vocab / LINE) | 1)
+    buffers = [hidden.new_empty(size, width, dtype=torch.float32)[:, :vocab] for _ in hiddens]
     sums = _Sums(hidden, head, wants, dtype)
     with torch.autocast(hidden.device.type, enabled=False):  # which would round the products
         for start in range(0, hidden.shape[0], size):
@@ -138,7 +141,8 @@ def _project(hidden: Tensor, head: LinearHead, out: Tensor) -> None:
         inner = (hidden.float() @ head.down.float().T).mul_(head.scale)
     if hidden.dtype == torch.bfloat16:
         _bfloat16_product(hidden, head.weight, out)
-    for tile in _tiles(out.shape[1]):
+    plain = head.weight.dtype == torch.float32 and inner is None and head.bias is None
+    for tile in [slice(None)] if plain else _tiles(out.shape[1]):
         logits = out[:, tile]
         if hidden.dtype == torch.float32:
             torch.mm(hidden, head.weight[tile].float().T, out=logits)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # isinstance(number, Tensor) takes ten times as long as a look into this set
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), int, float, bool, str, list}
 
