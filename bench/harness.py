@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -81,8 +82,9 @@ def _called(contest: Contest, name: str) -> Results:
 def time_in_turn(
     runs: dict[str, Run], fresh: Callable[[], object] | None, device: torch.device, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds a run, one sample a round. In a round each contestant runs, so that a noisy moment hits them all, and
-    each round begins with the next one of them."""
+    """Seconds a run, one sample a round. In a round each contestant runs, so that a noisy moment hits them all, in an
+    order of chance, so that none always runs after the one that leaves it the warmest memory.
+    """
 
     def sample(run: Run, repeats: int) -> float:
         if fresh:
@@ -98,7 +100,7 @@ def time_in_turn(
         name: 1 if fresh else max(1, round(SAMPLE_SECONDS / max(sample(run, 1), 1e-7))) for name, run in runs.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
+    order, chance = list(runs), random.Random(0)
     gc.collect()
     gc.disable()
     try:
@@ -106,9 +108,9 @@ def time_in_turn(
         for done in range(MOST_ROUNDS):
             if done >= LEAST_ROUNDS and perf_counter() > end:
                 break
+            chance.shuffle(order)
             for name in order:
                 samples[name].append(sample(runs[name], repeats[name]))
-            order.append(order.pop(0))
     finally:
         gc.enable()
     return samples

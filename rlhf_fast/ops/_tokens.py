@@ -43,7 +43,7 @@ def flat_tokens(
     mask = _checks.live_mask(op, mask, shape, data.device)
     if mask is not None:
         live = live & mask
-    targets = _checks.constant(targets).to(torch.int64)
+    targets = _checks.constant(targets if targets.dtype == torch.int64 else targets.to(torch.int64))
     if data.device.type == "cpu" and not torch.compiler.is_compiling():
         _in_range(op, targets_name, targets, live, vocab)
     return Tokens(flat(targets), flat(live), flat_temperature(op, temperature, data))
