@@ -110,9 +110,9 @@ def cmake_settings() -> dict[str, str]:
 
 def compile_engine() -> Path:
     """Runs CMake; returns the compiled module."""
-    import pybind11  # not needed where there is nothing to compile
-
     compiler, settings = find_compiler(), cmake_settings()
+    import pybind11  # of the build's own environment; nobody needs it who has no compiler
+
     cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
     if cmake is None or ninja is None:
         raise SystemExit("rlhf-fast: no cmake or no ninja in PATH; leave out --no-build-isolation, or install both")

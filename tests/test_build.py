@@ -151,7 +151,11 @@ def test_what_cmake_is_told(
 
 
 @pytest.mark.parametrize("cuda", [False, True])
-def test_a_failing_cmake(setup: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str], cuda: bool) -> None:
+def test_a_failing_cmake(
+    setup: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cuda: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "pybind11", ModuleType("pybind11"))
+    sys.modules["pybind11"].get_cmake_dir = lambda: ""  # type: ignore[attr-defined]
     for name, script in {"c++": "", "ninja": "", "cmake": "echo 'gae.cpp:7: error: expected ;' >&2; exit 1"}.items():
         program(tmp_path / "bin" / name, script)
     if cuda:

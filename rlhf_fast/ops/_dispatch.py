@@ -15,7 +15,7 @@ import torch
 Implementation = Callable[..., Any]
 Probe = Callable[[torch.device], str | None]
 
-NAMES = ("cuda", "triton", "native", "torch")  # the order of preference
+NAMES = ("cuda", "triton", "native", "torch")
 _table: dict[str, dict[str, Implementation]] = {}
 _probes: dict[str, Probe] = {"torch": lambda device: None}
 _forced: str | None = None  # a plain global, which torch.compile guards on
@@ -54,11 +54,11 @@ def implementation(op: str, like: torch.Tensor) -> Implementation:
                 "Unset RLHF_FAST_BACKEND (or leave use_backend) to let rlhf-fast choose."
             )
         return _table[op]["torch" if like.dtype == torch.float64 else forced]
-    for name in NAMES:
+    for name in _candidates(device):
         reason = _why_not(op, name, device)
         if reason is None:
             return _table[op]["torch" if like.dtype == torch.float64 else name]
-        if name in _table[op] and _meant_for(name, device):
+        if name in _table[op]:
             _say_once(op, name, reason)
     raise RuntimeError(f"{op}: no backend can run on {device}")
 
@@ -78,7 +78,7 @@ def backends(device: str | torch.device | None = None) -> dict[str, dict[str, An
     for op in sorted(_table):
         reasons = {name: _why_not(op, name, where) for name in NAMES}
         available = [name for name, reason in reasons.items() if reason is None]
-        wanted = _forced_for(op) or (available[0] if available else None)
+        wanted = _forced_for(op) or next((name for name in _candidates(where) if name in available), None)
         listing[op] = {
             "chosen": wanted if wanted in available else None,
             "available": available,
@@ -133,8 +133,9 @@ def _checked(name: str) -> str:
     return name
 
 
-def _meant_for(name: str, device: torch.device) -> bool:
-    return (device.type == "cuda") == (name in ("cuda", "triton"))
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    """The backends meant for a device, best first; another one may run there, slowly, where it is forced."""
+    return ("cuda", "triton", "torch") if device.type == "cuda" else ("native", "torch")
 
 
 def _why_not(op: str, name: str, device: torch.device) -> str | None:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._native import dtype_code, launch, multiplies_bfloat16
+from .._launch import launch
+from .._native import dtype_code, multiplies_bfloat16
 
 # The buffer of one chunk's logits. Fewer rows a chunk would read the weight more often than it takes to multiply them.
 CHUNK_BYTES = 48 << 20

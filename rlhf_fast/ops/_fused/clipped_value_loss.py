@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from .._dispatch import implements
-from .._native import launch
+from .._launch import launch
 from ..clipped_value_loss import ValueLoss
 from ._loss import data_arguments, divisor, empty_outputs, gradient, result_arguments, save, wants_gradient
 from ._op import fused_op

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .._dispatch import implements
-from .._native import dtype_code, launch
+from .._launch import launch
+from .._native import dtype_code
 from ._op import fused_op
 from ._rows import STATISTICS, rows_arguments, unit_columns
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import implements
-from .._native import launch
+from .._launch import launch
 from ..gae import check_bounds
 from ._op import fused_op
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .._aggregate import aggregate, token_weights
 from .._dispatch import implements
+from .._launch import launch
 from .._linear import LoRA
-from .._native import launch
 from ._linear import LinearHead, LiveRows, empty_gradients, flat_head, scaled, sweep, wanted, wanted_dtypes
 from ._op import fused_op
 from .linear_logprobs import fold_arguments

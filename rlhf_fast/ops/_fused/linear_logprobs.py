@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._dispatch import implements
+from .._launch import launch
 from .._linear import LoRA
-from .._native import launch
 from ._linear import LinearHead, LiveRows, empty_gradients, flat_head, sweep, wanted, wanted_dtypes
 from ._op import fused_op
 from ._rows import rows_arguments

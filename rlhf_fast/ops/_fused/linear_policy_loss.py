@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._aggregate import scalar_tensor, token_weights
 from .._dispatch import implements
+from .._launch import launch
 from .._linear import LoRA
-from .._native import launch
 from .._tokens import Tokens
 from ..linear_policy_loss import LinearPolicyLoss, from_logprobs
 from ._linear import LinearHead, LiveRows, empty_gradients, flat_head, scaled, sweep, wanted, wanted_dtypes

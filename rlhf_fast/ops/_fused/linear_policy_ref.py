@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import implements
-from .._native import launch
+from .._launch import launch
 from ._linear import HeadGradients, LinearHead, LiveRows, empty_gradients, sweep, wanted_dtypes
 from ._op import fused_op
 from .linear_logprobs import fold_arguments

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import implements
-from .._native import launch
+from .._launch import launch
 from ._op import fused_op
 from ._rows import STATISTICS, logits_arguments, rows_arguments, unit_columns
 

@@ -7,7 +7,7 @@ import torch.distributed
 from torch import Tensor
 
 from .._dispatch import implements
-from .._native import launch
+from .._launch import launch
 from ..masked_whiten import EPSILON
 from ._op import fused_op
 

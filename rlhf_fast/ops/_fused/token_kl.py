@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import implements
-from .._native import launch
+from .._launch import launch
 from ._op import fused_op
 
 _CODES = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}  # Kl of csrc/rlhf_fast.h
