@@ -44,7 +44,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# About ten minutes on a quiet machine; then the README's table is made again.
+# About seven minutes on a quiet machine; then the README's table is made again.
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/rlhf-fast bench --json $(RESULTS).json --chart $(RESULTS).png

@@ -27,7 +27,9 @@ def result_arguments(
 ) -> tuple[object, ...]:
     """The launchers' last arguments. A num_items below 0 stands for none, so that a given one becomes 0 at least."""
     loss, statistics, grad = outputs
-    items = -1.0 if num_items is None else max(float(num_items), 0.0)
+    items: float | Tensor = -1.0
+    if num_items is not None:  # on a GPU its value stays there
+        items = num_items if num_items.is_cuda else max(float(num_items), 0.0)
     return aggregation, items, loss, statistics, grad if grad.dim() == 2 else None, torch.get_num_threads()
 
 

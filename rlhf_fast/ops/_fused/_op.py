@@ -28,7 +28,7 @@ def fused_op(
     A custom op costs 30 to 80 microseconds of Python a call, many times a small kernel. So plain tensors in eager mode
     reach the kernel straight, through an autograd.Function of the same formula; whatever watches or traces gets the op.
     """
-    op = torch.library.custom_op(f"rlhf_fast::{name}", mutates_args=mutates, device_types="cpu")(kernel)
+    op = torch.library.custom_op(f"rlhf_fast::{name}", mutates_args=mutates)(kernel)
     op.register_fake(fake)
     straight = _bumping(kernel) if mutates else kernel
     if gradient is not None and save is not None:

@@ -12,7 +12,7 @@ from ._op import fused_op
 
 
 @implements("clipped_policy_loss", "native")
-def native(
+def fused(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,

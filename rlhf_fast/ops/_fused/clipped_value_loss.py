@@ -12,7 +12,7 @@ from ._op import fused_op
 
 
 @implements("clipped_value_loss", "native")
-def native(
+def fused(
     values: Tensor,
     old_values: Tensor,
     returns: Tensor,

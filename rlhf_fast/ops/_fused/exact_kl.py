@@ -13,7 +13,7 @@ from ._rows import STATISTICS, rows_arguments, unit_columns
 
 
 @implements("exact_kl", "native")
-def native(logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor) -> Tensor:
+def fused(logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor) -> Tensor:
     return _forward(unit_columns(logits), unit_columns(ref_logits), live, temperature)[0]
 
 

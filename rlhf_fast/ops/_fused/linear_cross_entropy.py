@@ -14,11 +14,11 @@ from .._linear import LoRA
 from ._linear import LinearHead, LiveRows, empty_gradients, flat_head, scaled, sweep, wanted, wanted_dtypes
 from ._op import fused_op
 from .linear_logprobs import fold_arguments
-from .linear_logprobs import native as linear_logprobs
+from .linear_logprobs import fused as linear_logprobs
 
 
 @implements("linear_cross_entropy", "native")
-def native(
+def fused(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

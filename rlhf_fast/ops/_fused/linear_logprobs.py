@@ -16,7 +16,7 @@ from ._rows import rows_arguments
 
 
 @implements("linear_logprobs", "native")
-def native(
+def fused(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

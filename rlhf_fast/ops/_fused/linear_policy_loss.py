@@ -17,12 +17,12 @@ from ..linear_policy_loss import LinearPolicyLoss, from_logprobs
 from ._linear import LinearHead, LiveRows, empty_gradients, flat_head, scaled, sweep, wanted, wanted_dtypes
 from ._op import fused_op
 from .linear_logprobs import fold_arguments
-from .linear_logprobs import native as linear_logprobs
+from .linear_logprobs import fused as linear_logprobs
 from .token_kl import kl_codes
 
 
 @implements("linear_policy_loss", "native")
-def native(
+def fused(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -13,7 +13,7 @@ from .linear_logprobs import fold_arguments
 
 
 @implements("linear_policy_ref", "native")
-def native(
+def fused(
     hidden: Tensor,
     ref_hidden: Tensor,
     weight: Tensor,

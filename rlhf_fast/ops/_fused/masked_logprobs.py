@@ -13,7 +13,7 @@ from ._rows import STATISTICS, logits_arguments, rows_arguments, unit_columns
 
 
 @implements("masked_logprobs", "native")
-def native(
+def fused(
     logits: Tensor,
     targets: Tensor,
     live: Tensor,

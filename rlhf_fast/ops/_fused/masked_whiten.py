@@ -13,7 +13,7 @@ from ._op import fused_op
 
 
 @implements("masked_whiten", "native")
-def native(
+def fused(
     x: Tensor,
     live: Tensor | None,
     shift_mean: bool,

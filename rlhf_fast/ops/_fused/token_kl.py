@@ -19,7 +19,7 @@ def kl_codes(estimator: str) -> tuple[int, int]:
 
 
 @implements("token_kl", "native")
-def native(logprobs: Tensor, ref_logprobs: Tensor, live: Tensor | None, estimator: str) -> Tensor:
+def fused(logprobs: Tensor, ref_logprobs: Tensor, live: Tensor | None, estimator: str) -> Tensor:
     return _forward(logprobs, ref_logprobs, live, *kl_codes(estimator))
 
 
