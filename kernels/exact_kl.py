@@ -1,0 +1,103 @@
+"""KL(policy || reference) over the whole vocabulary. The forward reads both rows for their normalisers and again for
+the terms; the backward reads them once more.
+"""
+
+import triton
+from torch import Tensor
+
+from .gradients import empty_slopes, store_pair_slopes, store_slopes, write_gradient
+from .numbers import log1p
+from .pairs import empty_normalisers, join_terms, kl_parts, store_normalisers
+from .rows import GENERAL, Rows, inverse_temperatures, lane_rows, load_rows, store_rows
+from .sums import join_segments, sum_rows
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def _normalise(
+    count, live, temperature, temperature_stride, parts, ref_parts, segments, normalisers, statistics
+):  # fmt: skip
+    """A row with nothing above -inf has no normaliser: its infinite shift makes it NaN."""
+    row, alive = lane_rows(count, live)
+    inverse_temperature = inverse_temperatures(row, alive, temperature, temperature_stride)
+    shift, tops, rest, _ = join_segments(row, alive, parts, count, segments, inverse_temperature, False)
+    ref_shift, ref_tops, ref_rest, _ = join_segments(row, alive, ref_parts, count, segments, inverse_temperature, False)
+    offset = log1p(tops - 1.0 + rest) - log1p(ref_tops - 1.0 + ref_rest)
+    scale = 1.0 / (tops + rest)
+    store_normalisers(normalisers, row, count, alive, shift, scale, ref_shift, 1.0 / (ref_tops + ref_rest), offset)
+    store_rows(statistics, row * 4, count * 4, alive, shift)
+    store_rows(statistics + 1, row * 4, count * 4, alive, scale)
+    store_rows(statistics + 2, row * 4, count * 4, alive, ref_shift)
+    store_rows(statistics + 3, row * 4, count * 4, alive, offset)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def _finish(count, live, terms, segments, kl):
+    row, alive = lane_rows(count, live)
+    store_rows(kl, row, count, alive, join_terms(row, alive, terms, count, segments))
+
+
+def exact_kl(
+    count: int,
+    vocab: int,
+    targets: Tensor | None,
+    live: Tensor | None,
+    temperature: Tensor,
+    temperature_stride: int,
+    softcap: float,
+    threads: int,
+    logits: Tensor,
+    stride: int,
+    ref_logits: Tensor,
+    ref_stride: int,
+    dtype: int,
+    kl: Tensor,
+    statistics: Tensor,
+) -> None:
+    rows = Rows(count, vocab, targets, live, temperature, temperature_stride, softcap)
+    parts = sum_rows(rows, logits, stride, weighted=False)
+    ref_parts = sum_rows(rows, ref_logits, ref_stride, weighted=False)
+    normalisers = empty_normalisers(rows, logits.device)
+    _normalise[rows.lanes()](
+        count, live, temperature, temperature_stride, parts, ref_parts, rows.segments(), normalisers, statistics
+    )
+    terms = kl_parts(rows, logits, stride, ref_logits, ref_stride, normalisers)
+    _finish[rows.lanes()](count, live, terms, rows.segments(), kl)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def _prepare(count, live, temperature, temperature_stride, statistics, kl, grad_kl, slopes):
+    """d KL / d x_j = p_j (log p_j - log r_j - KL) / temperature"""
+    row, alive = lane_rows(count, live)
+    pull = load_rows(grad_kl, row, alive) * inverse_temperatures(row, alive, temperature, temperature_stride)
+    pull *= load_rows(statistics + 1, row * 4, alive)
+    constant = -pull * load_rows(kl, row, alive)
+    store_slopes(slopes, row, count, alive, load_rows(statistics, row * 4, alive), constant, 0.0, 0.0)
+    ref_shift = load_rows(statistics + 2, row * 4, alive)
+    store_pair_slopes(slopes, row, count, alive, ref_shift, load_rows(statistics + 3, row * 4, alive), -pull)
+
+
+def exact_kl_backward(
+    count: int,
+    vocab: int,
+    targets: Tensor | None,
+    live: Tensor | None,
+    temperature: Tensor,
+    temperature_stride: int,
+    softcap: float,
+    threads: int,
+    logits: Tensor,
+    stride: int,
+    ref_logits: Tensor,
+    ref_stride: int,
+    dtype: int,
+    statistics: Tensor,
+    kl: Tensor,
+    grad_kl: Tensor,
+    grad: Tensor,
+    grad_stride: int,
+) -> None:
+    rows = Rows(count, vocab, targets, live, temperature, temperature_stride, softcap)
+    slopes = empty_slopes(rows, logits.device)
+    _prepare[rows.lanes()](count, live, temperature, temperature_stride, statistics, kl, grad_kl, slopes)
+    reference = ref_logits, ref_stride
+    write_gradient(rows, logits, stride, slopes, grad, grad_stride, vocab, sloped=False, reference=reference)

@@ -1,0 +1,144 @@
+"""The token-level formulas, as in csrc/formulas.h: each is the formula of the torch reference of the same name.
+
+The exponentials are written out. Triton has no expm1, its exp is 2^(x log2 e) with a product that loses digits as x
+grows, and CUDA's own library is there neither in the interpreter nor on other targets.
+"""
+
+import triton
+import triton.language as tl
+
+K1 = tl.constexpr(0)
+K2 = tl.constexpr(1)
+K3 = tl.constexpr(2)
+
+# The log ratio is held within +-20; NaN passes.
+LOG_RATIO_BOUND = tl.constexpr(20.0)
+
+
+@triton.jit
+def _split(x):
+    """(half, fraction) with e^x = 2 * half * (1 + fraction): the factor 2 lets 2^128 pass. Below -86.9 half is 0."""
+    bounded = tl.where(x > 89.0, 89.0, x)
+    bounded = tl.where(bounded < -86.9, -86.9, bounded)
+    # adding 1.5 * 2^23 rounds to an integer, left in the low bits
+    shifted = bounded * 1.44269504 + 12582912.0
+    n = shifted - 12582912.0
+    r = bounded - n * 0.693145752
+    r = r - n * 1.42860677e-6
+    p = 1.9875691e-4 * r + 1.3981999e-3
+    p = p * r + 8.3334519e-3
+    p = p * r + 4.1665795e-2
+    p = p * r + 1.6666665e-1
+    p = p * r + 0.5
+    half = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F000000).to(tl.float32, bitcast=True)
+    return tl.where(x < -86.9, 0.0, half), p * (r * r) + r
+
+
+@triton.jit
+def exponential(x):
+    half, fraction = _split(x)
+    return 2.0 * (half * fraction + half)
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1, exact for small x too."""
+    half, fraction = _split(x)
+    return 2.0 * (half * fraction + (half - 0.5))
+
+
+@triton.jit
+def k3(x):
+    """exp(x) - 1 - x to a few units in the last place: where it would cancel, its series."""
+    tail = 1.0 + x * (1.0 / 9)
+    tail = 1.0 + x * (1.0 / 8) * tail
+    tail = 1.0 + x * (1.0 / 7) * tail
+    tail = 1.0 + x * (1.0 / 6) * tail
+    tail = 1.0 + x * (1.0 / 5) * tail
+    tail = 1.0 + x * (1.0 / 4) * tail
+    tail = 1.0 + x * (1.0 / 3) * tail
+    # the bound keeps inf - inf out; wherever it acts, exp(x) is infinite already
+    bounded = tl.where(x > 1000.0, 1000.0, x)
+    return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * tail, expm1(x) - bounded)
+
+
+@triton.jit
+def kl_value(d, ESTIMATOR: tl.constexpr):
+    """d = logprob - ref_logprob."""
+    if ESTIMATOR == K1:
+        value = d
+    elif ESTIMATOR == K2:
+        value = 0.5 * d * d
+    elif ESTIMATOR == K3:
+        value = k3(-d)
+    else:
+        value = tl.abs(d)
+    return value
+
+
+@triton.jit
+def kl_slope(d, ESTIMATOR: tl.constexpr):
+    """d value / d logprob; that of abs is 0 at NaN, as torch.sign is."""
+    if ESTIMATOR == K1:
+        slope = tl.full(d.shape, 1.0, tl.float32)
+    elif ESTIMATOR == K2:
+        slope = d
+    elif ESTIMATOR == K3:
+        slope = -expm1(-d)
+    else:
+        slope = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0))
+    return slope
+
+
+@triton.jit
+def bounded_log_ratio(log_ratio):
+    log_ratio = tl.where(log_ratio > LOG_RATIO_BOUND, LOG_RATIO_BOUND, log_ratio)
+    return tl.where(log_ratio < -LOG_RATIO_BOUND, -LOG_RATIO_BOUND, log_ratio)
+
+
+@triton.jit
+def policy_token(log_ratio, ratio, advantage, low, high, dual_clip):
+    """PPO's clipped loss of a token: (loss, its slope by the log-prob, whether the clipped branch is in force).
+
+    ``log_ratio`` is its own and not yet bounded; ``ratio`` is that of its bounded log ratio, or its sequence's.
+    dual_clip is +inf for none. At a tie, and at the very ceiling, the unclipped branch is in force.
+    """
+    held = tl.where(ratio < low, low, ratio)
+    held = tl.where(held > high, high, held)
+    unclipped = -advantage * ratio
+    at_bound = -advantage * held
+    ceiling = -advantage * dual_clip
+    outside = at_bound > unclipped
+    loss = tl.where(outside, at_bound, unclipped)
+    over = (advantage < 0.0) & (loss > ceiling)
+    clipped = outside | over
+    constant = clipped | (tl.abs(log_ratio) > LOG_RATIO_BOUND)
+    return tl.where(over, ceiling, loss), tl.where(constant, 0.0, unclipped), clipped
+
+
+@triton.jit
+def value_token(value, old_value, target, clip):
+    """0.5 * max((v - R)^2, (clip(v) - R)^2): (loss, its slope by the value, whether the clipped branch is in force).
+
+    clip is +inf for none. At a tie the unclipped branch is in force.
+    """
+    held = tl.where(value < old_value - clip, old_value - clip, value)
+    held = tl.where(held > old_value + clip, old_value + clip, held)
+    error = value - target
+    held_error = held - target
+    squared = error * error
+    held_squared = held_error * held_error
+    clipped = held_squared > squared
+    return 0.5 * tl.where(clipped, held_squared, squared), tl.where(clipped, 0.0, error), clipped
+
+
+@triton.jit
+def gae_gain(reward, value, gamma_lam, gamma_rest):
+    """What a token adds to the one before it. With g_t = gamma * value_t + gamma_lam * advantage_t,
+
+    advantage_t = reward_t - value_t + g_{t+1}  and  g_t = gain_t + gamma_lam * g_{t+1},
+
+    one number to carry instead of two. ``gamma_rest`` is gamma - gamma_lam, taken before the rounding, so that values
+    cancel exactly at lam = 1. An infinite value makes NaN of all before it, as in the reference.
+    """
+    return gamma_lam * reward + gamma_rest * value + (value - value)

@@ -1,0 +1,247 @@
+"""Whitening: mean 0 and variance 1 over the live elements. ``whitened`` may be ``x`` itself.
+
+Nothing but the few numbers that come of the sums is float64: a mean far from 0 costs no digits, because deviations are
+taken from a mean of two floats, and the moments of a tile are about its own mean.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tokens import (
+    PARTS,
+    TILE,
+    WARPS,
+    live_at,
+    load_kept,
+    load_part,
+    merge_moments,
+    tile_moments,
+    tile_of_tokens,
+)
+
+EPSILON = tl.constexpr(1e-8)  # added to the variance, as in rlhf_fast/ops/masked_whiten.py
+
+
+@triton.jit
+def _tile(x, live, count, TILE: tl.constexpr):
+    index = tile_of_tokens(TILE)
+    inside = index < count
+    counted = live_at(live, index, inside)
+    return index, inside, counted, load_kept(x, index, inside, counted)
+
+
+@triton.jit
+def _deviations(x, mean, counted):
+    """x - mean, of a float64 mean as two floats."""
+    near = mean.to(tl.float32)
+    return tl.where(counted, (x - near) - (mean - near).to(tl.float32), 0.0)
+
+
+@triton.jit
+def _measure(x, live, count, parts, TILE: tl.constexpr):
+    _, _, counted, x = _tile(x, live, count, TILE)
+    part_count, near, off, deviation = tile_moments(x, counted)
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
+    tl.store(parts + tile, part_count)
+    tl.store(parts + tiles + tile, near)
+    tl.store(parts + 2 * tiles + tile, off)
+    tl.store(parts + 3 * tiles + tile, deviation)
+
+
+@triton.jit
+def _all_moments(parts, tiles):
+    count = tl.zeros((), tl.float64)
+    mean = tl.zeros((), tl.float64)
+    deviation = tl.zeros((), tl.float64)
+    for start in range(0, tiles, PARTS):
+        tile = start + tl.arange(0, PARTS)
+        means = load_part(parts, 1, tiles, tile) + load_part(parts, 2, tiles, tile)
+        count, mean, deviation = merge_moments(
+            count, mean, deviation, load_part(parts, 0, tiles, tile), means, load_part(parts, 3, tiles, tile)
+        )
+    return count, mean, deviation
+
+
+@triton.jit
+def _add_moments(parts, tiles, given_mean, moments):
+    count, mean, deviation = _all_moments(parts, tiles)
+    if given_mean is None:
+        second = count * mean
+    else:
+        step = mean - tl.load(given_mean)
+        second = deviation + count * step * step
+    tl.store(moments, count)
+    tl.store(moments + 1, second)
+
+
+@triton.jit
+def _store_statistics(count, mean, deviation, statistics, UNBIASED: tl.constexpr):
+    scale = 1.0 / tl.sqrt(deviation / tl.maximum(count - UNBIASED, 1.0) + EPSILON)
+    tl.store(statistics, count)
+    tl.store(statistics + 1, mean)
+    tl.store(statistics + 2, scale)
+    return scale
+
+
+@triton.jit
+def _add_statistics(parts, tiles, statistics, UNBIASED: tl.constexpr):
+    count, mean, deviation = _all_moments(parts, tiles)
+    _store_statistics(count, mean, deviation, statistics, UNBIASED)
+
+
+@triton.jit
+def _whiten(
+    x,
+    live,
+    count,
+    statistics,
+    whitened,
+    SHIFT_MEAN: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    MEASURE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """With MEASURE the tile is all there is, and the statistics are an output."""
+    index, inside, counted, x = _tile(x, live, count, TILE)
+    if MEASURE:
+        tile_count, near, off, deviation = tile_moments(x, counted)
+        mean = near.to(tl.float64) + off.to(tl.float64)
+        scale = _store_statistics(tile_count.to(tl.float64), mean, deviation.to(tl.float64), statistics, UNBIASED)
+    else:
+        mean = tl.load(statistics + 1)
+        scale = tl.load(statistics + 2)
+    result = _deviations(x, mean, counted) * scale.to(tl.float32)
+    if not SHIFT_MEAN:
+        result = tl.where(counted, result + mean.to(tl.float32), 0.0)
+    tl.store(whitened + index, result, mask=inside)
+
+
+@triton.jit
+def _measure_backward(x, live, count, statistics, grad_whitened, parts, TILE: tl.constexpr):
+    index, inside, counted, x = _tile(x, live, count, TILE)
+    upstream = load_kept(grad_whitened, index, inside, counted)
+    deviations = _deviations(x, tl.load(statistics + 1), counted)
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
+    tl.store(parts + tile, tl.sum(upstream))
+    tl.store(parts + tiles + tile, tl.sum(upstream * deviations))
+
+
+# With d = x - mean and variance = sum(d^2) / k:
+# d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, + mean(grad) where not shift_mean.
+@triton.jit
+def _whiten_backward(
+    x,
+    live,
+    count,
+    statistics,
+    grad_whitened,
+    parts,
+    tiles,
+    grad,
+    SHIFT_MEAN: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Without ``parts`` the tile is all there is."""
+    index, inside, counted, x = _tile(x, live, count, TILE)
+    upstream = load_kept(grad_whitened, index, inside, counted)
+    deviations = _deviations(x, tl.load(statistics + 1), counted)
+    if parts is None:
+        total = tl.sum(upstream).to(tl.float64)
+        product = tl.sum(upstream * deviations).to(tl.float64)
+    else:
+        total = tl.zeros((), tl.float64)
+        product = tl.zeros((), tl.float64)
+        for start in range(0, tiles, PARTS):
+            tile = start + tl.arange(0, PARTS)
+            total += tl.sum(load_part(parts, 0, tiles, tile))
+            product += tl.sum(load_part(parts, 1, tiles, tile))
+    elements = tl.load(statistics)
+    scale = tl.load(statistics + 2)
+    mean_grad = total / tl.maximum(elements, 1.0)
+    slope = -scale * scale * scale * product / tl.maximum(elements - UNBIASED, 1.0)
+    result = _deviations(upstream, mean_grad, counted) * scale.to(tl.float32) + deviations * slope.to(tl.float32)
+    if not SHIFT_MEAN:
+        result = result + mean_grad.to(tl.float32)
+    tl.store(grad + index, tl.where(counted, result, 0.0), mask=inside)
+
+
+def masked_moments(
+    count: int, x: Tensor, live: Tensor | None, mean: Tensor | None, moments: Tensor, threads: int
+) -> None:
+    tiles = _tiles(count)
+    parts = _measured(count, x, live, tiles)
+    _add_moments[(1,)](parts, tiles, mean, moments, num_warps=4)
+
+
+def masked_whiten(
+    count: int,
+    x: Tensor,
+    live: Tensor | None,
+    shift_mean: bool,
+    unbiased: bool,
+    given: bool,
+    statistics: Tensor,
+    whitened: Tensor,
+    threads: int,
+) -> None:
+    tiles = _tiles(count)
+    if tiles > 1 and not given:
+        parts = _measured(count, x, live, tiles)
+        _add_statistics[(1,)](parts, tiles, statistics, UNBIASED=unbiased, num_warps=4)
+    _whiten[(tiles,)](
+        x,
+        live,
+        count,
+        statistics,
+        whitened,
+        SHIFT_MEAN=shift_mean,
+        UNBIASED=unbiased,
+        MEASURE=tiles == 1 and not given,
+        TILE=TILE,
+        num_warps=WARPS,
+    )
+
+
+def masked_whiten_backward(
+    count: int,
+    x: Tensor,
+    live: Tensor | None,
+    shift_mean: bool,
+    unbiased: bool,
+    statistics: Tensor,
+    grad_whitened: Tensor,
+    grad: Tensor,
+    threads: int,
+) -> None:
+    tiles = _tiles(count)
+    parts = None
+    if tiles > 1:
+        parts = torch.empty((2, tiles), dtype=torch.float32, device=x.device)
+        _measure_backward[(tiles,)](x, live, count, statistics, grad_whitened, parts, TILE=TILE, num_warps=WARPS)
+    _whiten_backward[(tiles,)](
+        x,
+        live,
+        count,
+        statistics,
+        grad_whitened,
+        parts,
+        tiles,
+        grad,
+        SHIFT_MEAN=shift_mean,
+        UNBIASED=unbiased,
+        TILE=TILE,
+        num_warps=WARPS,
+    )
+
+
+def _tiles(count: int) -> int:
+    return max(triton.cdiv(count, TILE), 1)
+
+
+def _measured(count: int, x: Tensor, live: Tensor | None, tiles: int) -> Tensor:
+    parts = torch.empty((4, tiles), dtype=torch.float32, device=x.device)
+    _measure[(tiles,)](x, live, count, parts, TILE=TILE, num_warps=WARPS)
+    return parts

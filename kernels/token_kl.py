@@ -1,0 +1,58 @@
+"""Estimates of the KL from two log-probs a token: one sweep forward, one backward."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .formulas import kl_slope, kl_value
+from .tokens import TILE, WARPS, live_at, tile_of_tokens
+
+
+@triton.jit
+def _sweep(logprobs, ref_logprobs, live, grad_kl, out, tokens, ESTIMATOR: tl.constexpr, TILE: tl.constexpr):
+    """The estimates or, with grad_kl, the gradient."""
+    index = tile_of_tokens(TILE)
+    inside = index < tokens
+    counted = live_at(live, index, inside)
+    logprob = tl.load(logprobs + index, mask=inside, other=0.0)
+    difference = tl.where(counted, logprob - tl.load(ref_logprobs + index, mask=inside, other=0.0), 0.0)
+    if grad_kl is None:
+        result = kl_value(difference, ESTIMATOR)
+    else:
+        grad = tl.load(grad_kl + index, mask=inside, other=0.0)
+        result = tl.where(counted, grad * kl_slope(difference, ESTIMATOR), 0.0)
+    tl.store(out + index, result, mask=inside)
+
+
+def token_kl(
+    count: int, logprobs: Tensor, ref_logprobs: Tensor, live: Tensor | None, estimator: int, kl: Tensor, threads: int
+) -> None:
+    _launch(count, logprobs, ref_logprobs, live, None, kl, estimator)
+
+
+def token_kl_backward(
+    count: int,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    live: Tensor | None,
+    slope: int,
+    grad_kl: Tensor,
+    grad: Tensor,
+    threads: int,
+) -> None:
+    _launch(count, logprobs, ref_logprobs, live, grad_kl, grad, slope)
+
+
+def _launch(
+    count: int,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    live: Tensor | None,
+    grad_kl: Tensor | None,
+    out: Tensor,
+    estimator: int,
+) -> None:
+    if count == 0:
+        return
+    grid = (triton.cdiv(count, TILE),)
+    _sweep[grid](logprobs, ref_logprobs, live, grad_kl, out, count, ESTIMATOR=estimator, TILE=TILE, num_warps=WARPS)
