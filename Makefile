@@ -52,7 +52,7 @@ bench: $(VENV)/installed
 
 # dist/*.whl, installed without a compiler into an environment of its own and tested there, away from the checkout.
 wheel: $(VENV)/installed
-	rm -rf dist
+	rm -rf dist build/lib build/lib.*
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(BIN)/python tests/wheel.py dist
 

@@ -67,22 +67,8 @@ def _kernel(
     return loss, rows.put(grads.hidden) if wants[0] else grads.hidden, *grads[1:]
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    scale: float,
-    targets: Tensor,
-    live: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    weights: Tensor,
-    wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = LinearHead(weight, bias, down, up, scale)
-    return hidden.new_empty((), dtype=torch.float32), *empty_gradients(hidden, head, wants)
+def _fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return hidden.new_empty((), dtype=torch.float32), *empty_gradients(hidden, LinearHead(*rest[:5]), rest[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

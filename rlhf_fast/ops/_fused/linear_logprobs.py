@@ -75,21 +75,8 @@ def _kernel(
     return rows.put(logprobs), rows.put(entropy) if return_entropy else entropy, rows.put(slopes) if ahead else slopes
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    scale: float,
-    targets: Tensor,
-    live: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    return_entropy: bool,
-    ahead: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = hidden.shape[0]
+def _fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, (return_entropy, ahead) = hidden.shape[0], rest[-2:]
     return (
         hidden.new_empty(rows, dtype=torch.float32),
         hidden.new_empty(rows if return_entropy else 0, dtype=torch.float32),
@@ -128,22 +115,8 @@ def _backward_kernel(
     return grads._replace(hidden=rows.put(grads.hidden)) if wants[0] else grads
 
 
-def _backward_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    scale: float,
-    targets: Tensor,
-    live: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_gradients(hidden, LinearHead(weight, bias, down, up, scale), wants)
+def _backward_fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return empty_gradients(hidden, LinearHead(*rest[:5]), rest[-1])
 
 
 _backward = fused_op("linear_logprobs_backward", _backward_kernel, _backward_fake)

@@ -118,33 +118,9 @@ def _kernel(
     return total, torch.stack(statistics), rows.put(grads.hidden) if wants[0] else grads.hidden, *grads[1:]
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    scale: float,
-    targets: Tensor,
-    live: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    aggregation: str,
-    num_items: Tensor | None,
-    wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = LinearHead(weight, bias, down, up, scale)
+def _fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     statistics = hidden.new_empty(len(LinearPolicyLoss._fields) - 1, dtype=torch.float32)
-    return statistics.new_empty(()), statistics, *empty_gradients(hidden, head, wants)
+    return statistics.new_empty(()), statistics, *empty_gradients(hidden, LinearHead(*rest[:5]), rest[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -72,20 +72,8 @@ def _fold_all(
     return sweep(head, (rows.take(hidden), rows.take(ref_hidden)), fold, wants)
 
 
-def _fake(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    live: Tensor,
-    temperature: Tensor,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def tokens() -> Tensor:
-        return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-
-    return tokens(), tokens(), tokens(), tokens()
+def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4))
 
 
 def _backward_kernel(
@@ -112,22 +100,8 @@ def _backward_kernel(
     return rows.put(grads.hidden) if wants[0] else grads.hidden, grads.weight, grads.bias
 
 
-def _backward_fake(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    live: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    grad_kl: Tensor,
-    wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = empty_gradients(hidden, LinearHead(weight, bias, None, None, 0.0), [*wants, False, False])
-    return grads.hidden, grads.weight, grads.bias
+def _backward_fake(hidden: Tensor, _: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return empty_gradients(hidden, LinearHead(weight, bias, None, None, 0.0), [*rest[-1], False, False])[:3]
 
 
 _backward = fused_op("linear_policy_ref_backward", _backward_kernel, _backward_fake)
