@@ -1,14 +1,21 @@
-"""The command line in this process, on the tiny model, with small data files in the working folder."""
+"""Triton's interpreter where there is no GPU; the command line in this process, on the tiny model, with small data files
+in the working folder.
+"""
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from command_lines import OWN, arguments, write_data
 
-from rlhf_fast.cli import main
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when a kernel is defined
+
+from rlhf_fast.cli import main  # noqa: E402
 
 
 class Outcome(NamedTuple):

@@ -27,11 +27,12 @@ def register_backend(name: str, probe: Probe) -> None:
     _probes[_checked(name)] = probe
 
 
-def implements(op: str, backend: str) -> Callable[[Implementation], Implementation]:
-    """Decorator: this function is ``backend``'s implementation of ``op``."""
+def implements(op: str, *backends: str) -> Callable[[Implementation], Implementation]:
+    """Decorator: this function is the implementation of ``op`` on each of ``backends``."""
 
     def register(function: Implementation) -> Implementation:
-        _table.setdefault(op, {})[_checked(backend)] = function
+        for backend in backends:
+            _table.setdefault(op, {})[_checked(backend)] = function
         return function
 
     return register

@@ -8,7 +8,7 @@ import torch
 from rlhf_fast.ops import _native
 from rlhf_fast.ops._dispatch import use_backend
 
-BACKENDS = ["torch", "native"]
+BACKENDS = ["torch", "native", "triton"]
 
 
 @pytest.fixture(params=BACKENDS)

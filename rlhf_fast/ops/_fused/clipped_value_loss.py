@@ -11,7 +11,7 @@ from ._loss import data_arguments, divisor, empty_outputs, gradient, result_argu
 from ._op import fused_op
 
 
-@implements("clipped_value_loss", "native")
+@implements("clipped_value_loss", "native", "triton")
 def fused(
     values: Tensor,
     old_values: Tensor,

@@ -47,4 +47,4 @@ def _fake(rewards: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 
-implements("gae", "native")(fused_op("gae", _kernel, _fake))
+implements("gae", "native", "triton")(fused_op("gae", _kernel, _fake))

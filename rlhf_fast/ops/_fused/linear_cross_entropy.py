@@ -17,7 +17,7 @@ from .linear_logprobs import fold_arguments
 from .linear_logprobs import fused as linear_logprobs
 
 
-@implements("linear_cross_entropy", "native")
+@implements("linear_cross_entropy", "native", "triton")
 def fused(
     hidden: Tensor,
     weight: Tensor,

@@ -15,7 +15,7 @@ from ._op import fused_op
 from ._rows import rows_arguments
 
 
-@implements("linear_logprobs", "native")
+@implements("linear_logprobs", "native", "triton")
 def fused(
     hidden: Tensor,
     weight: Tensor,

@@ -21,7 +21,7 @@ from .linear_logprobs import fused as linear_logprobs
 from .token_kl import kl_codes
 
 
-@implements("linear_policy_loss", "native")
+@implements("linear_policy_loss", "native", "triton")
 def fused(
     hidden: Tensor,
     weight: Tensor,

@@ -12,7 +12,7 @@ from ._op import fused_op
 from .linear_logprobs import fold_arguments
 
 
-@implements("linear_policy_ref", "native")
+@implements("linear_policy_ref", "native", "triton")
 def fused(
     hidden: Tensor,
     ref_hidden: Tensor,
