@@ -147,9 +147,9 @@ PYBIND11_MODULE(_C, m) {
       release());
   m.def(
       "linear_logprobs",
-      [](ROWS, Address logits, Size stride, Address logprobs, Address entropy, bool write_gradient, int gradient,
-         Address grad_logprobs, Address grad_entropy) {
-        cpu().linear_logprobs({ROWS_VALUE, logits, stride, logprobs, entropy, write_gradient, (DType)gradient,
+      [](ROWS, Address logits, Size stride, Address logprobs, Address entropy, Address grad, int dtype,
+         Size grad_stride, Address grad_logprobs, Address grad_entropy) {
+        cpu().linear_logprobs({ROWS_VALUE, logits, stride, logprobs, entropy, logits_of(grad, dtype, grad_stride),
                                grad_logprobs, grad_entropy});
       },
       release());
@@ -157,19 +157,19 @@ PYBIND11_MODULE(_C, m) {
       "linear_policy_loss",
       [](ROWS, Address logits, Size stride, Address old_logprobs, Address advantages, Address ref_logprobs,
          Address share, float clip_low, float clip_high, float dual_clip, float kl_coef, float entropy_coef,
-         int kl_slope, bool write_gradient, int gradient, Address logprobs, Address entropy) {
+         int kl_slope, Address grad, int dtype, Size grad_stride, Address logprobs, Address entropy) {
         cpu().linear_policy_loss({ROWS_VALUE, logits, stride, old_logprobs, advantages, ref_logprobs, share, clip_low,
-                                  clip_high, dual_clip, kl_coef, entropy_coef, (Kl)kl_slope, write_gradient,
-                                  (DType)gradient, logprobs, entropy});
+                                  clip_high, dual_clip, kl_coef, entropy_coef, (Kl)kl_slope,
+                                  logits_of(grad, dtype, grad_stride), logprobs, entropy});
       },
       release());
   m.def(
       "linear_policy_ref",
       [](ROWS, Address logits, Size stride, Address ref_logits, Size ref_stride, Address logprobs,
-         Address ref_logprobs, Address entropy, Address kl, bool write_gradient, int gradient, Address grad_logprobs,
-         Address grad_entropy, Address grad_kl) {
+         Address ref_logprobs, Address entropy, Address kl, Address grad, int dtype, Size grad_stride,
+         Address grad_logprobs, Address grad_entropy, Address grad_kl) {
         cpu().linear_policy_ref({ROWS_VALUE, logits, stride, ref_logits, ref_stride, logprobs, ref_logprobs, entropy,
-                                 kl, write_gradient, (DType)gradient, grad_logprobs, grad_entropy, grad_kl});
+                                 kl, logits_of(grad, dtype, grad_stride), grad_logprobs, grad_entropy, grad_kl});
       },
       release());
   m.def(

@@ -84,20 +84,19 @@ struct ExactKlBackward {
   Logits grad;           // may be the logits themselves
 };
 
-// ---- the fold of the ops with an lm head: a tile of logits becomes its own gradient, in place ------------------------
+// ---- the fold of the ops with an lm head: a tile of logits and its gradient -------------------------------------------
 //
-// The logits are float32. The gradient is of `gradient`'s type, and a row of it starts where its row of logits starts.
+// The logits are float32. The gradient `grad` (data nullptr = not wanted) may lie over them, each row where its logits
+// start.
 
-// logprobs and entropy of every row and, where write_gradient, over the logits
-// grad_logprobs * d logprob + grad_entropy * d entropy.
+// logprobs and entropy of every row, and grad_logprobs * d logprob + grad_entropy * d entropy.
 struct LinearLogprobs {
   Rows rows;
   float* logits;
   int64_t row_stride;
   float* logprobs;
   float* entropy;              // nullptr = not wanted
-  bool write_gradient;
-  DType gradient;
+  Logits grad;
   const float* grad_logprobs;  // (count,), or nullptr = 1
   const float* grad_entropy;   // (count,), or nullptr = 0
 };
@@ -114,13 +113,12 @@ struct LinearPolicyLoss {
   float clip_low, clip_high, dual_clip;  // bounds of the ratio: 1 - clip_low, 1 + clip_high; +inf = no dual clip
   float kl_coef, entropy_coef;
   Kl kl_slope;
-  bool write_gradient;
-  DType gradient;
+  Logits grad;
   float* logprobs;
   float* entropy;
 };
 
-// Policy and reference side by side: a tile of logits each. Where write_gradient, the policy's tile becomes
+// Policy and reference side by side: a tile of logits each; the gradient is that of the policy's,
 // grad_logprobs * d logprob + grad_entropy * d entropy + grad_kl * d KL.
 struct LinearPolicyRef {
   Rows rows;
@@ -132,9 +130,8 @@ struct LinearPolicyRef {
   float* ref_logprobs;
   float* entropy;
   float* kl;
-  bool write_gradient;
-  DType gradient;
-  const float* grad_logprobs;  // these three, (count,), with write_gradient
+  Logits grad;
+  const float* grad_logprobs;  // these three, (count,), with grad
   const float* grad_entropy;
   const float* grad_kl;
 };

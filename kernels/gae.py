@@ -72,6 +72,16 @@ def _measure(
 
 
 @triton.jit
+def _without_a_sequence(advantages, returns, start, stop, BLOCK: tl.constexpr):
+    """NaN for tokens that wrong bounds leave out."""
+    for at in range(start, stop, BLOCK):
+        index = at + tl.arange(0, BLOCK)
+        nothing = tl.full((BLOCK,), float("nan"), tl.float32)
+        tl.store(advantages + index, nothing, mask=index < stop)
+        tl.store(returns + index, nothing, mask=index < stop)
+
+
+@triton.jit
 def _sweep(
     rewards,
     values,
@@ -102,6 +112,10 @@ def _sweep(
         bound = cu_seqlens + tl.program_id(0)
         start = tl.minimum(tl.maximum(tl.load(bound), 0), tokens)
         size = tl.minimum(tl.maximum(tl.load(bound + 1), start), tokens) - start
+        if tl.program_id(0) == 0:
+            _without_a_sequence(advantages, returns, start * 0, start, BLOCK)
+        if tl.program_id(0) == sequences - 1:
+            _without_a_sequence(advantages, returns, start + size, tokens, BLOCK)
     if block_rates is None:
         first = 0
         last = tl.cdiv(size, BLOCK)
@@ -146,6 +160,10 @@ def gae(
 ) -> None:
     tokens = rewards.numel()
     if tokens == 0:
+        return
+    if sequences == 0:  # packed, and wrongly so
+        advantages.fill_(float("nan"))
+        returns.fill_(float("nan"))
         return
     # packed sequences are cut alike, whatever lies beside them
     block = BLOCK if cu_seqlens is not None else min(max(triton.next_power_of_2(length), 32), BLOCK)

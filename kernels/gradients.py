@@ -30,17 +30,9 @@ from .rows import (
     vector_starts,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def empty_slopes(rows: Rows, device: torch.device) -> Tensor:
     return torch.empty(7, rows.length, dtype=torch.float32, device=device)
-
-
-def over_logits(logits: Tensor, stride: int, dtype: int) -> tuple[Tensor, int]:
-    """The memory of float32 logits as a gradient in the dtype of that code, a row where its logits were; its stride."""
-    grad = logits.view(DTYPES[dtype])
-    return grad, stride * logits.element_size() // grad.element_size()
 
 
 @triton.jit
@@ -118,16 +110,11 @@ def block_gradient(
 def write_segments(
     vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, ref_logits, ref_stride, slopes,
     grad, grad_stride, columns, count, segments, VECTOR: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr,
-    NARROWED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a segment. ``grad`` may be the logits. Where it is and is NARROWED, that is of a smaller type, a
-    row starts where its logits do and one program walks it all, behind its own reads.
-    """
+    """The gradient of a segment. ``grad`` may be the logits, where it is of their type."""
     row = (tl.program_id(0) // segments).to(tl.int64)
     start = tl.program_id(0) % segments * SEGMENT
-    stop = columns
-    if not NARROWED:
-        stop = tl.minimum(start + SEGMENT, columns)
+    stop = tl.minimum(start + SEGMENT, columns)
     offsets = block_columns(VECTOR)
     begins = vector_starts(VECTOR)
     out = grad + tl.multiple_of(row * grad_stride, VECTOR)
@@ -148,15 +135,11 @@ def write_segments(
                 g = block_gradient(
                     data, ref_data, at, offsets, vocab, target, rate, softcap, factors, CAPPED, SLOPED, True
                 )
-                if NARROWED:
-                    tl.debug_barrier()
                 tl.store(out + at + offsets, rounded(g, kind))
             else:
                 g = block_gradient(
                     data, ref_data, at, offsets, vocab, target, rate, softcap, factors, CAPPED, SLOPED, False
                 )
-                if NARROWED:
-                    tl.debug_barrier()
                 tl.store(out + at + offsets, rounded(g, kind), mask=at + begins < stop)
     else:
         for at in range(start, stop, BLOCK):
@@ -179,12 +162,10 @@ def write_gradient(
 
     ``reference`` is the other row of a pair, with its stride.
     """
-    narrowed = grad.element_size() < logits.element_size()
-    segments = 1 if narrowed else triton.cdiv(columns, SEGMENT.value)
+    segments = triton.cdiv(columns, SEGMENT.value)
     ref_logits, ref_stride = reference or (None, 0)
     width = vector((logits, stride), reference or (logits, stride), (grad, grad_stride))
     write_segments[(rows.length * segments,)](
         *rows[1:], logits, stride, ref_logits, ref_stride, slopes, grad, grad_stride, columns, rows.length, segments,
-        VECTOR=width if columns % width == 0 else 1, CAPPED=rows.softcap != 0, SLOPED=sloped, NARROWED=narrowed,
-        num_warps=WARPS,
+        VECTOR=width if columns % width == 0 else 1, CAPPED=rows.softcap != 0, SLOPED=sloped, num_warps=WARPS,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradients import empty_slopes, over_logits, store_row_slopes, write_gradient
+from .gradients import empty_slopes, store_row_slopes, write_gradient
 from .rows import GENERAL, ROWS, Rows, inverse_temperatures, lane_rows, load_rows, store_rows, target_logits
 from .sums import finish_rows, join_segments, sum_rows
 
@@ -47,18 +47,18 @@ def linear_logprobs(
     stride: int,
     logprobs: Tensor,
     entropy: Tensor | None,
-    write: bool,
-    gradient: int,
+    grad: Tensor | None,
+    grad_dtype: int,
+    grad_stride: int,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
     rows = Rows(count, vocab, targets, live, temperature, temperature_stride, softcap)
     parts = sum_rows(rows, logits, stride, weighted=entropy is not None or grad_entropy is not None)
-    slopes = empty_slopes(rows, logits.device) if write else None
+    slopes = empty_slopes(rows, logits.device) if grad is not None else None
     _finish[rows.lanes()](
         *rows, logits, stride, parts, rows.segments(), logprobs, entropy, grad_logprobs, grad_entropy, slopes,
         CAPPED=softcap != 0,
     )  # fmt: skip
-    if slopes is not None:
-        grad = over_logits(logits, stride, gradient)
-        write_gradient(rows, logits, stride, slopes, *grad, vocab, sloped=grad_entropy is not None)
+    if grad is not None and slopes is not None:
+        write_gradient(rows, logits, stride, slopes, grad, grad_stride, vocab, sloped=grad_entropy is not None)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formulas import bounded_log_ratio, exponential, kl_slope, policy_token
-from .gradients import empty_slopes, over_logits, store_row_slopes, write_gradient
+from .gradients import empty_slopes, store_row_slopes, write_gradient
 from .rows import GENERAL, Rows, inverse_temperatures, lane_rows, load_rows, store_rows, target_logits
 from .sums import finish_rows, join_segments, sum_rows
 
@@ -59,19 +59,19 @@ def linear_policy_loss(
     kl_coef: float,
     entropy_coef: float,
     kl_slope_code: int,
-    write: bool,
-    gradient: int,
+    grad: Tensor | None,
+    grad_dtype: int,
+    grad_stride: int,
     logprobs: Tensor,
     entropy: Tensor,
 ) -> None:
     rows = Rows(count, vocab, targets, live, temperature, temperature_stride, softcap)
     parts = sum_rows(rows, logits, stride, weighted=True)
-    slopes = empty_slopes(rows, logits.device) if write else None
+    slopes = empty_slopes(rows, logits.device) if grad is not None else None
     _finish[rows.lanes()](
         *rows, logits, stride, parts, rows.segments(), old_logprobs, advantages,
         ref_logprobs if kl_coef != 0 else None, share, 1 - clip_low, 1 + clip_high, dual_clip, kl_coef, entropy_coef,
         logprobs, entropy, slopes, CAPPED=softcap != 0, KL=kl_slope_code,
     )  # fmt: skip
-    if slopes is not None:
-        grad = over_logits(logits, stride, gradient)
-        write_gradient(rows, logits, stride, slopes, *grad, vocab, sloped=entropy_coef != 0)
+    if grad is not None and slopes is not None:
+        write_gradient(rows, logits, stride, slopes, grad, grad_stride, vocab, sloped=entropy_coef != 0)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formulas import exponential
-from .gradients import empty_slopes, over_logits, store_pair_slopes, store_row_slopes, write_gradient
+from .gradients import empty_slopes, store_pair_slopes, store_row_slopes, write_gradient
 from .pairs import empty_normalisers, join_terms, kl_parts, kl_terms, store_normalisers
 from .rows import GENERAL, Rows, cap_slope, inverse_temperatures, lane_rows, load_rows, store_rows, target_logits
 from .sums import finish_rows, join_segments, sum_rows
@@ -87,8 +87,9 @@ def linear_policy_ref(
     ref_logprobs: Tensor,
     entropy: Tensor,
     kl: Tensor,
-    write: bool,
-    gradient: int,
+    grad: Tensor | None,
+    grad_dtype: int,
+    grad_stride: int,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_kl: Tensor | None,
@@ -97,7 +98,7 @@ def linear_policy_ref(
     parts = sum_rows(rows, logits, stride, weighted=True)
     ref_parts = sum_rows(rows, ref_logits, ref_stride, weighted=False)
     normalisers = empty_normalisers(rows, logits.device)
-    slopes = empty_slopes(rows, logits.device) if write else None
+    slopes = empty_slopes(rows, logits.device) if grad is not None else None
     _normalise[rows.lanes()](
         *rows, logits, stride, ref_logits, ref_stride, parts, ref_parts, rows.segments(), logprobs, ref_logprobs,
         entropy, grad_logprobs, grad_entropy, normalisers, slopes, CAPPED=softcap != 0,
@@ -107,7 +108,6 @@ def linear_policy_ref(
         *rows, logits, stride, terms, rows.segments(), logprobs, ref_logprobs, kl, grad_kl, normalisers, slopes,
         CAPPED=softcap != 0,
     )  # fmt: skip
-    if slopes is not None:
-        grad = over_logits(logits, stride, gradient)
+    if grad is not None and slopes is not None:
         reference = ref_logits, ref_stride
-        write_gradient(rows, logits, stride, slopes, *grad, vocab, sloped=True, reference=reference)
+        write_gradient(rows, logits, stride, slopes, grad, grad_stride, vocab, sloped=True, reference=reference)

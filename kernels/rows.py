@@ -9,7 +9,7 @@ from torch import Tensor
 from .numbers import tanh
 
 # Columns that a program sums: long enough to pay for its start, short enough to spread 16 rows over 132 processors.
-SEGMENT: tl.constexpr = tl.constexpr(16384)
+SEGMENT: tl.constexpr = tl.constexpr(8192)
 # Columns that it reads at a time, by LANES threads: 32 bytes a thread of a half type, 64 of float32.
 BLOCK: tl.constexpr = tl.constexpr(2048)
 LANES: tl.constexpr = tl.constexpr(128)
@@ -46,9 +46,8 @@ class Rows(NamedTuple):
 
 def vector(*rows: tuple[Tensor, int]) -> int:
     """Columns in a load of 16 bytes, or 1 where one of the (tensor, row stride) has rows that begin elsewhere."""
-    size = rows[0][0].element_size()
-    aligned = all(tensor.data_ptr() % 16 == 0 and stride * size % 16 == 0 for tensor, stride in rows)
-    return 16 // size if aligned else 1
+    aligned = all(tensor.data_ptr() % 16 == 0 and stride * tensor.element_size() % 16 == 0 for tensor, stride in rows)
+    return 16 // rows[0][0].element_size() if aligned else 1
 
 
 # ---- a block of columns ----------------------------------------------------------------------------------------------

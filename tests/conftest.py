@@ -1,5 +1,5 @@
-"""Triton's interpreter where there is no GPU; the command line in this process, on the tiny model, with small data files
-in the working folder.
+"""Triton's interpreter where there is no GPU; and the command line in this process, on the tiny model, with small data
+files in the working folder.
 """
 
 import os

@@ -13,8 +13,9 @@ void linear_logprobs(const LinearLogprobs& a) {
     const RowResult result = evaluate_row(row, inverse_temperature, a.entropy || a.grad_entropy);
     a.logprobs[i] = result.logprob;
     if (a.entropy) a.entropy[i] = result.entropy;
-    if (!a.write_gradient) return;
-    typed(data, a.gradient, [&](auto* grad) {
+    if (!a.grad.data) return;
+    typed(a.grad.data, a.grad.dtype, [&](auto* grads) {
+      auto* grad = grads + i * a.grad.row_stride;
       write_row_gradient(row, a.rows.targets[i], target_logit, result.statistics, inverse_temperature, result.logprob,
                          result.entropy, a.grad_logprobs ? a.grad_logprobs[i] : 1,
                          a.grad_entropy ? a.grad_entropy[i] : 0, grad);

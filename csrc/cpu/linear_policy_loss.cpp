@@ -28,8 +28,9 @@ void linear_policy_loss(const LinearPolicyLoss& a) {
     const RowResult result = evaluate_row(row, inverse_temperature, true);
     a.logprobs[i] = result.logprob;
     a.entropy[i] = result.entropy;
-    if (!a.write_gradient) return;
-    typed(data, a.gradient, [&](auto* grad) {
+    if (!a.grad.data) return;
+    typed(a.grad.data, a.grad.dtype, [&](auto* grads) {
+      auto* grad = grads + i * a.grad.row_stride;
       write_row_gradient(row, a.rows.targets[i], target_logit, result.statistics, inverse_temperature, result.logprob,
                          result.entropy, a.share[i] * logprob_slope(a, i, result.logprob),
                          -a.share[i] * a.entropy_coef, grad);

@@ -38,9 +38,10 @@ void linear_policy_ref(const LinearPolicyRef& a) {
     a.ref_logprobs[i] = r.logprob;
     a.entropy[i] = p.entropy;
     a.kl[i] = kl;
-    if (!a.write_gradient) return;
+    if (!a.grad.data) return;
     const float grad_logprob = a.grad_logprobs[i], grad_entropy = a.grad_entropy[i], grad_kl = a.grad_kl[i];
-    typed(data, a.gradient, [&](auto* grad) {
+    typed(a.grad.data, a.grad.dtype, [&](auto* grads) {
+      auto* grad = grads + i * a.grad.row_stride;
       if (grad_kl == 0) {
         return write_row_gradient(policy, target, target_logit, p.statistics, inverse_temperature, p.logprob, p.entropy,
                                   grad_logprob, grad_entropy, grad);

@@ -15,8 +15,16 @@ def routed(launcher: str, *arguments: Any) -> None:
     The device of the first tensor decides; under the interpreter CPU tensors go to Triton where it is forced.
     """
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    on_triton = device.type == "cuda" or (_triton.INTERPRETED and forced_backend() == "triton")
-    (_triton if on_triton else _native).launch(launcher, *arguments)
+    if device.type == "cuda":
+        if device.index == torch.cuda.current_device():
+            _triton.launch(launcher, *arguments)
+        else:
+            with torch.cuda.device(device):  # Triton launches on the current one
+                _triton.launch(launcher, *arguments)
+    elif _triton.INTERPRETED and forced_backend() == "triton":
+        _triton.launch(launcher, *arguments)
+    else:
+        _native.launch(launcher, *arguments)
 
 
 # A torch without a GPU need not ask, which would take a microsecond a call.

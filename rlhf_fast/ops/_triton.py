@@ -11,19 +11,20 @@ import torch
 from ._dispatch import register_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, when a kernel is defined
-OLDEST = (8, 0)  # compute capability: bfloat16 and 16-byte asynchronous copies
+INSTALLED = importlib.util.find_spec("triton") is not None
+OLDEST = 8  # compute capability, which brought bfloat16
 # The files of launchers that do not bear an op's name.
 _FILES = {"masked_moments": "masked_whiten"}
 
 
-@functools.cache
 def _probe(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         return "Triton is not installed: pip install triton"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < OLDEST:
-            return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}; {device} has {capability[0]}.{capability[1]}"
+        # of all that asks for the capability, this is what torch.compile knows to be constant
+        found = torch.cuda.get_device_properties(device)
+        if found.major < OLDEST:
+            return f"needs compute capability {OLDEST}.0 or newer; {found.name} has {found.major}.{found.minor}"
         return None
     if device.type == "cpu" and INTERPRETED:
         return None

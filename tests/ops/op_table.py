@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from devices import seeded
 from torch import Tensor
 
 from rlhf_fast import ops
@@ -49,7 +50,7 @@ def make(
 
     Not float64 unless asked for, which runs the torch reference on every backend.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def normal(leading: tuple[int, ...], trailing: tuple[int, ...]) -> Tensor:
         size = (*leading, *(vocab if length == V else length for length in trailing))
@@ -69,7 +70,7 @@ def outputs_and_grads(call: Call, op: Op, case: Case, mask: Tensor | None) -> tu
     outputs = call(x, case.targets, mask)
     if not op.grads:
         return outputs, {}
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     total = torch.zeros((), dtype=torch.float64)
     for output in outputs:
         if output.requires_grad:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from devices import seeded
 
 from rlhf_fast.ops._aggregate import AGGREGATIONS, aggregate
 from rlhf_fast.ops.clipped_policy_loss import PolicyLoss, clipped_policy_loss
@@ -20,7 +21,7 @@ def loss_and_gradient(ratios: list, advantages: list, **arguments: object) -> tu
 
 def sample(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """logprobs, old_logprobs, advantages, mask; about a third of the ratios outside the default clip range."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     old_logprobs, noise, advantages = torch.randn(3, *shape, generator=generator, dtype=dtype).unbind()
     mask = torch.rand(shape, generator=generator) < 0.7
     return old_logprobs + 0.2 * noise, old_logprobs, advantages, mask

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from devices import seeded
 
 from rlhf_fast.ops._aggregate import AGGREGATIONS, aggregate
 from rlhf_fast.ops.clipped_value_loss import clipped_value_loss
@@ -9,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 def sample(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """values, old_values, returns, mask; many of the values further than 0.2 from the old ones."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     old_values, noise, returns = torch.randn(3, *shape, generator=generator, dtype=dtype).unbind()
     return old_values + 0.5 * noise, old_values, returns, torch.rand(shape, generator=generator) < 0.7
 

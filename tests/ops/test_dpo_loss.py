@@ -1,5 +1,6 @@
 import pytest
 import torch
+from devices import seeded
 
 from rlhf_fast.ops.dpo_loss import dpo_loss
 
@@ -54,7 +55,7 @@ def test_a_tie_is_not_counted_as_accurate() -> None:
 
 @pytest.mark.parametrize("arguments", [{}, {"label_smoothing": 0.2}, {"loss_type": "ipo"}, {"loss_type": "hinge"}])
 def test_gradcheck(arguments: dict) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     chosen, rejected, *refs = torch.randn(4, 5, dtype=torch.float64, generator=generator).unbind()
     assert torch.autograd.gradcheck(
         lambda a, b: dpo_loss(a, b, *refs, beta=0.7, **arguments).loss,
@@ -99,7 +100,7 @@ def test_gradients_go_to_the_policy_alone() -> None:
 
 
 def test_strides_and_dtypes() -> None:
-    table = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+    table = torch.randn(6, 4, generator=seeded(1)).bfloat16()
     expected = dpo_loss(*(column.float().contiguous() for column in table.unbind(1)))
     got = dpo_loss(*table.unbind(1))
     for ours, wanted in zip(got, expected, strict=True):

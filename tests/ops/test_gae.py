@@ -1,5 +1,6 @@
 import pytest
 import torch
+from devices import device_of, seeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ def by_definition(rewards: list[float], values: list[float], gamma: float, lam: 
 
 
 def sample(seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     rewards, values = torch.randn(2, *shape, generator=generator).unbind()
     return rewards, values, torch.rand(shape, generator=generator) < 0.6
 
@@ -114,7 +115,7 @@ def test_long_sequences_against_a_loop(
     seed: int, lengths: list[int], live_share: float, gamma: float, lam: float
 ) -> None:
     rewards, values, _ = sample(seed, sum(lengths))
-    mask = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed)) < live_share
+    mask = torch.rand(sum(lengths), generator=seeded(seed)) < live_share
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     packed, _ = gae(rewards, values, mask, cu_seqlens=bounds, gamma=gamma, lam=lam)
     inside = torch.arange(max(lengths)) < bounds.diff()[:, None]
@@ -131,6 +132,17 @@ def test_long_sequences_against_a_loop(
                 expected[row, t - start] = advantage
     torch.testing.assert_close(from_padded, expected.float(), rtol=1e-5, atol=1e-4)  # sums of up to 400 tokens
     assert torch.equal(packed, torch.cat([row[:length] for row, length in zip(from_padded, lengths, strict=True)]))
+
+
+def test_packed_past_a_block_and_beside_an_empty_sequence() -> None:
+    lengths = [3, 0, 1500, 1]
+    rewards, values, mask = sample(5, sum(lengths))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    packed = gae(rewards, values, mask, gamma=0.9, lam=0.8, cu_seqlens=bounds)
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        one = (x[None, start:stop].double() for x in (rewards, values))
+        for ours, alone in zip(packed, gae(*one, mask[None, start:stop], gamma=0.9, lam=0.8), strict=True):
+            torch.testing.assert_close(ours[start:stop].double(), alone[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
@@ -222,10 +234,11 @@ def test_dtypes() -> None:
     assert advantages.dtype == torch.float64 and advantages[0, 2].item() == 1 + 2**-30
 
 
-@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 2, 6])])
-def test_the_reference_is_a_proper_custom_op(cu_seqlens: torch.Tensor | None) -> None:
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 2, 6]])
+def test_the_reference_is_a_proper_custom_op(cu_seqlens: list[int] | None) -> None:
     rewards, values, mask = sample(9, *((2, 3) if cu_seqlens is None else (6,)))
-    torch.library.opcheck(torch.ops.rlhf_fast.gae_torch, (rewards, values, mask, cu_seqlens, 0.9, 0.8))
+    bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+    torch.library.opcheck(torch.ops.rlhf_fast.gae_torch, (rewards, values, mask, bounds, 0.9, 0.8))
 
 
 def test_bad_arguments() -> None:
@@ -250,8 +263,15 @@ def test_bad_arguments() -> None:
 
 @pytest.mark.parametrize("bounds", [[1, 3], [0, 2], [0, 4], [0, 2, 1, 3], [0, 5, 3]])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_bad_bounds(bounds: list[int], compiled: bool) -> None:
+def test_bad_bounds(bounds: list[int], compiled: bool, backend: str) -> None:
+    """On the CPU alone; on a GPU no token without a sequence comes out as if it had one."""
     function = torch.compile(gae, fullgraph=True, backend="aot_eager") if compiled else gae
+    if device_of(backend) == "cuda":
+        if backend != "torch":
+            advantages, _ = function(torch.zeros(3), torch.zeros(3), cu_seqlens=torch.tensor(bounds))
+            uncovered = [*range(bounds[0]), *range(bounds[-1], 3)]
+            assert advantages[uncovered].isnan().all()
+        return
     with pytest.raises(ValueError, match="must start at 0, never decrease and end at the number of tokens, 3"):
         function(torch.zeros(3), torch.zeros(3), cu_seqlens=torch.tensor(bounds))
 

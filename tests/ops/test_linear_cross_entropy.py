@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import seeded
 
 from rlhf_fast.ops import linear_cross_entropy
 
@@ -25,14 +26,14 @@ def test_reductions_by_hand() -> None:
     assert linear_cross_entropy(HIDDEN, WEIGHT, LABELS).item() == pytest.approx(sum(LOSSES) / 3)
 
 
-@pytest.mark.parametrize("num_items", [10, torch.tensor(10)], ids=["int", "tensor"])
-def test_num_items_is_the_divisor(num_items: int | torch.Tensor) -> None:
-    loss = linear_cross_entropy(HIDDEN, WEIGHT, LABELS, num_items=num_items)
-    assert loss.item() == pytest.approx(sum(LOSSES) / 10)
+def test_num_items_is_the_divisor() -> None:
+    for num_items in (10, torch.tensor(10)):
+        loss = linear_cross_entropy(HIDDEN, WEIGHT, LABELS, num_items=num_items)
+        assert loss.item() == pytest.approx(sum(LOSSES) / 10)
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     hidden = torch.randn(4, 6, 3, dtype=torch.float64, generator=generator)
     weight = torch.randn(5, 3, dtype=torch.float64, generator=generator)
     labels = torch.randint(0, 5, (4, 6), generator=generator)
@@ -44,7 +45,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
 
 
 def test_agrees_with_torch_and_shifts_nothing() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     hidden = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator)
     weight = torch.randn(7, 3, dtype=torch.float64, generator=generator)
     labels = torch.randint(0, 6, (2, 5), generator=generator)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import seeded
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +17,7 @@ INF = float("inf")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
 
 
 def test_by_hand() -> None:
@@ -130,7 +131,7 @@ def test_autocast_does_not_round_the_logits() -> None:
     hidden, weight = normal(5, 64, dtype=torch.float32), normal(50, 64, seed=1, dtype=torch.float32)
     targets = torch.arange(5)
     plain = linear_logprobs(hidden, weight, targets)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
         assert torch.equal(linear_logprobs(hidden, weight, targets), plain)
 
 

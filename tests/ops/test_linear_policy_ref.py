@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import seeded
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_fast.ops import exact_kl, linear_logprobs, linear_policy_ref
@@ -38,7 +39,7 @@ def test_a_confident_policy_keeps_the_digits_of_its_gradient(lead: float, target
 
 
 def random_inputs() -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     hidden, ref_hidden = torch.randn(2, 2, 3, 4, dtype=torch.float64, generator=generator)
     weight = torch.randn(9, 4, dtype=torch.float64, generator=generator)
     return hidden, ref_hidden, weight, torch.randint(0, 7, (2, 3), generator=generator)

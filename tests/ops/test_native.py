@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.ops._dispatch import implementation
-from rlhf_fast.ops._fused import _linear
+from rlhf_fast.ops._fused import _products
 
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 row_wise_op = pytest.mark.parametrize("op", [op for op in OPS if op.row_wise], ids=lambda op: op.name)
@@ -113,7 +113,7 @@ def test_a_head_past_two_to_the_31() -> None:
 @every_op
 def test_every_output_is_written_whole(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     """New memory full of NaN, as torch fills it where it is asked to be deterministic, changes nothing."""
-    monkeypatch.setattr(_linear, "CHUNK_BYTES", 4 * VOCAB * 7)  # with a last chunk that is not full
+    monkeypatch.setattr(_products, "CHUNK_BYTES", 4 * VOCAB * 7)  # with a last chunk that is not full
     cases = [sizeable(op), make(op), make(op, (3, 5), torch.bfloat16)]
     clean = [results(op, case) for case in cases]
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from devices import seeded
 
 from rlhf_fast.ops.pairwise_loss import pairwise_loss
 
@@ -40,7 +41,7 @@ def test_extreme_scores_keep_their_digits() -> None:
 
 
 def test_gradcheck() -> None:
-    chosen, rejected, margin = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chosen, rejected, margin = torch.randn(3, 5, dtype=torch.float64, generator=seeded(0))
     inputs = (chosen.requires_grad_(), rejected.requires_grad_(), margin)
     assert torch.autograd.gradcheck(pairwise_loss, inputs[:2])
     assert torch.autograd.gradcheck(lambda a, b: pairwise_loss(a, b, margin), inputs[:2])
@@ -61,7 +62,7 @@ def test_a_nan_score_is_not_hidden_and_stays_in_its_row() -> None:
 
 
 def test_strides_and_dtypes() -> None:
-    scores = torch.randn(6, 2, generator=torch.Generator().manual_seed(1)).half()
+    scores = torch.randn(6, 2, generator=seeded(1)).half()
     expected = pairwise_loss(scores[:, 0].float().contiguous(), scores[:, 1].float().contiguous())
     got = pairwise_loss(scores[:, 0], scores[:, 1])
     assert got.dtype == torch.float32 and torch.equal(got, expected)

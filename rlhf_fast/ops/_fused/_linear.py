@@ -4,26 +4,15 @@ The live rows go in chunks. A chunk's logits fill one buffer, the fold turns the
 products with that gradient follow before the next chunk takes the buffer: with a frozen head, two products in all.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._launch import launch
-from .._native import dtype_code, multiplies_bfloat16
+from ._products import TILE, empty_logits, logits_product, plan, product, product_dtype, tiles
 
-# The buffer of one chunk's logits. Fewer rows a chunk would read the weight more often than it takes to multiply them.
-CHUNK_BYTES = 48 << 20
-# Rows of the buffer begin an odd number of cache lines apart: a power of two between them, of which vocabularies are
-# often a multiple, has them fight for the same places in the cache.
-LINE = 16
-# Columns of one product. Tiles that stay in the cache are a tenth faster in float32 than the whole width at once, and
-# what is added to the logits (bias, adapter) finds them there.
-TILE = 2048
-
-Fold = Callable[[slice, tuple[Tensor, ...], int], None]
+Fold = Callable[[slice, tuple[Tensor, ...], Tensor | None], None]
 
 
 class LinearHead(NamedTuple):
@@ -67,10 +56,14 @@ def wanted_dtypes(hidden: Tensor, head: LinearHead, wants: list[bool]) -> list[t
 
 
 def empty_gradients(hidden: Tensor, head: LinearHead, wants: list[bool]) -> HeadGradients:
-    """Uninitialised, in float32, which the chunks are added up in. (0,) where not wanted."""
+    """Uninitialised, (0,) where not wanted. In float32, which the chunks are added up in; but a hidden state belongs to
+    one chunk, so that its gradient may be rounded to bfloat16 at once. (In float16 it could vanish.)
+    """
     tensors = zip(trainable(hidden, head), wants, strict=True)
     shapes = [tensor.shape if want and tensor is not None else (0,) for tensor, want in tensors]
-    return HeadGradients(*(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes))
+    first = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
+    dtypes = (first, *(torch.float32,) * (len(shapes) - 1))
+    return HeadGradients(*(hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
 
 
 def scaled(grad_loss: Tensor, grads: tuple[Tensor, ...], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
@@ -78,87 +71,53 @@ def scaled(grad_loss: Tensor, grads: tuple[Tensor, ...], dtypes: list[torch.dtyp
     return [None if dtype is None else (grad_loss * grad).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
 
-class LiveRows:
-    """The live ones of N rows: taken out side by side, and put back among zeros."""
-
-    def __init__(self, live: Tensor) -> None:
-        self.rows = live.shape[0]
-        self.index = None if bool(live.all()) else live.nonzero().squeeze(1)
-        self.count = self.rows if self.index is None else self.index.shape[0]
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """(N, ...) -> (live, ...), contiguous."""
-        return tensor.contiguous() if self.index is None else tensor.index_select(0, self.index)
-
-    def put(self, tensor: Tensor) -> Tensor:
-        """(live, ...) -> (N, ...), 0 elsewhere."""
-        if self.index is None:
-            return tensor
-        return tensor.new_zeros(self.rows, *tensor.shape[1:]).index_copy_(0, self.index, tensor)
-
-
 def sweep(head: LinearHead, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]) -> HeadGradients:
     """Folds the logits of every row of ``hiddens`` (one or two of (live, H)), a chunk at a time.
 
-    ``fold(rows, logits, dtype)`` gets a slice of the rows and their float32 logits, one (n, V) for each of ``hiddens``.
-    Where gradients are wanted it leaves d loss / d logits over the first, in the dtype of that code, a row where its
-    logits were; the gradients are those of the first alone.
+    ``fold(rows, logits, grad)`` gets a slice of the rows and their float32 logits, one (n, V) for each of ``hiddens``.
+    Where gradients are wanted it writes d loss / d logits of the first into ``grad`` (n, V), which may lie over those
+    logits, a row over its own; the gradients are those of the first alone.
     """
-    hidden = hiddens[0]
-    vocab = head.weight.shape[0]
-    dtype = _product_dtype(hidden.dtype)
-    most = max(1, CHUNK_BYTES // (4 * vocab))
-    chunks = max(1, math.ceil(hidden.shape[0] / most))
-    size = max(1, math.ceil(hidden.shape[0] / chunks))
-    width = LINE * (math.ceil(vocab / LINE) | 1)
-    buffers = [hidden.new_empty(size, width, dtype=torch.float32)[:, :vocab] for _ in hiddens]
+    hidden, device = hiddens[0], head.weight.device
+    rows, vocab = hidden.shape[0], head.weight.shape[0]
+    dtype = product_dtype(hidden)
+    in_one = head.weight.dtype == dtype and head.bias is None and head.down is None
+    cut = plan(rows, vocab, device, in_one)
+    columns = tiles(vocab, cut.columns)
+    buffers = [empty_logits(cut, vocab, dtype, device) for _ in hiddens]
+    grads = buffers[0][1]
     sums = _Sums(hidden, head, wants, dtype)
-    with torch.autocast(hidden.device.type, enabled=False):  # which would round the products
-        for start in range(0, hidden.shape[0], size):
-            rows = slice(start, min(start + size, hidden.shape[0]))
-            inputs = [states[rows].to(dtype) for states in hiddens]
-            logits = tuple(buffer[: rows.stop - start] for buffer in buffers)
+    with torch.autocast(device.type, enabled=False):  # which would round the products
+        for start in range(0, rows, cut.rows):
+            stop = min(start + cut.rows, rows)
+            inputs = [states[start:stop].to(dtype) for states in hiddens]
+            logits = [buffer[: stop - start] for buffer, _ in buffers]
             for states, out in zip(inputs, logits, strict=True):
-                _project(states, head, out)
-            fold(rows, logits, dtype_code(dtype))
-            sums.add(rows, inputs[0], logits[0].view(dtype)[:, :vocab])
+                _project(states, head, columns, out)
+            for first in range(0, stop - start, cut.fold):
+                part = slice(first, min(first + cut.fold, stop - start))
+                grad = grads[part] if any(wants) else None
+                fold(slice(start + part.start, start + part.stop), tuple(each[part] for each in logits), grad)
+            sums.add(slice(start, stop), inputs[0], grads[: stop - start])
     return sums.grads
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Without half-precision instructions, products in float32 are faster, and more exact."""
-    return dtype if dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
-
-
-def _tiles(vocab: int) -> list[slice]:
-    """The last one takes a rest of up to half a tile: MKL's thin products depend on the number of threads."""
-    starts = range(0, max(vocab - TILE // 2, 1), TILE)
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], vocab], strict=True)]
-
-
-def _project(hidden: Tensor, head: LinearHead, out: Tensor) -> None:
+def _project(hidden: Tensor, head: LinearHead, columns: list[slice], out: Tensor) -> None:
     """The logits (n, V) of hidden (n, H), in float32 whatever the factors are."""
     inner = None
     if head.down is not None:
         inner = (hidden.float() @ head.down.float().T).mul_(head.scale)
-    if hidden.dtype == torch.bfloat16:
-        _bfloat16_product(hidden, head.weight, out)
-    for tile in _tiles(out.shape[1]):
+    tiled = hidden.is_cuda or hidden.dtype == torch.float32  # the engine's own product cuts itself up
+    if not tiled:
+        logits_product(hidden, head.weight, out)
+    for tile in columns:
         logits = out[:, tile]
-        if hidden.dtype == torch.float32:
-            torch.mm(hidden, head.weight[tile].float().T, out=logits)
+        if tiled:
+            logits_product(hidden, head.weight[tile], logits)
         if inner is not None and head.up is not None:
             logits.addmm_(inner, head.up[tile].float().T)
         if head.bias is not None:
             logits.add_(head.bias[tile])
-
-
-def _bfloat16_product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    launch(
-        "bfloat16_product", *out.shape, hidden.shape[1], hidden, hidden.stride(0), weight, weight.stride(0), out,
-        out.stride(0), torch.get_num_threads(),
-    )  # fmt: skip
 
 
 class _Sums:
@@ -178,32 +137,31 @@ class _Sums:
         head, dtype, grads = self.head, self.dtype, self.grads
         inner = None  # d loss / d (hidden down^T)
         if head.up is not None and (want_hidden or want_down):
-            inner = (grad @ head.up.to(dtype)).mul_(head.scale)
+            inner = product(grad, head.up.to(dtype)).mul_(head.scale).to(dtype)
         if want_hidden:
-            self._add_hidden(rows, grad, inner)
+            grads.hidden[rows] = self._of_hidden(grad, inner)
         if want_weight:
-            for tile in _tiles(grad.shape[1]):
+            for tile in tiles(grad.shape[1], TILE):
                 if dtype == torch.float32:
                     grads.weight[tile].addmm_(grad[:, tile].T, hidden)
                 else:
-                    grads.weight[tile] += grad[:, tile].T @ hidden
+                    grads.weight[tile] += product(grad[:, tile].T, hidden)
         if want_bias:
-            grads.bias.add_((grad.new_ones(1, grad.shape[0]) @ grad)[0])
+            grads.bias.add_(product(grad.new_ones(1, grad.shape[0]), grad)[0])
         if want_down and inner is not None:
-            grads.down.add_(inner.T @ hidden)
+            grads.down.add_(product(inner.T, hidden))
         if want_up and head.down is not None:
-            grads.up.add_(grad.T @ (hidden @ head.down.to(dtype).T), alpha=head.scale)
+            adapted = product(hidden, head.down.to(dtype).T).to(dtype)
+            grads.up.add_(product(grad.T, adapted), alpha=head.scale)
 
-    def _add_hidden(self, rows: slice, grad: Tensor, inner: Tensor | None) -> None:
-        out = self.grads.hidden[rows]
+    def _of_hidden(self, grad: Tensor, inner: Tensor | None) -> Tensor:
         weight = self.head.weight
-        if weight.dtype == torch.float32:
-            torch.mm(grad, weight, out=out)
-        elif weight.dtype == self.dtype:
-            out.copy_(grad @ weight)
+        if weight.dtype == self.dtype:
+            total = product(grad, weight)
         else:
-            out.zero_()
-            for tile in _tiles(grad.shape[1]):
-                out.addmm_(grad[:, tile], weight[tile].to(self.dtype))
+            total = grad.new_zeros(grad.shape[0], weight.shape[1])
+            for tile in tiles(grad.shape[1], TILE):
+                total.addmm_(grad[:, tile], weight[tile].to(self.dtype))
         if inner is not None and self.head.down is not None:
-            out.add_(inner @ self.head.down.to(self.dtype))
+            total += product(inner, self.head.down.to(self.dtype))
+        return total

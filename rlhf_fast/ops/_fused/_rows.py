@@ -29,5 +29,5 @@ def unit_columns(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def logits_arguments(logits: Tensor) -> tuple[Tensor, int, int]:
-    return logits, dtype_code(logits.dtype), logits.stride(0)
+def logits_arguments(logits: Tensor | None) -> tuple[Tensor | None, int, int]:
+    return (None, 0, 0) if logits is None else (logits, dtype_code(logits.dtype), logits.stride(0))

@@ -11,9 +11,10 @@ from .._aggregate import aggregate, token_weights
 from .._dispatch import implements
 from .._launch import launch
 from .._linear import LoRA
-from ._linear import LinearHead, LiveRows, empty_gradients, flat_head, scaled, sweep, wanted, wanted_dtypes
+from ._linear import LinearHead, empty_gradients, flat_head, scaled, sweep, wanted, wanted_dtypes
+from ._live import LiveRows
 from ._op import fused_op
-from .linear_logprobs import fold_arguments
+from ._rows import logits_arguments
 from .linear_logprobs import fused as linear_logprobs
 
 
@@ -53,14 +54,13 @@ def _kernel(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the sum of weights (N,) * losses, and its gradients in the order of HeadGradients."""
-    rows = LiveRows(live)
-    tokens = rows.take(targets), rows.take(temperature)
+    rows = LiveRows(live, targets, temperature, softcap)
     slopes = -rows.take(weights)
     logprobs = hidden.new_empty(rows.count, dtype=torch.float32)
 
-    def fold(part: slice, logits: tuple[Tensor, ...], dtype: int) -> None:
-        arguments = fold_arguments(logits[0], tokens, part, softcap)
-        launch("linear_logprobs", *arguments, logprobs[part], None, any(wants), dtype, slopes[part], None)
+    def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
+        arguments = rows.arguments(part, logits[0])
+        launch("linear_logprobs", *arguments, logprobs[part], None, *logits_arguments(grad), slopes[part], None)
 
     grads = sweep(LinearHead(weight, bias, down, up, scale), (rows.take(hidden),), fold, wants)
     loss = aggregate(slopes * logprobs, None, aggregation="token-mean", num_items=1.0)

@@ -10,9 +10,10 @@ from torch import Tensor
 from .._dispatch import implements
 from .._launch import launch
 from .._linear import LoRA
-from ._linear import LinearHead, LiveRows, empty_gradients, flat_head, sweep, wanted, wanted_dtypes
+from ._linear import LinearHead, empty_gradients, flat_head, sweep, wanted, wanted_dtypes
+from ._live import LiveRows
 from ._op import fused_op
-from ._rows import rows_arguments
+from ._rows import logits_arguments
 
 
 @implements("linear_logprobs", "native", "triton")
@@ -52,20 +53,18 @@ def _kernel(
     ahead: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> logprobs (N,), entropy (N,) or (0,), and d logprobs / d hidden (N, H) where formed ``ahead``, else (0,)."""
-    rows = LiveRows(live)
-    tokens = rows.take(targets), rows.take(temperature)
+    rows = LiveRows(live, targets, temperature, softcap)
     logprobs = hidden.new_empty(rows.count, dtype=torch.float32)
     entropy = hidden.new_empty(rows.count if return_entropy else 0, dtype=torch.float32)
 
-    def fold(part: slice, logits: tuple[Tensor, ...], dtype: int) -> None:
-        arguments = fold_arguments(logits[0], tokens, part, softcap)
+    def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
+        arguments = rows.arguments(part, logits[0])
         launch(
             "linear_logprobs",
             *arguments,
             logprobs[part],
             entropy[part] if return_entropy else None,
-            ahead,
-            dtype,
+            *logits_arguments(grad),
             None,
             None,
         )
@@ -100,16 +99,15 @@ def _backward_kernel(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of HeadGradients, from logits that are formed once more."""
-    rows = LiveRows(live)
-    tokens = rows.take(targets), rows.take(temperature)
+    rows = LiveRows(live, targets, temperature, softcap)
     slopes = rows.take(grad_logprobs)
     entropy_slopes = None if grad_entropy is None else rows.take(grad_entropy)
     unused = hidden.new_empty(rows.count, dtype=torch.float32)
 
-    def fold(part: slice, logits: tuple[Tensor, ...], dtype: int) -> None:
+    def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
         last = None if entropy_slopes is None else entropy_slopes[part]
-        arguments = fold_arguments(logits[0], tokens, part, softcap)
-        launch("linear_logprobs", *arguments, unused[part], None, True, dtype, slopes[part], last)
+        arguments = rows.arguments(part, logits[0])
+        launch("linear_logprobs", *arguments, unused[part], None, *logits_arguments(grad), slopes[part], last)
 
     grads = sweep(LinearHead(weight, bias, down, up, scale), (rows.take(hidden),), fold, wants)
     return grads._replace(hidden=rows.put(grads.hidden)) if wants[0] else grads
@@ -120,13 +118,6 @@ def _backward_fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 _backward = fused_op("linear_logprobs_backward", _backward_kernel, _backward_fake)
-
-
-def fold_arguments(logits: Tensor, tokens: tuple[Tensor, Tensor], part: slice, softcap: float) -> tuple[object, ...]:
-    targets, temperature = tokens
-    rows, vocab = logits.shape
-    leading = rows_arguments(rows, vocab, targets[part], None, temperature[part], softcap)
-    return *leading, logits, logits.stride(0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

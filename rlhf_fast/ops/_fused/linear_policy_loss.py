@@ -14,9 +14,10 @@ from .._launch import launch
 from .._linear import LoRA
 from .._tokens import Tokens
 from ..linear_policy_loss import LinearPolicyLoss, from_logprobs
-from ._linear import LinearHead, LiveRows, empty_gradients, flat_head, scaled, sweep, wanted, wanted_dtypes
+from ._linear import LinearHead, empty_gradients, flat_head, scaled, sweep, wanted, wanted_dtypes
+from ._live import LiveRows
 from ._op import fused_op
-from .linear_logprobs import fold_arguments
+from ._rows import logits_arguments
 from .linear_logprobs import fused as linear_logprobs
 from .token_kl import kl_codes
 
@@ -89,24 +90,23 @@ def _kernel(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the loss (), the other fields of LinearPolicyLoss (7,), and the loss's gradients as in HeadGradients."""
-    rows = LiveRows(live)
+    rows = LiveRows(live, targets, temperature, softcap)
     weights = token_weights(live.reshape(old_logprobs.shape), aggregation=aggregation, num_items=num_items)
 
     def tokens(tensor: Tensor) -> Tensor:
         return rows.take(tensor.reshape(-1))
 
-    aims = rows.take(targets), rows.take(temperature)
     old, advantage, share = tokens(old_logprobs), tokens(advantages), tokens(weights)
     # without a KL term the kernel reads no reference
     ref = tokens(ref_logprobs) if ref_logprobs is not None and kl_coef > 0 else None
     logprobs, entropies = torch.empty_like(old), torch.empty_like(old)
 
-    def fold(part: slice, logits: tuple[Tensor, ...], dtype: int) -> None:
+    def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
         launch(
-            "linear_policy_loss", *fold_arguments(logits[0], aims, part, softcap), old[part], advantage[part],
+            "linear_policy_loss", *rows.arguments(part, logits[0]), old[part], advantage[part],
             None if ref is None else ref[part], share[part], clip_low, clip_high,
             math.inf if dual_clip is None else dual_clip, kl_coef, entropy_coef, kl_codes(kl_estimator)[1],
-            any(wants), dtype, logprobs[part], entropies[part],
+            *logits_arguments(grad), logprobs[part], entropies[part],
         )  # fmt: skip
 
     grads = sweep(LinearHead(weight, bias, down, up, scale), (rows.take(hidden),), fold, wants)

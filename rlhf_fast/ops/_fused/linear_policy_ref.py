@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .._dispatch import implements
 from .._launch import launch
-from ._linear import HeadGradients, LinearHead, LiveRows, empty_gradients, sweep, wanted_dtypes
+from ._linear import HeadGradients, LinearHead, empty_gradients, sweep, wanted_dtypes
+from ._live import LiveRows
 from ._op import fused_op
-from .linear_logprobs import fold_arguments
+from ._rows import logits_arguments
 
 
 @implements("linear_policy_ref", "native", "triton")
@@ -37,9 +38,9 @@ def _kernel(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> the fields of PolicyRef, each (N,)."""
-    rows = LiveRows(live)
+    rows = LiveRows(live, targets, temperature, softcap)
     results = hidden.new_empty(4, rows.count, dtype=torch.float32)
-    _fold_all(rows, hidden, ref_hidden, weight, bias, targets, temperature, softcap, results, (), [False] * 5)
+    _fold_all(rows, hidden, ref_hidden, weight, bias, results, (), [False] * 5)
     logprobs, ref_logprobs, entropy, kl = (rows.put(result.clone()) for result in results)
     return logprobs, ref_logprobs, entropy, kl
 
@@ -50,21 +51,17 @@ def _fold_all(
     ref_hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor,
-    softcap: float,
     results: Tensor,
     slopes: tuple[Tensor, ...],
     wants: list[bool],
 ) -> HeadGradients:
     """``slopes``, if any, are the gradients (live,) of logprobs, entropy and KL."""
-    targets, temperature = rows.take(targets), rows.take(temperature)
 
-    def fold(part: slice, logits: tuple[Tensor, ...], dtype: int) -> None:
+    def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
         policy, reference = logits
         launch(
-            "linear_policy_ref", *fold_arguments(policy, (targets, temperature), part, softcap),
-            reference, reference.stride(0), *(result[part] for result in results), bool(slopes), dtype,
+            "linear_policy_ref", *rows.arguments(part, policy),
+            reference, reference.stride(0), *(result[part] for result in results), *logits_arguments(grad),
             *([slope[part] for slope in slopes] if slopes else [None] * 3),
         )  # fmt: skip
 
@@ -91,12 +88,10 @@ def _backward_kernel(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> the gradients of hidden, weight and bias, from logits that are formed once more."""
-    rows = LiveRows(live)
+    rows = LiveRows(live, targets, temperature, softcap)
     unused = hidden.new_empty(4, rows.count, dtype=torch.float32)
     slopes = tuple(rows.take(grad) for grad in (grad_logprobs, grad_entropy, grad_kl))
-    grads = _fold_all(
-        rows, hidden, ref_hidden, weight, bias, targets, temperature, softcap, unused, slopes, [*wants, False, False]
-    )
+    grads = _fold_all(rows, hidden, ref_hidden, weight, bias, unused, slopes, [*wants, False, False])
     return rows.put(grads.hidden) if wants[0] else grads.hidden, grads.weight, grads.bias
 
 

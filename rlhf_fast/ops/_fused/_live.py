@@ -1,0 +1,49 @@
+"""The rows that an op with an lm head computes: the live ones, side by side."""
+
+import torch
+from torch import Tensor
+
+from ._rows import rows_arguments
+
+
+class LiveRows:
+    """Takes the live ones out of N rows, hands them to the kernels, and puts results back among zeros.
+
+    On a GPU their number is asked for, which waits for the work before: half the rows of a padded batch are commonly
+    dead, and each would cost its matrix products. While a CUDA graph is captured nobody may wait: then every row is
+    taken, the dead ones with harmless data, and the kernels pass over them.
+    """
+
+    def __init__(self, live: Tensor, targets: Tensor, temperature: Tensor, softcap: float) -> None:
+        self.rows = live.shape[0]
+        self.index: Tensor | None = None
+        self.live: Tensor | None = live
+        if not _capturing(live):
+            index = live.nonzero().squeeze(1)
+            self.index = index if index.shape[0] < self.rows else None
+            self.live = None
+        self.count = self.rows if self.index is None else self.index.shape[0]
+        self.targets, self.temperature, self.softcap = self.take(targets), self.take(temperature), softcap
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """(N, ...) -> (count, ...), contiguous."""
+        if self.live is not None:
+            return tensor.masked_fill(~self.live.reshape(-1, *(1,) * (tensor.dim() - 1)), 0).contiguous()
+        return tensor.contiguous() if self.index is None else tensor.index_select(0, self.index)
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """(count, ...) -> (N, ...), 0 elsewhere."""
+        if self.index is None:
+            return tensor
+        return tensor.new_zeros(self.rows, *tensor.shape[1:]).index_copy_(0, self.index, tensor)
+
+    def arguments(self, part: slice, logits: Tensor) -> tuple[object, ...]:
+        """The leading arguments of a fold's launcher: those rows of ``part`` whose logits (n, V) these are."""
+        live = None if self.live is None else self.live[part]
+        count, vocab = logits.shape
+        leading = rows_arguments(count, vocab, self.targets[part], live, self.temperature[part], self.softcap)
+        return *leading, logits, logits.stride(0)
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
