@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import exponential
+from .formulas import FUSED, exponential
 from .numbers import FAR, LOG2E, at_most, rounded
 from .rows import (
     BLOCK,
@@ -95,7 +95,9 @@ def block_gradient(
     SLOPED: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Of the block at ``at``, with the slopes of its row."""
-    (shift, constant, slope, at_target), (ref_shift, offset, ratio_slope) = slopes
+    of_row, of_pair = slopes
+    shift, constant, slope, at_target = of_row
+    ref_shift, offset, ratio_slope = of_pair
     x = load_block(data, at, offsets, vocab, target, softcap, CAPPED, PLAIN)
     gap = x - shift
     e = tl.exp2(gap * rate)
@@ -117,14 +119,14 @@ def block_gradient(
 @triton.jit(do_not_specialize=GENERAL)
 def write_segments(
     vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, ref_logits, ref_stride, slopes,
-    grad, grad_stride, columns, count, segments, VECTOR: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr,
+    grad, grad_stride, columns, count, VECTOR: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr,
     NARROWED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a segment. ``grad`` may be the logits. Where it is and is NARROWED, that is of a smaller type, a
     row starts where its logits do and one program walks it all, behind its own reads.
     """
-    row = (tl.program_id(0) // segments).to(tl.int64)
-    start = tl.program_id(0) % segments * SEGMENT
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * SEGMENT
     stop = columns
     if not NARROWED:
         stop = tl.minimum(start + SEGMENT, columns)
@@ -183,8 +185,8 @@ def write_gradient(
     segments = 1 if narrowed else triton.cdiv(columns, SEGMENT.value)
     ref_logits, ref_stride = reference or (None, 0)
     width = vector((logits, stride), reference or (logits, stride), (grad, grad_stride))
-    write_segments[(rows.length * segments,)](
-        *rows[1:], logits, stride, ref_logits, ref_stride, slopes, grad, grad_stride, columns, rows.length, segments,
+    write_segments[(rows.length, segments)](
+        *rows[1:], logits, stride, ref_logits, ref_stride, slopes, grad, grad_stride, columns, rows.length,
         VECTOR=width if columns % width == 0 else 1, CAPPED=rows.softcap != 0, SLOPED=sloped, NARROWED=narrowed,
-        num_warps=WARPS,
+        num_warps=WARPS, **FUSED,
     )  # fmt: skip
