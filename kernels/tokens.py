@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .formulas import FUSED
 
-TILE = 2048
-WARPS = 16  # 4 tokens a thread: one 16-byte load of each input, side by side with those of its neighbours
+TILE = 1024
+WARPS = 8  # 4 tokens a thread: its 16-byte loads lie side by side with its neighbours', as the bytes of a mask do
 PARTS = tl.constexpr(1024)  # read at once by the program that adds them
 
 
