@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import bounded_log_ratio, exponential, policy_token
+from .formulas import FUSED, bounded_log_ratio, exponential, policy_token
 from .tokens import (
     PARTS,
     TILE,
@@ -77,11 +77,11 @@ def _evaluate(
     if ratios is None:
         ratio = exponential(bounded)
     else:
-        ratio = tl.load(ratios + sequence_at(index, length), mask=inside, other=0.0)
+        ratio = tl.load(ratios + sequence_at(index, tokens, length), mask=inside, other=0.0)
     ratio = tl.where(counted, ratio, 0.0)
     advantage = load_kept(advantages, index, inside, counted)
     token_loss, slope, clipped = policy_token(log_ratio, ratio, advantage, low, high, dual_clip)
-    share = token_share(share, counts, entries, length, index, inside, counted, ITEMS, DIFFER)
+    share = token_share(share, counts, entries, tokens, length, index, inside, counted, ITEMS, DIFFER)
     if grad is not None:
         tl.store(grad + index, tl.where(counted, slope * share, 0.0), mask=inside)
 
@@ -160,7 +160,9 @@ def clipped_policy_loss(
     tiles = shares.tiles
     ratios = torch.empty(sequences, dtype=torch.float32, device=device) if sequence_level else None
     if ratios is not None and sequences > 0:
-        _sequence_ratio[(sequences,)](logprobs, old_logprobs, live, ratios, length, TILE=tile_of(length), num_warps=4)
+        _sequence_ratio[(sequences,)](
+            logprobs, old_logprobs, live, ratios, length, TILE=tile_of(length), num_warps=4, **FUSED
+        )
     parts = torch.empty((8, tiles), dtype=torch.float32, device=device) if tiles > 1 else None
     _evaluate[(tiles,)](
         logprobs,
@@ -184,6 +186,7 @@ def clipped_policy_loss(
         DIFFER=shares.differ,
         TILE=TILE,
         num_warps=WARPS,
+        **FUSED,
     )
     if parts is not None:
-        _add[(1,)](parts, tiles, loss, statistics, num_warps=4)
+        _add[(1,)](parts, tiles, loss, statistics, num_warps=4, **FUSED)

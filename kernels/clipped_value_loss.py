@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import value_token
+from .formulas import FUSED, value_token
 from .tokens import PARTS, TILE, WARPS, Shares, live_at, load_kept, load_part, tile_of_tokens, token_share
 
 
@@ -39,7 +39,7 @@ def _evaluate(
         load_kept(returns, index, inside, counted),
         clip,
     )
-    share = token_share(share, counts, entries, length, index, inside, counted, ITEMS, DIFFER)
+    share = token_share(share, counts, entries, tokens, length, index, inside, counted, ITEMS, DIFFER)
     if grad is not None:
         tl.store(grad + index, tl.where(counted, slope * share, 0.0), mask=inside)
     total = tl.sum(token_loss * share)
@@ -110,6 +110,7 @@ def clipped_value_loss(
         DIFFER=shares.differ,
         TILE=TILE,
         num_warps=WARPS,
+        **FUSED,
     )
     if parts is not None:
-        _add[(1,)](parts, tiles, loss, clip_fraction, num_warps=4)
+        _add[(1,)](parts, tiles, loss, clip_fraction, num_warps=4, **FUSED)

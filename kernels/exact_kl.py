@@ -5,6 +5,7 @@ the terms; the backward reads them once more.
 import triton
 from torch import Tensor
 
+from .formulas import FUSED
 from .gradients import empty_slopes, store_pair_slopes, store_slopes, write_gradient
 from .numbers import log1p
 from .pairs import empty_normalisers, join_terms, kl_parts, store_normalisers
@@ -58,10 +59,11 @@ def exact_kl(
     ref_parts = sum_rows(rows, ref_logits, ref_stride, weighted=False)
     normalisers = empty_normalisers(rows, logits.device)
     _normalise[rows.lanes()](
-        count, live, temperature, temperature_stride, parts, ref_parts, rows.segments(), normalisers, statistics
-    )
+        count, live, temperature, temperature_stride, parts, ref_parts, rows.segments(), normalisers, statistics,
+        **FUSED,
+    )  # fmt: skip
     terms = kl_parts(rows, logits, stride, ref_logits, ref_stride, normalisers)
-    _finish[rows.lanes()](count, live, terms, rows.segments(), kl)
+    _finish[rows.lanes()](count, live, terms, rows.segments(), kl, **FUSED)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -98,6 +100,6 @@ def exact_kl_backward(
 ) -> None:
     rows = Rows(count, vocab, targets, live, temperature, temperature_stride, softcap)
     slopes = empty_slopes(rows, logits.device)
-    _prepare[rows.lanes()](count, live, temperature, temperature_stride, statistics, kl, grad_kl, slopes)
+    _prepare[rows.lanes()](count, live, temperature, temperature_stride, statistics, kl, grad_kl, slopes, **FUSED)
     reference = ref_logits, ref_stride
     write_gradient(rows, logits, stride, slopes, grad, grad_stride, vocab, sloped=False, reference=reference)

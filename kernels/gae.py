@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import gae_gain
+from .formulas import FUSED, gae_gain
 from .masked_whiten import masked_whiten
 from .tokens import live_at, load_kept
 
@@ -174,8 +174,9 @@ def gae(
     if blocks > 1:
         rates, gains = torch.empty((2, sequences, blocks), dtype=torch.float32, device=rewards.device)
         _measure[(sequences, blocks)](
-            rewards, values, live, length, blocks, gamma_lam, gamma_rest, rates, gains, BLOCK=BLOCK, num_warps=WARPS
-        )
+            rewards, values, live, length, blocks, gamma_lam, gamma_rest, rates, gains, BLOCK=BLOCK, num_warps=WARPS,
+            **FUSED,
+        )  # fmt: skip
     _sweep[(triton.cdiv(sequences, rows), blocks)](
         rewards,
         values,
@@ -195,6 +196,7 @@ def gae(
         BLOCK=block,
         BLOCKS=triton.next_power_of_2(blocks),
         num_warps=WARPS,
+        **FUSED,
     )
     if whiten:
         statistics = torch.empty(3, dtype=torch.float64, device=rewards.device)

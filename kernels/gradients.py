@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import exponential
+from .formulas import FUSED, exponential
 from .numbers import FAR, LOG2E, at_most, rounded
 from .rows import (
     BLOCK,
@@ -24,6 +24,7 @@ from .rows import (
     cap_slope,
     is_plain,
     load_block,
+    row_and_segment,
     row_target,
     store_rows,
     vector,
@@ -87,7 +88,9 @@ def block_gradient(
     SLOPED: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Of the block at ``at``, with the slopes of its row."""
-    (shift, constant, slope, at_target), (ref_shift, offset, ratio_slope) = slopes
+    of_row, of_pair = slopes
+    shift, constant, slope, at_target = of_row
+    ref_shift, offset, ratio_slope = of_pair
     x = load_block(data, at, offsets, vocab, target, softcap, CAPPED, PLAIN)
     gap = x - shift
     e = tl.exp2(gap * rate)
@@ -109,11 +112,11 @@ def block_gradient(
 @triton.jit(do_not_specialize=GENERAL)
 def write_segments(
     vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, ref_logits, ref_stride, slopes,
-    grad, grad_stride, columns, count, segments, VECTOR: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr,
+    grad, grad_stride, columns, count, VECTOR: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a segment. ``grad`` may be the logits, where it is of their type."""
-    row = (tl.program_id(0) // segments).to(tl.int64)
-    start = tl.program_id(0) % segments * SEGMENT
+    row, segment = row_and_segment(columns)
+    start = segment * SEGMENT
     stop = tl.minimum(start + SEGMENT, columns)
     offsets = block_columns(VECTOR)
     begins = vector_starts(VECTOR)
@@ -166,6 +169,6 @@ def write_gradient(
     ref_logits, ref_stride = reference or (None, 0)
     width = vector((logits, stride), reference or (logits, stride), (grad, grad_stride))
     write_segments[(rows.length * segments,)](
-        *rows[1:], logits, stride, ref_logits, ref_stride, slopes, grad, grad_stride, columns, rows.length, segments,
-        VECTOR=width if columns % width == 0 else 1, CAPPED=rows.softcap != 0, SLOPED=sloped, num_warps=WARPS,
+        *rows[1:], logits, stride, ref_logits, ref_stride, slopes, grad, grad_stride, columns, rows.length,
+        VECTOR=width if columns % width == 0 else 1, CAPPED=rows.softcap != 0, SLOPED=sloped, num_warps=WARPS, **FUSED,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .formulas import FUSED
 from .gradients import empty_slopes, store_row_slopes, write_gradient
 from .rows import GENERAL, ROWS, Rows, inverse_temperatures, lane_rows, load_rows, store_rows, target_logits
 from .sums import finish_rows, join_segments, sum_rows
@@ -58,7 +59,7 @@ def linear_logprobs(
     slopes = empty_slopes(rows, logits.device) if grad is not None else None
     _finish[rows.lanes()](
         *rows, logits, stride, parts, rows.segments(), logprobs, entropy, grad_logprobs, grad_entropy, slopes,
-        CAPPED=softcap != 0,
+        CAPPED=softcap != 0, **FUSED,
     )  # fmt: skip
     if grad is not None and slopes is not None:
         write_gradient(rows, logits, stride, slopes, grad, grad_stride, vocab, sloped=grad_entropy is not None)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import bounded_log_ratio, exponential, kl_slope, policy_token
+from .formulas import FUSED, bounded_log_ratio, exponential, kl_slope, policy_token
 from .gradients import empty_slopes, store_row_slopes, write_gradient
 from .rows import GENERAL, Rows, inverse_temperatures, lane_rows, load_rows, store_rows, target_logits
 from .sums import finish_rows, join_segments, sum_rows
@@ -71,7 +71,7 @@ def linear_policy_loss(
     _finish[rows.lanes()](
         *rows, logits, stride, parts, rows.segments(), old_logprobs, advantages,
         ref_logprobs if kl_coef != 0 else None, share, 1 - clip_low, 1 + clip_high, dual_clip, kl_coef, entropy_coef,
-        logprobs, entropy, slopes, CAPPED=softcap != 0, KL=kl_slope_code,
+        logprobs, entropy, slopes, CAPPED=softcap != 0, KL=kl_slope_code, **FUSED,
     )  # fmt: skip
     if grad is not None and slopes is not None:
         write_gradient(rows, logits, stride, slopes, grad, grad_stride, vocab, sloped=entropy_coef != 0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import exponential
+from .formulas import FUSED, exponential
 from .gradients import empty_slopes, store_pair_slopes, store_row_slopes, write_gradient
 from .pairs import empty_normalisers, join_terms, kl_parts, kl_terms, store_normalisers
 from .rows import GENERAL, Rows, cap_slope, inverse_temperatures, lane_rows, load_rows, store_rows, target_logits
@@ -101,12 +101,12 @@ def linear_policy_ref(
     slopes = empty_slopes(rows, logits.device) if grad is not None else None
     _normalise[rows.lanes()](
         *rows, logits, stride, ref_logits, ref_stride, parts, ref_parts, rows.segments(), logprobs, ref_logprobs,
-        entropy, grad_logprobs, grad_entropy, normalisers, slopes, CAPPED=softcap != 0,
+        entropy, grad_logprobs, grad_entropy, normalisers, slopes, CAPPED=softcap != 0, **FUSED,
     )  # fmt: skip
     terms = kl_parts(rows, logits, stride, ref_logits, ref_stride, normalisers)
     _finish[rows.lanes()](
         *rows, logits, stride, terms, rows.segments(), logprobs, ref_logprobs, kl, grad_kl, normalisers, slopes,
-        CAPPED=softcap != 0,
+        CAPPED=softcap != 0, **FUSED,
     )  # fmt: skip
     if grad is not None and slopes is not None:
         reference = ref_logits, ref_stride

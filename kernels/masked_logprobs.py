@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .formulas import FUSED
 from .gradients import empty_slopes, store_row_slopes, write_gradient
 from .numbers import FAR, at_most
 from .rows import GENERAL, Rows, inverse_temperatures, lane_rows, load_rows, store_rows, target_logits
@@ -51,7 +52,7 @@ def masked_logprobs(
     rows = Rows(count, vocab, targets, live, temperature, temperature_stride, softcap)
     parts = sum_rows(rows, logits, stride, entropy is not None)
     _finish[rows.lanes()](
-        *rows, logits, stride, parts, rows.segments(), logprobs, entropy, statistics, CAPPED=softcap != 0
+        *rows, logits, stride, parts, rows.segments(), logprobs, entropy, statistics, CAPPED=softcap != 0, **FUSED
     )
 
 
@@ -105,6 +106,7 @@ def masked_logprobs_backward(
     rows = Rows(count, vocab, targets, live, temperature, temperature_stride, softcap)
     slopes = empty_slopes(rows, logits.device)
     _prepare[rows.lanes()](
-        *rows, logits, stride, statistics, logprobs, entropy, grad_logprobs, grad_entropy, slopes, CAPPED=softcap != 0
-    )
+        *rows, logits, stride, statistics, logprobs, entropy, grad_logprobs, grad_entropy, slopes,
+        CAPPED=softcap != 0, **FUSED,
+    )  # fmt: skip
     write_gradient(rows, logits, stride, slopes, grad, grad_stride, columns, sloped=grad_entropy is not None)

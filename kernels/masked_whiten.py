@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .formulas import FUSED
 from .tokens import (
     PARTS,
     TILE,
@@ -173,7 +174,7 @@ def masked_moments(
 ) -> None:
     tiles = _tiles(count)
     parts = _measured(count, x, live, tiles)
-    _add_moments[(1,)](parts, tiles, mean, moments, num_warps=4)
+    _add_moments[(1,)](parts, tiles, mean, moments, num_warps=4, **FUSED)
 
 
 def masked_whiten(
@@ -190,7 +191,7 @@ def masked_whiten(
     tiles = _tiles(count)
     if tiles > 1 and not given:
         parts = _measured(count, x, live, tiles)
-        _add_statistics[(1,)](parts, tiles, statistics, UNBIASED=unbiased, num_warps=4)
+        _add_statistics[(1,)](parts, tiles, statistics, UNBIASED=unbiased, num_warps=4, **FUSED)
     _whiten[(tiles,)](
         x,
         live,
@@ -202,6 +203,7 @@ def masked_whiten(
         MEASURE=tiles == 1 and not given,
         TILE=TILE,
         num_warps=WARPS,
+        **FUSED,
     )
 
 
@@ -220,7 +222,9 @@ def masked_whiten_backward(
     parts = None
     if tiles > 1:
         parts = torch.empty((2, tiles), dtype=torch.float32, device=x.device)
-        _measure_backward[(tiles,)](x, live, count, statistics, grad_whitened, parts, TILE=TILE, num_warps=WARPS)
+        _measure_backward[(tiles,)](
+            x, live, count, statistics, grad_whitened, parts, TILE=TILE, num_warps=WARPS, **FUSED
+        )
     _whiten_backward[(tiles,)](
         x,
         live,
@@ -234,6 +238,7 @@ def masked_whiten_backward(
         UNBIASED=unbiased,
         TILE=TILE,
         num_warps=WARPS,
+        **FUSED,
     )
 
 
@@ -243,5 +248,5 @@ def _tiles(count: int) -> int:
 
 def _measured(count: int, x: Tensor, live: Tensor | None, tiles: int) -> Tensor:
     parts = torch.empty((4, tiles), dtype=torch.float32, device=x.device)
-    _measure[(tiles,)](x, live, count, parts, TILE=TILE, num_warps=WARPS)
+    _measure[(tiles,)](x, live, count, parts, TILE=TILE, num_warps=WARPS, **FUSED)
     return parts

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import k3
+from .formulas import FUSED, k3
 from .numbers import LOG2E
 from .rows import (
     BLOCK,
@@ -23,6 +23,7 @@ from .rows import (
     block_columns,
     is_plain,
     load_block,
+    row_and_segment,
     row_target,
     store_rows,
     thread_sum,
@@ -61,11 +62,10 @@ def block_terms(
 @triton.jit(do_not_specialize=GENERAL)
 def sum_terms(
     vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, ref_logits, ref_stride,
-    normalisers, terms, count, segments, VECTOR: tl.constexpr, CAPPED: tl.constexpr,
+    normalisers, terms, count, VECTOR: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """terms (segments, count): the KL's terms over every segment of every live row."""
-    row = (tl.program_id(0) // segments).to(tl.int64)
-    segment = tl.program_id(0) % segments
+    row, segment = row_and_segment(vocab)
     if live is not None:
         if tl.load(live + row) == 0:
             return
@@ -101,8 +101,8 @@ def kl_parts(
     segments = rows.segments()
     terms = torch.empty(segments, rows.length, dtype=torch.float32, device=logits.device)
     sum_terms[(rows.length * segments,)](
-        *rows[1:], logits, stride, ref_logits, ref_stride, normalisers, terms, rows.length, segments,
-        VECTOR=vector((logits, stride), (ref_logits, ref_stride)), CAPPED=rows.softcap != 0, num_warps=WARPS,
+        *rows[1:], logits, stride, ref_logits, ref_stride, normalisers, terms, rows.length,
+        VECTOR=vector((logits, stride), (ref_logits, ref_stride)), CAPPED=rows.softcap != 0, num_warps=WARPS, **FUSED,
     )  # fmt: skip
     return terms
 

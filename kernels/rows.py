@@ -50,6 +50,13 @@ def vector(*rows: tuple[Tensor, int]) -> int:
     return 16 // rows[0][0].element_size() if aligned else 1
 
 
+@triton.jit
+def row_and_segment(columns):
+    """Of this program. Programs side by side read memory side by side."""
+    segments = tl.cdiv(columns, SEGMENT)
+    return (tl.program_id(0) // segments).to(tl.int64), tl.program_id(0) % segments
+
+
 # ---- a block of columns ----------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import exponential
+from .formulas import FUSED, exponential
 from .numbers import FAR, LOG2E, at_most, log1p
 from .rows import (
     BLOCK,
@@ -30,6 +30,7 @@ from .rows import (
     block_columns,
     is_plain,
     load_block,
+    row_and_segment,
     row_target,
     thread_sum,
     vector,
@@ -64,12 +65,11 @@ def add_block(x, shift, tops, rest, weighted, rate, WEIGHTED: tl.constexpr):
 
 @triton.jit(do_not_specialize=GENERAL)
 def sum_segments(
-    vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, parts, count, segments,
+    vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, parts, count,
     VECTOR: tl.constexpr, CAPPED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """parts (4, segments, count): shift, tops, rest, weighted of every segment of every live row."""
-    row = (tl.program_id(0) // segments).to(tl.int64)
-    segment = tl.program_id(0) % segments
+    row, segment = row_and_segment(vocab)
     if live is not None:
         if tl.load(live + row) == 0:
             return
@@ -93,7 +93,7 @@ def sum_segments(
     largest = tl.max(shift, axis=0)
     tops, rest, weighted = lowered(shift, tops, rest, weighted, largest, rate)
     part = parts + segment.to(tl.int64) * count + row
-    field = segments.to(tl.int64) * count
+    field = tl.num_programs(1).to(tl.int64) * count
     tl.store(part, largest)
     tl.store(part + field, tl.sum(tops, axis=0))
     tl.store(part + 2 * field, tl.sum(rest, axis=0))
@@ -106,8 +106,8 @@ def sum_rows(rows: Rows, logits: Tensor, stride: int, weighted: bool) -> Tensor:
     segments = rows.segments()
     parts = torch.empty(4, segments, rows.length, dtype=torch.float32, device=logits.device)
     sum_segments[(rows.length * segments,)](
-        *rows[1:], logits, stride, parts, rows.length, segments, VECTOR=vector((logits, stride)),
-        CAPPED=rows.softcap != 0, WEIGHTED=weighted, num_warps=WARPS,
+        *rows[1:], logits, stride, parts, rows.length, VECTOR=vector((logits, stride)),
+        CAPPED=rows.softcap != 0, WEIGHTED=weighted, num_warps=WARPS, **FUSED,
     )  # fmt: skip
     return parts
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import kl_slope, kl_value
+from .formulas import FUSED, kl_slope, kl_value
 from .tokens import TILE, WARPS, live_at, tile_of_tokens
 
 
@@ -55,4 +55,6 @@ def _launch(
     if count == 0:
         return
     grid = (triton.cdiv(count, TILE),)
-    _sweep[grid](logprobs, ref_logprobs, live, grad_kl, out, count, ESTIMATOR=estimator, TILE=TILE, num_warps=WARPS)
+    _sweep[grid](
+        logprobs, ref_logprobs, live, grad_kl, out, count, ESTIMATOR=estimator, TILE=TILE, num_warps=WARPS, **FUSED
+    )
