@@ -11,6 +11,8 @@ import torch
 from rlhf_fast.bench.command import BENCHES, chosen, rounded
 from rlhf_fast.cli import main
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
@@ -48,7 +50,7 @@ def test_it_lists_workloads_and_marks(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["bench", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("gae, 64 x 1024") + 1] == "    at least 60x as fast as a Python loop"
-    assert sum(not line.startswith(" ") for line in lines) == len(chosen(None)) > len(BENCHES)
+    assert sum(not line.startswith(" ") for line in lines) == len(chosen(None, CPU)) > len(BENCHES)
 
 
 @pytest.mark.parametrize(
