@@ -6,6 +6,7 @@ is measured apart, for every contestant alike.
 """
 
 import contextlib
+import gc
 import shutil
 import statistics
 import subprocess
@@ -27,15 +28,17 @@ class Sampler:
 
     def __init__(self, run: Run, fresh: Callable[[], object] | None, cool: Callable[[], object], pool: Any) -> None:
         self.run, self.fresh, self.cool = run, fresh or (lambda: None), cool
-        self.host: list[float] = []
+        self.calls = 1
         self.why_eager: str | None = None
+        self.host = [self.on_host()]  # once is enough of a long run, whose graph may take the memory for another
         try:
             self.try_without_waiting()
             self.kept = self.fresh()  # the captured run works on it
             self.launch: Callable[[], object] = captured(run, pool).replay
         except Exception as error:
             self.launch, self.why_eager = run, " ".join(str(error).split())[:200]
-        self.calls = CALLS if fresh is None and self.on_device() < SHORT else 1
+        self.short = self.on_device() < SHORT
+        self.calls = CALLS if self.short and fresh is None else 1
 
     def try_without_waiting(self) -> None:
         """Raises RuntimeError where a run waits for the device: torch's allocator never gets over a failed capture."""
@@ -48,7 +51,8 @@ class Sampler:
             torch.cuda.set_sync_debug_mode(before)
 
     def __call__(self) -> float:
-        self.host.append(self.on_host())
+        if self.short:
+            self.host.append(self.on_host())
         return self.on_device()
 
     def on_device(self) -> float:
@@ -105,6 +109,7 @@ def on_its_own_stream(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
+    gc.collect()
     torch.cuda.empty_cache()
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
         yield

@@ -59,9 +59,43 @@ MARKS = {
 }
 
 
+LOGITS, COPY = "masked_logprobs, 8192 x {} bf16, {}", "of the rate of a plain copy"
+HEAD = "8192 x 4096 x 131072 bf16"
+GPU_MARKS = {
+    **{
+        LOGITS.format(vocab, f"with entropy, {what}"): [
+            f"at least {share} {COPY}",
+            "at least 5x as fast as torch eager",
+        ]
+        for vocab in (32000, 50257, 128256, 151936)
+        for what, share in (("forward", "90%"), ("backward in place", "85%"))
+    },
+    **{
+        LOGITS.format(vocab, "forward + backward"): [
+            "at least 5x as fast as torch eager",
+            *(f"at least 1x as fast as {name}" for name in ("torch.compile", "TRL", "Liger", "flash-attn", "quack")),
+        ]
+        for vocab in (32000, 151936)
+    },
+    "masked_logprobs, 16 x 151936 bf16, with entropy, forward": [f"at least 60% {COPY}"],
+    f"linear_policy_loss, {HEAD}, policy + KL + entropy, forward + backward": [
+        "at most 1.15x the time of its matrix products alone",
+        "at most 107.374 MB extra",
+        "at least 1.7x as fast as Liger, no entropy",
+    ],
+    "gae, 4096 x 128": ["at most 10 us"],
+    "gae, 64 x 32768": [f"at least 60% {COPY}"],
+    "gae, 1024 x 1024 packed": [f"at least 60% {COPY}"],
+}
+
+
 def test_the_marks_are_those_that_were_set() -> None:
     found = {workload.name(workload.sizes): [str(mark) for mark in workload.marks] for workload in WORKLOADS}
     assert {name: marks for name, marks in found.items() if marks} == MARKS
+    calls = {f"{op}, a call on 64 tokens": ["at most 30 us of host time"] for op in set(BENCHES) - {"overhead"}}
+    found = {workload.name(workload.sizes): [str(mark) for mark in workload.marks] for workload in GPU_WORKLOADS}
+    assert {name: marks for name, marks in found.items() if marks} == {**GPU_MARKS, **calls}
+    assert len(found) == len(GPU_WORKLOADS)
 
 
 def test_every_op_of_tokens_has_a_bench_of_its_name() -> None:
