@@ -101,12 +101,10 @@ def build_gpu(sizes: Sizes, device: torch.device) -> Contest:
 def build_forward(sizes: Sizes, device: torch.device) -> Contest:
     """Log-probs and entropy in bf16, without a gradient."""
     logits, targets, _ = random_logits(sizes, device)
-    fast = compiled(naive_with_entropy)
     return Contest(
         {
             OURS: lambda: masked_logprobs(logits, targets, return_entropy=True),
             EAGER: lambda: naive_with_entropy(logits, targets),
-            COMPILED: lambda: fast(logits, targets),
             COPY: copying(logits),
         },
         names=("logprobs", "entropy"),

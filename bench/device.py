@@ -6,6 +6,7 @@ is measured apart, for every contestant alike.
 """
 
 import contextlib
+import dataclasses
 import gc
 import shutil
 import statistics
@@ -16,9 +17,9 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.bench.workload import Results, Run, copying
+from rlhf_fast.bench.workload import COPY, Contest, Results, Run, copying
 
-SECONDS = 1.0  # a workload's rounds stop after them
+SECONDS = 0.5  # a workload's rounds stop after them
 SHORT, CALLS = 1e-3, 20  # a run this short, in seconds, is called so often for one sample of its host time
 COPY_BYTES, PRODUCT = 2 << 30, 8192  # of the device's own ceilings
 
@@ -92,6 +93,18 @@ def samplers(runs: dict[str, Run], fresh: Callable[[], object] | None, device: t
     """The graphs share their memory: each writes what it reads, and only one is replayed at a time."""
     cool, pool = cooler(device), torch.cuda.graph_pool_handle()
     return {name: Sampler(run, fresh, cool, pool) for name, run in runs.items()}
+
+
+def with_equal_copy(contest: Contest, device: torch.device) -> Contest:
+    """The contest, its plain copy one of as many bytes as the work moves: a smaller one takes longer a byte."""
+    work = contest.work
+    if work is None or work.ceiling != COPY:
+        return contest
+    half = int(work.amount) // 2
+    copy = copying(torch.empty(half, dtype=torch.uint8, device=device))
+    return dataclasses.replace(
+        contest, runs={**contest.runs, COPY: copy}, work=dataclasses.replace(work, ceiling_amount=2 * half)
+    )
 
 
 def cooler(device: torch.device) -> Callable[[], object]:

@@ -32,6 +32,8 @@ def _measured(workload: Workload, device: torch.device, quick: bool) -> dict[str
     sizes = workload.quick if quick else workload.sizes
     torch.compiler.reset()
     small, contest = (built(workload, each, device) for each in (workload.quick, sizes))
+    if device.type == "cuda":
+        contest = gpu.with_equal_copy(contest, device)
     truth = contest.truth()
     found: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}

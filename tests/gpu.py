@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 LOGS = ROOT / "build" / "gpu"
 STAND_INS = ROOT / "tests" / "stand_ins"
-SECONDS = 470  # of the whole; each step's limit below
-LIMITS = {"build": 120, "collect": 60, "tests": 210, "sanitizer": 45, "bench": 180}
+SECONDS = 470  # of the whole: the limits of the steps below, and what they leave is the bench's
+LIMITS = {"build": 120, "collect": 60, "tests": 210, "sanitizer": 45}
 GRACE = 8  # for an interrupted step to say how far it came
 SHOWN = 20  # lines of a failing step; its log has them all
 
@@ -186,7 +186,7 @@ def bench(results: Path, left: float) -> tuple[str, Step]:
     cache = LOGS / "triton"
     shutil.rmtree(cache, ignore_errors=True)
     command = [sys.executable, "-m", "rlhf_fast.cli", "bench", "--device", "cuda", "--json", str(results)]
-    outcome = run("bench", command, min(LIMITS["bench"], left), TRITON_CACHE_DIR=str(cache))
+    outcome = run("bench", command, left, TRITON_CACHE_DIR=str(cache))
     if not results.exists():
         return "no workload was measured", told(outcome, "no results")._replace(passed=False)
     sys.path.insert(0, str(ROOT))

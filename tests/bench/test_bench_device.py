@@ -13,7 +13,7 @@ import torch
 
 from rlhf_fast.bench import device as gpu
 from rlhf_fast.bench import harness
-from rlhf_fast.bench.workload import EAGER, OURS, Contest, Mark, Results, Run, Sizes, Work, Workload
+from rlhf_fast.bench.workload import COPY, EAGER, OURS, Contest, Mark, Results, Run, Sizes, Work, Workload
 
 CPU = torch.device("cpu")
 GAP = 1.0  # what a launch from the host adds on the device
@@ -143,6 +143,17 @@ def test_what_the_captured_run_works_on_lives_as_long_as_it(device: Device) -> N
     del taker
 
 
+def test_the_copy_moves_as_many_bytes_as_the_work() -> None:
+    ours: Run = tuple
+    contest = Contest({OURS: ours, COPY: ours}, work=Work("bytes", 1001.0, COPY, 8.0))
+    equal = gpu.with_equal_copy(contest, CPU)
+    assert equal.work == Work("bytes", 1001.0, COPY, 1000.0)
+    assert equal.runs[OURS] is ours and equal.runs[COPY] is not ours and equal.runs[COPY]() == ()
+    for work in (None, Work("flops", 8.0, "its matrix products alone", 8.0)):
+        other = Contest({OURS: ours}, work=work)
+        assert gpu.with_equal_copy(other, CPU) is other
+
+
 def test_the_cache_is_filled_with_twice_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 20))
     read = gpu.cooler(CPU)
@@ -180,6 +191,7 @@ def test_a_row(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu, "samplers", taken)
     monkeypatch.setattr(gpu, "SECONDS", 0.0)
+    monkeypatch.setattr(gpu, "with_equal_copy", lambda contest, where: contest)
     monkeypatch.setattr(gpu, "on_its_own_stream", contextlib.nullcontext)
     monkeypatch.setattr(harness, "peak_extra_bytes", lambda run, where: (run(), 0))
     monkeypatch.setattr(harness, "backends", lambda where: {"gae": {"chosen": "triton"}})
