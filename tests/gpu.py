@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ BUILD = "import shutil, setup; print('built', shutil.copy2(setup.compile_engine(
 class Step(NamedTuple):
     passed: bool
     told: str
+    errors: tuple[str, ...] = ()  # the last of them in the log of a step that failed
 
 
 class Outcome(NamedTuple):
@@ -45,19 +47,19 @@ class Outcome(NamedTuple):
 def main() -> int:
     start = monotonic()
     missing = lacking()
-    told: dict[str, Step] = {}
+    steps: dict[str, Step] = {}
 
     def step(name: str, result: Step) -> None:
-        told[name] = result
-        print(f"{name:<10} {result.told}", flush=True)
+        steps[name] = result
+        print("\n    ".join([f"{name:<10} {result.told}", *result.errors]), flush=True)
 
     if missing:
         print("\n".join(["make gpu needs what is not here:", *(f"    {each}" for each in missing)]))
         return 2
     device = Device.found()
     os.environ |= {"RLHF_FAST_CUDA": "1", "RLHF_FAST_CUDA_ARCHS": device.architecture}
-    if importlib.util.find_spec("hypothesis") is None:
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(STAND_INS), os.environ.get("PYTHONPATH", "")])
+    paths = [ROOT, *([] if importlib.util.find_spec("hypothesis") else [STAND_INS]), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
     print(f"device     {device.name or device.why_none}; compiling for compute capability {device.architecture}")
     step("build", build())
     if device.name is None:
@@ -71,10 +73,10 @@ def main() -> int:
     step("bench", outcome)
 
     print(f"\n{summary}\n")
-    for name, each in told.items():
+    for name, each in steps.items():
         print(f"{'passed' if each.passed else 'FAILED'}  {name:<10} {each.told}")
     print(f"results: {results.relative_to(ROOT)}; logs: {LOGS.relative_to(ROOT)}; {monotonic() - start:.0f} s in all")
-    return 0 if all(each.passed for each in told.values()) else 1
+    return 0 if all(each.passed for each in steps.values()) else 1
 
 
 # ---- what is there --------------------------------------------------------------------------------------------------
@@ -163,19 +165,23 @@ def finished(counts: str) -> int:
 
 
 def sanitizer() -> Step:
-    """memcheck, then racecheck in what is left of the time, over every op at its smallest."""
+    """Every op at its smallest under memcheck and, beside it, under racecheck."""
     tool = found("compute-sanitizer")
     if tool is None:
         return Step(True, "compute-sanitizer is not here: not run")
-    end, steps = monotonic() + LIMITS["sanitizer"], []
-    for kind in ("memcheck", "racecheck"):
+
+    def watched(kind: str) -> Step:
         options = ["--tool", kind, "--error-exitcode", "86", "--report-api-errors", "no"]
         command = [tool, *options, sys.executable, "tests/kernels/each_op_once.py"]
         # each tensor in memory of its own, so that what is past its end is nobody's
-        outcome = run(kind, command, end - monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        outcome = run(kind, command, LIMITS["sanitizer"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         count = last_line(outcome.log, r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)") or "no summary"
-        steps.append(told(outcome, f"{kind}: {count}"))
-    return Step(all(each.passed for each in steps), "; ".join(each.told for each in steps))
+        return told(outcome, f"{kind}: {count}")
+
+    with ThreadPoolExecutor() as pool:
+        steps = list(pool.map(watched, ("memcheck", "racecheck")))
+    errors = tuple(error for each in steps for error in each.errors)
+    return Step(all(each.passed for each in steps), "; ".join(each.told for each in steps), errors)
 
 
 def bench(results: Path, left: float) -> tuple[str, Step]:
@@ -222,18 +228,16 @@ def run(name: str, command: list[Any], limit: float, **environment: str) -> Outc
 
 
 def told(outcome: Outcome, what: str) -> Step:
-    """One line; under it, where the step failed, what its log says last of errors."""
+    """What came of a step, in one line."""
     passed = outcome.code == 0 and not outcome.cut_off
     line = f"{what}; {outcome.seconds:.0f} s"
     if outcome.cut_off:
         line += ", CUT OFF by its time limit"
     elif not passed:
         line += f", exit code {outcome.code}"
-    if not passed:
-        log = outcome.log.splitlines()
-        errors = [each for each in log if re.match(r"(FAILED|ERROR|E  |\S*Error\b)|.*\berror:", each)] or log
-        line += "".join(f"\n    {each[:200]}" for each in errors[-SHOWN:])
-    return Step(passed, line)
+    log = [] if passed else outcome.log.splitlines()
+    errors = [each for each in log if re.match(r"(FAILED|ERROR|E  |\S*Error\b)|.*\berror:", each)] or log
+    return Step(passed, line, tuple(each[:200] for each in errors[-SHOWN:]))
 
 
 def last_line(log: str, pattern: str) -> str | None:
