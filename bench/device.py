@@ -7,6 +7,7 @@ is measured apart, for every contestant alike.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import shutil
 import statistics
@@ -115,7 +116,7 @@ def cooler(device: torch.device) -> Callable[[], object]:
 
 @contextlib.contextmanager
 def on_its_own_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU everything inside runs on one stream that is not the default one, which cannot be captured.
+    """On a GPU everything inside runs on the one stream of the bench, since the default one cannot be captured.
 
     What earlier workloads left in torch's cache is given back before.
     """
@@ -124,8 +125,13 @@ def on_its_own_stream(device: torch.device) -> Iterator[None]:
         return
     gc.collect()
     torch.cuda.empty_cache()
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.device(device), torch.cuda.stream(stream_of(device)):
         yield
+
+
+@functools.cache
+def stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
