@@ -1,5 +1,6 @@
 # make demo: the three stages on a real language model. make test: everything that CI checks.
-# make bench: the speed of every operation beside its peers. make wheel, make sanitize: the compiled engine's own.
+# make bench: the speed of every operation beside its peers. make gpu: proof and bench on this machine's GPU.
+# make wheel, make sanitize: the compiled engine's own.
 PYTHON ?= python3
 # Pinned: an unpinned torch takes several GB of CUDA packages. On a GPU machine: make demo TORCH=torch
 TORCH ?= torch==2.13.0
@@ -11,7 +12,7 @@ TEST_PROCESSES ?= 2
 RESULTS := bench/results/cpu
 ENGINE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: demo test lint bench wheel sanitize clean
+.PHONY: demo test lint bench gpu wheel sanitize clean
 
 $(VENV)/packages: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("rlhf-fast needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -49,6 +50,10 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/rlhf-fast bench --json $(RESULTS).json --chart $(RESULTS).png
 	$(BIN)/python bench/results.py $(RESULTS).json
+
+# With $(PYTHON) and what it has, since a GPU's torch is the machine's own; within eight minutes, without a network.
+gpu:
+	$(PYTHON) tests/gpu.py
 
 # dist/*.whl, installed without a compiler into an environment of its own and tested there, away from the checkout.
 wheel: $(VENV)/installed

@@ -10,6 +10,7 @@ Environment variables of an install:
 """
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -46,6 +47,19 @@ def find_compiler() -> str:
     if not (headers / "Python.h").exists():
         raise SystemExit(cannot_build(f"no Python.h in {headers}", "python3-dev", "python3-devel"))
     return compiler
+
+
+def pybind11_headers() -> Path:
+    """The include folder of pybind11, or of torch, which brings its headers, where there is no pybind11."""
+    for package in ("pybind11", "torch"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations if spec else None) or ():
+            headers = Path(folder) / "include"
+            if (headers / "pybind11" / "pybind11.h").exists():
+                return headers
+    raise SystemExit(
+        "rlhf-fast: no pybind11, nor a torch with its headers; leave out --no-build-isolation, or install it"
+    )
 
 
 def cannot_build(what: str, debian: str, fedora: str) -> str:
@@ -110,9 +124,7 @@ def cmake_settings() -> dict[str, str]:
 
 def compile_engine() -> Path:
     """Runs CMake; returns the compiled module."""
-    compiler, settings = find_compiler(), cmake_settings()
-    import pybind11  # of the build's own environment; nobody needs it who has no compiler
-
+    compiler, settings, headers = find_compiler(), cmake_settings(), pybind11_headers()
     cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
     if cmake is None or ninja is None:
         raise SystemExit("rlhf-fast: no cmake or no ninja in PATH; leave out --no-build-isolation, or install both")
@@ -124,7 +136,7 @@ def compile_engine() -> Path:
     environment = {
         "CMAKE_MAKE_PROGRAM": ninja,
         "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "PYBIND11_HEADERS": str(headers),
     }
     definitions = [f"-D{name}={value}" for name, value in {**settings, **environment}.items()]
     try:

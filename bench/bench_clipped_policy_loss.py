@@ -1,5 +1,7 @@
 """clipped_policy_loss: PPO's loss with its statistics, and the gradient of the log-probs."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -82,3 +84,4 @@ WORKLOADS = [
         (Mark("faster", 5, EAGER), Mark("faster", 1.5, COMPILED)),
     )
 ]
+GPU_WORKLOADS = [dataclasses.replace(workload, marks=()) for workload in WORKLOADS]

@@ -69,3 +69,4 @@ WORKLOADS = [
         build,
     )
 ]
+GPU_WORKLOADS = WORKLOADS

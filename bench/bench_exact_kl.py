@@ -22,8 +22,8 @@ from rlhf_fast.bench.workload import (
 )
 
 
-def build(sizes: Sizes, device: torch.device) -> Contest:
-    logits = leaf(3 * torch.randn(sizes["tokens"], sizes["vocab"], device=device))
+def build(dtype: torch.dtype, sizes: Sizes, device: torch.device) -> Contest:
+    logits = leaf((3 * torch.randn(sizes["tokens"], sizes["vocab"], device=device)).to(dtype))
     ref_logits = (logits + torch.randn_like(logits)).detach()
     upstream = torch.randn(sizes["tokens"], device=device)
     do = functools.partial(forward_backward, upstream=upstream)
@@ -55,6 +55,15 @@ WORKLOADS = [
         "{tokens} x {vocab} fp32, forward + backward",
         {"tokens": 512, "vocab": 49152},
         {"tokens": 64, "vocab": 1000},
-        build,
+        functools.partial(build, torch.float32),
+    )
+]
+GPU_WORKLOADS = [
+    Workload(
+        "exact_kl",
+        "{tokens} x {vocab} bf16, forward + backward",
+        {"tokens": 4096, "vocab": 151936},
+        {"tokens": 64, "vocab": 1000},
+        functools.partial(build, torch.bfloat16),
     )
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf_fast import linear_logprobs
 from rlhf_fast.bench import peers
 from rlhf_fast.bench.bench_masked_logprobs import naive as logits_logprobs
-from rlhf_fast.bench.heads import PRODUCTS, QUICK, SEQUENCES, SIZES, first_rows, products, random_head, work
+from rlhf_fast.bench.heads import GPU_SIZES, PRODUCTS, QUICK, SEQUENCES, SIZES, first_rows, products, random_head, work
 from rlhf_fast.bench.workload import (
     COMPILED,
     EAGER,
@@ -53,8 +53,8 @@ def build(dtype: torch.dtype, sizes: Sizes, device: torch.device) -> Contest:
     )
 
 
-def build_masked(sizes: Sizes, device: torch.device) -> Contest:
-    head = random_head(sizes, torch.float32, device)
+def build_masked(dtype: torch.dtype, sizes: Sizes, device: torch.device) -> Contest:
+    head = random_head(sizes, dtype, device)
     hidden, weight, targets, upstream = head
     mask = torch.rand(sizes["tokens"], device=device).argsort() < sizes["tokens"] // 2
     do = functools.partial(forward_backward, upstream=upstream)
@@ -118,7 +118,23 @@ WORKLOADS = [
         "half of {tokens} x {hidden} x {vocab} fp32 masked",
         SIZES,
         QUICK,
-        build_masked,
+        functools.partial(build_masked, torch.float32),
         (Mark("within", 0.55, "rlhf-fast, unmasked"),),
+    ),
+]
+GPU_WORKLOADS = [
+    Workload(
+        "linear_logprobs",
+        "{tokens} x {hidden} x {vocab} bf16, forward + backward",
+        GPU_SIZES,
+        QUICK,
+        functools.partial(build, torch.bfloat16),
+    ),
+    Workload(
+        "linear_logprobs",
+        "half of {tokens} x {hidden} x {vocab} bf16 masked",
+        GPU_SIZES,
+        QUICK,
+        functools.partial(build_masked, torch.bfloat16),
     ),
 ]

@@ -1,12 +1,14 @@
 """linear_policy_loss: clipped policy loss, KL to the reference and entropy from hidden states, and their gradient."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from rlhf_fast import linear_logprobs, linear_policy_loss
 from rlhf_fast.bench import peers
 from rlhf_fast.bench.bench_linear_logprobs import naive as naive_logprobs
-from rlhf_fast.bench.heads import PRODUCTS, QUICK, SEQUENCES, SIZES, first_rows, products, random_head, work
+from rlhf_fast.bench.heads import GPU_SIZES, PRODUCTS, QUICK, SEQUENCES, SIZES, first_rows, products, random_head, work
 from rlhf_fast.bench.workload import (
     COMPILED,
     EAGER,
@@ -22,15 +24,17 @@ from rlhf_fast.bench.workload import (
 )
 
 KL_COEF, ENTROPY_COEF = 0.05, 0.01
-LOGPROBS = "rlhf-fast, linear_logprobs"
+LOGPROBS, LIGER = "rlhf-fast, linear_logprobs", "Liger, no entropy"
 
 
-def build(sizes: Sizes, device: torch.device) -> Contest:
-    head = random_head(sizes, torch.float32, device)
+def build(dtype: torch.dtype, sizes: Sizes, device: torch.device) -> Contest:
+    head = random_head(sizes, dtype, device)
     hidden, weight, targets, upstream = head
     with torch.no_grad():
-        logprobs = naive_logprobs(hidden, weight, targets)
-    old_logprobs = logprobs + 0.2 * torch.randn_like(logprobs)
+        logprobs = naive_logprobs(hidden, weight, targets).float()
+    # well within the bounds of the ratio or well past them, so that rounding moves no token over one
+    steps = torch.tensor([-0.6, -0.06, 0.06, 0.6], device=device)
+    old_logprobs = logprobs + steps[torch.randint(4, logprobs.shape, device=device)]
     ref_logprobs = logprobs + 0.2 * torch.randn_like(logprobs)
     advantages = torch.randn(SEQUENCES, device=device).repeat_interleave(len(targets) // SEQUENCES)
     tokens = (targets, old_logprobs, advantages, ref_logprobs)
@@ -85,7 +89,7 @@ def build(sizes: Sizes, device: torch.device) -> Contest:
             OURS: ours,
             EAGER: lambda: gradient(naive(hidden, weight, *tokens).mean()),
             COMPILED: lambda: gradient(fast(hidden, weight, *tokens).mean()),
-            "Liger, no entropy": liger,
+            LIGER: liger,
             LOGPROBS: lambda: forward_backward(linear_logprobs, hidden, weight, targets, upstream=upstream)[:0],
             PRODUCTS: products(hidden, weight),
         },
@@ -114,7 +118,18 @@ WORKLOADS = [
         "{tokens} x {hidden} x {vocab} fp32, policy + KL + entropy, forward + backward",
         SIZES,
         QUICK,
-        build,
+        functools.partial(build, torch.float32),
         (Mark("within", 1.05, LOGPROBS),),
+    )
+]
+LOGITS_MB = GPU_SIZES["tokens"] * GPU_SIZES["vocab"] * 2 / 1e6
+GPU_WORKLOADS = [
+    Workload(
+        "linear_policy_loss",
+        "{tokens} x {hidden} x {vocab} bf16, policy + KL + entropy, forward + backward",
+        GPU_SIZES,
+        QUICK,
+        functools.partial(build, torch.bfloat16),
+        (Mark("within", 1.15, PRODUCTS), Mark("memory", 0.05 * LOGITS_MB), Mark("faster", 1.7, LIGER)),
     )
 ]

@@ -1,21 +1,23 @@
 """linear_policy_ref: log-probs of policy and reference, entropy and exact KL in one pass, and the policy's gradient."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from rlhf_fast import linear_policy_ref
-from rlhf_fast.bench.heads import PRODUCTS, QUICK, SIZES, first_rows, products, random_head, work
+from rlhf_fast.bench.heads import GPU_SIZES, PRODUCTS, QUICK, SIZES, first_rows, products, random_head, work
 from rlhf_fast.bench.workload import COMPILED, EAGER, OURS, Contest, Results, Sizes, Workload, compiled
 
 KL_COEF, ENTROPY_COEF = 0.05, 0.01
 
 
-def build(sizes: Sizes, device: torch.device) -> Contest:
-    head = random_head(sizes, torch.float32, device)
+def build(dtype: torch.dtype, sizes: Sizes, device: torch.device) -> Contest:
+    head = random_head(sizes, dtype, device)
     hidden, weight, targets, upstream = head
     ref_hidden = (hidden + 0.1 * torch.randn_like(hidden)).detach()
     fast = compiled(naive)
-    both, reference_product = products(hidden, weight), torch.empty(len(hidden), len(weight), device=device)
+    both, reference_product = products(hidden, weight), hidden.new_empty(len(hidden), len(weight))
 
     def gradient(outputs: tuple[Tensor, ...], hidden: Tensor, upstream: Tensor) -> Results:
         logprobs, _, entropy, kl = outputs
@@ -54,5 +56,20 @@ def naive(hidden: Tensor, ref_hidden: Tensor, weight: Tensor, targets: Tensor) -
 
 
 WORKLOADS = [
-    Workload("linear_policy_ref", "{tokens} x {hidden} x {vocab} fp32, forward + backward", SIZES, QUICK, build)
+    Workload(
+        "linear_policy_ref",
+        "{tokens} x {hidden} x {vocab} fp32, forward + backward",
+        SIZES,
+        QUICK,
+        functools.partial(build, torch.float32),
+    )
+]
+GPU_WORKLOADS = [
+    Workload(
+        "linear_policy_ref",
+        "{tokens} x {hidden} x {vocab} bf16, forward + backward",
+        GPU_SIZES,
+        QUICK,
+        functools.partial(build, torch.bfloat16),
+    )
 ]

@@ -41,3 +41,4 @@ WORKLOADS = [
         build,
     )
 ]
+GPU_WORKLOADS = WORKLOADS

@@ -1,8 +1,16 @@
-"""What a call costs apart from the work: 64 tokens, where that is next to nothing, beside one op call of torch."""
+"""What a call costs apart from the work: 64 tokens, where that is next to nothing, beside one op call of torch.
+
+On a GPU every op, with what a trainer passes it, and the time that its call keeps the host.
+"""
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+import rlhf_fast
 from rlhf_fast import clipped_policy_loss, masked_logprobs, token_kl
 from rlhf_fast.bench.workload import OURS, Contest, Mark, Sizes, Workload, leaf
 
@@ -52,6 +60,42 @@ def policy_loss(sizes: Sizes, device: torch.device) -> Contest:
     return Contest({OURS: ours, "F.huber_loss": torch_call})
 
 
+def call(op: str, sizes: Sizes, device: torch.device) -> Contest:
+    function, arguments = getattr(rlhf_fast, op), CALLS[op]
+    given = arguments(functools.partial(torch.rand, device=device), sizes["tokens"])
+
+    def ours() -> tuple[()]:
+        function(*given)
+        return ()
+
+    return Contest({OURS: ours})
+
+
+Random = Callable[..., Tensor]
+VOCAB, HIDDEN = 256, 64
+
+
+def head(random: Random, tokens: int) -> tuple[Tensor, ...]:
+    return leaf(random(tokens, HIDDEN)), random(VOCAB, HIDDEN), targets(random, tokens)
+
+
+def targets(random: Random, tokens: int) -> Tensor:
+    return (random(tokens) * VOCAB).long()
+
+
+CALLS: dict[str, Callable[[Random, int], tuple[Tensor, ...]]] = {
+    "masked_logprobs": lambda random, n: (leaf(random(n, VOCAB)), targets(random, n)),
+    "exact_kl": lambda random, n: (leaf(random(n, VOCAB)), random(n, VOCAB)),
+    "linear_logprobs": head,
+    "linear_cross_entropy": head,
+    "linear_policy_loss": lambda random, n: (*head(random, n), random(n), random(n)),
+    "linear_policy_ref": lambda random, n: (head(random, n)[0], *head(random, n)),
+    "token_kl": lambda random, n: (leaf(random(n)), random(n)),
+    "clipped_policy_loss": lambda random, n: (leaf(random(n)), random(n), random(n)),
+    "clipped_value_loss": lambda random, n: (leaf(random(n)), random(n), random(n)),
+    "gae": lambda random, n: (random(4, n // 4), random(4, n // 4)),
+    "masked_whiten": lambda random, n: (random(n),),
+}
 SIZES = {"tokens": 64}
 WORKLOADS = [
     Workload(
@@ -66,4 +110,8 @@ WORKLOADS = [
         policy_loss,
         (Mark("above", 40, "F.huber_loss"),),
     ),
+]
+GPU_WORKLOADS = [
+    Workload(op, "a call on {tokens} tokens", SIZES, SIZES, functools.partial(call, op), (Mark("host", 30),))
+    for op in CALLS
 ]

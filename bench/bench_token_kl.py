@@ -61,3 +61,4 @@ WORKLOADS = [
         build,
     )
 ]
+GPU_WORKLOADS = WORKLOADS

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import math
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from rlhf_fast import build_info
 from rlhf_fast.bench import chart, harness, peers, report, results
+from rlhf_fast.bench import device as gpu
 from rlhf_fast.bench.workload import Workload
 from rlhf_fast.errors import UserError, nearest
 
@@ -35,11 +37,12 @@ BENCHES = (
 
 def bench(flags: dict[str, Any]) -> None:
     """Runs the command with the flags that were given."""
-    workloads = chosen(flags.get("only"))
     if "list" in flags:
-        print("\n".join(f"{workload.name(workload.sizes)}{marks_of(workload)}" for workload in workloads))
+        listed = chosen(flags.get("only"), known_device(flags.get("device", "cpu")))
+        print("\n".join(f"{workload.name(workload.sizes)}{marks_of(workload)}" for workload in listed))
         return
     device = checked_device(flags.get("device", "cpu"))
+    workloads = chosen(flags.get("only"), device)
     files = {name: Path(flags[name]) for name in WRITERS if name in flags}
     check_writable(files)
     threads = flags.get("threads", torch.get_num_threads())
@@ -47,35 +50,43 @@ def bench(flags: dict[str, Any]) -> None:
         raise UserError(f"--threads must be 1 or more; got {threads}")
     torch.set_num_threads(threads)
 
-    measured = run(workloads, device, "quick" in flags)
+    measured = run(workloads, device, "quick" in flags, files.get("json"))
     print(report.where(measured))
     for name, path in files.items():
         WRITERS[name](path, measured)
         print(f"wrote {path}")
+    if measured["failed"]:
+        raise RuntimeError(f"{len(measured['failed'])} workloads failed: {'; '.join(measured['failed'])}")
 
 
-def chosen(only: str | None) -> list[Workload]:
-    """The workloads of the benches named in ``only``, A,B; all when None."""
+def chosen(only: str | None, device: torch.device) -> list[Workload]:
+    """The workloads for the device of the benches named in ``only``, A,B; all when None."""
     names = BENCHES if only is None else tuple(name.strip() for name in only.split(","))
     for name in names:
         if name not in BENCHES:
             near = nearest(name, [*BENCHES])
             raise UserError(f"--only: there is no bench {name!r}{near}; there are {', '.join(BENCHES)}")
     modules = [importlib.import_module(f"rlhf_fast.bench.bench_{name}") for name in names]
-    return [workload for module in modules for workload in module.WORKLOADS]
+    listing = "GPU_WORKLOADS" if device.type == "cuda" else "WORKLOADS"
+    return [workload for module in modules for workload in getattr(module, listing)]
 
 
 def marks_of(workload: Workload) -> str:
     return "".join(f"\n    {mark}" for mark in workload.marks)
 
 
-def checked_device(name: str) -> torch.device:
+def known_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device must be cpu, cuda or cuda:N; got {name!r}")
+    return device
+
+
+def checked_device(name: str) -> torch.device:
+    device = known_device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
@@ -92,23 +103,36 @@ def check_writable(files: dict[str, Path]) -> None:
         raise UserError("--chart draws with matplotlib, which is not installed: pip install matplotlib")
 
 
-def run(workloads: list[Workload], device: torch.device, quick: bool) -> dict[str, Any]:
-    """Measures, telling each row as it is done."""
-    start, rows = perf_counter(), []
-    for workload in workloads:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the peers' and compilers' talk
-            rows.append(rounded(harness.measure(workload, device, quick)))
-        print(report.lines(rows[-1]) + "\n", flush=True)
-    machine = results.machine()
-    return {
+def run(workloads: list[Workload], device: torch.device, quick: bool, kept: Path | None = None) -> dict[str, Any]:
+    """Measures, telling each row as it is done; ``kept`` has the rows so far, should the rest never be reached.
+
+    Where ours fails, the row is left out, and the reason stands under "failed".
+    """
+    start = perf_counter()
+    names = [workload.name(workload.quick if quick else workload.sizes) for workload in workloads]
+    machine, on_gpu = results.machine(), device.type == "cuda"
+    measured: dict[str, Any] = {
         "machine": {**machine, "versions": {**machine["versions"], **peers.versions()}},
         "device": device.type,
         "quick": quick,
         "build": build_info(),
-        "seconds": round(perf_counter() - start),
-        "rows": rows,
+        **({"gpu": rounded(gpu.described(device)), "ceilings": rounded(gpu.ceilings(device))} if on_gpu else {}),
+        "rows": [],
+        "failed": {},
     }
+    for number, (workload, name) in enumerate(zip(workloads, names, strict=True)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the peers' and compilers' talk
+            try:
+                measured["rows"].append(rounded(harness.measure(workload, device, quick)))
+                print(report.lines(measured["rows"][-1]) + "\n", flush=True)
+            except Exception as error:
+                measured["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                print(f"{name}: FAILED\n{traceback.format_exc()}", flush=True)
+        measured |= {"seconds": round(perf_counter() - start), "pending": names[number + 1 :]}
+        if kept:
+            WRITERS["json"](kept, measured)
+    return measured
 
 
 def rounded(value: Any) -> Any:

@@ -14,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     quick, device = metafunc.config.getoption("--quick"), command.checked_device(metafunc.config.getoption("--device"))
     cases, ids = [], []
-    for workload in command.chosen(None):
+    for workload in command.chosen(None, device):
         at_size = (workload, workload.quick if quick else workload.sizes, device)
         for name in workload.build(workload.quick, device).runs:  # for the names alone; small, it costs next to nothing
             if not (quick and name == COMPILED):

@@ -1,11 +1,12 @@
 """Measures one workload: its contestants in turn, each one's time, extra memory and error against float64."""
 
 import ctypes
+import functools
 import gc
 import random
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import backends
+from rlhf_fast.bench import device as gpu
 from rlhf_fast.bench.workload import COMPILED, OURS, Contest, Missing, Results, Run, Work, Workload
 
 SECONDS = 20.0  # a workload's rounds stop after them
@@ -22,9 +24,16 @@ SAMPLE_SECONDS = 5e-3  # shorter runs are repeated to last so long, so that the 
 
 def measure(workload: Workload, device: torch.device, quick: bool) -> dict[str, Any]:
     """One row of the results; ``quick`` takes the small sizes, a tenth of a second, and nothing that compiles."""
+    with gpu.on_its_own_stream(device):
+        return _measured(workload, device, quick)
+
+
+def _measured(workload: Workload, device: torch.device, quick: bool) -> dict[str, Any]:
     sizes = workload.quick if quick else workload.sizes
     torch.compiler.reset()
     small, contest = (built(workload, each, device) for each in (workload.quick, sizes))
+    if device.type == "cuda":
+        contest = gpu.with_equal_copy(contest, device)
     truth = contest.truth()
     found: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
@@ -35,8 +44,10 @@ def measure(workload: Workload, device: torch.device, quick: bool) -> dict[str, 
         try:
             # The memory of our first call, so that what we would keep for the next one counts. Peers are measured on
             # their second call, so that nothing that compiling leaves behind counts against them.
+            start = perf_counter()
             _called(small if name == OURS else contest, name)
             results, extra_bytes = peak_extra_bytes(lambda name=name: _called(contest, name), device)  # type: ignore[misc]
+            ready = perf_counter() - start
         except Missing as reason:
             missing[name] = str(reason)
         except Exception as error:
@@ -48,11 +59,15 @@ def measure(workload: Workload, device: torch.device, quick: bool) -> dict[str, 
                 "extra_mb": None if extra_bytes is None else extra_bytes / 1e6,
                 "error": errors(contest.names, results, truth),
             }
+            if device.type == "cuda":
+                found[name]["first_calls_s"] = ready
             del results
     del truth, small
     runs = {name: contest.runs[name] for name in found}
-    for name, samples in time_in_turn(runs, contest.fresh, device, 0.1 if quick else SECONDS).items():
-        found[name] |= figures(samples, name, contest.work)
+    on_gpu = gpu.samplers(runs, contest.fresh, device) if device.type == "cuda" else {}
+    seconds = 0.1 if quick else gpu.SECONDS if on_gpu else SECONDS
+    for name, samples in in_turn(on_gpu or samplers(runs, contest.fresh), seconds).items():
+        found[name] |= figures(samples, name, contest.work) | (on_gpu[name].told() if on_gpu else {})
     return {
         "op": workload.op,
         "name": workload.name(sizes),
@@ -79,28 +94,29 @@ def _called(contest: Contest, name: str) -> Results:
 # ---- time ----------------------------------------------------------------------------------------------------------
 
 
-def time_in_turn(
-    runs: dict[str, Run], fresh: Callable[[], object] | None, device: torch.device, seconds: float
-) -> dict[str, list[float]]:
-    """Seconds a run, one sample a round. In a round each contestant runs, so that a noisy moment hits them all, in an
-    order of chance, so that none always runs after the one that leaves it the warmest memory.
-    """
+def samplers(runs: dict[str, Run], fresh: Callable[[], object] | None) -> dict[str, Callable[[], float]]:
+    """On the CPU. A sampler's call gives the seconds of a run, by the clock."""
 
     def sample(run: Run, repeats: int) -> float:
         if fresh:
             fresh()
-        synchronize(device)
         start = perf_counter()
         for _ in range(repeats):
             run()
-        synchronize(device)
         return (perf_counter() - start) / repeats
 
-    repeats = {
-        name: 1 if fresh else max(1, round(SAMPLE_SECONDS / max(sample(run, 1), 1e-7))) for name, run in runs.items()
-    }
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    order, chance = list(runs), random.Random(0)
+    def repeats(run: Run) -> int:
+        return 1 if fresh else max(1, round(SAMPLE_SECONDS / max(sample(run, 1), 1e-7)))
+
+    return {name: functools.partial(sample, run, repeats(run)) for name, run in runs.items()}
+
+
+def in_turn(takers: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
+    """One sample a round of each. In a round every contestant runs, so that a noisy moment hits them all, in an order
+    of chance, so that none always runs after the one that leaves it the warmest memory.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in takers}
+    order, chance = list(takers), random.Random(0)
     gc.collect()
     gc.disable()
     try:
@@ -110,7 +126,7 @@ def time_in_turn(
                 break
             chance.shuffle(order)
             for name in order:
-                samples[name].append(sample(runs[name], repeats[name]))
+                samples[name].append(takers[name]())
     finally:
         gc.enable()
     return samples
@@ -139,10 +155,9 @@ def _with_ratios(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _marks(workload: Workload, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    milliseconds = {name: entry["ms"] for name, entry in found.items()}
     rows = []
     for mark in workload.marks:
-        value = mark.value(milliseconds, found[OURS]["extra_mb"])
+        value = mark.value(found)
         met = None if value is None else mark.met(value)
         rows.append({"mark": str(mark), "bound": mark.bound, "value": value, "met": met})
     return rows

@@ -10,6 +10,7 @@ from rlhf_fast.bench.workload import Results, Run, Sizes, Work, leaf
 
 SIZES = {"tokens": 1024, "hidden": 576, "vocab": 49152}
 QUICK = {"tokens": 64, "hidden": 32, "vocab": 1000}
+GPU_SIZES = {"tokens": 8192, "hidden": 4096, "vocab": 131072}
 SEQUENCES = 4  # in the benches of losses that know sequences
 PRODUCTS = "its matrix products alone"
 

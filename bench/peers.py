@@ -12,14 +12,13 @@ from torch import Tensor
 
 from rlhf_fast.bench.workload import Missing
 
-PACKAGES = ("trl", "liger-kernel")
+PACKAGES = ("trl", "liger-kernel", "flash-attn", "quack-kernels", "cut-cross-entropy")
 
 
 def versions() -> dict[str, str | None]:
-    return {package: _version(package) for package in PACKAGES}
+    return {package: installed_version(package) for package in PACKAGES}
 
 
-@functools.cache
 def selective_log_softmax() -> Callable[..., Tensor]:
     return _load("trl", "trl.trainer.utils", "selective_log_softmax")
 
@@ -39,8 +38,43 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
     return torch.nn.functional.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=options)
 
 
+def liger_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each token. It writes the gradient over the logits, in the forward already."""
+    function = _on_gpu("liger-kernel", "liger_kernel.transformers.functional", "liger_cross_entropy", logits)
+    return function(logits, targets, reduction="none")
+
+
+def flash_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    function = _on_gpu("flash-attn", "flash_attn.ops.triton.cross_entropy", "cross_entropy_loss", logits)
+    return function(logits, targets, inplace_backward=True)[0]
+
+
+def quack_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    function = _on_gpu("quack-kernels", "quack.cross_entropy", "cross_entropy", logits)
+    return function(logits, targets, reduction="none", inplace_backward=True)
+
+
+def liger_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss."""
+    name = "liger_fused_linear_cross_entropy"
+    return _on_gpu("liger-kernel", "liger_kernel.transformers.functional", name, hidden)(hidden, weight, targets)
+
+
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss."""
+    function = _on_gpu("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy", hidden)
+    return function(hidden, weight, targets)
+
+
+def _on_gpu(package: str, module: str, name: str, like: Tensor) -> Any:
+    if not like.is_cuda:
+        raise Missing(f"{package}'s {name} runs on a GPU alone")
+    return _load(package, module, name)
+
+
+@functools.cache
 def _load(package: str, module: str, name: str) -> Any:
-    installed = _version(package)
+    installed = installed_version(package)
     if installed is None:
         raise Missing(f"not installed: pip install {package}")
     try:
@@ -49,7 +83,7 @@ def _load(package: str, module: str, name: str) -> Any:
         raise Missing(f"{package} {installed} gives no {name} ({error}): pip install -U {package}") from error
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,8 +1,10 @@
-"""The results as text: lines for the terminal, the README's tables, and Markdown with every figure."""
+"""The results as text: lines for the terminal, the README's tables, Markdown with every figure, a run's verdict."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rlhf_fast.bench import peers
 from rlhf_fast.bench.workload import COMPILED, EAGER, OURS
 
 Row = dict[str, Any]
@@ -15,9 +17,23 @@ def lines(row: Row) -> str:
         told.append(
             "  ".join(f"{cell:>{width}}" for cell, width in zip(cells(row, name), WIDTHS, strict=True)).rstrip()
         )
-    told += [f"  {name}: {reason}" for name, reason in row["missing"].items()]
+    told += [f"  {note}" for note in notes(row)]
     told += [f"  mark: {mark['mark']}: {reached(mark)}" for mark in row["marks"]]
     return "\n".join(told)
+
+
+def notes(row: Row) -> list[str]:
+    """Who did not take part, and what a GPU's figures need to be read."""
+    told = [f"{name}: {reason}" for name, reason in row["missing"].items()]
+    on_gpu = {name: entry for name, entry in row["contestants"].items() if "host_us" in entry}
+    for name, entry in on_gpu.items():
+        if entry["not_captured"]:
+            told.append(f"{name}: timed as it is called, gaps between launches included: {entry['not_captured']}")
+    if on_gpu:
+        host = ", ".join(f"{name} {milliseconds(entry['host_us'] / 1e3)}" for name, entry in on_gpu.items())
+        told.append(f"host time of a call: {host}")
+        told.append(f"our first calls, compiling included: {on_gpu[OURS]['first_calls_s']:.2g} s")
+    return told
 
 
 HEADINGS = ("contestant", "time", "spread", "times ours", "rate", "of the ceiling", "extra memory", "error")
@@ -100,17 +116,20 @@ def details(results: Row) -> str:
     for row in results["rows"]:
         parts.append(f"### {row['name']} ({row['backend']})")
         parts.append(table(HEADINGS, [cells(row, name) for name in row["contestants"]]))
-        notes = [f"- {name}: {reason}" for name, reason in row["missing"].items()]
-        notes += [f"- {mark['mark']}: {reached(mark)}" for mark in row["marks"]]
-        if notes:
-            parts.append("\n".join(notes))
+        listed = [*notes(row), *(f"{mark['mark']}: {reached(mark)}" for mark in row["marks"])]
+        if listed:
+            parts.append("\n".join(f"- {each}" for each in listed))
     return "\n\n".join(parts) + "\n"
 
 
 def where(results: Row) -> str:
     machine, versions = results["machine"], results["machine"]["versions"]
     device = machine["gpu"] if results["device"] == "cuda" else f"{machine['cores']} cores of {machine['cpu']}"
-    told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "trl", "liger-kernel") if versions[name])
+    packages = ("torch", *(("triton",) if results["device"] == "cuda" else ()), *peers.PACKAGES)
+    told = ", ".join(f"{name} {versions[name]}" for name in packages if versions.get(name))
+    if "ceilings" in results:
+        copy, product = results["ceilings"]["copy_gb_per_s"], results["ceilings"]["bf16_product_tflop_per_s"]
+        told += f"; at best it copies {copy:,.0f} GB/s and multiplies bf16 matrices at {product:,.0f} TFLOP/s"
     small = " Quick sizes: the marks are meant for the full ones." if results["quick"] else ""
     return f"{device}; {told}. Medians of runs in turn; (2x) is twice our time.{small}"
 
@@ -144,3 +163,27 @@ def memory(row: Row) -> str:
 def ceiling(row: Row) -> str:
     share = of_ceiling(row, OURS)
     return "" if share is None else f"{share:.0%} of {row['ceiling']}"
+
+
+# ---- the verdict of a whole run -------------------------------------------------------------------------------------
+
+
+def verdict(results: Row) -> str:
+    """A line a workload with its marks, the workloads without figures, and the totals."""
+    told = [where(results)]
+    for row in results["rows"]:
+        share, ours = of_ceiling(row, OURS), row["contestants"][OURS]
+        told.append(
+            f"{row['name']:<90} {milliseconds(ours['ms']):>9}"
+            + (f"  {share:.0%} of {row['ceiling']}" if share is not None else "")
+        )
+        told += [f"    {mark['mark']}: {reached(mark)}" for mark in row["marks"]]
+    told += [f"{name}: FAILED: {reason}" for name, reason in results["failed"].items()]
+    told += [f"{name}: not reached" for name in results["pending"]]
+    marks = Counter(mark["met"] for row in results["rows"] for mark in row["marks"])
+    told.append(
+        f"workloads: {len(results['rows'])} measured, {len(results['failed'])} failed, "
+        f"{len(results['pending'])} not reached; "
+        f"marks: {marks[True]} met, {marks[False]} MISSED, {marks[None]} not measured"
+    )
+    return "\n".join(told)

@@ -7,7 +7,6 @@ import argparse
 import json
 import platform
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 import yaml
 
 from rlhf_fast.bench import report
+from rlhf_fast.bench.peers import installed_version
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("sft", "reward", "ppo")
@@ -56,7 +56,9 @@ def machine() -> dict[str, Any]:
         "cores": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        "versions": {
+            name: installed_version(name) for name in ("torch", "triton", "transformers", "peft", "accelerate")
+        },
     }
 
 

@@ -1,11 +1,11 @@
 """What a bench is made of: a workload, the contestants that do it, and the marks that we mean to reach.
 
-Each bench_<op>.py lists its WORKLOADS; harness.py measures them.
+Each bench_<op>.py lists its WORKLOADS for the CPU and its GPU_WORKLOADS; harness.py measures them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,14 +48,15 @@ class Contest:
     names: tuple[str, ...] = ()
     truth: Run = tuple
     work: Work | None = None
-    fresh: Callable[[], object] | None = None  # restores what a run destroys, before each run and outside its time
+    # restores what a run destroys, before each run and outside its time; what it returns lives as long as the run
+    fresh: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A goal, against another contestant of the workload."""
+    """A goal, most of them against another contestant of the workload."""
 
-    kind: Literal["faster", "within", "above", "memory"]
+    kind: Literal["faster", "within", "above", "share", "time", "host", "memory"]
     bound: float
     against: str = ""
 
@@ -64,20 +65,28 @@ class Mark:
             "faster": f"at least {self.bound:g}x as fast as {self.against}",
             "within": f"at most {self.bound:g}x the time of {self.against}",
             "above": f"at most {self.bound:g} us above {self.against}",
+            "share": f"at least {self.bound:.0%} of the rate of {self.against}",
+            "time": f"at most {self.bound:g} us",
+            "host": f"at most {self.bound:g} us of host time",
             "memory": f"at most {self.bound:g} MB extra",
         }[self.kind]
 
-    def value(self, milliseconds: dict[str, float], extra_mb: float | None) -> float | None:
-        """What was reached, in the mark's unit; None where the other contestant or the memory was not measured."""
-        if self.kind == "memory":
-            return extra_mb
-        if self.against not in milliseconds:
+    def value(self, contestants: dict[str, dict[str, Any]]) -> float | None:
+        """What was reached, in the mark's unit; None where the other contestant or the quantity was not measured."""
+        ours = contestants[OURS]
+        if self.kind in ("time", "host", "memory"):
+            return {"time": ours["ms"] * 1e3, "host": ours.get("host_us"), "memory": ours["extra_mb"]}[self.kind]
+        if self.against not in contestants:
             return None
-        ours, other = milliseconds[OURS], milliseconds[self.against]
-        return {"faster": other / ours, "within": ours / other, "above": (ours - other) * 1e3}[self.kind]
+        other = contestants[self.against]
+        if self.kind == "share":
+            unit = "gb_per_s" if "gb_per_s" in ours else "gflop_per_s"
+            return ours[unit] / other[unit]
+        speed = other["ms"] / ours["ms"]
+        return {"faster": speed, "within": 1 / speed, "above": (ours["ms"] - other["ms"]) * 1e3}[self.kind]
 
     def met(self, value: float) -> bool:
-        return value >= self.bound if self.kind == "faster" else value <= self.bound
+        return value >= self.bound if self.kind in ("faster", "share") else value <= self.bound
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What setup.py decides, what it says when it cannot go on, and what a missing or damaged compiled module leads to."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -154,8 +155,7 @@ def test_what_cmake_is_told(
 def test_a_failing_cmake(
     setup: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cuda: bool
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pybind11", ModuleType("pybind11"))
-    sys.modules["pybind11"].get_cmake_dir = lambda: ""  # type: ignore[attr-defined]
+    monkeypatch.setattr(setup, "pybind11_headers", lambda: tmp_path)
     for name, script in {"c++": "", "ninja": "", "cmake": "echo 'gae.cpp:7: error: expected ;' >&2; exit 1"}.items():
         program(tmp_path / "bin" / name, script)
     if cuda:
@@ -164,6 +164,24 @@ def test_a_failing_cmake(
         setup.compile_engine()
     assert ("RLHF_FAST_CUDA=0 pip install" in str(stopped.value)) is cuda
     assert "gae.cpp:7: error: expected ;" in capfd.readouterr().err
+
+
+def test_pybind11_headers_are_its_own_or_those_that_torch_brings(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for package in ("pybind11", "torch"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    importlib.invalidate_caches()
+    with pytest.raises(SystemExit, match="no pybind11, nor a torch with its headers"):
+        setup.pybind11_headers()
+    for package in ("torch", "pybind11"):  # each is preferred to the one before
+        headers = tmp_path / package / "include" / "pybind11"
+        headers.mkdir(parents=True)
+        (headers.parents[1] / "__init__.py").touch()
+        importlib.invalidate_caches()
+        (headers / "pybind11.h").touch()
+        assert setup.pybind11_headers() == headers.parent
 
 
 # ---- builds --------------------------------------------------------------------------------------------------------

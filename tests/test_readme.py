@@ -12,6 +12,8 @@ import rlhf_fast.ops
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
+# a table of what `make gpu` wrote is the README's choice
+TABLES = [path for path in RESULTS if path.stem[:4] != "gpu-" or f"<!-- results {path.stem} -->" in README]
 
 spec = importlib.util.spec_from_file_location("bench_results", ROOT / "bench" / "results.py")
 assert spec is not None and spec.loader is not None
@@ -20,10 +22,10 @@ spec.loader.exec_module(results)
 
 
 def test_every_table_has_its_results_file():
-    assert {path.stem for path in RESULTS} == set(re.findall(r"<!-- results (\w+) -->", README))
+    assert {path.stem for path in TABLES} == set(re.findall(r"<!-- results ([\w-]+) -->", README))
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_the_table_is_what_the_results_file_gives(path):
     assert results.renew(README, path.stem, json.loads(path.read_text())) == README
 

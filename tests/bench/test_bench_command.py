@@ -4,12 +4,17 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from rlhf_fast.bench import harness
 from rlhf_fast.bench.command import BENCHES, chosen, rounded
+from rlhf_fast.bench.workload import Workload
 from rlhf_fast.cli import main
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +49,41 @@ def test_it_measures_and_writes_what_was_asked_for(tmp_path: Path, capsys: pytes
     assert "### gae, 4 x 64 (" in tables.read_text()
 
 
+def test_a_workload_that_fails_is_told_and_the_rest_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    seen: list[list[str]] = []
+
+    def measure(workload: Workload, device: torch.device, quick: bool) -> dict[str, Any]:
+        if figures.exists():
+            seen.append(json.loads(figures.read_text())["pending"])
+        if "packed" in workload.title:
+            raise RuntimeError("two\nlines")
+        return actual(workload, device, quick)
+
+    actual = harness.measure
+    monkeypatch.setattr(harness, "measure", measure)
+    assert main(["bench", "--quick", "--only", "gae,masked_whiten", "--json", str(figures)]) == 1
+    results = json.loads(figures.read_text())
+    assert [row["name"] for row in results["rows"]] == ["gae, 4 x 64", "masked_whiten, 8 x 64"]
+    assert results["failed"] == {"gae, 4 x 64 packed": "RuntimeError: two lines"} and results["pending"] == []
+    assert seen == [["gae, 4 x 64 packed", "masked_whiten, 8 x 64"], ["masked_whiten, 8 x 64"]]  # after each row
+    out, err = capsys.readouterr()
+    assert "gae, 4 x 64 packed: FAILED\nTraceback" in out
+    assert "1 workloads failed: gae, 4 x 64 packed" in err
+
+
+def test_it_lists_those_of_a_gpu_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list", "--only", "gae", "--device", "cuda"]) == 0
+    assert capsys.readouterr().out.startswith("gae, 4096 x 128\n    at most 10 us\ngae, 64 x 32768\n")
+
+
 def test_it_lists_workloads_and_marks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("gae, 64 x 1024") + 1] == "    at least 60x as fast as a Python loop"
-    assert sum(not line.startswith(" ") for line in lines) == len(chosen(None)) > len(BENCHES)
+    assert sum(not line.startswith(" ") for line in lines) == len(chosen(None, CPU)) > len(BENCHES)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_contestants_take_turns_in_changing_orders(clock: Clock) -> None:
     runs = {name: clock.run(name, 1.0) for name in "abc"}
-    samples = harness.time_in_turn(runs, lambda: clock.log.append("-"), CPU, 0.0)
+    samples = harness.in_turn(harness.samplers(runs, lambda: clock.log.append("-")), 0.0)
     assert harness.LEAST_ROUNDS == 5
     assert clock.log[::2] == ["-"] * 15
     rounds = ["".join(clock.log[start + 1 : start + 6 : 2]) for start in range(0, 30, 6)]
@@ -53,20 +53,20 @@ def test_contestants_take_turns_in_changing_orders(clock: Clock) -> None:
 
 
 def test_what_restores_the_inputs_is_not_timed(clock: Clock) -> None:
-    samples = harness.time_in_turn({"a": clock.run("a", 1.0)}, clock.run("fresh", 100.0), CPU, 0.0)
+    samples = harness.in_turn(harness.samplers({"a": clock.run("a", 1.0)}, clock.run("fresh", 100.0)), 0.0)
     assert samples == {"a": [1.0] * 5}
 
 
 def test_a_short_run_is_repeated_and_a_long_one_is_not(clock: Clock) -> None:
     runs = {"short": clock.run("short", harness.SAMPLE_SECONDS / 8), "long": clock.run("long", 1.0)}
-    samples = harness.time_in_turn(runs, None, CPU, 0.0)
+    samples = harness.in_turn(harness.samplers(runs, None), 0.0)
     assert samples["short"] == pytest.approx([harness.SAMPLE_SECONDS / 8] * 5)
     assert clock.log.count("short") == 1 + 5 * 8 and clock.log.count("long") == 1 + 5
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (11.5, 12), (1e9, harness.MOST_ROUNDS)])
 def test_rounds_stop_when_the_time_is_up(seconds: float, rounds: int, clock: Clock) -> None:
-    samples = harness.time_in_turn({"a": clock.run("a", 1.0)}, None, CPU, seconds)
+    samples = harness.in_turn(harness.samplers({"a": clock.run("a", 1.0)}, None), seconds)
     assert len(samples["a"]) == rounds
 
 

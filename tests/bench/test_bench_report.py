@@ -84,6 +84,44 @@ def test_the_terminal_gets_the_same() -> None:
         assert part in text
 
 
+def on_gpu() -> dict[str, Any]:
+    results = copy.deepcopy(RESULTS)
+    results["machine"] |= {"gpu": "Some GPU", "versions": {"torch": "2.11", "triton": "3.6", "trl": None}}
+    results |= {
+        "device": "cuda",
+        "ceilings": {"copy_gb_per_s": 3000.4, "bf16_product_tflop_per_s": 700.0},
+        "failed": {"token_kl, k3": "RuntimeError: no"},
+        "pending": ["gae, 1 x 2", "gae, 2 x 2"],
+    }
+    for name, figures in results["rows"][0]["contestants"].items():
+        figures |= {"host_us": 12.5, "first_calls_s": 1.25, "not_captured": "it waits" if name == "Liger" else None}
+    return results
+
+
+def test_on_a_gpu_the_host_and_what_was_not_captured_are_told() -> None:
+    text = report.lines(on_gpu()["rows"][0])
+    assert "  Liger: timed as it is called, gaps between launches included: it waits\n" in text
+    assert "  host time of a call: rlhf-fast 12.5 us, torch eager 12.5 us" in text
+    assert "  our first calls, compiling included: 1.2 s" in text
+    assert "- Liger: timed as it is called" in report.details(on_gpu())
+    assert "host time" not in report.lines(RESULTS["rows"][0])
+
+
+def test_the_verdict_leaves_no_workload_out() -> None:
+    assert report.verdict(on_gpu()).splitlines() == [
+        "Some GPU; torch 2.11, triton 3.6; at best it copies 3,000 GB/s and multiplies bf16 matrices at 700 TFLOP/s. "
+        "Medians of runs in turn; (2x) is twice our time.",
+        f"{'gae, 64 x 1024':<90}   62.5 us  50% of a plain copy",
+        "    at least 5x as fast as torch eager: 8, met",
+        "    at most 1x the time of a plain copy: 2, MISSED",
+        "    at least 6x as fast as TRL: not measured",
+        "token_kl, k3: FAILED: RuntimeError: no",
+        "gae, 1 x 2: not reached",
+        "gae, 2 x 2: not reached",
+        "workloads: 1 measured, 1 failed, 2 not reached; marks: 1 met, 1 MISSED, 1 not measured",
+    ]
+
+
 def test_quick_sizes_are_said_to_be() -> None:
     assert "Quick sizes" in report.summary({**RESULTS, "quick": True})
 
