@@ -44,10 +44,9 @@ def calls() -> Iterator[Call]:
 def triton_forced() -> Iterator[None]:
     """Inside, CPU tensors go to Triton's kernels, and the lm head's matrix products are left out."""
     _triton.INTERPRETED = True
-    _triton._probe.cache_clear()
-    assert hasattr(_linear, "multiplies_bfloat16") and hasattr(_linear, "_bfloat16_product")
-    _linear.multiplies_bfloat16 = lambda: True  # as on a GPU
-    _linear._bfloat16_product = lambda hidden, weight, out: None
+    assert hasattr(_linear, "product_dtype") and hasattr(_linear, "logits_product")
+    _linear.product_dtype = lambda hidden: hidden.dtype  # as on a GPU
+    _linear.logits_product = lambda hidden, weight, out: None
     for module in list(sys.modules.values()):
         if getattr(module, "__package__", None) == "rlhf_fast.ops._fused" and hasattr(module, "launch"):
             module.launch = _launch.routed
