@@ -93,7 +93,7 @@ def sum_segments(
     largest = tl.max(shift, axis=0)
     tops, rest, weighted = lowered(shift, tops, rest, weighted, largest, rate)
     part = parts + segment.to(tl.int64) * count + row
-    field = tl.num_programs(1).to(tl.int64) * count
+    field = tl.num_programs(0).to(tl.int64)
     tl.store(part, largest)
     tl.store(part + field, tl.sum(tops, axis=0))
     tl.store(part + 2 * field, tl.sum(rest, axis=0))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from devices import interpreted
+from devices import GPU, GPU_BACKENDS, device_of, interpreted
 from op_table import OPS, Case, Op, Tensors, make, outputs_and_grads
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -216,8 +216,8 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         patch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
-        for backend in ("native", "torch"):
-            with use_backend(backend), recorder:
+        for backend in ("native", "torch", *(GPU_BACKENDS if GPU else ())):
+            with use_backend(backend), torch.device(device_of(backend)), recorder:
                 for op in [*OPS, *map(with_options, OPTIONS)]:
                     for dtype in (torch.float32, torch.bfloat16):
                         case = make(op, (2, 3), dtype)
@@ -226,6 +226,7 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
     return recorder.seen
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "name", sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rlhf_fast::"))
 )

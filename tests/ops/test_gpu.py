@@ -15,7 +15,7 @@ from rlhf_fast import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device; run make gpu on one")]
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-vocabulary_op = pytest.mark.parametrize("op", [op for op in OPS if op.has_vocabulary], ids=lambda op: op.name)
+COMPILED = ("masked_logprobs", "linear_logprobs", "gae", "clipped_policy_loss")
 HALVES_AND_FLOAT = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
@@ -64,7 +64,8 @@ def test_against_float64_at_full_size(op: Op, dtype: torch.dtype, vocab: int) ->
 
     def check(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
         scale = truth.abs().max()
-        allowed = 2 * (plain.double() - truth).abs().max() + torch.finfo(ours.dtype).eps * scale + 1e-6 * scale
+        naive = (plain.double() - truth).abs().max().nan_to_num(torch.inf)  # float16 overflows
+        allowed = 2 * naive + torch.finfo(ours.dtype).eps * scale + 1e-6 * scale
         assert ((ours.double() - truth).abs().max() <= allowed).item()
 
     for ours, plain, truth in zip(outputs, plain_outputs, true_outputs, strict=True):
@@ -180,14 +181,14 @@ def test_nothing_waits_for_the_device(op: Op) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-@every_op
-def test_compiled_by_inductor(op: Op, mode: str | None) -> None:
+@pytest.mark.parametrize("op", [op for op in OPS if op.name in COMPILED], ids=lambda op: op.name)
+def test_compiled_by_inductor(op: Op) -> None:
+    """With the compiler's own CUDA graphs; without them, test_compile.py compiles every op."""
     torch.compiler.reset()
     case = make(op, (4, 8), torch.float32)
     expected = op.run(case.x, case.targets, case.mask)
-    compiled = torch.compile(op.run, fullgraph=True, mode=mode)
-    for _ in range(3):  # the second and third of "reduce-overhead" capture and replay
+    compiled = torch.compile(op.run, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):  # warms up, captures, replays
         torch.compiler.cudagraph_mark_step_begin()
         results = compiled(case.x, case.targets, case.mask)
         for ours, eager in zip(results, expected, strict=True):
