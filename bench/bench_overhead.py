@@ -93,6 +93,14 @@ CALLS: dict[str, Callable[[Random, int], tuple[Tensor, ...]]] = {
     "token_kl": lambda random, n: (leaf(random(n)), random(n)),
     "clipped_policy_loss": lambda random, n: (leaf(random(n)), random(n), random(n)),
     "clipped_value_loss": lambda random, n: (leaf(random(n)), random(n), random(n)),
+    "ppo_loss": lambda random, n: (
+        leaf(random(n)),
+        random(n),
+        random(n),
+        leaf(random(n)),
+        random(n),
+        random(n),
+    ),  # fmt: skip
     "gae": lambda random, n: (random(4, n // 4), random(4, n // 4)),
     "masked_whiten": lambda random, n: (random(n),),
 }

@@ -31,6 +31,7 @@ BENCHES = (
     "masked_whiten",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "ppo_loss",
     "overhead",
 )
 

@@ -214,21 +214,42 @@ PYBIND11_MODULE(_C, m) {
       },
       release());
   m.def(
+      "ppo_loss",
+      [](Size sequences, Size length, Address logprobs, Address old_logprobs, Address advantages, Address values,
+         Address old_values, Address returns, Address entropy, Address ref_logprobs, Address live, float clip_low,
+         float clip_high, float dual_clip, float value_clip, float value_coef, float entropy_coef, float kl_coef,
+         int kl, int kl_slope, int aggregation, double num_items, Address loss, Address statistics,
+         Address grad_logprobs, Address grad_values, Address grad_entropy, int threads) {
+        cpu().ppo_loss({true, true, sequences, length, logprobs, old_logprobs, advantages, values, old_values, returns,
+                        entropy, ref_logprobs, live, clip_low, clip_high, dual_clip, value_clip, value_coef,
+                        entropy_coef, kl_coef, (Kl)kl, (Kl)kl_slope, (Aggregation)aggregation, num_items, loss,
+                        statistics, grad_logprobs, grad_values, grad_entropy, threads, false});
+      },
+      release());
+  m.def(
       "clipped_policy_loss",
       [](Size sequences, Size length, Address logprobs, Address old_logprobs, Address advantages, Address live,
          float clip_low, float clip_high, float dual_clip, bool sequence_level, int aggregation, double num_items,
          Address loss, Address statistics, Address grad, int threads) {
-        cpu().clipped_policy_loss({sequences, length, logprobs, old_logprobs, advantages, live, clip_low, clip_high,
-                                   dual_clip, sequence_level, (Aggregation)aggregation, num_items, loss, statistics,
-                                   grad, threads});
+        PpoLoss a{};
+        a.policy = true, a.sequences = sequences, a.length = length, a.live = live;
+        a.logprobs = logprobs, a.old_logprobs = old_logprobs, a.advantages = advantages;
+        a.clip_low = clip_low, a.clip_high = clip_high, a.dual_clip = dual_clip, a.sequence_level = sequence_level;
+        a.aggregation = (Aggregation)aggregation, a.num_items = num_items, a.threads = threads;
+        a.loss = loss, a.statistics = statistics, a.grad_logprobs = grad;
+        cpu().ppo_loss(a);
       },
       release());
   m.def(
       "clipped_value_loss",
       [](Size sequences, Size length, Address values, Address old_values, Address returns, Address live, float clip,
-         int aggregation, double num_items, Address loss, Address clip_fraction, Address grad, int threads) {
-        cpu().clipped_value_loss({sequences, length, values, old_values, returns, live, clip, (Aggregation)aggregation,
-                                  num_items, loss, clip_fraction, grad, threads});
+         int aggregation, double num_items, Address loss, Address statistics, Address grad, int threads) {
+        PpoLoss a{};
+        a.value = true, a.sequences = sequences, a.length = length, a.live = live;
+        a.values = values, a.old_values = old_values, a.returns = returns, a.value_clip = clip, a.value_coef = 1;
+        a.aggregation = (Aggregation)aggregation, a.num_items = num_items, a.threads = threads;
+        a.loss = loss, a.statistics = statistics, a.grad_values = grad;
+        cpu().ppo_loss(a);
       },
       release());
 

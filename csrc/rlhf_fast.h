@@ -209,35 +209,37 @@ struct MaskedWhitenBackward {
   int threads;
 };
 
-struct ClippedPolicyLoss {
+// PPO's joint loss: policy + value_coef * value + kl_coef * KL - entropy_coef * entropy; or the policy's or the value's
+// alone. The statistics are, of what is there,
+// - of the joint loss its terms: policy, value, KL, entropy;
+// - of the policy: clip_fraction, approx_kl, ratio_mean, ratio_max, ratio_var;
+// - of the value: clip_fraction;
+// - always: what the gradients are still to be multiplied by.
+struct PpoLoss {
+  bool policy, value;  // what is there; the other's data is not read
   int64_t sequences, length;
   const float* logprobs;
   const float* old_logprobs;
   const float* advantages;
-  const uint8_t* live;
-  float clip_low, clip_high, dual_clip;  // +inf = no dual clip
-  bool sequence_level;
-  Aggregation aggregation;
-  double num_items;   // < 0 = count here
-  float* loss;        // 1
-  float* statistics;  // 5: clip_fraction, approx_kl, ratio_mean, ratio_max, ratio_var
-  float* grad;        // of the loss, (sequences, length); nullptr = not wanted
-  int threads;
-};
-
-struct ClippedValueLoss {
-  int64_t sequences, length;
   const float* values;
   const float* old_values;
   const float* returns;
+  const float* entropy;       // or nullptr
+  const float* ref_logprobs;  // or nullptr
   const uint8_t* live;
-  float clip;  // +inf = no clip
+  float clip_low, clip_high, dual_clip;  // +inf = no dual clip
+  float value_clip;                      // +inf = no clip
+  float value_coef, entropy_coef, kl_coef;
+  Kl kl, kl_slope;
   Aggregation aggregation;
-  double num_items;
-  float* loss;           // 1
-  float* clip_fraction;  // 1
-  float* grad;           // or nullptr
+  double num_items;  // < 0 = count here
+  float* loss;       // 1
+  float* statistics;
+  float* grad_logprobs;  // these three of the loss, (sequences, length); nullptr = not wanted
+  float* grad_values;
+  float* grad_entropy;
   int threads;
+  bool sequence_level;
 };
 
 // ---- the CPU's launchers, compiled once for each instruction set ----------------------------------------------------
@@ -256,8 +258,7 @@ struct ClippedValueLoss {
   X(masked_moments, MaskedMoments)                     \
   X(masked_whiten, MaskedWhiten)                       \
   X(masked_whiten_backward, MaskedWhitenBackward)      \
-  X(clipped_policy_loss, ClippedPolicyLoss)            \
-  X(clipped_value_loss, ClippedValueLoss)
+  X(ppo_loss, PpoLoss)
 
 struct CpuLaunchers {
   const char* path;  // "avx512", "avx2" or "portable"

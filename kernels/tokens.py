@@ -1,9 +1,11 @@
-"""Ops of a number a token: which tokens count, each one's share in a loss, and sums over them.
+"""Ops of a number a token: which tokens count, what a loss is divided by, and sums over them.
 
 A program takes a tile of TILE tokens. Where a sum goes over several tiles, each writes its part to a scratch of one row
 a sum and one column a tile, and one last program adds the parts in the tiles' order: the result is the same every time.
 Sums are float32 within a tile and float64 over tiles.
 """
+
+import functools
 
 import torch
 import triton
@@ -36,8 +38,43 @@ def load_kept(data, index, inside, counted):
 
 
 @triton.jit
+def store_part(parts, row, value):
+    tl.store(parts + row * tl.num_programs(0) + tl.program_id(0), value)
+
+
+@triton.jit
 def load_part(parts, row, tiles, tile):
-    return tl.load(parts + row * tiles + tile, mask=tile < tiles, other=0.0).to(tl.float64)
+    # past the first-level cache, which knows nothing of what other programs stored
+    part = tl.load(parts + row * tiles + tile, mask=tile < tiles, other=0.0, cache_modifier=".cg")
+    return part.to(tl.float64)
+
+
+@triton.jit
+def is_last(ticket):
+    """Whether this program is the launch's last to come here; it sees what all others stored before they did.
+
+    Who is last changes from run to run, so that nothing but the place of a sum may depend on it.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+def ticket_of(device: torch.device) -> Tensor:
+    """The counter of ``is_last``, 0 before and after a launch.
+
+    A stream has one, since its launches follow one another. A captured graph, which may run on any, has its own.
+    """
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros((), dtype=torch.int32, device=device)
+    return _ticket(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.cache
+def _ticket(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros((), dtype=torch.int32, device=device)
 
 
 # ---- moments: (count, mean, sum of squared deviations from the mean) -------------------------------------------------
@@ -68,48 +105,28 @@ def merge_moments(count, mean, deviation, counts, means, deviations):
     return total, merged, deviation + count * step * step + tl.sum(deviations + counts * steps * steps)
 
 
-# ---- shares: the divisors of rlhf_fast/ops/_aggregate.py -------------------------------------------------------------
+# ---- the divisors of rlhf_fast/ops/_aggregate.py ---------------------------------------------------------------------
 
 
 @triton.jit
-def _count_live(live, counts, length, tokens, TILE: tl.constexpr):
-    """counts[i] = live tokens of [i * length, (i + 1) * length)."""
-    span = tl.program_id(0).to(tl.int64)
+def _count_live(live, lengths, length, TILE: tl.constexpr):
+    """The live tokens of a sequence."""
+    sequence = tl.program_id(0).to(tl.int64)
     count = tl.zeros((), tl.int64)
-    end = tl.minimum((span + 1) * length, tokens)
-    for start in range(span * length, end, TILE):
-        index = start + tl.arange(0, TILE)
-        count += tl.sum(live_at(live, index, index < end).to(tl.int32))
-    tl.store(counts + span, count)
+    for start in range(0, length, TILE):
+        offset = start + tl.arange(0, TILE)
+        count += tl.sum(live_at(live, sequence * length + offset, offset < length).to(tl.int32))
+    tl.store(lengths + sequence, count)
 
 
 @triton.jit
-def token_share(
-    share, counts, entries, tokens, length, index, inside, counted, ITEMS: tl.constexpr, DIFFER: tl.constexpr
-):
-    """The share of each token of a tile in the loss.
-
-    ``share`` is what the launcher knew of it. ITEMS "tokens" or "sequences" divides by their number: a count for each
-    of ``entries`` or, without counts, those of this tile, which then is all there is. DIFFER divides by the live tokens
-    of the token's own sequence.
-    """
-    if ITEMS is not None:
-        if counts is None:
-            items = tl.sum(counted.to(tl.float32))
-        else:
-            total = tl.zeros((), tl.int64)
-            for start in range(0, entries, PARTS):
-                entry = start + tl.arange(0, PARTS)
-                found = tl.load(counts + entry, mask=entry < entries, other=0)
-                if ITEMS == "sequences":
-                    found = (found > 0).to(tl.int64)
-                total += tl.sum(found)
-            items = total.to(tl.float32)
-        share = share / tl.maximum(items, 1.0)
+def token_weight(lengths, index, tokens, length, inside, DIFFER: tl.constexpr):
+    """What a token counts before the divisor: 1 or, with DIFFER, 1 / the live tokens of its sequence."""
+    weight = 1.0
     if DIFFER:
-        lengths = tl.load(counts + sequence_at(index, tokens, length), mask=inside, other=1)
-        share = share / tl.maximum(lengths.to(tl.float32), 1.0)
-    return share
+        live_tokens = tl.load(lengths + sequence_at(index, tokens, length), mask=inside, other=1)
+        weight = 1.0 / tl.maximum(live_tokens.to(tl.float32), 1.0)
+    return weight
 
 
 @triton.jit
@@ -118,31 +135,60 @@ def sequence_at(index, tokens, length):
     return index.to((tokens + length).dtype) // length
 
 
-class Shares:
-    """``share``, ``counts``, ``entries``, ITEMS and DIFFER of ``token_share``, for a loss of (sequences, length)."""
+@triton.jit
+def loss_scale(lengths, sequences, items, norm, count, ITEMS: tl.constexpr):
+    """1 / divisor, by the ``count`` of all live tokens; float64."""
+    if ITEMS == "tokens":
+        found = count
+    elif ITEMS == "sequences":
+        found = tl.zeros((), tl.float64)
+        for start in range(0, sequences, PARTS):
+            sequence = start + tl.arange(0, PARTS)
+            live_tokens = tl.load(lengths + sequence, mask=sequence < sequences, other=0)
+            found += tl.sum((live_tokens > 0).to(tl.float64))
+    elif ITEMS == "given":
+        found = tl.load(items).to(tl.float64)
+    else:
+        found = tl.full((), 1.0, tl.float64)
+    return 1.0 / (tl.where(found > 0.0, found, 1.0) * norm)
+
+
+class Divisor:
+    """What a loss of (sequences, length) is divided by: ``norm`` times what ITEMS names.
+
+    ITEMS is "tokens" or "sequences" for their live number, "given" for what is at the address ``items``, or None.
+    ``lengths``, the live tokens of each sequence, are counted where that takes them.
+    """
 
     def __init__(
-        self, sequences: int, length: int, live: Tensor | None, aggregation: int, num_items: float, device: torch.device
+        self,
+        sequences: int,
+        length: int,
+        live: Tensor | None,
+        aggregation: int,
+        num_items: float | Tensor,
+        device: torch.device,
     ) -> None:
         by_token, by_length, normed = aggregation == 0, aggregation == 2, aggregation == 3
-        tokens = sequences * length
-        self.tiles = max(triton.cdiv(tokens, TILE), 1)
         self.differ = by_length and live is not None
-        self.items = None if live is None or num_items >= 0 else "tokens" if by_token else "sequences"
-        if live is None and num_items < 0:
-            num_items = tokens if by_token else sequences
-        known = num_items if self.items is None and num_items > 0 else 1.0
-        self.share = 1 / (known * (max(length, 1) if normed or by_length and live is None else 1))
-
-        self.counts: Tensor | None = None
-        self.entries = 0
-        if self.differ or self.items == "sequences" or self.items == "tokens" and self.tiles > 1:
-            # every tile adds up the counts, so tokens are counted in a limited number of spans
-            span = triton.cdiv(self.tiles, PARTS.value) * TILE if by_token else length
-            self.entries = triton.cdiv(tokens, span) if by_token else sequences
-            self.counts = torch.empty(self.entries, dtype=torch.int64, device=device)
-            if self.entries:
-                _count_live[(self.entries,)](live, self.counts, span, tokens, TILE=tile_of(span), num_warps=4, **FUSED)
+        self.norm = float(max(length, 1)) if normed or by_length and live is None else 1.0
+        self.items: Tensor | None = None
+        self.ITEMS: str | None = None
+        if isinstance(num_items, Tensor):
+            self.items, self.ITEMS = num_items, "given"
+        elif num_items >= 0:
+            self.norm *= num_items or 1.0
+        elif by_token:
+            self.ITEMS = "tokens"
+        elif live is None:
+            self.norm *= max(sequences, 1)
+        else:
+            self.ITEMS = "sequences"
+        self.lengths: Tensor | None = None
+        if self.differ or self.ITEMS == "sequences":
+            self.lengths = torch.empty(sequences, dtype=torch.int64, device=device)
+            if sequences:
+                _count_live[(sequences,)](live, self.lengths, length, TILE=tile_of(length), num_warps=4, **FUSED)
 
 
 def tile_of(length: int) -> int:

@@ -15,11 +15,13 @@ from .linear_policy_ref import PolicyRef, linear_policy_ref
 from .masked_logprobs import masked_logprobs
 from .masked_whiten import masked_whiten
 from .pairwise_loss import pairwise_loss
+from .ppo_loss import PPOLoss, ppo_loss
 from .token_kl import token_kl
 
 __all__ = [
     "DPOLoss",
     "LinearPolicyLoss",
+    "PPOLoss",
     "PolicyLoss",
     "PolicyRef",
     "ValueLoss",
@@ -37,6 +39,7 @@ __all__ = [
     "masked_logprobs",
     "masked_whiten",
     "pairwise_loss",
+    "ppo_loss",
     "token_kl",
     "use_backend",
 ]

@@ -75,7 +75,8 @@ def token_weights(
 def scalar_tensor(num_items: float | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """``num_items`` as the custom ops take it."""
     if isinstance(num_items, (int, float)):
-        return torch.full((), float(num_items), dtype=torch.float64, device=device)  # no copy, which would synchronise
+        # full, because tensor() would wait for the GPU to copy the number there
+        return torch.full((), float(num_items), dtype=torch.float64, device=device)
     return num_items
 
 

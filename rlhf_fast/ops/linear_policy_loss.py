@@ -27,6 +27,7 @@ class LinearPolicyLoss(NamedTuple):
     approx_kl: Tensor
     ratio_mean: Tensor
     ratio_max: Tensor
+    ratio_var: Tensor
 
 
 def linear_policy_loss(
@@ -80,10 +81,7 @@ def linear_policy_loss(
     op = "linear_policy_loss"
     head = checked_head(op, hidden, weight, bias, lora, vocab_size)
     _checks.positive(op, softcap=softcap)
-    _checks.non_negative(op, kl_coef=kl_coef, entropy_coef=entropy_coef)
-    _checks.one_of(op, "kl_estimator", kl_estimator, ESTIMATORS)
-    if kl_coef > 0 and ref_logprobs is None:
-        raise ValueError(f"{op}: kl_coef={kl_coef!r} needs ref_logprobs, which is None; pass them or set kl_coef=0")
+    check_terms(op, ref_logprobs, kl_coef, kl_estimator, entropy_coef)
     shape = hidden.shape[:-1]
     given = {"old_logprobs": old_logprobs, "advantages": advantages}
     if ref_logprobs is not None:
@@ -115,6 +113,14 @@ def linear_policy_loss(
         aggregation=aggregation,
         num_items=num_items,
     )
+
+
+def check_terms(op: str, ref_logprobs: Tensor | None, kl_coef: float, kl_estimator: str, entropy_coef: float) -> None:
+    """The terms beside the policy loss can be formed."""
+    _checks.non_negative(op, kl_coef=kl_coef, entropy_coef=entropy_coef)
+    _checks.one_of(op, "kl_estimator", kl_estimator, ESTIMATORS)
+    if kl_coef > 0 and ref_logprobs is None:
+        raise ValueError(f"{op}: kl_coef={kl_coef!r} needs ref_logprobs, which is None; pass them or set kl_coef=0")
 
 
 @implements("linear_policy_loss", "torch")
@@ -163,7 +169,7 @@ def reference(
 
 def from_logprobs(
     logprobs: Tensor,
-    entropies: Tensor,
+    entropies: Tensor | None,
     live: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -181,7 +187,7 @@ def from_logprobs(
 ) -> LinearPolicyLoss:
     """logprobs, entropies and live (N,); the other tensors keep their leading shape, of N elements."""
     shape = old_logprobs.shape
-    logprobs, entropies, live = logprobs.reshape(shape), entropies.reshape(shape), live.reshape(shape)
+    logprobs, live = logprobs.reshape(shape), live.reshape(shape)
 
     policy = clipped_policy_loss(
         logprobs,
@@ -196,11 +202,12 @@ def from_logprobs(
         num_items=num_items,
     )
     loss = policy.loss
-    entropy = aggregate(entropies, live, aggregation=aggregation, num_items=num_items)
     # A term of weight 0 stays out of the graph, and so costs nothing in the backward.
+    entropy = kl = torch.zeros_like(policy.approx_kl)
+    if entropies is not None:
+        entropy = aggregate(entropies.reshape(shape), live, aggregation=aggregation, num_items=num_items)
     if entropy_coef > 0:
         loss = loss - entropy_coef * entropy
-    kl = torch.zeros_like(policy.approx_kl)
     if ref_logprobs is not None:
         kl = aggregate(
             token_kl(logprobs, ref_logprobs, live, estimator=kl_estimator),
@@ -219,4 +226,5 @@ def from_logprobs(
         policy.approx_kl,
         policy.ratio_mean,
         policy.ratio_max,
+        policy.ratio_var,
     )

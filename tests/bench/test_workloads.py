@@ -62,6 +62,7 @@ MARKS = {
 LOGITS, COPY = "masked_logprobs, 8192 x {} bf16, {}", "of the rate of a plain copy"
 HEAD = "8192 x 4096 x 131072 bf16"
 GPU_MARKS = {
+    "ppo_loss, 1024 x 1024, policy + value + KL + entropy, forward + backward": [f"at least 80% {COPY}"],
     **{
         LOGITS.format(vocab, f"with entropy, {what}"): [
             f"at least {share} {COPY}",

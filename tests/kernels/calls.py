@@ -138,4 +138,8 @@ def clipped_losses() -> Iterator[Call]:
         level = {"ratio_level": "sequence" if "aggregation" in options else "token"}
         data = [floats(*shape), floats(*shape).detach(), floats(*shape).detach()]
         yield Call(partial(ops.clipped_value_loss, *data, live, **options), wide)
+        joint = [*data, floats(*shape), floats(*shape).detach(), floats(*shape).detach()]
+        yield Call(partial(ops.ppo_loss, *joint, live, **options), wide)
+        terms = {"entropy": floats(*shape), "entropy_coef": 0.1, "ref_logprobs": data[1], "kl_coef": 0.1}
+        yield Call(partial(ops.ppo_loss, *joint, live, **options, **terms), wide)
         yield Call(partial(ops.clipped_policy_loss, *data, live, **level, **options), wide)

@@ -159,6 +159,19 @@ def _naive_value_loss(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple
     return (_mean(0.5 * torch.maximum((x["values"] - x["returns"]) ** 2, (near - x["returns"]) ** 2), mask),)
 
 
+def _naive_joint(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    policy, _, ratio_mean = _naive_ppo(x["logprobs"], x, mask)
+    (value,) = _naive_value_loss(x, targets, mask)
+    kl, entropy = _mean(_k3(x["logprobs"], x["ref_logprobs"]), mask), _mean(x["entropy"], mask)
+    parts = (policy, value, kl, entropy, ratio_mean)
+    return policy + 0.5 * value + 0.3 * kl - 0.1 * entropy, *(part.detach() for part in parts)
+
+
+def _run_joint(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    result = ops.ppo_loss(**x, mask=mask, value_coef=0.5, kl_coef=0.3, entropy_coef=0.1)
+    return result.loss, result.policy_loss, result.value_loss, result.kl, result.entropy, result.ratio_mean
+
+
 def _naive_gae(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
     advantages = torch.zeros_like(x["values"])
     for b in range(advantages.shape[0]):
@@ -286,6 +299,16 @@ OPS = [
         _naive_value_loss,
         {"values": (), "old_values": (), "returns": ()},
         ("values",),
+        per_token=False,
+    ),
+    Op(
+        "ppo_loss",
+        _run_joint,
+        _naive_joint,
+        dict.fromkeys(
+            ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns", "entropy", "ref_logprobs"), ()
+        ),
+        ("logprobs", "values", "entropy"),
         per_token=False,
     ),
 ]

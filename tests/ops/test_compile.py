@@ -109,6 +109,13 @@ OPTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
             x["values"], x["old_values"], x["returns"], mask, clip=None, aggregation="seq-mean-token-sum", num_items=7
         ),
     ),
+    "joint by sequences": (
+        "ppo_loss",
+        lambda x, targets, mask: ops.ppo_loss(
+            **x, mask=mask, value_clip=None, kl_coef=0.1, kl_estimator="k1+", aggregation="seq-mean-token-mean",
+            num_items=mask.sum(),
+        ),
+    ),
 }  # fmt: skip
 
 

@@ -48,7 +48,8 @@ def test_by_hand() -> None:
     assert result.approx_kl.item() == pytest.approx((math.log(3 / 2) ** 2 + math.log(1 / 2) ** 2) / 4)
     assert result.ratio_mean.item() == pytest.approx(1.0)
     assert result.ratio_max.item() == pytest.approx(1.5)
-    assert [output.requires_grad for output in result] == [True] + [False] * 7
+    assert result.ratio_var.item() == pytest.approx(0.25)
+    assert [output.requires_grad for output in result] == [True] + [False] * 8
 
     result.loss.backward()
     # d logp / d hidden is log 3 * (1/4) for target 1 and -log 3 * (3/4) for target 0, d entropy / d hidden is

@@ -12,4 +12,5 @@ from . import linear_policy_loss as linear_policy_loss
 from . import linear_policy_ref as linear_policy_ref
 from . import masked_logprobs as masked_logprobs
 from . import masked_whiten as masked_whiten
+from . import ppo_loss as ppo_loss
 from . import token_kl as token_kl

@@ -1,4 +1,8 @@
-"""What the clipped losses have in common: one kernel gives the loss, its statistics and, where wanted, its gradient."""
+"""What PPO's losses have in common: one kernel gives the loss, its statistics and, where wanted, its gradients.
+
+The last of the statistics is the scale: what the gradients are still to be multiplied by. A GPU's kernel learns the
+divisor of the loss after it has written them.
+"""
 
 from typing import Any
 
@@ -17,33 +21,37 @@ def divisor(aggregation: str, num_items: float | Tensor | None, data: Tensor) ->
     return AGGREGATIONS.index(aggregation), scalar_tensor(num_items, data.device)
 
 
-def data_arguments(*data: Tensor, live: Tensor | None) -> tuple[object, ...]:
-    """The launchers' leading arguments, of (B, T) tensors."""
-    return *data[0].shape, *(tensor.contiguous() for tensor in data), None if live is None else live.contiguous()
+def data_arguments(data: Tensor, *rest: Tensor | None) -> tuple[object, ...]:
+    """The launchers' leading arguments, of (B, T) tensors; the mask is the last."""
+    return *data.shape, data.contiguous(), *[None if tensor is None else tensor.contiguous() for tensor in rest]
 
 
 def result_arguments(
-    aggregation: int, num_items: Tensor | None, outputs: tuple[Tensor, Tensor, Tensor]
+    aggregation: int, num_items: Tensor | None, loss: Tensor, statistics: Tensor, *grads: Tensor | None
 ) -> tuple[object, ...]:
     """The launchers' last arguments. A num_items below 0 stands for none, so that a given one becomes 0 at least."""
-    loss, statistics, grad = outputs
     items: float | Tensor = -1.0
     if num_items is not None:  # on a GPU its value stays there
         items = num_items if num_items.is_cuda else max(float(num_items), 0.0)
-    return aggregation, items, loss, statistics, grad if grad.dim() == 2 else None, torch.get_num_threads()
+    return aggregation, items, loss, statistics, *grads, torch.get_num_threads()
 
 
-def empty_outputs(data: Tensor, statistics: int, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (), statistics (n,) and d loss / d data (B, T), or (0,) where it is not wanted."""
-    return data.new_empty(()), data.new_empty(statistics), data.new_empty(data.shape if with_gradient else 0)
+def empty_outputs(data: Tensor, statistics: int, gradients: int) -> tuple[Tensor, Tensor, Tensor]:
+    """loss (), statistics (n,) and gradients (m, B, T)."""
+    return data.new_empty(()), data.new_empty(statistics), data.new_empty((gradients, *data.shape))
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(*output[1:])
 
 
 def gradient(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    (grad,) = ctx.saved_tensors
-    return None if grad_loss is None else grad * grad_loss, *(None,) * (len(ctx.needs_input_grad) - 1)
+    """Of the inputs that need one, in their order."""
+    needed = ctx.needs_input_grad
+    if grad_loss is None:
+        return (None,) * len(needed)
+    statistics, grads = ctx.saved_tensors
+    rows = iter(grads * (grad_loss * statistics[-1]))
+    return tuple([next(rows) if need else None for need in needed])

@@ -1,6 +1,7 @@
 """clipped_policy_loss on fused kernels: loss, gradient and statistics in one sweep."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def fused(
         *divisor(aggregation, num_items, logprobs),
         wants_gradient(logprobs),
     )
-    return PolicyLoss(loss, *statistics.unbind())
+    return PolicyLoss(loss, *statistics.unbind()[:-1])
 
 
 def _kernel(
@@ -52,21 +53,21 @@ def _kernel(
     num_items: Tensor | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = empty_outputs(logprobs, 5, with_gradient)
+    outputs = loss, statistics, grads = empty_outputs(logprobs, 6, int(with_gradient))
     launch(
         "clipped_policy_loss",
-        *data_arguments(logprobs, old_logprobs, advantages, live=live),
+        *data_arguments(logprobs, old_logprobs, advantages, live),
         clip_low,
         clip_high,
         dual_clip,
         sequence_level,
-        *result_arguments(aggregation, num_items, outputs),
+        *result_arguments(aggregation, num_items, loss, statistics, grads[0] if with_gradient else None),
     )
     return outputs
 
 
-def _fake(logprobs: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_outputs(logprobs, 5, bool(rest[-1]))
+def _fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_outputs(logprobs, 6, int(rest[-1]))
 
 
 _forward = fused_op("clipped_policy_loss", _kernel, _fake, save=save, gradient=gradient)

@@ -1,6 +1,7 @@
 """clipped_value_loss on fused kernels: loss, gradient and statistic in one sweep."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def fused(
     bound = math.inf if clip is None else clip
     rest = divisor(aggregation, num_items, values)
     loss, statistics, _ = _forward(values, old_values, returns, live, bound, *rest, wants_gradient(values))
-    return ValueLoss(loss, *statistics.unbind())
+    return ValueLoss(loss, *statistics.unbind()[:-1])
 
 
 def _kernel(
@@ -37,14 +38,18 @@ def _kernel(
     num_items: Tensor | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = empty_outputs(values, 1, with_gradient)
-    data = data_arguments(values, old_values, returns, live=live)
-    launch("clipped_value_loss", *data, clip, *result_arguments(aggregation, num_items, outputs))
+    outputs = loss, statistics, grads = empty_outputs(values, 2, int(with_gradient))
+    launch(
+        "clipped_value_loss",
+        *data_arguments(values, old_values, returns, live),
+        clip,
+        *result_arguments(aggregation, num_items, loss, statistics, grads[0] if with_gradient else None),
+    )
     return outputs
 
 
-def _fake(values: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_outputs(values, 1, bool(rest[-1]))
+def _fake(values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_outputs(values, 2, int(rest[-1]))
 
 
 _forward = fused_op("clipped_value_loss", _kernel, _fake, save=save, gradient=gradient)

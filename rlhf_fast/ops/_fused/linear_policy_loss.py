@@ -89,7 +89,7 @@ def _kernel(
     num_items: Tensor | None,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> the loss (), the other fields of LinearPolicyLoss (7,), and the loss's gradients as in HeadGradients."""
+    """-> the loss (), the other fields of LinearPolicyLoss (8,), and the loss's gradients as in HeadGradients."""
     rows = LiveRows(live, targets, temperature, softcap)
     weights = token_weights(live.reshape(old_logprobs.shape), aggregation=aggregation, num_items=num_items)
 

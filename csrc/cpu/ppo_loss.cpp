@@ -1,0 +1,179 @@
+// PPO's joint loss, its gradients and its statistics in one sweep over the tokens; the policy's or the value's loss alone
+// where the other's data is not given.
+#include "tokens.h"
+
+namespace rlhf_fast::RLHF_FAST_PATH {
+
+namespace {
+
+// Over the live tokens of a block, or of all blocks so far. The parts of the loss are weighted by the tokens' shares.
+struct Sums {
+  double count, policy, kl, entropy, value;
+  double clipped, value_clipped, squared_log_ratio;
+  double ratio_mean, ratio_deviation;  // the mean, and the sum of squared deviations from it
+  float ratio_max;
+};
+
+// The log ratios from token i on, and which of them count.
+struct LogRatios {
+  I32 live;
+  F32 unbounded, bounded;  // 0 where not live
+
+  RLHF_FAST_INLINE LogRatios(const PpoLoss& a, int64_t i, int lanes)
+      : live(live_lanes(a.live, i, lanes)),
+        unbounded(kept(live, load(a.logprobs + i, lanes) - load(a.old_logprobs + i, lanes))),
+        bounded(bounded_log_ratio(unbounded)) {}
+};
+
+// exp(mean log ratio over the live tokens [start, end)).
+float sequence_ratio(const PpoLoss& a, int64_t start, int64_t end) {
+  double total = 0, count = 0;
+  for (; start < end; start += kBlock) {
+    F32 totals{}, counts{};
+    over_vectors(start, smaller(start + kBlock, end), [&](int64_t i, int lanes) {
+      const LogRatios log_ratios(a, i, lanes);
+      totals += log_ratios.bounded;
+      counts += kept(log_ratios.live, all(1));
+    });
+    total += sum(totals);
+    count += sum(counts);
+  }
+  return exp(all((float)(total / (count > 0 ? count : 1))))[0];
+}
+
+// Writes the gradients of the tokens [start, end).
+template <bool kPolicy, bool kValue>
+Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end, const Shares& shares,
+                    const Array<float>& sequence_ratios) {
+  constexpr bool kJoint = kPolicy && kValue;  // alone, the policy has neither KL nor entropy
+  const float low = lowest_ratio(a), high = highest_ratio(a);
+  alignas(64) float ratios[kBlock + kLanes];
+  F32 counts{}, policy{}, kl{}, entropy{}, value{}, clipped{}, value_clipped{}, squared{}, totals{}, peaks{};
+  over_sequences(length, start, end, [&](int64_t sequence, int64_t from, int64_t to) {
+    const float share = shares.of(sequence);
+    const F32 shared_ratio = all(a.sequence_level ? sequence_ratios[sequence] : 0);
+    over_vectors(from, to, [&](int64_t i, int lanes) {
+      const I32 live = live_lanes(a.live, i, lanes);
+      const auto at = [&](const float* data) { return kept(live, load(data + i, lanes)); };
+      counts += kept(live, all(1));
+      if (kPolicy) {
+        const LogRatios log_ratios(a, i, lanes);
+        const F32 ratio = kept(live, a.sequence_level ? shared_ratio : exp(log_ratios.bounded));
+        const LossToken<F32> token =
+            policy_token(log_ratios.unbounded, ratio, at(a.advantages), low, high, a.dual_clip);
+        policy += token.loss * share;
+        clipped += token.clipped;
+        squared += log_ratios.bounded * log_ratios.bounded;
+        totals += ratio;
+        peaks = larger(ratio, peaks);
+        store(ratios + (i - start), ratio);
+        F32 slope = token.slope;
+        if (kJoint && a.ref_logprobs) {
+          const F32 d = kept(live, load(a.logprobs + i, lanes) - load(a.ref_logprobs + i, lanes));
+          kl += kl_value(a.kl, d) * share;
+          if (a.kl_coef != 0) slope += a.kl_coef * kl_slope(a.kl_slope, d);
+        }
+        if (a.grad_logprobs) store(a.grad_logprobs + i, kept(live, slope * share), lanes);
+      }
+      if (kJoint && a.entropy) {
+        entropy += at(a.entropy) * share;
+        if (a.grad_entropy) store(a.grad_entropy + i, kept(live, all(-a.entropy_coef * share)), lanes);
+      }
+      if (kValue) {
+        const LossToken<F32> token = value_token(at(a.values), at(a.old_values), at(a.returns), a.value_clip);
+        value += token.loss * share;
+        value_clipped += token.clipped;
+        if (a.grad_values) store(a.grad_values + i, kept(live, token.slope * (a.value_coef * share)), lanes);
+      }
+    });
+  });
+
+  Sums sums{};
+  sums.count = sum(counts);
+  sums.policy = sum(policy);
+  sums.kl = sum(kl);
+  sums.entropy = sum(entropy);
+  sums.value = sum(value);
+  sums.clipped = sum(clipped);
+  sums.value_clipped = sum(value_clipped);
+  sums.squared_log_ratio = sum(squared);
+  sums.ratio_max = largest(peaks);
+  if (kPolicy) {
+    // Deviations from the rounded mean also tell how far off it is.
+    const double divisor = sums.count > 0 ? sums.count : 1;
+    const float near_mean = (float)(sum(totals) / divisor);
+    F32 deviations{}, squared_deviations{};
+    over_vectors(start, end, [&](int64_t i, int lanes) {
+      const F32 deviation = kept(live_lanes(a.live, i, lanes), load(ratios + (i - start)) - near_mean);
+      deviations += deviation;
+      squared_deviations += deviation * deviation;
+    });
+    const double off = sum(deviations) / divisor;
+    const double deviation = sum(squared_deviations) - sums.count * off * off;
+    sums.ratio_mean = near_mean + off;
+    sums.ratio_deviation = deviation < 0 ? 0 : deviation;
+  }
+  return sums;
+}
+
+void add(Sums& total, const Sums& block) {
+  if (block.count == 0) return;
+  const double before = total.count, step = block.ratio_mean - total.ratio_mean;
+  total.count += block.count;
+  total.policy += block.policy;
+  total.kl += block.kl;
+  total.entropy += block.entropy;
+  total.value += block.value;
+  total.clipped += block.clipped;
+  total.value_clipped += block.value_clipped;
+  total.squared_log_ratio += block.squared_log_ratio;
+  total.ratio_mean += step * (block.count / total.count);
+  total.ratio_deviation += block.ratio_deviation + step * step * (before * block.count / total.count);
+  total.ratio_max = block.ratio_max > total.ratio_max ? block.ratio_max : total.ratio_max;
+}
+
+// A term of weight 0 adds nothing, infinite or not.
+double term(double coef, double value) { return coef != 0 ? coef * value : 0; }
+
+}  // namespace
+
+void ppo_loss(const PpoLoss& a) {
+  const Shares shares(a);
+  const Array<float> sequence_ratios(a.sequence_level ? a.sequences : 0);
+  if (a.sequence_level) {
+    parallel_for(a.sequences, a.length, a.threads, [&](int64_t sequence) {
+      sequence_ratios[sequence] = sequence_ratio(a, sequence * a.length, (sequence + 1) * a.length);
+    });
+  }
+  const int64_t tokens = a.sequences * a.length;
+  // where all sequences are alike, their bounds do not matter
+  const int64_t length = shares.differ || a.sequence_level ? a.length : tokens;
+  const auto evaluate = !a.value    ? evaluate_block<true, false>
+                        : !a.policy ? evaluate_block<false, true>
+                                    : evaluate_block<true, true>;
+  const Array<Sums> blocks(blocks_of(tokens));
+  parallel_for(blocks_of(tokens), kBlock, a.threads, [&](int64_t i) {
+    blocks[i] = evaluate(a, length, i * kBlock, smaller((i + 1) * kBlock, tokens), shares, sequence_ratios);
+  });
+
+  Sums total{};
+  for (int64_t i = 0; i < blocks_of(tokens); i++) add(total, blocks[i]);
+  const double count = total.count > 0 ? total.count : 1;
+  const double loss = total.policy + term(a.value_coef, total.value) + term(a.kl_coef, total.kl);
+  *a.loss = (float)(loss - term(a.entropy_coef, total.entropy));
+  // a NaN, which no comparison takes for the largest, is in the mean
+  const double ratio_max = total.ratio_mean == total.ratio_mean ? total.ratio_max : total.ratio_mean;
+  float* out = a.statistics;
+  const auto put = [&](double statistic) { *out++ = (float)statistic; };
+  if (a.policy && a.value) {
+    put(total.policy), put(total.value), put(total.kl), put(total.entropy);
+  }
+  if (a.policy) {
+    put(total.clipped / count), put(0.5 * total.squared_log_ratio / count);
+    put(total.ratio_mean), put(ratio_max), put(total.ratio_deviation / count);
+  }
+  if (a.value) put(total.value_clipped / count);
+  put(1);  // the gradients are whole
+}
+
+}  // namespace rlhf_fast::RLHF_FAST_PATH

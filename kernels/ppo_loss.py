@@ -1,0 +1,214 @@
+"""PPO's joint loss, its gradients and its statistics in one launch; the policy's or the value's loss alone where the
+other's data is not given.
+
+A program reads each input of its tile once, and writes the gradients as if the divisor of the loss were 1: how many
+tokens count is known only to the last program. That one adds the parts, and writes 1 / divisor as the scale of them.
+Ratios by the sequence, and divisors that count sequences, take a launch before it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .formulas import FUSED, bounded_log_ratio, exponential, kl_value, policy_token, value_token
+from .formulas import kl_slope as slope_of_kl
+from .tokens import (
+    TILE,
+    WARPS,
+    Divisor,
+    is_last,
+    live_at,
+    load_kept,
+    load_part,
+    loss_scale,
+    sequence_at,
+    store_part,
+    ticket_of,
+    tile_moments,
+    tile_of_tokens,
+    token_weight,
+)
+
+PARTS = tl.constexpr(256)  # read at once by the last program
+# the rows of the parts
+COUNT, POLICY, CLIPPED, SQUARED, PEAK, MEAN, DEVIATION, KL, ENTROPY, VALUE, VALUE_CLIPPED = map(tl.constexpr, range(11))
+ROWS = 11
+
+
+@triton.jit(do_not_specialize=["length", "sequences"])
+def _evaluate(
+    tokens, sequences, length, logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs,
+    live, ratios, low, high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, lengths, items, norm, loss,
+    statistics, grad_logprobs, grad_values, grad_entropy, parts, ticket,
+    KL_VALUE: tl.constexpr, KL_SLOPE: tl.constexpr, ITEMS: tl.constexpr, DIFFER: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    index = tile_of_tokens(TILE)
+    inside = index < tokens
+    counted = live_at(live, index, inside)
+    weight = token_weight(lengths, index, tokens, length, inside, DIFFER)
+    # the loads before the sums, whose barriers hold back what comes after them
+    if logprobs is not None:
+        logprob = load_kept(logprobs, index, inside, counted)
+        old_logprob = load_kept(old_logprobs, index, inside, counted)
+        advantage = load_kept(advantages, index, inside, counted)
+    if ref_logprobs is not None:
+        ref_logprob = load_kept(ref_logprobs, index, inside, counted)
+    if entropy is not None:
+        spread = load_kept(entropy, index, inside, counted)
+    if values is not None:
+        value = load_kept(values, index, inside, counted)
+        old_value = load_kept(old_values, index, inside, counted)
+        target = load_kept(returns, index, inside, counted)
+
+    store_part(parts, COUNT, tl.sum(counted.to(tl.float32)))
+    if logprobs is not None:
+        log_ratio = logprob - old_logprob
+        bounded = bounded_log_ratio(log_ratio)
+        if ratios is None:
+            ratio = exponential(bounded)
+        else:
+            ratio = tl.load(ratios + sequence_at(index, tokens, length), mask=inside, other=0.0)
+        ratio = tl.where(counted, ratio, 0.0)
+        policy_loss, slope, clipped = policy_token(log_ratio, ratio, advantage, low, high, dual_clip)
+        if ref_logprobs is not None:
+            difference = logprob - ref_logprob
+            store_part(parts, KL, tl.sum(kl_value(difference, KL_VALUE) * weight))
+            if KL_SLOPE is not None:
+                slope += kl_coef * slope_of_kl(difference, KL_SLOPE)
+        if grad_logprobs is not None:
+            tl.store(grad_logprobs + index, tl.where(counted, slope * weight, 0.0), mask=inside)
+        _, near, off, deviation = tile_moments(ratio, counted)
+        store_part(parts, POLICY, tl.sum(policy_loss * weight))
+        store_part(parts, CLIPPED, tl.sum(clipped.to(tl.float32)))
+        store_part(parts, SQUARED, tl.sum(bounded * bounded))
+        store_part(parts, PEAK, tl.max(ratio))
+        store_part(parts, MEAN, near + off)
+        store_part(parts, DEVIATION, deviation)
+    if entropy is not None:
+        store_part(parts, ENTROPY, tl.sum(spread * weight))
+        if grad_entropy is not None:
+            tl.store(grad_entropy + index, tl.where(counted, -entropy_coef * weight, 0.0), mask=inside)
+    if values is not None:
+        value_loss, value_slope, value_clipped = value_token(value, old_value, target, value_clip)
+        if grad_values is not None:
+            tl.store(grad_values + index, tl.where(counted, value_coef * value_slope * weight, 0.0), mask=inside)
+        store_part(parts, VALUE, tl.sum(value_loss * weight))
+        store_part(parts, VALUE_CLIPPED, tl.sum(value_clipped.to(tl.float32)))
+
+    if is_last(ticket):
+        _finish(
+            parts, logprobs, values, entropy, ref_logprobs, value_coef, entropy_coef, kl_coef, lengths, sequences,
+            items, norm, loss, statistics, ITEMS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    parts, logprobs, values, entropy, ref_logprobs, value_coef, entropy_coef, kl_coef, lengths, sequences, items, norm,
+    loss, statistics, ITEMS: tl.constexpr,
+):  # fmt: skip
+    zero = tl.zeros((PARTS,), tl.float64)
+    count, total, squares, peak = zero, zero, zero, zero  # of the ratios
+    policy, kl, spread, value = zero, zero, zero, zero
+    clipped, squared, value_clipped = zero, zero, zero
+    tiles = tl.num_programs(0)
+    for start in range(0, tiles, PARTS):
+        tile = start + tl.arange(0, PARTS)
+        counts = load_part(parts, COUNT, tiles, tile)
+        count += counts
+        if logprobs is not None:
+            policy += load_part(parts, POLICY, tiles, tile)
+            clipped += load_part(parts, CLIPPED, tiles, tile)
+            squared += load_part(parts, SQUARED, tiles, tile)
+            peak = tl.maximum(peak, load_part(parts, PEAK, tiles, tile))
+            means = load_part(parts, MEAN, tiles, tile)
+            total += counts * means
+            squares += counts * means * means + load_part(parts, DEVIATION, tiles, tile)
+        if ref_logprobs is not None:
+            kl += load_part(parts, KL, tiles, tile)
+        if entropy is not None:
+            spread += load_part(parts, ENTROPY, tiles, tile)
+        if values is not None:
+            value += load_part(parts, VALUE, tiles, tile)
+            value_clipped += load_part(parts, VALUE_CLIPPED, tiles, tile)
+
+    live_tokens = tl.sum(count)
+    scale = loss_scale(lengths, sequences, items, norm, live_tokens, ITEMS)
+    inverse = 1.0 / tl.maximum(live_tokens, 1.0)
+    policy_loss, value_loss = tl.sum(policy) * scale, tl.sum(value) * scale
+    kl_loss, entropy_loss = tl.sum(kl) * scale, tl.sum(spread) * scale
+    mean = tl.sum(total) * inverse
+    variance = tl.sum(squares) * inverse - mean * mean
+
+    joint = policy_loss + _term(value_coef, value_loss) + _term(kl_coef, kl_loss) - _term(entropy_coef, entropy_loss)
+    tl.store(loss, joint.to(tl.float32))
+    if logprobs is not None and values is not None:
+        tl.store(statistics, policy_loss.to(tl.float32))
+        tl.store(statistics + 1, value_loss.to(tl.float32))
+        tl.store(statistics + 2, kl_loss.to(tl.float32))
+        tl.store(statistics + 3, entropy_loss.to(tl.float32))
+        statistics += 4
+    if logprobs is not None:
+        tl.store(statistics, (tl.sum(clipped) * inverse).to(tl.float32))
+        tl.store(statistics + 1, (0.5 * tl.sum(squared) * inverse).to(tl.float32))
+        tl.store(statistics + 2, mean.to(tl.float32))
+        # a NaN, which the largest may have passed over, is in the mean
+        tl.store(statistics + 3, tl.where(mean == mean, tl.max(peak), mean).to(tl.float32))
+        tl.store(statistics + 4, tl.where(variance < 0.0, 0.0, variance).to(tl.float32))
+        statistics += 5
+    if values is not None:
+        tl.store(statistics, (tl.sum(value_clipped) * inverse).to(tl.float32))
+        statistics += 1
+    tl.store(statistics, scale.to(tl.float32))
+
+
+@triton.jit
+def _term(coef, value):
+    """A term of weight 0 adds nothing, infinite or not."""
+    return tl.where(coef != 0.0, coef * value, 0.0)
+
+
+def ppo_loss(
+    sequences: int,
+    length: int,
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor | None,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    ref_logprobs: Tensor | None,
+    live: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    value_clip: float,
+    value_coef: float,
+    entropy_coef: float,
+    kl_coef: float,
+    kl: int,
+    kl_slope: int,
+    aggregation: int,
+    num_items: float | Tensor,
+    loss: Tensor,
+    statistics: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_values: Tensor | None,
+    grad_entropy: Tensor | None,
+    threads: int,
+    ratios: Tensor | None = None,
+) -> None:
+    """With ``ratios``, one a sequence, those in place of the tokens' own."""
+    device, tokens = loss.device, sequences * length
+    divisor = Divisor(sequences, length, live, aggregation, num_items, device)
+    tiles = max(triton.cdiv(tokens, TILE), 1)
+    parts = torch.empty(ROWS * tiles, dtype=torch.float32, device=device)
+    _evaluate[(tiles,)](
+        tokens, sequences, max(length, 1), logprobs, old_logprobs, advantages, values, old_values, returns, entropy,
+        ref_logprobs, live, ratios, 1 - clip_low, 1 + clip_high, dual_clip, value_clip, value_coef, entropy_coef,
+        kl_coef, divisor.lengths, divisor.items, divisor.norm, loss, statistics, grad_logprobs, grad_values,
+        grad_entropy, parts, ticket_of(device), KL_VALUE=kl, KL_SLOPE=kl_slope if kl_coef != 0 else None,
+        ITEMS=divisor.ITEMS, DIFFER=divisor.differ, TILE=TILE, num_warps=WARPS, **FUSED,
+    )  # fmt: skip
