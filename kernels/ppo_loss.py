@@ -22,6 +22,7 @@ from .tokens import (
     load_kept,
     load_part,
     loss_scale,
+    reciprocal,
     sequence_at,
     store_part,
     ticket_of,
@@ -135,7 +136,7 @@ def _finish(
 
     live_tokens = tl.sum(count)
     scale = loss_scale(lengths, sequences, items, norm, live_tokens, ITEMS)
-    inverse = 1.0 / tl.maximum(live_tokens, 1.0)
+    inverse = reciprocal(tl.maximum(live_tokens, 1.0))
     policy_loss, value_loss = tl.sum(policy) * scale, tl.sum(value) * scale
     kl_loss, entropy_loss = tl.sum(kl) * scale, tl.sum(spread) * scale
     mean = tl.sum(total) * inverse

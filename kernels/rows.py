@@ -53,8 +53,9 @@ def vector(*rows: tuple[Tensor, int]) -> int:
 @triton.jit
 def row_and_segment(columns):
     """Of this program. Programs side by side read memory side by side."""
-    segments = tl.cdiv(columns, SEGMENT)
-    return (tl.program_id(0) // segments).to(tl.int64), tl.program_id(0) % segments
+    segments = tl.cdiv(columns, SEGMENT).to(tl.uint32)
+    row = tl.program_id(0).to(tl.uint32) // segments
+    return row.to(tl.int64), (tl.program_id(0) - row * segments).to(tl.int32)
 
 
 # ---- a block of columns ----------------------------------------------------------------------------------------------

@@ -150,7 +150,14 @@ def loss_scale(lengths, sequences, items, norm, count, ITEMS: tl.constexpr):
         found = tl.load(items).to(tl.float64)
     else:
         found = tl.full((), 1.0, tl.float64)
-    return 1.0 / (tl.where(found > 0.0, found, 1.0) * norm)
+    return reciprocal(tl.where(found > 0.0, found, 1.0) * norm)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x of a float64 to all but its last digits; a division proper is a call, for which registers go on a stack."""
+    near = (1.0 / x.to(tl.float32)).to(tl.float64)
+    return near * (2.0 - x * near)
 
 
 class Divisor:

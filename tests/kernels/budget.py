@@ -14,8 +14,8 @@ FILE = Path(__file__).with_name("budget.json")
 # Target -> bytes of shared memory that a program may have.
 TARGETS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 MOST_REGISTERS = 255
-# What the assembler of Triton 3.6 alone puts on the stack.
-STACK_OF_3_6 = {("pairs.sum_terms", "sm_100"): 8, ("ppo_loss._evaluate", "sm_100"): 8}
+# What the assembler of Triton 3.6 alone puts on the stack, for the last program of the launch.
+STACK_OF_3_6 = {("ppo_loss._evaluate", "sm_90"): 16}
 
 Reports = list[dict[str, Any]]
 Budget = dict[str, dict[str, dict[str, int]]]  # kernel -> target -> column -> bound

@@ -6,25 +6,16 @@ from typing import Any
 import pytest
 import torch
 from devices import GPU, GPU_BACKENDS, device_of, interpreted
-from triton.runtime import interpreter
 
 from rlhf_fast.ops import _native
 from rlhf_fast.ops._dispatch import use_backend
 
 BACKENDS = ["torch", "native", *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS)]
 
-if not GPU:
-    # Within a kernel Triton's interpreter patches its language anew at every call of a function, which takes most of
-    # its time. Once a module will do.
-    patched = set()
+if "triton" in GPU_BACKENDS and not GPU:
+    from interpreter import quicken
 
-    def call(self: interpreter.InterpretedFunction, *arguments: object, **named: object) -> object:
-        if self.fn.__module__ not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(self.fn.__module__)
-        return self.rewrite()(*arguments, **named)
-
-    interpreter.InterpretedFunction.__call__ = call
+    quicken()
 
 INF = float("inf")
 # What the interpreter need not run, or takes too long for: cases that differ from others only in what comes before the

@@ -103,6 +103,7 @@ def test_the_loss_may_be_changed_in_place() -> None:
 @pytest.mark.parametrize("name", ["old_logprobs", "advantages", "ref_logprobs"])
 def test_tokens_in_double_beside_hidden_states_in_single(name: str) -> None:
     """As numpy gives them; eager and compiled results are float32 like the hidden states."""
+    torch.compiler.reset()
     op = next(op for op in OPS if op.name == "linear_policy_loss")
     case = make(op)
     expected = op.run(case.x, case.targets, case.mask)

@@ -79,7 +79,7 @@ def _fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty(rows, dtype=torch.float32),
         hidden.new_empty(rows if return_entropy else 0, dtype=torch.float32),
-        hidden.new_empty(hidden.shape if ahead else (0,), dtype=torch.float32),
+        empty_gradients(hidden, LinearHead(*rest[:5]), [ahead, False, False, False, False]).hidden,
     )
 
 
