@@ -109,3 +109,14 @@ template <class F>
 RLHF_FAST_FORMULA F gae_step(F reward, F value, F next_value, F next_advantage, float gamma, float gamma_lam) {
   return reward + gamma * next_value - value + gamma_lam * next_advantage;
 }
+
+// What a token adds to the one before it. With g_t = gamma * value_t + gamma_lam * advantage_t,
+//
+//     advantage_t = reward_t - value_t + g_{t+1}  and  g_t = gain_t + gamma_lam * g_{t+1},
+//
+// one number to carry instead of two. `gamma_rest` is gamma - gamma_lam, taken before the rounding, so that values cancel
+// exactly at lam = 1. An infinite value makes NaN of all before it, as in the reference.
+template <class F>
+RLHF_FAST_FORMULA F gae_gain(F reward, F value, float gamma_lam, float gamma_rest) {
+  return gamma_lam * reward + gamma_rest * value + (value - value);
+}

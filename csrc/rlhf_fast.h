@@ -1,10 +1,11 @@
-// Every launcher of the native engine: raw pointers, int64 sizes and strides (in elements), a dtype, a thread count or
-// a stream. Nothing here knows torch or Python.
+// Every launcher of the native engine: raw pointers, int64 sizes and strides (in elements), a dtype and, of the CPU alone,
+// a thread count. Nothing here knows torch or Python.
 //
 // `live` is one byte a token, 0 = does not count and is not read; nullptr = every token counts. Outputs are written
 // whole. A launcher's result depends neither on the number of threads nor on where a row stands.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace rlhf_fast {
@@ -87,7 +88,7 @@ struct ExactKlBackward {
 // ---- the fold of the ops with an lm head: a tile of logits and its gradient -------------------------------------------
 //
 // The logits are float32. The gradient `grad` (data nullptr = not wanted) may lie over them, each row where its logits
-// start.
+// start; on CUDA a narrower one may not.
 
 // logprobs and entropy of every row, and grad_logprobs * d logprob + grad_entropy * d entropy.
 struct LinearLogprobs {
@@ -161,7 +162,7 @@ struct TokenKlBackward {
 
 struct Gae {
   int64_t sequences;
-  int64_t length;             // of a padded row; unused where cu_seqlens is given
+  int64_t length;             // of a padded row; of all sequences together where cu_seqlens is given
   const int64_t* cu_seqlens;  // (sequences + 1,) bounds of packed sequences, or nullptr = padded
   const float* rewards;
   const float* values;
@@ -171,7 +172,6 @@ struct Gae {
   float* advantages;
   float* returns;
   int threads;
-  void* stream;               // CUDA alone
 };
 
 // Count and sum of the live elements or, with a mean, count and sum of squared deviations from it.
@@ -232,7 +232,8 @@ struct PpoLoss {
   float value_coef, entropy_coef, kl_coef;
   Kl kl, kl_slope;
   Aggregation aggregation;
-  double num_items;  // < 0 = count here
+  double num_items;     // < 0 = count here
+  const double* items;  // or it is there, on the device: CUDA alone
   float* loss;       // 1
   float* statistics;
   float* grad_logprobs;  // these three of the loss, (sequences, length); nullptr = not wanted
@@ -301,11 +302,40 @@ bool multiplies_bfloat16();
 // False when memory for its packed columns could not be had.
 bool bfloat16_product(const BFloat16Product&);
 
-#ifdef RLHF_FAST_CUDA
-// ---- CUDA: one launcher a file of csrc/cuda; nullptr or the text of CUDA's error ------------------------------------
+// ---- CUDA: the same arguments, and a stream ---------------------------------------------------------------------------
+
+// Memory of the device for what a launch finds on its way. A launcher first sets `needed`; where `size` is less it
+// returns without a launch.
+struct Scratch {
+  void* data;
+  size_t size;
+  size_t needed;
+};
+
+#define RLHF_FAST_CUDA_LAUNCHERS(X)                    \
+  X(masked_logprobs, MaskedLogprobs)                   \
+  X(masked_logprobs_backward, MaskedLogprobsBackward)  \
+  X(exact_kl, ExactKl)                                 \
+  X(exact_kl_backward, ExactKlBackward)                \
+  X(linear_logprobs, LinearLogprobs)                   \
+  X(linear_policy_loss, LinearPolicyLoss)              \
+  X(linear_policy_ref, LinearPolicyRef)                \
+  X(token_kl, TokenKl)                                 \
+  X(token_kl_backward, TokenKlBackward)                \
+  X(gae, Gae)                                          \
+  X(masked_moments, MaskedMoments)                     \
+  X(masked_whiten, MaskedWhiten)                       \
+  X(masked_whiten_backward, MaskedWhitenBackward)      \
+  X(ppo_loss, PpoLoss)
+
 namespace cuda {
-const char* gae(const Gae&);
-}
-#endif
+// nullptr or the text of CUDA's error. Nothing waits for the device.
+#define RLHF_FAST_DECLARE(name, Arguments) const char* name(const Arguments&, Scratch&, void* stream);
+RLHF_FAST_CUDA_LAUNCHERS(RLHF_FAST_DECLARE)
+#undef RLHF_FAST_DECLARE
+
+// Why the kernels cannot run on the current device: CUDA's text, or nullptr.
+const char* cannot_run();
+}  // namespace cuda
 
 }  // namespace rlhf_fast

@@ -169,7 +169,7 @@ def gae(
     block = BLOCK if cu_seqlens is not None else min(max(triton.next_power_of_2(length), 32), BLOCK)
     rows = BLOCK // block
     gamma_lam, gamma_rest = gamma * lam, gamma - gamma * lam
-    blocks = triton.cdiv(length, BLOCK) if length > SPLIT else 1
+    blocks = triton.cdiv(length, BLOCK) if cu_seqlens is None and length > SPLIT else 1
     rates = gains = None
     if blocks > 1:
         rates, gains = torch.empty((2, sequences, blocks), dtype=torch.float32, device=rewards.device)

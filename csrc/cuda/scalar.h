@@ -1,13 +1,18 @@
 // One float of a CUDA thread, where csrc/cpu/vec.h has a vector: what the formulas need, and the formulas.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "../rlhf_fast.h"
 
 namespace rlhf_fast::cuda {
 
 #define RLHF_FAST_INLINE __host__ __device__ __forceinline__
 
-RLHF_FAST_INLINE float where(bool condition, float a, float b) { return condition ? a : b; }
+template <class T>
+RLHF_FAST_INLINE T where(bool condition, T a, T b) {
+  return condition ? a : b;
+}
 RLHF_FAST_INLINE float abs(float x) { return ::fabsf(x); }
 RLHF_FAST_INLINE float expm1(float x) { return ::expm1f(x); }
 

@@ -136,6 +136,7 @@ def _checked(name: str) -> str:
 
 def _candidates(device: torch.device) -> tuple[str, ...]:
     """The backends meant for a device, best first; another one may run there, slowly, where it is forced."""
+    # cuda before triton, whose launch is Python's work, until both are timed on a GPU
     return ("cuda", "triton", "torch") if device.type == "cuda" else ("native", "torch")
 
 

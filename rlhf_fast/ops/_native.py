@@ -1,4 +1,7 @@
-"""The compiled engine, rlhf_fast._C, and its only importer. It takes raw pointers: all checks were made before."""
+"""The compiled engine, rlhf_fast._C, its only importer, and its launchers for the CPU (those for CUDA are in _cuda.py).
+
+They take raw pointers: all checks were made before.
+"""
 
 import hashlib
 import importlib
@@ -74,11 +77,23 @@ if _module is not None and (_path := os.environ.get("RLHF_FAST_CPU_PATH")):
 
 
 def launch(launcher: str, *arguments: Any) -> None:
-    """Calls a launcher of csrc/rlhf_fast.h: tensors go as their data_ptr, None as 0."""
-    getattr(_module, launcher)(*[
+    """Calls a launcher of csrc/rlhf_fast.h."""
+    getattr(_module, launcher)(*addresses(arguments))
+
+
+def addresses(arguments: tuple[Any, ...]) -> list[Any]:
+    """What the compiled module takes: tensors as their data_ptr, None as 0, numbers as they are."""
+    return [
         0 if argument is None else argument if type(argument) in _NUMBERS else argument.data_ptr()
         for argument in arguments
-    ])  # fmt: skip
+    ]
+
+
+def cuda_engine() -> tuple[Any, str | None]:
+    """The launchers for CUDA and None, or None and why there are none."""
+    if hasattr(_module, "cuda"):
+        return _module.cuda, None
+    return None, _reason or "compiled for the CPU alone: install the CUDA toolkit, for its nvcc, and rlhf-fast again"
 
 
 def dtype_code(dtype: torch.dtype) -> int:

@@ -32,7 +32,7 @@ def result_arguments(
     """The launchers' last arguments. A num_items below 0 stands for none, so that a given one becomes 0 at least."""
     items: float | Tensor = -1.0
     if num_items is not None:  # on a GPU its value stays there
-        items = num_items if num_items.is_cuda else max(float(num_items), 0.0)
+        items = num_items.double() if num_items.is_cuda else max(float(num_items), 0.0)
     return aggregation, items, loss, statistics, *grads, torch.get_num_threads()
 
 

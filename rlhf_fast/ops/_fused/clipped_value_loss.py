@@ -12,7 +12,7 @@ from ._loss import data_arguments, divisor, empty_outputs, gradient, result_argu
 from ._op import fused_op
 
 
-@implements("clipped_value_loss", "native", "triton")
+@implements("clipped_value_loss", "native", "triton", "cuda")
 def fused(
     values: Tensor,
     old_values: Tensor,

@@ -12,7 +12,7 @@ from ._op import fused_op
 from ._rows import STATISTICS, rows_arguments, unit_columns
 
 
-@implements("exact_kl", "native", "triton")
+@implements("exact_kl", "native", "triton", "cuda")
 def fused(logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor) -> Tensor:
     return _forward(unit_columns(logits), unit_columns(ref_logits), live, temperature)[0]
 

@@ -24,7 +24,7 @@ def _kernel(
     else:
         if not cu_seqlens.is_cuda:  # where asking would synchronise, and the kernels keep within the tokens
             check_bounds(cu_seqlens, rewards.shape[0])
-        sequences, length = cu_seqlens.shape[0] - 1, 0
+        sequences, length = cu_seqlens.shape[0] - 1, rewards.shape[0]
     advantages, returns = rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
     launch(
         "gae",
@@ -48,4 +48,4 @@ def _fake(rewards: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 
-implements("gae", "native", "triton")(fused_op("gae", _kernel, _fake))
+implements("gae", "native", "triton", "cuda")(fused_op("gae", _kernel, _fake))

@@ -18,7 +18,7 @@ from ._rows import logits_arguments
 from .linear_logprobs import fused as linear_logprobs
 
 
-@implements("linear_cross_entropy", "native", "triton")
+@implements("linear_cross_entropy", "native", "triton", "cuda")
 def fused(
     hidden: Tensor,
     weight: Tensor,

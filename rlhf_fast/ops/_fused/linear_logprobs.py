@@ -16,7 +16,7 @@ from ._op import fused_op
 from ._rows import logits_arguments
 
 
-@implements("linear_logprobs", "native", "triton")
+@implements("linear_logprobs", "native", "triton", "cuda")
 def fused(
     hidden: Tensor,
     weight: Tensor,

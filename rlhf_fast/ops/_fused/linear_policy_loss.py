@@ -22,7 +22,7 @@ from .linear_logprobs import fused as linear_logprobs
 from .token_kl import kl_codes
 
 
-@implements("linear_policy_loss", "native", "triton")
+@implements("linear_policy_loss", "native", "triton", "cuda")
 def fused(
     hidden: Tensor,
     weight: Tensor,

@@ -13,7 +13,7 @@ from ._op import fused_op
 from ._rows import logits_arguments
 
 
-@implements("linear_policy_ref", "native", "triton")
+@implements("linear_policy_ref", "native", "triton", "cuda")
 def fused(
     hidden: Tensor,
     ref_hidden: Tensor,

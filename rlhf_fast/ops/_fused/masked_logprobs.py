@@ -12,7 +12,7 @@ from ._op import fused_op
 from ._rows import STATISTICS, logits_arguments, rows_arguments, unit_columns
 
 
-@implements("masked_logprobs", "native", "triton")
+@implements("masked_logprobs", "native", "triton", "cuda")
 def fused(
     logits: Tensor,
     targets: Tensor,

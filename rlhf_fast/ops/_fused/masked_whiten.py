@@ -12,7 +12,7 @@ from ..masked_whiten import EPSILON
 from ._op import fused_op
 
 
-@implements("masked_whiten", "native", "triton")
+@implements("masked_whiten", "native", "triton", "cuda")
 def fused(
     x: Tensor,
     live: Tensor | None,

@@ -13,7 +13,7 @@ from ._op import fused_op
 from .token_kl import kl_codes
 
 
-@implements("ppo_loss", "native", "triton")
+@implements("ppo_loss", "native", "triton", "cuda")
 def fused(
     *,
     logprobs: Tensor,

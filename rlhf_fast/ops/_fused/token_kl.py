@@ -18,7 +18,7 @@ def kl_codes(estimator: str) -> tuple[int, int]:
     return value, _CODES["k2"] if estimator.endswith("+") else value
 
 
-@implements("token_kl", "native", "triton")
+@implements("token_kl", "native", "triton", "cuda")
 def fused(logprobs: Tensor, ref_logprobs: Tensor, live: Tensor | None, estimator: str) -> Tensor:
     return _forward(logprobs, ref_logprobs, live, *kl_codes(estimator))
 

@@ -1,0 +1,131 @@
+// What the kernels share: a launch, sums in a fixed order, and the last block of a launch.
+#pragma once
+
+#include <cstring>
+
+#include "scalar.h"
+
+namespace rlhf_fast::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kMostWarps = 32;  // in a block
+constexpr unsigned kAllLanes = 0xffffffff;
+
+inline const char* text(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or whoever asks next would take it for his own
+  return cudaGetErrorString(error);
+}
+
+// Runs kernel(arguments...) on `blocks` blocks, none where that is 0.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
+                   const Arguments&... arguments) {
+  if (blocks == 0) return nullptr;
+  if (blocks > INT32_MAX) return cudaGetErrorString(cudaErrorInvalidConfiguration);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3((unsigned)blocks);
+  config.blockDim = dim3((unsigned)threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = (cudaStream_t)stream;
+  return text(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+RLHF_FAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+RLHF_FAST_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+RLHF_FAST_INLINE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+__device__ __forceinline__ int lane_index() { return threadIdx.x % kWarp; }
+__device__ __forceinline__ int warp_index() { return threadIdx.x / kWarp; }
+__device__ __forceinline__ int warps_of_block() { return blockDim.x / kWarp; }
+
+// Whether a T may be read or written here by one instruction.
+template <class T>
+__device__ __forceinline__ bool is_aligned(const void* data) {
+  return (uintptr_t)data % sizeof(T) == 0;
+}
+
+// ---- a warp and a block: every thread takes part ---------------------------------------------------------------------
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+// NaN is passed over.
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x = larger(__shfl_xor_sync(kAllLanes, x, step), x);
+  return x;
+}
+
+// The sums over the block of N numbers a thread, for every thread; those of the warps are added in their order.
+template <class T, int N>
+__device__ __forceinline__ void block_sum(T (&x)[N]) {
+  __shared__ T sums[N][kMostWarps];
+#pragma unroll
+  for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
+  __syncthreads();  // all have read those of the call before
+  if (lane_index() == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i++) sums[i][warp_index()] = x[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    x[i] = sums[i][0];
+    for (int warp = 1; warp < warps_of_block(); warp++) x[i] += sums[i][warp];
+  }
+}
+
+__device__ __forceinline__ float block_max(float x) {
+  __shared__ float largest[kMostWarps];
+  x = warp_max(x);
+  __syncthreads();
+  if (lane_index() == 0) largest[warp_index()] = x;
+  __syncthreads();
+  float found = largest[0];
+  for (int warp = 1; warp < warps_of_block(); warp++) found = larger(largest[warp], found);
+  return found;
+}
+
+// ---- parts of a result, one a block, which the launch's last block adds ----------------------------------------------
+
+// Whether this block is the launch's last to come here; it sees what all others stored before they did, past the
+// first-level cache (__ldcg). `ticket` is 0 before the launch. Who is last changes from run to run, so that nothing but the
+// place of a sum may depend on it.
+__device__ __forceinline__ bool is_last(unsigned* ticket) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = gridDim.x == 1 || atomicAdd(ticket, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// Past the first-level cache, which knows nothing of what other blocks stored.
+template <class Part>
+__device__ __forceinline__ Part load_part(const Part* part) {
+  static_assert(alignof(Part) == 16, "a part is read 16 bytes at a time");
+  uint4 words[sizeof(Part) / 16];
+#pragma unroll
+  for (int k = 0; k < (int)(sizeof(Part) / 16); k++) words[k] = __ldcg((const uint4*)part + k);
+  Part found;
+  memcpy(&found, words, sizeof(Part));
+  return found;
+}
+
+}  // namespace rlhf_fast::cuda

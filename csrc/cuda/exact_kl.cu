@@ -1,0 +1,78 @@
+// KL(policy || reference) over the whole vocabulary. The forward reads both rows for their normalisers and again for
+// the terms; the backward reads them once more.
+#include "gradients.h"
+#include "pairs.h"
+
+namespace rlhf_fast::cuda {
+
+namespace {
+
+// What the backward of a row needs: p_j = e^((x_j - shift) / temperature) * scale, and log(r_j / p_j) by the others.
+struct alignas(16) Statistics {
+  float shift, scale, ref_shift, offset;
+};
+static_assert(sizeof(Statistics) == kStatistics * sizeof(float));
+
+struct Finish {
+  ExactKl a;
+  SegmentSums swept;
+  const float* terms;
+
+  // A row with nothing above -inf has no normaliser: its infinite shift makes it NaN.
+  __device__ Normalisers normalisers(int64_t row, float inverse_temperature) const {
+    const float rate = kLog2E * inverse_temperature;
+    const RowSums p = join_segments(swept, row, rate), r = join_segments(swept, a.rows.count + row, rate);
+    return {p.shift, 1 / (p.tops + p.rest), r.shift, 1 / (r.tops + r.rest),
+            log1pf(p.tops - 1 + p.rest) - log1pf(r.tops - 1 + r.rest)};
+  }
+
+  __device__ void operator()(int64_t row, float inverse_temperature, bool writes) const {
+    const Normalisers n = normalisers(row, inverse_temperature);
+    const float kl = join_terms(terms, swept.segments, row);
+    if (writes) write(row, kl, {n.shift, n.scale, n.ref_shift, n.offset});
+  }
+
+  __device__ void skip(int64_t row) const { write(row, 0, {}); }
+
+  __device__ void write(int64_t row, float kl, const Statistics& statistics) const {
+    a.kl[row] = kl;
+    ((Statistics*)a.statistics)[row] = statistics;
+  }
+};
+
+// d KL / d x_j = p_j (log p_j - log r_j - KL) / temperature
+struct Gradient {
+  ExactKlBackward a;
+
+  __device__ Slopes operator()(int64_t row, float inverse_temperature, bool) const {
+    const Statistics s = ((const Statistics*)a.statistics)[row];
+    const float pull = a.grad_kl[row] * inverse_temperature * s.scale;
+    return {s.shift, -pull * a.kl[row], 0, 0, s.ref_shift, s.offset, -pull};
+  }
+
+  __device__ void skip(int64_t) const {}
+};
+
+}  // namespace
+
+const char* exact_kl(const ExactKl& a, Scratch& scratch, void* stream) {
+  const SegmentSums swept = take_segment_sums(scratch, a.rows, 2);
+  float* terms = take<float>(scratch, a.rows.count * swept.segments);
+  if (scratch.size < scratch.needed) return nullptr;
+  const Finish op{a, swept, terms};
+  const char* error = typed(a.logits.dtype, [&](auto kind) {
+    using T = decltype(kind);
+    const char* error = sum<T>(a.rows, 2, a.logits, a.ref_logits, swept, false, stream);
+    return error ? error : sum_kl<T>(a.rows, a.logits, a.ref_logits, terms, swept.segments, op, stream);
+  });
+  return error ? error : finish(a.rows, op, stream);
+}
+
+const char* exact_kl_backward(const ExactKlBackward& a, Scratch&, void* stream) {
+  return typed(a.logits.dtype, [&](auto kind) {
+    using T = decltype(kind);
+    return write_gradient<T, T, true>(a.rows, a.logits, a.ref_logits, a.grad, a.rows.vocab, Gradient{a}, stream);
+  });
+}
+
+}  // namespace rlhf_fast::cuda

@@ -1,0 +1,57 @@
+// log softmax(logits)[target] and the entropy. The forward reads the logits once; the backward reads them once more and
+// writes the gradient, over them where it may. The rows' statistics come between.
+#include "gradients.h"
+
+namespace rlhf_fast::cuda {
+
+namespace {
+
+struct Finish {
+  MaskedLogprobs a;
+  SegmentSums swept;
+
+  __device__ void operator()(int64_t row, float inverse_temperature, bool writes) const {
+    RowResult result = finish_row(a.rows, swept, row, 0, inverse_temperature);
+    result.statistics.log_norm = at_most(result.statistics.log_norm, kFar);
+    if (writes) write(row, result);
+  }
+
+  __device__ void skip(int64_t row) const { write(row, {}); }
+
+  __device__ void write(int64_t row, const RowResult& result) const {
+    a.logprobs[row] = result.logprob;
+    if (a.entropy) a.entropy[row] = result.entropy;
+    ((RowStatistics*)a.statistics)[row] = result.statistics;
+  }
+};
+
+struct Gradient {
+  MaskedLogprobsBackward a;
+
+  __device__ Slopes operator()(int64_t row, float inverse_temperature, bool) const {
+    return row_slopes(((const RowStatistics*)a.statistics)[row], inverse_temperature, a.logprobs[row],
+                      number_of(a.entropy, row), number_of(a.grad_logprobs, row), number_of(a.grad_entropy, row));
+  }
+
+  __device__ void skip(int64_t) const {}
+};
+
+}  // namespace
+
+const char* masked_logprobs(const MaskedLogprobs& a, Scratch& scratch, void* stream) {
+  const SegmentSums swept = take_segment_sums(scratch, a.rows, 1);
+  if (scratch.size < scratch.needed) return nullptr;
+  const char* error = typed(a.logits.dtype, [&](auto kind) {
+    return sum<decltype(kind)>(a.rows, 1, a.logits, {}, swept, a.entropy, stream);
+  });
+  return error ? error : finish(a.rows, Finish{a, swept}, stream);
+}
+
+const char* masked_logprobs_backward(const MaskedLogprobsBackward& a, Scratch&, void* stream) {
+  return typed(a.logits.dtype, [&](auto kind) {
+    using T = decltype(kind);
+    return write_gradient<T, T, false>(a.rows, a.logits, {}, a.grad, a.columns, Gradient{a}, stream);
+  });
+}
+
+}  // namespace rlhf_fast::cuda

@@ -1,0 +1,237 @@
+// PPO's joint loss, its gradients and its statistics in one launch; the policy's or the value's loss alone where the
+// other's data is not given.
+//
+// A block reads each input of its tile once, and writes the gradients as if the divisor of the loss were 1: how many
+// tokens count is known only to the launch's last block. That one adds the parts, and writes 1 / divisor as the scale of
+// the gradients. Ratios by the sequence, and divisors that count sequences, take a launch before it.
+#include "tokens.h"
+
+namespace rlhf_fast::cuda {
+
+namespace {
+
+struct Sequence {
+  double live;  // tokens that count
+  float ratio;
+};
+
+// What is summed over the live tokens of a tile; the parts of the loss are weighted.
+enum Sum { kPolicy, kKl, kEntropy, kValue, kClipped, kValueClipped, kSquaredLogRatio, kSums };
+
+struct alignas(16) Part {
+  double ratio_mean;
+  float ratio_deviation, ratio_max, count, sums[kSums];
+};
+
+// What a loss is divided by: `norm` times `number`, or times the live tokens or sequences.
+struct Divisor {
+  enum Items { known, on_device, tokens, sequences } items;
+  double norm;
+  bool by_length;  // each sequence by its live tokens
+
+  explicit Divisor(const PpoLoss& a) {
+    const bool by_token = a.aggregation == Aggregation::token_mean;
+    const bool normed = a.aggregation == Aggregation::seq_mean_token_sum_norm;
+    const bool mean = a.aggregation == Aggregation::seq_mean_token_mean;
+    by_length = mean && a.live;
+    norm = normed || (mean && !a.live) ? at_least_1((double)a.length) : 1;
+    items = a.items ? on_device : tokens;
+    if (a.items) return;
+    if (a.num_items >= 0) {
+      items = known;
+      norm *= a.num_items > 0 ? a.num_items : 1;
+    } else if (!by_token && !a.live) {
+      items = known;
+      norm *= at_least_1((double)a.sequences);
+    } else if (!by_token) {
+      items = sequences;
+    }
+  }
+
+  bool counts_sequences() const { return by_length || items == sequences; }
+};
+
+// Of a block's sequence: its live tokens, and exp(mean log ratio) over them.
+__global__ void __launch_bounds__(kThreads) measure_sequences(PpoLoss a, Sequence* found) {
+  const int64_t start = blockIdx.x * a.length;
+  double sums[2] = {0, 0};
+  for (int64_t t = threadIdx.x; t < a.length; t += kThreads) {
+    const int64_t i = start + t;
+    if (a.live && !a.live[i]) continue;
+    sums[0]++;
+    if (a.sequence_level) sums[1] += bounded_log_ratio(a.logprobs[i] - a.old_logprobs[i]);
+  }
+  block_sum(sums);
+  if (threadIdx.x == 0) found[blockIdx.x] = {sums[0], expf((float)(sums[1] / at_least_1(sums[0])))};
+}
+
+// The sequences of a thread's tokens, one after another.
+struct Sequences {
+  const Sequence* at;
+  int64_t length, left;
+
+  __device__ __forceinline__ Sequences(const Sequence* all, int64_t length, int64_t token)
+      : at(all + token / length), length(length), left(length - token % length) {}
+
+  __device__ __forceinline__ void advance() {
+    if (--left == 0) at++, left = length;
+  }
+};
+
+// A term of weight 0 adds nothing, infinite or not.
+__device__ __forceinline__ double term(double coef, double value) { return coef != 0 ? coef * value : 0; }
+
+// The last block's: adds the parts.
+template <bool kHasPolicy, bool kHasValue>
+__device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence* sequences, const Part* parts) {
+  double sums[kSums + 2] = {};  // after those of the parts: the live tokens, and their ratios
+  double &count = sums[kSums], &ratio_mean = sums[kSums + 1];
+  float ratio_max = 0;
+  for (int64_t i = threadIdx.x; i < gridDim.x; i += kThreads) {
+    const Part part = load_part(parts + i);
+#pragma unroll
+    for (int k = 0; k < kSums; k++) sums[k] += part.sums[k];
+    count += part.count;
+    ratio_mean += part.count * part.ratio_mean;
+    ratio_max = larger(part.ratio_max, ratio_max);
+  }
+  block_sum(sums);
+  ratio_max = block_max(ratio_max);
+  const double tokens = at_least_1(count);
+  ratio_mean /= tokens;
+
+  double rest[2] = {0, 0};  // squared deviations of the ratios, sequences with a live token
+  if (kHasPolicy) {
+    for (int64_t i = threadIdx.x; i < gridDim.x; i += kThreads) {
+      const Part part = load_part(parts + i);
+      const double step = part.ratio_mean - ratio_mean;
+      rest[0] += part.ratio_deviation + part.count * step * step;
+    }
+  }
+  if (divisor.items == Divisor::sequences) {
+    for (int64_t i = threadIdx.x; i < a.sequences; i += kThreads) rest[1] += sequences[i].live > 0;
+  }
+  block_sum(rest);
+  if (threadIdx.x != 0) return;
+
+  double items = 1;
+  if (divisor.items == Divisor::on_device) items = *a.items;
+  if (divisor.items == Divisor::tokens) items = count;
+  if (divisor.items == Divisor::sequences) items = rest[1];
+  const double scale = 1 / ((items > 0 ? items : 1) * divisor.norm);
+  const double policy = sums[kPolicy] * scale, value = sums[kValue] * scale;
+  const double kl = sums[kKl] * scale, entropy = sums[kEntropy] * scale;
+  *a.loss = (float)(policy + term(a.value_coef, value) + term(a.kl_coef, kl) - term(a.entropy_coef, entropy));
+  float* out = a.statistics;
+  const auto put = [&](double statistic) { *out++ = (float)statistic; };
+  if (kHasPolicy && kHasValue) put(policy), put(value), put(kl), put(entropy);
+  if (kHasPolicy) {
+    put(sums[kClipped] / tokens), put(0.5 * sums[kSquaredLogRatio] / tokens);
+    // a NaN, which no comparison takes for the largest, is in the mean
+    put(ratio_mean), put(ratio_mean == ratio_mean ? ratio_max : ratio_mean), put(rest[0] / tokens);
+  }
+  if (kHasValue) put(sums[kValueClipped] / tokens);
+  put(scale);
+}
+
+template <bool kHasPolicy, bool kHasValue>
+__global__ void __launch_bounds__(kThreads)
+    evaluate(PpoLoss a, Divisor divisor, const Sequence* sequences, TileParts<Part> parts) {
+  constexpr bool kJoint = kHasPolicy && kHasValue;  // alone, the policy has neither KL nor entropy
+  const Place place(a.live, a.sequences * a.length);
+  const unsigned live = place.live;
+  Four logprob{}, old_logprob{}, advantage{}, ref_logprob{}, entropy{}, value{}, old_value{}, target{};
+  if (kHasPolicy) {
+    logprob = place.load(a.logprobs);
+    old_logprob = place.load(a.old_logprobs);
+    advantage = place.load(a.advantages);
+  }
+  if (kHasValue) {
+    value = place.load(a.values);
+    old_value = place.load(a.old_values);
+    target = place.load(a.returns);
+  }
+  if (kJoint && a.ref_logprobs) ref_logprob = place.load(a.ref_logprobs);
+  if (kJoint && a.entropy) entropy = place.load(a.entropy);
+
+  Four weight{{1, 1, 1, 1}}, ratio{};
+  if (sequences && place.left > 0) {
+    Sequences of_token(sequences, a.length, place.i);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      if (k < place.left && divisor.by_length) weight.at[k] = (float)(1 / at_least_1(of_token.at->live));
+      if (k < place.left && a.sequence_level) ratio.at[k] = of_token.at->ratio;
+      of_token.advance();
+    }
+  }
+
+  const float low = lowest_ratio(a), high = highest_ratio(a);
+  float sums[kSums] = {}, ratio_max = 0;
+  Four grad_logprob, grad_value;
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    if (kHasPolicy) {
+      const float log_ratio = logprob.at[k] - old_logprob.at[k], bounded = bounded_log_ratio(log_ratio);
+      ratio.at[k] = kept(live, k, a.sequence_level ? ratio.at[k] : expf(bounded));
+      const LossToken<float> token =
+          policy_token(log_ratio, ratio.at[k], advantage.at[k], low, high, a.dual_clip);
+      sums[kPolicy] += token.loss * weight.at[k];
+      sums[kClipped] += token.clipped;
+      sums[kSquaredLogRatio] += bounded * bounded;
+      ratio_max = larger(ratio.at[k], ratio_max);
+      grad_logprob.at[k] = token.slope;
+      if (kJoint && a.ref_logprobs) {
+        const float d = logprob.at[k] - ref_logprob.at[k];
+        sums[kKl] += kl_value(a.kl, d) * weight.at[k];
+        if (a.kl_coef != 0) grad_logprob.at[k] += a.kl_coef * kl_slope(a.kl_slope, d);
+      }
+    }
+    if (kJoint) sums[kEntropy] += entropy.at[k] * weight.at[k];
+    if (kHasValue) {
+      const LossToken<float> token = value_token(value.at[k], old_value.at[k], target.at[k], a.value_clip);
+      sums[kValue] += token.loss * weight.at[k];
+      sums[kValueClipped] += token.clipped;
+      grad_value.at[k] = a.value_coef * token.slope;
+    }
+  }
+  if (kHasPolicy && a.grad_logprobs) {
+    place.store(a.grad_logprobs, [&](int k) { return grad_logprob.at[k] * weight.at[k]; });
+  }
+  if (kHasValue && a.grad_values) {
+    place.store(a.grad_values, [&](int k) { return grad_value.at[k] * weight.at[k]; });
+  }
+  if (kJoint && a.grad_entropy) place.store(a.grad_entropy, [&](int k) { return -a.entropy_coef * weight.at[k]; });
+
+  const Moments ratios = tile_moments(ratio, live);
+  block_sum(sums);
+  ratio_max = block_max(ratio_max);
+  if (threadIdx.x == 0) {
+    Part part{ratios.mean, (float)ratios.deviation, ratio_max, (float)ratios.count, {}};
+#pragma unroll
+    for (int k = 0; k < kSums; k++) part.sums[k] = sums[k];
+    parts.at[blockIdx.x] = part;
+  }
+  if (is_last(parts.ticket)) finish<kHasPolicy, kHasValue>(a, divisor, sequences, parts.at);
+}
+
+}  // namespace
+
+const char* ppo_loss(const PpoLoss& a, Scratch& scratch, void* stream) {
+  const int64_t tiles = tiles_of(a.sequences * a.length);
+  const Divisor divisor(a);
+  const bool by_sequence = a.sequence_level || divisor.counts_sequences();
+  const size_t parts_bytes = TileParts<Part>::bytes(tiles);
+  scratch.needed = parts_bytes + (by_sequence ? a.sequences * sizeof(Sequence) : 0);
+  if (scratch.size < scratch.needed) return nullptr;
+  const TileParts<Part> parts(scratch.data);
+  Sequence* sequences = nullptr;
+  if (by_sequence) {
+    sequences = (Sequence*)((char*)scratch.data + parts_bytes);
+    if (const char* error = launch(measure_sequences, a.sequences, kThreads, 0, stream, a, sequences)) return error;
+  }
+  if (const char* error = parts.reset(tiles, stream)) return error;
+  const auto kernel = !a.value ? evaluate<true, false> : !a.policy ? evaluate<false, true> : evaluate<true, true>;
+  return launch(kernel, tiles, kThreads, 0, stream, a, divisor, (const Sequence*)sequences, parts);
+}
+
+}  // namespace rlhf_fast::cuda

@@ -1,0 +1,189 @@
+// Whitening: mean 0 and variance 1 over the live elements. `whitened` may be `x` itself.
+//
+// Nothing but the few numbers that come of the sums is double: a mean far from 0 costs no digits, because deviations are
+// taken from a mean of two floats, and the moments of a tile are about its own mean.
+#include "tokens.h"
+
+namespace rlhf_fast::cuda {
+
+namespace {
+
+constexpr double kEpsilon = 1e-8;  // added to the variance, as in rlhf_fast/ops/masked_whiten.py
+
+struct alignas(16) Part {
+  float count, deviation;
+  double mean;
+};
+
+// All tiles' together, for every thread of the block.
+__device__ __forceinline__ Moments merge_moments(const Part* parts, int64_t tiles) {
+  double sums[2] = {0, 0};
+  for (int64_t i = threadIdx.x; i < tiles; i += kThreads) {
+    const Part part = load_part(parts + i);
+    sums[0] += part.count;
+    sums[1] += part.count * part.mean;
+  }
+  block_sum(sums);
+  const double mean = sums[1] / at_least_1(sums[0]);
+  double deviation[1] = {0};
+  for (int64_t i = threadIdx.x; i < tiles; i += kThreads) {
+    const Part part = load_part(parts + i);
+    const double step = part.mean - mean;
+    deviation[0] += part.deviation + part.count * step * step;
+  }
+  block_sum(deviation);
+  return {sums[0], mean, deviation[0]};
+}
+
+// Of each tile, left for the launch's last block: whether this is it.
+__device__ __forceinline__ bool leave_moments(const float* x, const uint8_t* live, int64_t count, TileParts<Part> parts) {
+  const Place place(live, count);
+  const Moments moments = tile_moments(place.load(x), place.live);
+  if (threadIdx.x == 0) parts.at[blockIdx.x] = {(float)moments.count, (float)moments.deviation, moments.mean};
+  return is_last(parts.ticket);
+}
+
+__global__ void __launch_bounds__(kThreads) measure(MaskedMoments a, TileParts<Part> parts) {
+  if (!leave_moments(a.x, a.live, a.count, parts)) return;
+  const Moments all = merge_moments(parts.at, gridDim.x);
+  if (threadIdx.x != 0) return;
+  const double step = a.mean ? all.mean - *a.mean : 0;
+  a.moments[0] = all.count;
+  a.moments[1] = a.mean ? all.deviation + all.count * step * step : all.count * all.mean;
+}
+
+struct Statistics {
+  double count, mean, scale;
+
+  __device__ __forceinline__ explicit Statistics(const double* from) : count(from[0]), mean(from[1]), scale(from[2]) {}
+
+  __device__ __forceinline__ Statistics(const Moments& moments, bool unbiased, double* to)
+      : count(moments.count),
+        mean(moments.mean),
+        scale(1 / sqrt(moments.deviation / at_least_1(count - unbiased) + kEpsilon)) {
+    if (threadIdx.x == 0) to[0] = count, to[1] = mean, to[2] = scale;
+  }
+
+  // x - mean, the mean as two floats.
+  __device__ __forceinline__ float deviation(float x) const {
+    const float near = (float)mean;
+    return (x - near) - (float)(mean - near);
+  }
+};
+
+__global__ void __launch_bounds__(kThreads) find_statistics(MaskedWhiten a, TileParts<Part> parts) {
+  if (leave_moments(a.x, a.live, a.count, parts)) Statistics(merge_moments(parts.at, gridDim.x), a.unbiased, a.statistics);
+}
+
+__device__ __forceinline__ void write_whitened(const MaskedWhiten& a, const Place& place, const Four& x,
+                                               const Statistics& statistics) {
+  const float scale = (float)statistics.scale, shift = a.shift_mean ? 0 : (float)statistics.mean;
+  place.store(a.whitened, [&](int k) { return statistics.deviation(x.at[k]) * scale + shift; });
+}
+
+__global__ void __launch_bounds__(kThreads) whiten(MaskedWhiten a) {
+  const Place place(a.live, a.count);
+  write_whitened(a, place, place.load(a.x), Statistics(a.statistics));
+}
+
+__global__ void __launch_bounds__(kThreads) whiten_one_tile(MaskedWhiten a) {
+  const Place place(a.live, a.count);
+  const Four x = place.load(a.x);
+  write_whitened(a, place, x, Statistics(tile_moments(x, place.live), a.unbiased, a.statistics));
+}
+
+// ---- backward: with d = x - mean and variance = sum(d^2) / k,
+// d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, + mean(grad) where not shift_mean ------
+
+struct alignas(16) GradientSums {
+  double grad, product;
+};
+
+__device__ __forceinline__ GradientSums tile_sums(const Four& grad, const Four& x, const Place& place,
+                                                  const Statistics& statistics) {
+  float sums[2] = {0, 0};
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    sums[0] += grad.at[k];
+    sums[1] += grad.at[k] * kept(place.live, k, statistics.deviation(x.at[k]));
+  }
+  block_sum(sums);
+  return {sums[0], sums[1]};
+}
+
+__device__ __forceinline__ void write_gradient(const MaskedWhitenBackward& a, const Place& place, const Four& grad,
+                                               const Four& x, const Statistics& statistics, const GradientSums& sums) {
+  const double scale = statistics.scale, mean = sums.grad / at_least_1(statistics.count);
+  const double slope = -scale * scale * scale * sums.product / at_least_1(statistics.count - a.unbiased);
+  const float near = (float)mean, off = (float)(mean - near), shift = a.shift_mean ? 0 : near;
+  place.store(a.grad, [&](int k) {
+    return ((grad.at[k] - near) - off) * (float)scale + statistics.deviation(x.at[k]) * (float)slope + shift;
+  });
+}
+
+// The sums of all tiles end up where the first one's were.
+__global__ void __launch_bounds__(kThreads, 4) measure_backward(MaskedWhitenBackward a, TileParts<GradientSums> parts) {
+  const Place place(a.live, a.count);
+  const Four grad = place.load(a.grad_whitened), x = place.load(a.x);
+  const GradientSums own = tile_sums(grad, x, place, Statistics(a.statistics));
+  if (threadIdx.x == 0) parts.at[blockIdx.x] = own;
+  if (!is_last(parts.ticket)) return;
+  double sums[2] = {0, 0};
+  for (int64_t i = threadIdx.x; i < gridDim.x; i += kThreads) {
+    const GradientSums part = load_part(parts.at + i);
+    sums[0] += part.grad;
+    sums[1] += part.product;
+  }
+  block_sum(sums);
+  if (threadIdx.x == 0) parts.at[0] = {sums[0], sums[1]};
+}
+
+__global__ void __launch_bounds__(kThreads) whiten_backward(MaskedWhitenBackward a, const GradientSums* sums) {
+  const Place place(a.live, a.count);
+  write_gradient(a, place, place.load(a.grad_whitened), place.load(a.x), Statistics(a.statistics), *sums);
+}
+
+__global__ void __launch_bounds__(kThreads) whiten_backward_one_tile(MaskedWhitenBackward a) {
+  const Place place(a.live, a.count);
+  const Four grad = place.load(a.grad_whitened), x = place.load(a.x);
+  const Statistics statistics(a.statistics);
+  write_gradient(a, place, grad, x, statistics, tile_sums(grad, x, place, statistics));
+}
+
+}  // namespace
+
+const char* masked_moments(const MaskedMoments& a, Scratch& scratch, void* stream) {
+  const int64_t tiles = tiles_of(a.count);
+  scratch.needed = TileParts<Part>::bytes(tiles);
+  if (scratch.size < scratch.needed) return nullptr;
+  return launch_parts(measure, tiles, TileParts<Part>(scratch.data), stream, a);
+}
+
+size_t masked_whiten_scratch(int64_t count) {
+  const int64_t tiles = tiles_of(count);
+  return tiles > 1 ? TileParts<Part>::bytes(tiles) : 0;
+}
+
+const char* masked_whiten(const MaskedWhiten& a, Scratch& scratch, void* stream) {
+  const int64_t tiles = tiles_of(a.count);
+  if (tiles == 1 && !a.given) return launch(whiten_one_tile, 1, kThreads, 0, stream, a);
+  if (!a.given) {
+    scratch.needed = masked_whiten_scratch(a.count);
+    if (scratch.size < scratch.needed) return nullptr;
+    const char* error = launch_parts(find_statistics, tiles, TileParts<Part>(scratch.data), stream, a);
+    if (error) return error;
+  }
+  return launch(whiten, tiles, kThreads, 0, stream, a);
+}
+
+const char* masked_whiten_backward(const MaskedWhitenBackward& a, Scratch& scratch, void* stream) {
+  const int64_t tiles = tiles_of(a.count);
+  if (tiles == 1) return launch(whiten_backward_one_tile, 1, kThreads, 0, stream, a);
+  scratch.needed = TileParts<GradientSums>::bytes(tiles);
+  if (scratch.size < scratch.needed) return nullptr;
+  const TileParts<GradientSums> parts(scratch.data);
+  const char* error = launch_parts(measure_backward, tiles, parts, stream, a);
+  return error ? error : launch(whiten_backward, tiles, kThreads, 0, stream, a, (const GradientSums*)parts.at);
+}
+
+}  // namespace rlhf_fast::cuda

@@ -1,0 +1,183 @@
+"""How the CUDA kernels cut their work: on and beside the edges of chunks, tiles and blocks, at any alignment.
+
+They run emulated where there is no GPU. The edge contract runs on them too, at small sizes.
+"""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import emulation
+import pytest
+import torch
+from devices import GPU, seeded, why_not
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlhf_fast import ops
+from rlhf_fast.ops import _cuda, _native
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("on_cuda"),
+    pytest.mark.skipif(why_not("cuda") is not None, reason=str(why_not("cuda"))),
+]
+
+# the fixture only forces a backend, so that one set-up can serve every example
+some_examples = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+seeds = st.integers(0, 2**32 - 1)
+# of a chunk, a warp's tokens and a tile of gae, and of a tile of the others: below, on and above
+EDGES = sorted({edge + step for edge in (4, 32, 128, 256, 1024, 2048) for step in (-1, 0, 1)})
+lengths = st.one_of(st.integers(0, 2300), st.sampled_from(EDGES))
+live_share = st.sampled_from([0.02, 0.6, 1.0])
+
+
+def tokens(seed: int, count: int, *shape: int, share: float = 1.0) -> tuple[list[Tensor], Tensor]:
+    """``count`` tensors with NaN under the mask, and the mask."""
+    generator = seeded(seed)
+    mask = torch.rand(shape, generator=generator) < share
+    poison = torch.where(mask, 0.0, torch.nan)
+    return [torch.randn(shape, generator=generator) + poison for _ in range(count)], mask
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """The same numbers, where no 16-byte access may begin."""
+    return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+
+
+def same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+@some_examples
+@given(seed=seeds, rows=st.integers(1, 3), length=lengths, share=live_share, lam=st.sampled_from([0.0, 0.95, 1.0]))
+def test_gae_padded(seed: int, rows: int, length: int, share: float, lam: float) -> None:
+    (rewards, values), mask = tokens(seed, 2, rows, length, share=share)
+    got = ops.gae(rewards, values, mask, gamma=0.99, lam=lam)
+    truth = ops.gae(rewards.double(), values.double(), mask, gamma=0.99, lam=lam)
+    for ours, true in zip(got, truth, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-4)
+    same(ops.gae(misaligned(rewards), misaligned(values), misaligned(mask), gamma=0.99, lam=lam), got)
+
+
+@some_examples
+@given(seed=seeds, sizes=st.lists(lengths, min_size=1, max_size=4), share=live_share)
+def test_gae_is_bitwise_the_same_however_a_sequence_is_given(seed: int, sizes: list[int], share: float) -> None:
+    """Packed, a block takes all of a sequence; padded, several take a long one, and a warp a short one."""
+    (rewards, values), mask = tokens(seed, 2, sum(sizes), share=share)
+    bounds = torch.tensor([0, *sizes]).cumsum(0)
+    packed = ops.gae(rewards, values, mask, cu_seqlens=bounds)
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        padded = ops.gae(rewards[None, start:stop], values[None, start:stop], mask[None, start:stop])
+        same(tuple(x[start:stop] for x in packed), tuple(x[0] for x in padded))
+    longest = max(sizes)
+    inside = torch.arange(longest) < bounds.diff()[:, None]
+    together = ops.gae(*(x.new_zeros(inside.shape).masked_scatter(inside, x) for x in (rewards, values, mask)))
+    same(packed, tuple(x[inside] for x in together))
+
+
+def test_gae_of_many_long_rows_goes_by_the_row() -> None:
+    """From 256 rows on a block takes a row, below that a tile."""
+    (rewards, values), mask = tokens(3, 2, 256, 1100, share=0.7)
+    whole, few = (ops.gae(rewards[:rows], values[:rows], mask[:rows]) for rows in (256, 2))
+    same(tuple(x[:2] for x in whole), few)
+
+
+@given(bounds=st.lists(st.integers(-5, 300), min_size=1, max_size=5))
+@settings(some_examples, max_examples=40)
+def test_gae_keeps_within_the_tokens_of_wrong_bounds(bounds: list[int]) -> None:
+    """What a GPU's kernels do with bounds that nobody has checked."""
+    count, guard = 200, 64
+    memory = torch.full((4, count + 2 * guard), 7.0)
+    rewards, values, advantages, returns = (row[guard:-guard] for row in memory)
+    at = torch.tensor(bounds)
+    _cuda.launch(
+        "gae", len(bounds) - 1, count, at, rewards, values, None, 0.9, 0.9, False, advantages, returns, 1
+    )  # fmt: skip
+    assert (memory[:, :guard] == 7).all() and (memory[:, -guard:] == 7).all()
+    if bounds == sorted(bounds):
+        first, last = (min(max(bound, 0), count) for bound in (bounds[0], bounds[-1]))
+        covered = torch.zeros(count, dtype=torch.bool)
+        covered[first:last] = True
+        assert torch.equal(advantages.isnan(), ~covered) and torch.equal(returns.isnan(), ~covered)
+
+
+@some_examples
+@given(seed=seeds, length=lengths, share=live_share, shift_mean=st.booleans(), offset=st.sampled_from([0.0, 1e4]))
+def test_masked_whiten(seed: int, length: int, share: float, shift_mean: bool, offset: float) -> None:
+    (x, weight), mask = tokens(seed, 2, length, share=share)
+    x, weight = x + offset, weight.nan_to_num()
+
+    def run(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        whitened = ops.masked_whiten(x, mask, shift_mean=shift_mean)
+        return whitened.detach(), torch.autograd.grad((whitened * weight).sum(), x)[0]
+
+    got, truth = run(x, mask), run(x.double(), mask)
+    if mask.sum() > 2:
+        for ours, true in zip(got, truth, strict=True):
+            torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-4)
+    same(run(misaligned(x), misaligned(mask)), got)
+
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+
+@some_examples
+@given(seed=seeds, rows=st.integers(1, 5), length=lengths, share=live_share, aggregation=st.sampled_from(AGGREGATIONS))
+def test_ppo_loss(seed: int, rows: int, length: int, share: float, aggregation: str) -> None:
+    names = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns", "entropy", "ref_logprobs")
+    data, mask = tokens(seed, len(names), rows, length, share=share)
+
+    def run(data: list[Tensor], mask: Tensor) -> tuple[Tensor, ...]:
+        inputs = dict(zip(names, (x.detach().requires_grad_() for x in data), strict=True))
+        result = ops.ppo_loss(**inputs, mask=mask, kl_coef=0.3, entropy_coef=0.1, aggregation=aggregation)
+        wanted = [inputs[name] for name in ("logprobs", "values", "entropy")]
+        return tuple(x.detach() for x in (*result, *torch.autograd.grad(result.loss, wanted)))
+
+    got, truth = run(data, mask), run([x.double() for x in data], mask)
+    for ours, true in zip(got, truth, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=2e-5, atol=2e-5)
+    same(run([misaligned(x) for x in data], misaligned(mask)), got)
+
+
+def test_num_items_on_the_device() -> None:
+    (x, old, advantages), _ = tokens(5, 3, 2, 700)
+    results = []
+    for items in (torch.tensor(11.0, dtype=torch.float64), 11.0, torch.tensor(0.0, dtype=torch.float64), 1.0):
+        loss, statistics = torch.empty(()), torch.empty(6)
+        _cuda.launch(
+            "clipped_policy_loss", 2, 700, x, old, advantages, None, 0.2, 0.2, float("inf"), False, 0, items, loss,
+            statistics, None, 1,
+        )  # fmt: skip
+        results.append((loss, statistics))
+    same(results[0], results[1])
+    same(results[2], results[3])
+
+
+def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "_cannot_run", {})
+    monkeypatch.setattr(_cuda, "engine", SimpleNamespace(cannot_run=lambda: "no kernel image is available"))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(_native, "build_info", lambda: {"cuda_architectures": "80-real 90-real"})
+    reason = _cuda._probe(torch.device("cuda", 0))
+    assert reason is not None and "CUDA says: no kernel image is available. " in reason
+    assert "compiled for 80-real 90-real and this is 75: update the driver, or install" in reason
+    assert "RLHF_FAST_CUDA_ARCHS=75" in reason
+    assert not _cuda.runs("gae", torch.device("cuda", 0))
+    monkeypatch.setattr(_cuda, "engine", None)
+    monkeypatch.setattr(_cuda, "_reason", "compiled for the CPU alone")
+    assert _cuda._probe(torch.device("cuda", 0)) == "compiled for the CPU alone"
+
+
+def test_an_error_names_the_op_its_sizes_and_what_cuda_says() -> None:
+    if GPU:
+        pytest.skip("an error of this kind ends the process's use of the GPU")
+    scratch, x = torch.empty(1 << 10), torch.randn(3000)
+    arguments = [3000, x.data_ptr(), 0, 0, torch.empty(2, dtype=torch.float64).data_ptr(), 1]
+    with pytest.raises(RuntimeError, match=r"^masked_moments: CUDA: .*device.h:\d+: .*16 bytes.* \(3000 tokens\)$"):
+        emulation.engine().masked_moments(*arguments, scratch.data_ptr() + 4, 4096, 0)
+    with pytest.raises(RuntimeError, match=r"^token_kl: CUDA: invalid configuration argument \(\d+ tokens\)$"):
+        emulation.engine().token_kl(1 << 45, 0, 0, 0, 0, 0, 1, 0, 0, 0)
