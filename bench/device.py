@@ -12,14 +12,16 @@ import gc
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from rlhf_fast.bench.workload import COPY, Contest, Results, Run, copying
+from rlhf_fast import backends, use_backend
+from rlhf_fast.bench.workload import COPY, OURS, Contest, Mark, Results, Run, copying
 
+KERNELS = ("cuda", "triton")
 SECONDS = 0.5  # a workload's rounds stop after them
 SHORT, CALLS = 1e-3, 20  # a run this short, in seconds, is called so often for one sample of its host time
 COPY_BYTES, PRODUCT = 2 << 30, 8192  # of the device's own ceilings
@@ -106,6 +108,28 @@ def with_equal_copy(contest: Contest, device: torch.device) -> Contest:
     return dataclasses.replace(
         contest, runs={**contest.runs, COPY: copy}, work=dataclasses.replace(work, ceiling_amount=2 * half)
     )
+
+
+def with_each_backend(contest: Contest, op: str, device: torch.device) -> Contest:
+    """The contest, ours also on the other backends of a GPU that can run here."""
+    listing = backends(device)[op]
+    runs: dict[str, Run] = {}
+    for name, run in contest.runs.items():
+        runs[name] = run
+        if name == OURS:
+            others = [each for each in KERNELS if each in listing["available"] and each != listing["chosen"]]
+            runs |= {f"{OURS}, {each}": functools.partial(_on_backend, each, run) for each in others}
+    return dataclasses.replace(contest, runs=runs)
+
+
+def _on_backend(backend: str, run: Run) -> Results:
+    with use_backend(backend):
+        return run()
+
+
+def marks_of_backends(contestants: Iterable[str]) -> tuple[Mark, ...]:
+    """The backend chosen is the fastest, or as good as."""
+    return tuple(Mark("within", 1.03, name) for name in contestants if name.removeprefix(f"{OURS}, ") in KERNELS)
 
 
 def cooler(device: torch.device) -> Callable[[], object]:

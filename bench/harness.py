@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_fast import backends
 from rlhf_fast.bench import device as gpu
-from rlhf_fast.bench.workload import COMPILED, OURS, Contest, Missing, Results, Run, Work, Workload
+from rlhf_fast.bench.workload import COMPILED, OURS, Contest, Mark, Missing, Results, Run, Work, Workload
 
 SECONDS = 20.0  # a workload's rounds stop after them
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
@@ -33,7 +33,7 @@ def _measured(workload: Workload, device: torch.device, quick: bool) -> dict[str
     torch.compiler.reset()
     small, contest = (built(workload, each, device) for each in (workload.quick, sizes))
     if device.type == "cuda":
-        contest = gpu.with_equal_copy(contest, device)
+        contest = gpu.with_each_backend(gpu.with_equal_copy(contest, device), workload.op, device)
     truth = contest.truth()
     found: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
@@ -76,7 +76,7 @@ def _measured(workload: Workload, device: torch.device, quick: bool) -> dict[str
         "ceiling": contest.work.ceiling if contest.work else None,
         "contestants": _with_ratios(found),
         "missing": missing,
-        "marks": _marks(workload, found),
+        "marks": _reached((*workload.marks, *gpu.marks_of_backends(found)), found),
     }
 
 
@@ -154,9 +154,9 @@ def _with_ratios(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _marks(workload: Workload, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _reached(marks: tuple[Mark, ...], found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
-    for mark in workload.marks:
+    for mark in marks:
         value = mark.value(found)
         met = None if value is None else mark.met(value)
         rows.append({"mark": str(mark), "bound": mark.bound, "value": value, "met": met})

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 LOGS = ROOT / "build" / "gpu"
 STAND_INS = ROOT / "tests" / "stand_ins"
 SECONDS = 470  # of the whole: the limits of the steps below, and what they leave is the bench's
-LIMITS = {"build": 120, "collect": 60, "tests": 210, "sanitizer": 45}
+LIMITS = {"build": 120, "collect": 60, "tests": 210, "sanitizer": 60}
 GRACE = 8  # for an interrupted step to say how far it came
 SHOWN = 20  # lines of a failing step; its log has them all
 
@@ -165,7 +165,7 @@ def finished(counts: str) -> int:
 
 
 def sanitizer() -> Step:
-    """Every op at its smallest under memcheck and, beside it, under racecheck."""
+    """Every op at its smallest on each backend, under memcheck and, beside it, racecheck and initcheck."""
     tool = found("compute-sanitizer")
     if tool is None:
         return Step(True, "compute-sanitizer is not here: not run")
@@ -179,7 +179,7 @@ def sanitizer() -> Step:
         return told(outcome, f"{kind}: {count}")
 
     with ThreadPoolExecutor() as pool:
-        steps = list(pool.map(watched, ("memcheck", "racecheck")))
+        steps = list(pool.map(watched, ("memcheck", "racecheck", "initcheck")))
     errors = tuple(error for each in steps for error in each.errors)
     return Step(all(each.passed for each in steps), "; ".join(each.told for each in steps), errors)
 

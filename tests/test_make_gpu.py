@@ -148,9 +148,9 @@ def test_the_sanitizer(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_the_sanitizer_watches(capsys: pytest.CaptureFixture[str]) -> None:
-    module(TESTS / "kernels" / "each_op_once.py").main(torch.device("cpu"))
+    module(TESTS / "kernels" / "each_op_once.py").main(torch.device("cpu"), ("native",))
     told = capsys.readouterr().out
-    assert "linear_policy_loss, 64 x 32 x 1000 bf16" in told and "gae, 4 x 64 packed" in told
+    assert "linear_policy_loss, 64 x 32 x 1000 bf16" in told and "gae, 4 x 64 packed native" in told
 
 
 # ---- the whole
@@ -200,7 +200,8 @@ def test_a_failing_test_does_not_keep_the_bench_from_running(
 ) -> None:
     ran = steps(gpu, monkeypatch, "NVIDIA Some GPU", results(pending=["gae, 1 x 2"]), code)
     assert gpu.main() == code
-    assert sorted(ran[2:4]) == ["memcheck", "racecheck"] and ran[:2] + ran[4:] == ["build", "tests", "bench"]
+    assert sorted(ran[2:5]) == ["initcheck", "memcheck", "racecheck"]
+    assert ran[:2] + ran[5:] == ["build", "tests", "bench"]
     summary, verdicts = capsys.readouterr().out.split("\n\n")[1:]
     assert summary.endswith("gae, 1 x 2: not reached")
     assert verdicts.splitlines()[0] == "passed  build      built x; 1 s"

@@ -14,6 +14,7 @@ import torch
 from rlhf_fast.bench import device as gpu
 from rlhf_fast.bench import harness
 from rlhf_fast.bench.workload import COPY, EAGER, OURS, Contest, Mark, Results, Run, Sizes, Work, Workload
+from rlhf_fast.ops import _dispatch
 
 CPU = torch.device("cpu")
 GAP = 1.0  # what a launch from the host adds on the device
@@ -154,6 +155,24 @@ def test_the_copy_moves_as_many_bytes_as_the_work() -> None:
         assert gpu.with_equal_copy(other, CPU) is other
 
 
+def test_ours_runs_on_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is held to be no slower than where dispatch would not have sent it."""
+    forced: list[str | None] = []
+
+    def run() -> Results:
+        forced.append(_dispatch.forced_backend())
+        return ()
+
+    listing = {"available": ["cuda", "triton", "torch"], "chosen": "cuda"}
+    monkeypatch.setattr(gpu, "backends", lambda device: {"gae": listing})
+    contest = gpu.with_each_backend(Contest({OURS: run, EAGER: run}), "gae", CPU)
+    assert list(contest.runs) == [OURS, f"{OURS}, triton", EAGER]
+    for each in contest.runs.values():
+        each()
+    assert forced == [None, "triton", None]
+    assert gpu.marks_of_backends(contest.runs) == (Mark("within", 1.03, f"{OURS}, triton"),)
+
+
 def test_the_cache_is_filled_with_twice_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 20))
     read = gpu.cooler(CPU)
@@ -192,6 +211,7 @@ def test_a_row(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "samplers", taken)
     monkeypatch.setattr(gpu, "SECONDS", 0.0)
     monkeypatch.setattr(gpu, "with_equal_copy", lambda contest, where: contest)
+    monkeypatch.setattr(gpu, "with_each_backend", lambda contest, op, where: contest)
     monkeypatch.setattr(gpu, "on_its_own_stream", contextlib.nullcontext)
     monkeypatch.setattr(harness, "peak_extra_bytes", lambda run, where: (run(), 0))
     monkeypatch.setattr(harness, "backends", lambda where: {"gae": {"chosen": "triton"}})
