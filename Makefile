@@ -38,7 +38,7 @@ demo: $(VENV)/model
 	@echo "open runs/demo/report.html"
 
 test: $(VENV)/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n $(TEST_PROCESSES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rfEs -n $(TEST_PROCESSES)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
