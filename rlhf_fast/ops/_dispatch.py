@@ -72,12 +72,15 @@ def backends(device: str | torch.device | None = None) -> dict[str, dict[str, An
 
     Returns:
         ``{op: {"chosen": name, "available": [names], "unavailable": {name: reason}}}``. "chosen" is None when
-        RLHF_FAST_BACKEND or ``use_backend`` forces a backend that cannot run.
+        RLHF_FAST_BACKEND or ``use_backend`` forces a backend that cannot run, or where there is no such device.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    absent = None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        absent = f"torch {torch.__version__} sees no CUDA device here"
     listing: dict[str, dict[str, Any]] = {}
     for op in sorted(_table):
-        reasons = {name: _why_not(op, name, where) for name in NAMES}
+        reasons = {name: absent or _why_not(op, name, where) for name in NAMES}
         available = [name for name, reason in reasons.items() if reason is None]
         wanted = _forced_for(op) or next((name for name in _candidates(where) if name in available), None)
         listing[op] = {

@@ -135,6 +135,13 @@ def test_backends_listing() -> None:
         assert backends("cpu")["demo"]["chosen"] is None
 
 
+def test_backends_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for row in backends("cuda").values():
+        assert row["chosen"] is None and row["available"] == []
+        assert all("sees no CUDA device here" in reason for reason in row["unavailable"].values())
+
+
 def test_every_public_op_has_a_torch_reference() -> None:
     ops = {
         "clipped_policy_loss", "clipped_value_loss", "dpo_loss", "exact_kl", "gae", "linear_cross_entropy",
