@@ -8,7 +8,7 @@
 namespace rlhf_fast::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kMostWarps = 32;  // in a block
+constexpr int kSumWarps = 8;  // in a block that sums
 constexpr unsigned kAllLanes = 0xffffffff;
 
 inline const char* text(cudaError_t error) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ float warp_max(float x) {
 // The sums over the block of N numbers a thread, for every thread; those of the warps are added in their order.
 template <class T, int N>
 __device__ __forceinline__ void block_sum(T (&x)[N]) {
-  __shared__ T sums[N][kMostWarps];
+  __shared__ T sums[N][kSumWarps];
 #pragma unroll
   for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
   __syncthreads();  // all have read those of the call before
@@ -84,18 +84,20 @@ __device__ __forceinline__ void block_sum(T (&x)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) {
     x[i] = sums[i][0];
-    for (int warp = 1; warp < warps_of_block(); warp++) x[i] += sums[i][warp];
+#pragma unroll
+    for (int warp = 1; warp < kSumWarps; warp++) x[i] += sums[i][warp];
   }
 }
 
 __device__ __forceinline__ float block_max(float x) {
-  __shared__ float largest[kMostWarps];
+  __shared__ float largest[kSumWarps];
   x = warp_max(x);
   __syncthreads();
   if (lane_index() == 0) largest[warp_index()] = x;
   __syncthreads();
   float found = largest[0];
-  for (int warp = 1; warp < warps_of_block(); warp++) found = larger(largest[warp], found);
+#pragma unroll
+  for (int warp = 1; warp < kSumWarps; warp++) found = larger(largest[warp], found);
   return found;
 }
 
@@ -106,9 +108,9 @@ __device__ __forceinline__ float block_max(float x) {
 // place of a sum may depend on it.
 __device__ __forceinline__ bool is_last(unsigned* ticket) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // for all of the block, which the barrier has gathered
     last = gridDim.x == 1 || atomicAdd(ticket, 1u) == gridDim.x - 1;
     __threadfence();
   }

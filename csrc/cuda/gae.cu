@@ -187,9 +187,9 @@ __global__ void __launch_bounds__(kMostThreads) sweep(Gae a, Rates rates, int64_
   const int64_t only = blockIdx.x % tiles;
   const int64_t first_tile = of_tile ? only : 0, end_tile = of_tile ? only + 1 : ceil_div(sequence.size, kSpanOfBlock);
   if (first_tile == end_tile) return;
-  float carry = of_tile ? carry_into(only, tiles, of_tile + i * tiles) : 0;
   const int64_t own = warp_index() * kSpan;
-  Tokens next(a, sequence, (end_tile - 1) * kSpanOfBlock + own);
+  Tokens next(a, sequence, (end_tile - 1) * kSpanOfBlock + own);  // before the barriers of the carry
+  float carry = of_tile ? carry_into(only, tiles, of_tile + i * tiles) : 0;
   for (int64_t tile = end_tile - 1; tile >= first_tile; tile--) {
     const Tokens tokens = next;
     if (tile > first_tile) next = Tokens(a, sequence, (tile - 1) * kSpanOfBlock + own);  // on its way meanwhile

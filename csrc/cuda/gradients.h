@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
   const auto [row, segment] = segment_of_block(segments);
   Out* grad = row_of<Out>(grads, row);
   const int start = segment * kSegment - columns_before<In>(grad);
+  if (start >= columns) return;  // only a row that begins between two vectors needs the last segment
   const bool writes = segment == 0 && threadIdx.x == 0;
   float x[kColumns] = {};
   if (!is_live(rows, row)) {

@@ -1,28 +1,67 @@
-"""Every op once on each of a GPU's backends, forward and backward, at its bench's small sizes: what compute-sanitizer
-watches.
+"""What compute-sanitizer watches, on each of a GPU's backends: every op forward and backward at its bench's small
+sizes, and the ops of a number a token at sizes of several blocks, whose parts are joined.
+
+Rows of logits are a multiple of 16 bytes here. Other rows are read by whole aligned vectors, of which the last may lie
+partly past the tensor: nobody's memory to the sanitizer, and harmless.
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 
+import rlhf_fast
 from rlhf_fast import backends, use_backend
 from rlhf_fast.bench import harness
 from rlhf_fast.bench.command import BENCHES, chosen
 from rlhf_fast.bench.device import KERNELS
 from rlhf_fast.bench.workload import OURS
 
+Call = Callable[[], object]
 
-def main(device: torch.device, kernels: tuple[str, ...]) -> None:
+
+def small_workloads(device: torch.device) -> Iterator[tuple[str, Call]]:
     benches = ",".join(name for name in BENCHES if name != "overhead")  # which calls the same ops again
     smallest = {workload.name(workload.quick): workload for workload in chosen(benches, torch.device("cuda"))}
     for name, workload in smallest.items():
         contest = harness.built(workload, workload.quick, device)
-        for backend in kernels:
+
+        def call(contest: harness.Contest = contest) -> None:
             if contest.fresh:
                 contest.fresh()
-            with use_backend(backend):
-                contest.runs[OURS]()
-            harness.synchronize(device)
-            print(name, backend, flush=True)
+            contest.runs[OURS]()
+
+        yield name, call
+
+
+def several_blocks(device: torch.device) -> Iterator[tuple[str, Call]]:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, device=device, requires_grad=True)
+
+    tokens = [random(5, 1031) for _ in range(6)]
+    mask = tokens[0] < 0.7
+    by_length = {"aggregation": "seq-mean-token-mean"}
+    yield "ppo_loss, 5 x 1031", lambda: rlhf_fast.ppo_loss(*tokens, mask, **by_length).loss.backward()
+    yield (
+        "clipped_policy_loss, 5 x 1031 by the sequence",
+        lambda: rlhf_fast.clipped_policy_loss(*tokens[:3], mask, ratio_level="sequence", **by_length).loss.backward(),
+    )
+    yield "masked_whiten, 5 x 1031", lambda: rlhf_fast.masked_whiten(tokens[0], mask).sum().backward()
+    for shape in ((3, 2300), (300, 1100)):
+        rewards, values = random(*shape), random(*shape)
+        yield f"gae, {shape}", lambda rewards=rewards, values=values: rlhf_fast.gae(rewards, values, rewards < 0.7)
+    packed = random(5000)
+    bounds = torch.tensor([0, 130, 5000], device=device)
+    yield "gae, packed", lambda: rlhf_fast.gae(packed, packed, cu_seqlens=bounds, whiten=True)
+
+
+def main(device: torch.device, kernels: tuple[str, ...]) -> None:
+    for calls in (small_workloads, several_blocks):
+        for name, call in calls(device):
+            for backend in kernels:
+                with use_backend(backend):
+                    call()
+                harness.synchronize(device)
+                print(name, backend, flush=True)
 
 
 if __name__ == "__main__":

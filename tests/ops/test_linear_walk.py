@@ -19,9 +19,9 @@ def test_any_cut_gives_the_same(
 ) -> None:
     case = make(op, (3, 4), dtype)
     whole = outputs_and_grads(op.run, op, case, case.mask)
-    monkeypatch.setattr(
-        _linear, "plan", lambda rows, vocab, device, in_one: Plan(rows=5, fold=2, columns=3, behind=behind)
-    )
+    # a GPU's kernels may not write a narrower gradient over the logits of the same fold
+    cut = Plan(rows=5, fold=2, columns=3, behind=behind or backend in GPU_BACKENDS)
+    monkeypatch.setattr(_linear, "plan", lambda *sizes: cut)
     rounding = 1e-5 if dtype == torch.float32 else 3e-2
     results = outputs_and_grads(op.run, op, case, case.mask)
     torch.testing.assert_close(results, whole, rtol=rounding, atol=rounding / 10)
@@ -49,9 +49,10 @@ def test_the_cut_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """80 GB and 50 MB of cache: 512 rows at once of 131072 logits, 50 of which fit in half the cache; 8 GB: fewer."""
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(_products, "_gpu", lambda device: (80_000_000_000, 50 << 20))
-    assert plan(8192, 131072, gpu, in_one=True) == Plan(512, 50, 131072, behind=True)
-    assert plan(8192, 131072, gpu, in_one=False).columns == 8192
-    assert plan(600, 131072, gpu, in_one=True).rows == 300
-    assert plan(0, 131072, gpu, in_one=True).rows == 1
+    assert plan(8192, 131072, 1, gpu, in_one=True) == Plan(512, 50, 131072, behind=True)
+    assert plan(8192, 131072, 2, gpu, in_one=True).fold == 25
+    assert plan(8192, 131072, 1, gpu, in_one=False).columns == 8192
+    assert plan(600, 131072, 1, gpu, in_one=True).rows == 300
+    assert plan(0, 131072, 1, gpu, in_one=True).rows == 1
     monkeypatch.setattr(_products, "_gpu", lambda device: (8 << 30, 4 << 20))
-    assert plan(4096, 262144, gpu, in_one=True) == Plan(256, 2, 262144, behind=True)
+    assert plan(4096, 262144, 1, gpu, in_one=True) == Plan(256, 2, 262144, behind=True)

@@ -82,7 +82,7 @@ def sweep(head: LinearHead, hiddens: tuple[Tensor, ...], fold: Fold, wants: list
     rows, vocab = hidden.shape[0], head.weight.shape[0]
     dtype = product_dtype(hidden)
     in_one = head.weight.dtype == dtype and head.bias is None and head.down is None
-    cut = plan(rows, vocab, device, in_one)
+    cut = plan(rows, vocab, len(hiddens), device, in_one)
     columns = tiles(vocab, cut.columns)
     buffers = [empty_logits(cut, vocab, dtype, device) for _ in hiddens]
     grads = buffers[0][1]

@@ -35,12 +35,14 @@ class Plan(NamedTuple):
     behind: bool  # where the gradient goes: where the fold before had its logits, or each row over its own
 
 
-def plan(rows: int, vocab: int, device: torch.device, in_one: bool) -> Plan:
-    """``in_one`` tells that nothing is added to a product of logits, and no part of the weight cast for it."""
+def plan(rows: int, vocab: int, matrices: int, device: torch.device, in_one: bool) -> Plan:
+    """For so many matrices of logits side by side. ``in_one`` tells that nothing is added to a product of logits, and
+    no part of the weight cast for it.
+    """
     row = 4 * vocab
     if device.type == "cuda":
         memory, cache = _gpu(device)
-        most, fold = min(GPU_ROWS, int(memory * GPU_SHARE) // row), cache // 2 // row
+        most, fold = min(GPU_ROWS, int(memory * GPU_SHARE) // row), cache // 2 // (matrices * row)
         columns = vocab if in_one else GPU_TILE
     else:
         most, fold, columns = CHUNK_BYTES // row, rows, TILE
