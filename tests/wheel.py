@@ -23,13 +23,13 @@ def main(folder: Path) -> None:
         venv.create(f"{place}/venv", with_pip=True)
         bin = f"{place}/venv/bin"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RLHF_FAST_")}
-        environment |= {"PATH": bin, "CXX": "none", "OMP_NUM_THREADS": "1"}
+        environment |= {"PATH": bin, "CXX": "none", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 
         def run(*command: str) -> None:
             subprocess.run([f"{bin}/python", "-m", *command], cwd=place, env=environment, check=True)
 
         run("pip", "install", "--quiet", f"torch=={version('torch').partition('+')[0]}")
-        run("pip", "install", "--quiet", str(wheel), "pytest", "hypothesis")
+        run("pip", "install", "--quiet", str(wheel), "pytest", "hypothesis", "triton>=3.6")
         shutil.copytree(TESTS / "ops", f"{place}/ops", ignore=shutil.ignore_patterns("__pycache__"))
         # torch.compile's own default, inductor, is a compiler of C++
         run("pytest", "-q", "ops", "-p", "no:cacheprovider", "-k", "not inductor")

@@ -12,13 +12,7 @@ from rlhf_fast.ops import _cuda, _native
 from rlhf_fast.ops._dispatch import use_backend
 from rlhf_fast.ops._fused import _linear, _products
 
-
-def gpu_backend(name: str) -> Any:
-    reason = why_not(name)
-    return pytest.param(name, marks=[pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))])
-
-
-BACKENDS = ["torch", "native", *map(gpu_backend, GPU_BACKENDS)]
+BACKENDS = ["torch", "native", *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS)]
 
 if "triton" in GPU_BACKENDS and not GPU:
     from interpreter import quicken
@@ -68,6 +62,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The name of the backend that is forced while the test runs, on the device that it is for: new tensors are made
     there, and the module's own are moved.
     """
+    if (reason := why_not(request.param)) is not None:
+        pytest.skip(reason)
     device = device_of(request.param)
     for name, value in vars(request.module).items():
         if isinstance(value, torch.Tensor) and value.device.type != device:
