@@ -291,7 +291,7 @@ PYBIND11_MODULE(_C, m) {
       release());
 
 #define RLHF_FAST_ON_CPU(name, Arguments) on_cpu(m, #name, &name##_of, &CpuLaunchers::name);
-  RLHF_FAST_CPU_LAUNCHERS(RLHF_FAST_ON_CPU)
+  RLHF_FAST_LAUNCHERS(RLHF_FAST_ON_CPU)
   on_cpu(m, "clipped_policy_loss", &clipped_policy_loss_of, &CpuLaunchers::ppo_loss);
   on_cpu(m, "clipped_value_loss", &clipped_value_loss_of, &CpuLaunchers::ppo_loss);
 
@@ -299,7 +299,7 @@ PYBIND11_MODULE(_C, m) {
   py::module_ on_device = m.def_submodule("cuda");
   on_device.def("cannot_run", &cuda::cannot_run);
 #define RLHF_FAST_ON_CUDA(name, Arguments) on_cuda(on_device, #name, &name##_of, &cuda::name);
-  RLHF_FAST_CUDA_LAUNCHERS(RLHF_FAST_ON_CUDA)
+  RLHF_FAST_LAUNCHERS(RLHF_FAST_ON_CUDA)
   on_cuda(on_device, "clipped_policy_loss", &clipped_policy_loss_of, &cuda::ppo_loss);
   on_cuda(on_device, "clipped_value_loss", &clipped_value_loss_of, &cuda::ppo_loss);
 #endif

@@ -243,9 +243,9 @@ struct PpoLoss {
   bool sequence_level;
 };
 
-// ---- the CPU's launchers, compiled once for each instruction set ----------------------------------------------------
+// ---- the launchers: the CPU's, compiled once for each instruction set, and CUDA's ------------------------------------
 
-#define RLHF_FAST_CPU_LAUNCHERS(X)                     \
+#define RLHF_FAST_LAUNCHERS(X)                         \
   X(masked_logprobs, MaskedLogprobs)                   \
   X(masked_logprobs_backward, MaskedLogprobsBackward)  \
   X(exact_kl, ExactKl)                                 \
@@ -264,7 +264,7 @@ struct PpoLoss {
 struct CpuLaunchers {
   const char* path;  // "avx512", "avx2" or "portable"
 #define RLHF_FAST_MEMBER(name, Arguments) void (*name)(const Arguments&);
-  RLHF_FAST_CPU_LAUNCHERS(RLHF_FAST_MEMBER)
+  RLHF_FAST_LAUNCHERS(RLHF_FAST_MEMBER)
 #undef RLHF_FAST_MEMBER
 };
 
@@ -272,7 +272,7 @@ struct CpuLaunchers {
 #define RLHF_FAST_DECLARE_PATH(path_name)           \
   namespace path_name {                             \
   extern const CpuLaunchers launchers;              \
-  RLHF_FAST_CPU_LAUNCHERS(RLHF_FAST_DECLARE)        \
+  RLHF_FAST_LAUNCHERS(RLHF_FAST_DECLARE)        \
   }
 RLHF_FAST_DECLARE_PATH(avx512)
 RLHF_FAST_DECLARE_PATH(avx2)
@@ -312,26 +312,10 @@ struct Scratch {
   size_t needed;
 };
 
-#define RLHF_FAST_CUDA_LAUNCHERS(X)                    \
-  X(masked_logprobs, MaskedLogprobs)                   \
-  X(masked_logprobs_backward, MaskedLogprobsBackward)  \
-  X(exact_kl, ExactKl)                                 \
-  X(exact_kl_backward, ExactKlBackward)                \
-  X(linear_logprobs, LinearLogprobs)                   \
-  X(linear_policy_loss, LinearPolicyLoss)              \
-  X(linear_policy_ref, LinearPolicyRef)                \
-  X(token_kl, TokenKl)                                 \
-  X(token_kl_backward, TokenKlBackward)                \
-  X(gae, Gae)                                          \
-  X(masked_moments, MaskedMoments)                     \
-  X(masked_whiten, MaskedWhiten)                       \
-  X(masked_whiten_backward, MaskedWhitenBackward)      \
-  X(ppo_loss, PpoLoss)
-
 namespace cuda {
 // nullptr or the text of CUDA's error. Nothing waits for the device.
 #define RLHF_FAST_DECLARE(name, Arguments) const char* name(const Arguments&, Scratch&, void* stream);
-RLHF_FAST_CUDA_LAUNCHERS(RLHF_FAST_DECLARE)
+RLHF_FAST_LAUNCHERS(RLHF_FAST_DECLARE)
 #undef RLHF_FAST_DECLARE
 
 // Why the kernels cannot run on the current device: CUDA's text, or nullptr.

@@ -149,7 +149,10 @@ def tests() -> Step:
     outcome = run("tests", command, LIMITS["tests"])
     counts = last_line(outcome.log, r"=+ (.*\d+ (?:passed|failed|error|skipped|deselected).*) in [\d.]+s.*=+")
     left = selected(outcome.log) - finished(counts or "")
-    return told(outcome, (counts or "no summary") + (f", {left} not run" if left > 0 else ""))
+    notes = [f"{left} not run"] if left > 0 else []
+    if importlib.util.find_spec("hypothesis") is None:
+        notes.append("those of properties skipped: hypothesis is not installed")
+    return told(outcome, ", ".join([counts or "no summary", *notes]))
 
 
 def selected(log: str) -> int:

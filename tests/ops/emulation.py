@@ -68,9 +68,21 @@ def compiled() -> Path:
 
 
 @functools.cache
+def tried() -> Path | Exception:
+    """What does not compile is not compiled again for every test."""
+    try:
+        return compiled()
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        return error
+
+
+@functools.cache
 def engine() -> ModuleType:
     """The launchers, which take CPU memory."""
-    spec = importlib.util.spec_from_file_location("rlhf_fast_emulated._C", compiled())
+    path = tried()
+    if isinstance(path, Exception):
+        raise path
+    spec = importlib.util.spec_from_file_location("rlhf_fast_emulated._C", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

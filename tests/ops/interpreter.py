@@ -1,4 +1,4 @@
-"""Triton's interpreter, made three times as fast."""
+"""Triton's interpreter, without most of what it does again and again."""
 
 from triton.runtime import interpreter
 

@@ -64,6 +64,15 @@ def test_gae_padded(seed: int, rows: int, length: int, share: float, lam: float)
 @some_examples
 @given(seed=seeds, sizes=st.lists(lengths, min_size=1, max_size=4), share=live_share)
 def test_gae_is_bitwise_the_same_however_a_sequence_is_given(seed: int, sizes: list[int], share: float) -> None:
+    same_packed_and_padded(seed, sizes, share)
+
+
+def test_gae_is_bitwise_the_same_at_sizes_of_every_kernel() -> None:
+    """Of the property above, what a machine without hypothesis checks too."""
+    same_packed_and_padded(7, [100, 0, 2300, 1, 128, 1025], 0.8)
+
+
+def same_packed_and_padded(seed: int, sizes: list[int], share: float) -> None:
     """Packed, a block takes all of a sequence; padded, several take a long one, and a warp a short one."""
     (rewards, values), mask = tokens(seed, 2, sum(sizes), share=share)
     bounds = torch.tensor([0, *sizes]).cumsum(0)

@@ -1,4 +1,4 @@
-"""exact_kl on fused kernels: both sets of logits are read once forward (and again out of the cache), once backward."""
+"""exact_kl on fused kernels: both sets of logits are read twice forward (on a CPU out of the cache), once backward."""
 
 from typing import Any
 
