@@ -1,4 +1,6 @@
-"""Every op test runs once per backend in BACKENDS, with that backend forced: a backend that cannot run fails loudly."""
+"""Every op test runs once per backend in BACKENDS, with that backend forced. One that cannot be tested here (CUDA,
+without a GPU or a compiler to emulate it) is skipped with its reason.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
