@@ -74,6 +74,17 @@ class StageConfig:
     eval_size: float = option(0.1, "Held-out share of the training data (below 1), or their number (1 and above).")
     rename_columns: dict[str, str] = option({}, "Column names to change first: old=new. Example: question=prompt.")
     max_samples: int | None = option(None, "Use the first N rows of the training data alone.")
+    strict: bool = option(False, "Stop at the first row that cannot be used, rather than count and drop it.")
+    max_unusable_rows: float = option(
+        0.5,
+        "Stop where more than this share of the rows cannot be used: their structure is wrong, or the chat template "
+        "refuses them.",
+    )
+    special_tokens_in_data: bool = option(
+        False,
+        "Text in the data that spells a special token, such as <|im_end|>, is that token. Unset: it is ordinary text, "
+        "and special tokens come from the chat template alone.",
+    )
 
     learning_rate: float = option(2e-4, "Peak learning rate.")
     lr_scheduler_type: str = option(
@@ -128,6 +139,7 @@ class StageConfig:
         require(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "from 0 to below 1")
         require(self, "weight_decay", self.weight_decay >= 0, "0 or above")
         require(self, "eval_size", self.eval_size >= 0, "0 or above")
+        require(self, "max_unusable_rows", 0 <= self.max_unusable_rows < 1, "from 0 to below 1")
         require(self, "dataset_name", bool(self.dataset_name), "set: a file, a folder, a hub name or demo/NAME")
         require(self, "output_dir", bool(self.output_dir), "set: the folder to write to")
         for tracker in self.report_to:

@@ -2,19 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import datasets
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_fast.data.conversation import ConversationEncoder
-from rlhf_fast.data.formats import Text, preference_examples, prompt_examples, sft_examples
-from rlhf_fast.data.report import DataReport
+from rlhf_fast.data.conversation import REWRITTEN, ConversationEncoder, Encoded
+from rlhf_fast.data.formats import EMPTY_PROMPT, Example, Table, preference_examples, prompt_examples, sft_examples
+from rlhf_fast.data.report import MAX_UNUSABLE, DataReport
+from rlhf_fast.data.turns import Text, Wrong
 
 PROMPT_TOO_LONG = "the prompt fills the window"
 SAME_TOKENS = "chosen and rejected are the same tokens within the window"
+SPECIAL_TEXT = (
+    "rows spell a special token: it is taken as ordinary text; --special_tokens_in_data true takes it as the token"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,94 +56,151 @@ class PromptRow:
     prompt_key: str
 
 
+EncodedRow = TypeVar("EncodedRow", SFTRow, PairRow, PromptRow)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How rows that are wrong, and special tokens in the data, are taken. ``strict``: the first wrong row is an error;
+    else only more than ``max_unusable`` of them. ``special_tokens_in_data``: text that spells a special token is that
+    token; else it is ordinary text."""
+
+    strict: bool = False
+    max_unusable: float = MAX_UNUSABLE
+    special_tokens_in_data: bool = False
+
+
 def sft_rows(
-    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, source: str
+    dataset: Table,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    source: str,
+    reading: Reading = Reading(),
 ) -> tuple[list[SFTRow], DataReport]:
     """Rows for supervised fine-tuning, each of at most ``max_length`` tokens, cut on the right.
 
     A row in which no response token is left is dropped. ``source`` names the data set in errors and in the report.
-    Raises UserError for wrong columns, a row of the wrong structure, or where no row is left.
+    Raises UserError for wrong columns, where too many rows have a wrong structure, or where no row is left.
     """
-    _check_length(max_length)
-    report, encoder = DataReport(source), ConversationEncoder(tokenizer, source)
-    rows = []
-    for example in sft_examples(dataset, report):
+
+    def encode(example: Example, encoder: ConversationEncoder, report: DataReport) -> SFTRow:
         encoded = encoder.response(example, example.responses[0])
+        _note(report, example, encoded)
         mask = encoded.response_mask[:max_length]
-        if not any(mask):
-            report.drop(PROMPT_TOO_LONG, example.index)
-            continue
+        if not any(mask[1:]):  # the first token is predicted from nothing
+            raise _Drop(PROMPT_TOO_LONG if encoded.prompt_length else EMPTY_PROMPT)
         report.truncated += len(encoded.input_ids) > max_length
-        rows.append(SFTRow(example.index, encoded.input_ids[:max_length], mask, _prompt_key(example.prompt)))
-    return rows, _finished(report, rows)
+        return SFTRow(example.index, encoded.input_ids[:max_length], mask, _prompt_key(example))
+
+    return _encode(sft_examples, encode, dataset, tokenizer, max_length, source, reading)
 
 
 def preference_rows(
-    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, source: str
+    dataset: Table,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    source: str,
+    reading: Reading = Reading(),
 ) -> tuple[list[PairRow], DataReport]:
     """Pairs for the reward model, each side of at most ``max_length`` tokens, responses cut on the right.
 
     Pairs whose prompt alone fills the window, or whose sides are the same tokens once cut, are dropped and counted;
     a pair with a side that was cut counts once as truncated. Errors as in sft_rows.
     """
-    _check_length(max_length)
-    report, encoder = DataReport(source), ConversationEncoder(tokenizer, source)
-    rows = []
-    for example in preference_examples(dataset, report):
+
+    def encode(example: Example, encoder: ConversationEncoder, report: DataReport) -> PairRow:
         chosen, rejected = (encoder.response(example, response) for response in example.responses)
+        _note(report, example, chosen, rejected)
         chosen_ids, rejected_ids = chosen.input_ids[:max_length], rejected.input_ids[:max_length]
         if chosen.prompt_length >= max_length:
-            report.drop(PROMPT_TOO_LONG, example.index)
-            continue
+            raise _Drop(PROMPT_TOO_LONG)
         if chosen_ids == rejected_ids:
-            report.drop(SAME_TOKENS, example.index)
-            continue
+            raise _Drop(SAME_TOKENS)
         report.truncated += max(len(chosen.input_ids), len(rejected.input_ids)) > max_length
         margin = example.columns["margin"]
-        rows.append(
-            PairRow(
-                index=example.index,
-                chosen_ids=chosen_ids,
-                rejected_ids=rejected_ids,
-                chosen_response_length=len(chosen_ids) - chosen.prompt_length,
-                rejected_response_length=len(rejected_ids) - rejected.prompt_length,
-                margin=None if margin is None else float(margin),
-                prompt_key=_prompt_key(example.prompt),
-            )
+        return PairRow(
+            index=example.index,
+            chosen_ids=chosen_ids,
+            rejected_ids=rejected_ids,
+            chosen_response_length=len(chosen_ids) - chosen.prompt_length,
+            rejected_response_length=len(rejected_ids) - rejected.prompt_length,
+            margin=None if margin is None else float(margin),
+            prompt_key=_prompt_key(example),
         )
-    return rows, _finished(report, rows)
+
+    return _encode(preference_examples, encode, dataset, tokenizer, max_length, source, reading)
 
 
 def prompt_rows(
-    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, source: str
+    dataset: Table,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    source: str,
+    reading: Reading = Reading(),
 ) -> tuple[list[PromptRow], DataReport]:
     """Prompts to sample from. ``max_length`` is the prompt window, in tokens; longer prompts are dropped and counted.
 
     Errors as in sft_rows.
     """
-    _check_length(max_length)
-    report, encoder = DataReport(source), ConversationEncoder(tokenizer, source)
-    rows = []
-    for example in prompt_examples(dataset, report):
+
+    def encode(example: Example, encoder: ConversationEncoder, report: DataReport) -> PromptRow:
         ids = encoder.prompt(example)
+        if not ids:
+            raise _Drop(EMPTY_PROMPT)
         if len(ids) > max_length:
-            report.drop("the prompt is longer than the window", example.index)
-            continue
-        rows.append(PromptRow(example.index, ids, example.prompt, example.columns, _prompt_key(example.prompt)))
-    return rows, _finished(report, rows)
+            raise _Drop("the prompt is longer than the window")
+        return PromptRow(example.index, ids, example.prompt, example.columns, _prompt_key(example))
+
+    return _encode(prompt_examples, encode, dataset, tokenizer, max_length, source, reading)
 
 
-def _check_length(max_length: int) -> None:
+class _Drop(Exception):
+    """This row is not used, for the reason given."""
+
+
+def _encode(
+    read: Callable[[Table, DataReport], Iterator[Example]],
+    encode: Callable[[Example, ConversationEncoder, DataReport], EncodedRow],
+    dataset: Table,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    source: str,
+    reading: Reading,
+) -> tuple[list[EncodedRow], DataReport]:
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1 token, got {max_length}")
-
-
-def _prompt_key(prompt: Text) -> str:
-    return hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).hexdigest()
-
-
-def _finished(report: DataReport, rows: Iterable[SFTRow | PairRow | PromptRow]) -> DataReport:
+    report = DataReport(source, strict=reading.strict, max_unusable=reading.max_unusable)
+    encoder = ConversationEncoder(tokenizer, source, special_tokens_in_data=reading.special_tokens_in_data)
+    rows: list[EncodedRow] = []
+    for example in read(dataset, report):
+        try:
+            rows.append(encode(example, encoder, report))
+        except _Drop as reason:
+            report.drop(str(reason), example.index)
+        except Wrong as fault:
+            report.reject(fault.reason, example.index, fault.detail)
+        else:
+            form = encoder.form(example)
+            report.forms[form] = report.forms.get(form, 0) + 1
+            spelled = encoder.special_text(example)
+            if spelled is not None:
+                report.note(SPECIAL_TEXT, example.index, f", {spelled!r}")
+    report.require_usable(len(dataset))
+    report.facts = encoder.facts(report.forms)
     keys = [row.prompt_key for row in rows]
     report.kept, report.repeated_prompts = len(keys), len(keys) - len(set(keys))
     report.require_rows()
-    return report
+    return rows, report
+
+
+def _note(report: DataReport, example: Example, *sides: Encoded) -> None:
+    if any(side.rewritten for side in sides):
+        report.note(REWRITTEN, example.index)
+
+
+def _prompt_key(example: Example) -> str:
+    asked = [example.prompt, example.template] if example.template else example.prompt
+    return hashlib.blake2b(json.dumps(asked, default=str).encode(), digest_size=8).hexdigest()

@@ -1,32 +1,45 @@
-"""Column formats to one shape: a prompt and its responses, each a string or a list of chat turns.
+"""Columns to one shape: a prompt and its responses, each a string or a list of chat turns.
 
 Formats: ``messages``; ``prompt``/``completion``; ``prompt``/``chosen``/``rejected``; ``chosen``/``rejected`` alone, as
-chat lists or as HH-RLHF transcripts ("\\n\\nHuman:" and "\\n\\nAssistant:"); ``prompt`` alone. A row with nothing
-to learn from is dropped and counted; a row of the wrong structure is an error that names it.
+chat lists or as HH-RLHF transcripts ("\\n\\nHuman:" and "\\n\\nAssistant:"); ``prompt`` alone; ShareGPT's
+``conversations`` and Alpaca's ``instruction``/``input``/``output``, with or without ``chosen``/``rejected``.
+
+The prompt of a row is the same whichever stage reads it. A row with nothing to learn from is dropped and counted, a row
+of the wrong structure is rejected and counted (see DataReport).
 """
 
-import re
-from collections.abc import Callable, Iterator
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-import datasets
+from typing import Any, Protocol
 
 from rlhf_fast.data.report import DataReport
+from rlhf_fast.data.rows import Rows
+from rlhf_fast.data.turns import Text, Turn, Wrong, is_transcript, parse_transcript, read_text, read_turns, without_none
 from rlhf_fast.errors import UserError, nearest
 
-Turn = dict[str, str]
-Text = str | list[Turn]
+Row = dict[str, Any]
 
-ROLES = ("system", "user", "assistant")
 FORMAT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
-HH_MARK = re.compile(r"\n\n(Human|Assistant):")
-HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+FOREIGN_COLUMNS = ("conversations", "instruction")
 
 EMPTY_PROMPT = "empty prompt"
 EMPTY_RESPONSE = "empty response"
 SAME_SIDES = "chosen and rejected are the same"
 NO_COMMON_PROMPT = "chosen and rejected share no prompt"
+CUT = "conversations go on after the assistant's last turn: cut there"
+
+
+class Table(Protocol):
+    """Rows and the names of their columns: Rows of a text file, or a datasets.Dataset."""
+
+    @property
+    def column_names(self) -> list[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,167 +47,349 @@ class Example:
     """One row. ``responses`` is () for prompts, (response,) for SFT, (chosen, rejected) for preferences.
 
     ``index`` is the row, counted from 1. ``transcript``: the turns come from an HH-RLHF transcript, and may be written
-    as one where the tokenizer has no chat template. ``columns``: what else the row holds.
+    as one where the tokenizer has no chat template. ``joined``: they come from Alpaca's columns, and may be written one
+    after the other there. ``columns``: what else the row holds. ``template``: arguments of the chat template beside the
+    turns (``tools``).
     """
 
     index: int
     prompt: Text
     responses: tuple[Text, ...] = ()
     transcript: bool = False
+    joined: bool = False
     columns: dict[str, Any] = field(default_factory=dict)
+    template: dict[str, Any] = field(default_factory=dict)
 
 
 class _Drop(Exception):
     """This row teaches nothing, for the reason given: count it and go on."""
 
 
-class _Wrong(Exception):
-    """This row has the wrong structure: becomes a UserError that names the row."""
+@dataclass
+class _Side:
+    """A conversation up to and with the assistant's last turn; ``cut``: turns that followed it were left out."""
+
+    turns: list[Turn]
+    transcript: bool = False
+    cut: bool = False
 
 
-def sft_examples(dataset: datasets.Dataset, report: DataReport) -> Iterator[Example]:
+def sft_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
     """From ``messages``, ``prompt``/``completion``, or the chosen side of a preference format.
 
-    Of ``messages`` the prompt is what stands before the first assistant turn: every assistant turn is trained on.
+    Of ``messages`` the prompt is what stands before the first answer: every assistant turn after it is trained on.
     """
-    columns = dataset.column_names
+    columns, known = _known_columns(dataset)
     if "messages" in columns:
-        return _examples(dataset, report, lambda row: _sft(_split_first(_turns(row["messages"], "messages"))))
-    if "prompt" in columns and "completion" in columns:
-        return _examples(dataset, report, lambda row: _sft(_two_columns(row, "completion")))
-    if "chosen" in columns:
-        return _examples(dataset, report, lambda row: _sft(_side(row, "chosen")))
-    raise _missing(report, columns, "messages, or prompt and completion, or chosen (and rejected)")
+        read = _sft_messages
+    elif "prompt" in columns and "completion" in columns:
+        read = _sft_completion
+    elif "chosen" in columns:
+        read = _sft_chosen
+    else:
+        raise _missing(report, columns, "messages, or prompt and completion, or chosen (and rejected)")
+    return _examples(dataset, report, known, read)
 
 
-def preference_examples(dataset: datasets.Dataset, report: DataReport) -> Iterator[Example]:
+def preference_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
     """From ``chosen`` and ``rejected``, with a ``prompt`` or with the turns that both begin with as the prompt.
 
     A chat list that begins with another role than the assistant is the whole conversation: the prompt is taken from
     it and not from the ``prompt`` column. An optional ``margin`` (a number) is kept in ``columns``.
     """
-    columns = dataset.column_names
+    columns, known = _known_columns(dataset)
     if "chosen" not in columns or "rejected" not in columns:
         raise _missing(report, columns, "chosen and rejected (with or without prompt)")
-    return _examples(dataset, report, _pair)
+    return _examples(dataset, report, known, _pair)
 
 
-def prompt_examples(dataset: datasets.Dataset, report: DataReport) -> Iterator[Example]:
-    """From any format: ``prompt`` as it is, else the conversation before its last assistant turn.
+def prompt_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
+    """The prompt of each row, taken from the columns that the other stages take it from.
 
     The format's own columns are left out of ``columns``; all others are kept for reward functions.
     """
-    columns = dataset.column_names
-    source = next((name for name in ("prompt", "messages", "chosen") if name in columns), None)
-    if source is None:
+    columns, known = _known_columns(dataset)
+    if not {"prompt", "messages", "chosen"} & set(columns):
         raise _missing(report, columns, "prompt, or messages, or chosen")
-    return _examples(dataset, report, lambda row: _prompt(row, source))
+    return _examples(dataset, report, known, _prompt)
 
 
 def _examples(
-    dataset: datasets.Dataset, report: DataReport, read: Callable[[dict[str, Any]], dict[str, Any]]
+    dataset: Table, report: DataReport, known: Callable[[Row], Row], read: Callable[[Row], dict[str, Any]]
 ) -> Iterator[Example]:
+    if isinstance(dataset, Rows):
+        report.file_lines = dataset.lines
+        for fault in dataset.faults:
+            report.fault(fault.reason, fault.line, fault.detail)
     for index, row in enumerate(dataset, start=1):
         try:
-            example = Example(index=index, **read(row))
+            found = read(known(row))
+            notes: Iterable[str] = found.pop("notes", ())
+            template = _template_arguments(row) if isinstance(found["prompt"], list) else {}
+            if read is _prompt:
+                found["columns"] = {name: value for name, value in row.items() if name not in FORMAT_COLUMNS}
+            example = Example(index=index, joined=known is _from_alpaca, template=template, **found)
             if _empty_prompt(example.prompt):
                 raise _Drop(EMPTY_PROMPT)
             if any(_empty_response(response) for response in example.responses):
                 raise _Drop(EMPTY_RESPONSE)
         except _Drop as reason:
             report.drop(str(reason), index)
-        except _Wrong as fault:
-            raise UserError(f"{report.source}, row {index}: {fault}") from fault
+        except Wrong as fault:
+            report.reject(fault.reason, index, fault.detail)
         else:
+            for note in notes:
+                report.note(note, index)
             yield example
+    report.require_usable(len(dataset) + (len(dataset.faults) if isinstance(dataset, Rows) else 0))
 
 
 def _missing(report: DataReport, columns: list[str], needed: str) -> UserError:
-    unknown = [column for column in columns if column not in FORMAT_COLUMNS]
-    meant = [f"{column!r}{close}" for column in unknown if (close := nearest(column, list(FORMAT_COLUMNS)))]
+    known = [*FORMAT_COLUMNS, *FOREIGN_COLUMNS]
+    unknown = [column for column in columns if column not in known]
+    meant = [f"{column!r}{close}" for column in unknown if (close := nearest(column, known))]
     hint = f"; {', '.join(meant)}" if meant else ""
     return UserError(f"{report.source}: expected the columns {needed}; found {columns}{hint}; rename columns to match")
+
+
+# Other formats to ours.
+
+
+def _known_columns(dataset: Table) -> tuple[list[str], Callable[[Row], Row]]:
+    """The columns with ShareGPT's and Alpaca's under our names, and the function that gives a row these."""
+    columns = list(dataset.column_names)
+    if not {"messages", "prompt"} & set(columns):
+        if "conversations" in columns:
+            target = "prompt" if "chosen" in columns else "messages"
+            return [*columns, target], lambda row: _from_sharegpt(row, target)
+        if "instruction" in columns:
+            made = ["prompt", *(["completion"] if "output" in columns else [])]
+            return [*columns, *made], _from_alpaca
+    return columns, lambda row: row
+
+
+def _from_sharegpt(row: Row, target: str) -> Row:
+    system = _words(row.get("system"), "system")
+    turns = read_turns(row["conversations"], "conversations")
+    return {**row, target: [*_system(system), *turns]}
+
+
+def _from_alpaca(row: Row) -> Row:
+    """Source: the Stanford Alpaca data, and its ``system`` and ``history`` (pairs of question and answer) of later."""
+    system, *asked = (_words(row.get(name), name) for name in ("system", "instruction", "input"))
+    turns = _system(system)
+    for pair in row.get("history") or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Wrong("history: expected pairs of question and answer", f", got {pair!r:.60}")
+        turns += [_user(_words(pair[0], "history")), _assistant(_words(pair[1], "history"))]
+    made: Row = {"prompt": [*turns, _user("\n\n".join(text for text in asked if text.strip()))]}
+    answers = {"output": "completion", "chosen": "chosen", "rejected": "rejected"}
+    for name, target in answers.items():
+        if isinstance(row.get(name), str | None) and name in row:
+            made[target] = [_assistant(row[name] or "")]
+    return {**row, **made}
+
+
+def _words(value: Any, column: str) -> str:
+    if not isinstance(value, str | None):
+        raise Wrong(f"{column}: expected text, got {type(value).__name__}", f" {value!r:.60}")
+    return value or ""
+
+
+def _user(text: str) -> Turn:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Turn:
+    return {"role": "assistant", "content": text}
+
+
+def _system(text: str) -> list[Turn]:
+    return [{"role": "system", "content": text}] if text.strip() else []
+
+
+def _template_arguments(row: Row) -> dict[str, Any]:
+    """``tools`` (a list, or its JSON text) and ``chat_template_kwargs``, as TRL's and transformers' data have them."""
+    arguments = row.get("chat_template_kwargs")
+    if arguments is not None and not isinstance(arguments, dict):
+        raise Wrong("chat_template_kwargs: expected a mapping", f", got {arguments!r:.60}")
+    found = without_none(arguments or {})
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        tools = _json(tools, "tools")
+    if tools:
+        if not isinstance(tools, list):
+            raise Wrong("tools: expected a list of function descriptions", f", got {tools!r:.60}")
+        found["tools"] = without_none([_json(tool, "tools") if isinstance(tool, str) else tool for tool in tools])
+    return found
+
+
+def _json(text: str, column: str) -> Any:
+
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Wrong(f"{column}: expected JSON", f", got {text!r:.60}") from error
 
 
 # One row to the fields of an Example.
 
 
-def _sft(read: tuple[Text, Text, bool]) -> dict[str, Any]:
-    prompt, response, transcript = read
-    return {"prompt": prompt, "responses": (response,), "transcript": transcript}
+def _sft_messages(row: Row) -> dict[str, Any]:
+    turns = read_turns(row["messages"], "messages")
+    side = _answered(turns, "messages")
+    # A greeting before the first question is context, not an answer.
+    asked = next((place for place, turn in enumerate(side.turns) if turn["role"] == "user"), 0)
+    first = next(place for place, turn in enumerate(side.turns) if place >= asked and turn["role"] == "assistant")
+    return _found(side.turns[:first], side.turns[first:], cut=side.cut)
 
 
-def _prompt(row: dict[str, Any], source: str) -> dict[str, Any]:
-    columns = {name: value for name, value in row.items() if name not in FORMAT_COLUMNS}
-    if source == "prompt":
-        prompt, transcript = _text(row["prompt"], "prompt"), False
-        if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
-            raise _Wrong("the prompt ends with an assistant turn; expected it to end with a user turn")
-    else:
-        turns, transcript = _conversation(row[source], source)
-        prompt = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
-    return {"prompt": prompt, "transcript": transcript, "columns": columns}
+def _sft_completion(row: Row) -> dict[str, Any]:
+    prompt, response, transcript = _two_columns(row, "completion")
+    return _found(prompt, response, transcript=transcript)
 
 
-def _pair(row: dict[str, Any]) -> dict[str, Any]:
-    transcript = False
-    if _whole_conversation(row, "chosen"):
-        chosen, transcript = _conversation(row["chosen"], "chosen")
-        rejected, _ = _conversation(row["rejected"], "rejected")
-        _require_response(chosen, "chosen")
-        _require_response(rejected, "rejected")
-        if chosen == rejected:
+def _sft_chosen(row: Row) -> dict[str, Any]:
+    if not _is_conversation(row, "chosen"):
+        prompt, response, transcript = _two_columns(row, "chosen")
+        return _found(prompt, response, transcript=transcript)
+    side = _conversation(row, "chosen")
+    start = _shared(row, side)
+    if start is None:
+        start = len(side.turns) - 1
+    return _found(side.turns[:start], side.turns[start:], transcript=side.transcript, cut=side.cut)
+
+
+def _pair(row: Row) -> dict[str, Any]:
+    if _is_conversation(row, "chosen"):
+        chosen, rejected = _conversation(row, "chosen"), _conversation(row, "rejected")
+        if chosen.turns == rejected.turns:
             raise _Drop(SAME_SIDES)
-        shared = _shared_prompt(chosen, rejected)
-        prompt: Text = chosen[:shared]
-        responses: tuple[Text, Text] = (chosen[shared:], rejected[shared:])
+        shared = _shared_prompt(chosen.turns, rejected.turns)
+        if shared is None:
+            raise _Drop(NO_COMMON_PROMPT)
+        sides = chosen.turns[shared:], rejected.turns[shared:]
+        found = _found(chosen.turns[:shared], *sides, transcript=chosen.transcript, cut=chosen.cut or rejected.cut)
     else:
-        prompt, first, _ = _two_columns(row, "chosen")
-        responses = (first, _two_columns(row, "rejected")[1])
-        if responses[0] == responses[1]:
+        prompt, first, transcript = _two_columns(row, "chosen")
+        second = _two_columns(row, "rejected")[1]
+        if first == second:
             raise _Drop(SAME_SIDES)
-    margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise _Wrong(f"margin must be a number, got {type(margin).__name__} {margin!r}")
-    return {"prompt": prompt, "responses": responses, "transcript": transcript, "columns": {"margin": margin}}
+        found = _found(prompt, first, second, transcript=transcript)
+    return {**found, "columns": {"margin": _margin(row.get("margin"))}}
 
 
-def _side(row: dict[str, Any], column: str) -> tuple[Text, Text, bool]:
-    if not _whole_conversation(row, column):
-        return _two_columns(row, column)
-    turns, transcript = _conversation(row[column], column)
-    _require_response(turns, column)
-    return turns[:-1], turns[-1:], transcript
+def _margin(value: Any) -> float | None:
+    """A finite number, or the text of one, as CSV has it; None where there is none."""
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
+        number = None
+    if number is None or not math.isfinite(number):
+        raise Wrong("margin must be a number, got " + type(value).__name__, f" {value!r:.40}")
+    return value if isinstance(value, int) else number
 
 
-def _whole_conversation(row: dict[str, Any], column: str) -> bool:
-    """Whether the column holds the prompt too, rather than a response alone."""
-    value = row[column]
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return value[0].get("role") != "assistant"
-    return "prompt" not in row
+def _prompt(row: Row) -> dict[str, Any]:
+    """The prompt that SFT and reward training take from the same row."""
+    if row.get("chosen") and _is_conversation(row, "chosen"):
+        side = _Side(*_read_conversation(row["chosen"], "chosen"))
+        start = _shared(row, side)
+        return _found(_context(side.turns) if start is None else side.turns[:start], transcript=side.transcript)
+    if row.get("messages"):
+        return _found(_context(read_turns(row["messages"], "messages")))
+    for column in ("completion", "chosen"):
+        if row.get(column):  # refused where the stage that trains on it refuses it
+            prompt, _, transcript = _two_columns(row, column)
+            return _found(prompt, transcript=transcript)
+    prompt, transcript = _prompt_column(row)
+    return _found(prompt, transcript=transcript)
 
 
-def _two_columns(row: dict[str, Any], column: str) -> tuple[Text, Text, bool]:
-    prompt, response = _text(row["prompt"], "prompt"), _text(row[column], column)
+def _found(prompt: Text, *responses: Text, transcript: bool = False, cut: bool = False) -> dict[str, Any]:
+    return {"prompt": prompt, "responses": responses, "transcript": transcript, "notes": (CUT,) if cut else ()}
+
+
+def _prompt_column(row: Row) -> tuple[Text, bool]:
+    value = row.get("prompt")
+    transcript = is_transcript(value)
+    prompt = parse_transcript(value) if transcript else read_text(value, "prompt")  # type: ignore[arg-type]
+    if transcript and isinstance(prompt, list) and prompt[-1] == _assistant(""):
+        prompt = prompt[:-1]
+    if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        raise Wrong("the prompt ends with an assistant turn; expected it to end with a user turn")
+    return prompt, transcript
+
+
+def _two_columns(row: Row, column: str) -> tuple[Text, Text, bool]:
+    (prompt, transcript), response = _prompt_column(row), read_text(row[column], column)
     if not prompt:
         raise _Drop(EMPTY_PROMPT)
     if not response:
         raise _Drop(EMPTY_RESPONSE)
+    if transcript and isinstance(response, str):
+        return prompt, [_assistant(response.strip())], True
     if isinstance(prompt, str) != isinstance(response, str):
         kinds = [("a string" if isinstance(text, str) else "a chat list") for text in (prompt, response)]
-        raise _Wrong(f"prompt is {kinds[0]} and {column} {kinds[1]}; expected both strings or both chat lists")
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise _Wrong("the prompt ends with an assistant turn; expected it to end with a user turn")
+        raise Wrong(f"prompt is {kinds[0]} and {column} {kinds[1]}; expected both strings or both chat lists")
     if isinstance(response, list):
-        _require_response(response, column)
+        side = _answered(response, column)
         if response[0]["role"] != "assistant":
             role = response[0]["role"]
-            raise _Wrong(f"{column} begins with a turn of the {role}; expected the assistant's, as there is a prompt")
-    return prompt, response, False
+            raise Wrong(f"{column} begins with a turn of the {role}; expected the assistant's, as there is a prompt")
+        response = side.turns
+    return prompt, response, transcript
 
 
-def _shared_prompt(chosen: list[Turn], rejected: list[Turn]) -> int:
+# Whole conversations.
+
+
+def _is_conversation(row: Row, column: str) -> bool:
+    """Whether the column holds the prompt too, rather than a response alone."""
+    value = row.get(column)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return read_turns(value[:1], column)[0]["role"] != "assistant"
+    return is_transcript(value) or "prompt" not in row
+
+
+def _read_conversation(value: Any, column: str) -> tuple[list[Turn], bool]:
+    """Turns, and whether they come from a transcript."""
+    if isinstance(value, str) and value:
+        return parse_transcript(value), True
+    return read_turns(value, column), False
+
+
+def _conversation(row: Row, column: str) -> _Side:
+    turns, transcript = _read_conversation(row.get(column), column)
+    side = _answered(turns, column)
+    return _Side(side.turns, transcript, side.cut)
+
+
+def _answered(turns: list[Turn], column: str) -> _Side:
+    """Up to and with the assistant's last turn."""
+    if not turns:
+        raise _Drop(EMPTY_RESPONSE)
+    last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+    if last is None:
+        raise Wrong(f"{column} ends with a turn of the {turns[-1]['role']}; expected the assistant's turn last")
+    return _Side(turns[: last + 1], cut=last + 1 < len(turns))
+
+
+def _context(turns: list[Turn]) -> list[Turn]:
+    """What a new answer would answer."""
+    return turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+
+
+def _shared(row: Row, chosen: _Side) -> int | None:
+    """Where the answers of a preference row begin; None where it has no other side to compare with."""
+    if not row.get("rejected") or not _is_conversation(row, "rejected"):
+        return None
+    return _shared_prompt(chosen.turns, _read_conversation(row["rejected"], "rejected")[0])
+
+
+def _shared_prompt(chosen: list[Turn], rejected: list[Turn]) -> int | None:
     """How many turns both sides begin with, ending where both answer."""
     shared = 0
     for ours, theirs in zip(chosen, rejected, strict=False):
@@ -205,93 +400,19 @@ def _shared_prompt(chosen: list[Turn], rejected: list[Turn]) -> int:
     for length in range(shared, 0, -1):
         if all(length < len(side) and side[length]["role"] == "assistant" for side in sides):
             return length
-    raise _Drop(NO_COMMON_PROMPT)
-
-
-def _split_first(turns: list[Turn]) -> tuple[Text, Text, bool]:
-    _require_response(turns, "messages")
-    first = next(index for index, turn in enumerate(turns) if turn["role"] == "assistant")
-    return turns[:first], turns[first:], False
-
-
-def _require_response(turns: list[Turn], column: str) -> None:
-    if not turns:
-        raise _Drop(EMPTY_RESPONSE)
-    if turns[-1]["role"] != "assistant":
-        raise _Wrong(f"{column} ends with a turn of the {turns[-1]['role']}; expected the assistant's turn last")
-
-
-# Values to strings and chat lists.
-
-
-def _conversation(value: Any, column: str) -> tuple[list[Turn], bool]:
-    """A whole conversation, and whether it came from a transcript. ``messages`` are never transcripts."""
-    if isinstance(value, str) and value and column != "messages":
-        return parse_transcript(value), True
-    return _turns(value, column), False
-
-
-def _text(value: Any, column: str) -> Text:
-    if value is None:
-        return ""
-    if not isinstance(value, str | list):
-        kind = type(value).__name__
-        raise _Wrong(f"{column}: expected a string or a list of chat turns, got {kind} {value!r:.60}")
-    return value if isinstance(value, str) else _turns(value, column)
-
-
-def _turns(value: Any, column: str) -> list[Turn]:
-    if value is None or value == "":
-        return []
-    if not isinstance(value, list):
-        raise _Wrong(f"{column}: expected a list of chat turns, got {type(value).__name__} {value!r:.60}")
-    for turn in value:
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise _Wrong(f"{column}: a turn must have 'role' and 'content', got {turn!r:.80}")
-        if turn["role"] not in ROLES:
-            hint = nearest(str(turn["role"]), list(ROLES))
-            raise _Wrong(f"{column}: unknown role {turn['role']!r}{hint}; expected one of {', '.join(ROLES)}")
-        if not isinstance(turn["content"], str):
-            kind = type(turn["content"]).__name__
-            raise _Wrong(f"{column}: the {turn['role']}'s content must be a string, got {kind} {turn['content']!r:.60}")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    return None
 
 
 def _empty_prompt(prompt: Text) -> bool:
     if isinstance(prompt, str):
         return not prompt.strip()
-    return not prompt or prompt[-1]["role"] == "system" or not prompt[-1]["content"].strip()
+    asked = [turn["content"] for turn in prompt if turn["role"] == "user"]
+    return not asked or not asked[-1].strip()
 
 
 def _empty_response(response: Text) -> bool:
     if isinstance(response, str):
         return not response.strip()
-    return any(turn["role"] == "assistant" and not turn["content"].strip() for turn in response)
-
-
-def parse_transcript(text: str) -> list[Turn]:
-    """An HH-RLHF transcript as chat turns, each stripped.
-
-    A turn that follows one of the same speaker is joined to it with a blank line: chat templates want roles in turn.
-    """
-    before, *parts = HH_MARK.split(text)
-    if before.strip() or not parts:
-        raise _Wrong(
-            "expected a prompt column, a list of chat turns, or a transcript that begins with '\\n\\nHuman:', "
-            f"got {text!r:.60}"
-        )
-    turns: list[Turn] = []
-    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
-        role, content = HH_ROLES[speaker], said.strip()
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
-        else:
-            turns.append({"role": role, "content": content})
-    return turns
-
-
-def format_transcript(turns: list[Turn], *, answer_next: bool = False) -> str:
-    """Chat turns as an HH-RLHF transcript; ``answer_next`` ends it with the mark after which the assistant speaks."""
-    names = {role: speaker for speaker, role in HH_ROLES.items()}
-    text = "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in turns)
-    return f"{text}\n\nAssistant:" if answer_next else text
+    return any(
+        turn["role"] == "assistant" and not turn["content"].strip() and not turn.get("tool_calls") for turn in response
+    )

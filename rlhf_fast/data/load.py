@@ -2,30 +2,39 @@
 
 import glob
 import gzip
-import json
+import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import TypeAlias
 
 import datasets
 import huggingface_hub
 import pyarrow.parquet  # type: ignore[import-untyped]
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+from rlhf_fast.data.rows import Rows, join, open_file, read_csv, read_json
 from rlhf_fast.errors import UserError, nearest
+
+Table: TypeAlias = Rows | datasets.Dataset
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
-TEXT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
+FORMAT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_NAMES = ["demo/sft", "demo/preferences", "demo/prompts", "demo/prompts-eval"]
 HUB_TIMEOUT_S = 5
 
 
 def load_dataset(
-    name: str, *, split: str = "train", rename: dict[str, str] | None = None, limit: int | None = None
-) -> datasets.Dataset:
+    name: str,
+    *,
+    split: str = "train",
+    rename: dict[str, str] | None = None,
+    limit: int | None = None,
+    strict: bool = False,
+) -> Table:
     """The rows of one split, with columns renamed.
 
     ``name`` is a file (.jsonl, .json, .csv, .parquet, each also .gz; one file is one split, ``split`` is not looked
@@ -33,28 +42,37 @@ def load_dataset(
     written by ``Dataset.save_to_disk``; a built-in name (``demo/sft``, ``demo/preferences``, ``demo/prompts``,
     ``demo/prompts-eval``); or a hub name, its configuration after a colon: ``openai/gsm8k:main``.
 
+    Values are what the file says: a CSV field is text, a JSON value what JSON says it is, a Parquet value of its
+    column's type. Lines that cannot be read are left out and stand in ``faults`` of the Rows that are returned.
+
     ``rename`` maps old column names to new ones. ``limit`` keeps the first rows alone.
-    Raises UserError where nothing is there, a file is broken or empty, or a column to rename is missing.
+    Raises UserError where nothing is there, a file is broken or empty, more than a tenth of its lines cannot be read
+    (``strict``: any), or a column to rename is missing.
     """
     renames = rename or {}
     if limit is not None and limit < 1:
         raise UserError(f"the limit on rows must be at least 1, got {limit}")
-    dataset = _rename(_load(name, split, renames), renames, name)
+    try:
+        dataset = _rename(_load(name, split, strict), renames, name)
+    except OSError as error:  # no permission, a name too long, a disk that fails
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from error
     if len(dataset) == 0:
         raise UserError(f"{name}: no rows in it; expected at least one")
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
-def _load(name: str, split: str, renames: dict[str, str]) -> datasets.Dataset:
+def _load(name: str, split: str, strict: bool) -> Table:
     if name.startswith("demo/") and not Path(name).exists():
         if name not in DEMO_NAMES:
             raise UserError(f"{name}: no such built-in data set{nearest(name, DEMO_NAMES)}; there are {DEMO_NAMES}")
-        return _load_file(DEMO_FOLDER / f"{name.removeprefix('demo/')}.jsonl", renames)
-    path = Path(name).expanduser()
+        return _load_file(DEMO_FOLDER / f"{name.removeprefix('demo/')}.jsonl", strict)
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
-        return _load_folder(path, split, renames)
+        return _load_folder(path, split, strict)
     if path.is_file():
-        return _load_file(path, renames)
+        return _load_file(path, strict)
+    if path.is_symlink():
+        raise UserError(f"{name}: a link to {os.readlink(path)}, which is not there")
     if _reader(path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such file or folder{_neighbours(path)}")
     return _load_hub(name, split)
@@ -76,83 +94,40 @@ def _neighbours(path: Path) -> str:
     return nearest(path.name, files + [entry.name for entry in entries if entry.is_dir()]) or listed
 
 
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _load_file(path: Path, renames: dict[str, str]) -> datasets.Dataset:
+def _load_file(path: Path, strict: bool) -> Table:
     reader = _reader(path)
     if reader is None:
         raise UserError(f"{path}: expected a file ending in {', '.join(READERS)}, each also with .gz")
     try:
-        if reader != "parquet":
-            _check_text(path)
-        return _read(path, reader, renames)
-    except UserError:
+        if reader == "parquet":
+            return _read_parquet(path)
+        return read_json(path, strict=strict) if reader == "json" else read_csv(path, strict=strict)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({_one_line(error)}); download or compress it again") from error
+
+
+def _read_parquet(path: Path) -> datasets.Dataset:
+    try:
+        if path.suffix.lower() == ".gz":  # datasets reads gzip for text formats alone
+            with open_file(path) as file:
+                dataset = datasets.Dataset(pyarrow.parquet.read_table(file))
+        else:
+            if pyarrow.parquet.read_metadata(path).num_rows == 0:
+                raise UserError(f"{path}: no rows in it; expected at least one")
+            with _quiet():
+                dataset = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+        dataset.data.table.validate(full=True)  # text that is not UTF-8 fails rows later, with no name to it
+    except (UserError, gzip.BadGzipFile, EOFError, zlib.error):
         raise
-    except Exception as error:  # pyarrow, pandas, gzip and datasets each raise their own; the reason is passed on
-        raise UserError(f"{path}: {_reason(path, reader, error)}") from error
+    except Exception as error:  # pyarrow and datasets each raise their own; the reason is passed on
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(f"{path}: cannot be read as parquet ({type(cause).__name__}: {_one_line(cause)})") from error
+    return dataset
 
 
-def _check_text(path: Path) -> None:
-    """Arrow reads JSON without looking at the encoding, and fails rows later with no name to them."""
-    empty = True
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            empty = empty and not line.strip()
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    if empty:
-        raise UserError(f"{path}: the file is empty; expected at least one row")
-
-
-def _read(path: Path, reader: str, renames: dict[str, str]) -> datasets.Dataset:
-    if reader == "parquet" and path.suffix.lower() == ".gz":  # datasets reads gzip for text formats alone
-        with _open(path) as file:
-            return datasets.Dataset(pyarrow.parquet.read_table(file))
-    options: dict[str, Any] = {}
-    if reader == "csv":  # else "42" turns into a number and the answer "None" into a missing one
-        texts = {*TEXT_COLUMNS, *(old for old, new in renames.items() if new in TEXT_COLUMNS)}
-        options = {"converters": dict.fromkeys(sorted(texts), str), "keep_default_na": False}
-    with _quiet():
-        return datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", **options)
-
-
-def _reason(path: Path, reader: str, error: BaseException) -> str:
-    if isinstance(error, gzip.BadGzipFile | EOFError):
-        return f"not a whole gzip file ({error}); download or compress it again"
-    if reader == "json" and (fault := _broken_json(path)):
-        return fault
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"cannot be read as {reader} ({type(error).__name__}: {_one_line(error)})"
-
-
-def _broken_json(path: Path) -> str | None:
-    """The first fault of a JSON file, its line named; None where Python's own parser finds none."""
-    with _open(path) as file:
-        content = file.read()
-    if path.name.lower().removesuffix(".gz").endswith(".json") and content.lstrip().startswith(b"["):
-        documents = [(1, content)]
-    else:
-        documents = list(enumerate(content.split(b"\n"), start=1))
-    for number, document in documents:
-        if not document.strip():
-            continue
-        try:
-            value = json.loads(document)
-        except json.JSONDecodeError as error:
-            line = number + error.lineno - 1
-            return f"line {line}: broken JSON ({error.msg} at column {error.colno}); mend that line"
-        for row in value if isinstance(value, list) and len(documents) == 1 else [value]:
-            if not isinstance(row, dict):
-                return f"line {number}: expected a JSON object (columns and values), got {type(row).__name__}"
-    return None
-
-
-def _load_folder(folder: Path, split: str, renames: dict[str, str]) -> datasets.Dataset:
+def _load_folder(folder: Path, split: str, strict: bool) -> Table:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.Dataset):
@@ -169,9 +144,21 @@ def _load_folder(folder: Path, split: str, renames: dict[str, str]) -> datasets.
         if others:  # another split's rows under this one's name would be a silent leak
             raise UserError(f"{folder}: no file for split {split!r}; it has {', '.join(others)}: name one of them")
         files = found
-    parts = [_load_file(path, renames) for path in files]
+    return _join([_load_file(path, strict) for path in files], files, folder)
+
+
+def _join(parts: list[Table], files: list[Path], folder: Path) -> Table:
+    if len(parts) == 1:
+        return parts[0]
+    formats = {tuple(name for name in FORMAT_COLUMNS if name in part.column_names) for part in parts}
+    texts = [part for part in parts if isinstance(part, Rows)]
+    tables = [part for part in parts if not isinstance(part, Rows)]
     try:
-        return datasets.concatenate_datasets(parts)
+        if len(formats) > 1:
+            raise ValueError(" and ".join(str(list(names)) for names in sorted(formats)))
+        if texts and tables:
+            raise ValueError("text and Parquet")
+        return join(texts) if texts else datasets.concatenate_datasets(tables)
     except ValueError as error:
         names = ", ".join(path.name for path in files)
         raise UserError(f"{folder}: the columns of {names} differ ({_one_line(error)}); name one file") from error
@@ -236,7 +223,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _rename(dataset: datasets.Dataset, renames: dict[str, str], name: str) -> datasets.Dataset:
+def _rename(dataset: Table, renames: dict[str, str], name: str) -> Table:
     columns = dataset.column_names
     for old, new in renames.items():
         if old not in columns:

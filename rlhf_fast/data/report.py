@@ -1,13 +1,22 @@
 """What became of the rows: kept, dropped and why, truncated. Printed at the start of every run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rlhf_fast.errors import UserError
 
+MAX_UNUSABLE = 0.5
+
 
 @dataclass(slots=True)
 class DataReport:
-    """Counts over one data set. ``first`` holds, for each reason in ``dropped``, the first row dropped for it."""
+    """Counts over one data set.
+
+    ``first`` holds, for each reason in ``dropped``, the first row dropped for it, from 1. A row that is dropped has
+    nothing to learn from (an empty response) or does not fit; one that is rejected has a wrong structure. One wrong row
+    must not stop a run: only more than ``max_unusable`` of the rows do, or the first where ``strict``.
+    ``file_lines``: the line of each row in its file, where that is known.
+    """
 
     source: str
     kept: int = 0
@@ -15,17 +24,60 @@ class DataReport:
     repeated_prompts: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
+    strict: bool = False
+    max_unusable: float = MAX_UNUSABLE
+    file_lines: Sequence[int] = ()
+    unusable: int = 0
+    forms: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    facts: list[str] = field(default_factory=list)
+    _places: dict[str, str] = field(default_factory=dict)
+    _first_wrong: str = ""
 
     def drop(self, reason: str, row: int) -> None:
-        """Count one row (1-based) as dropped for ``reason``."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.first.setdefault(reason, row)
+        """Count one row (from 1) as dropped for ``reason``."""
+        self._count(reason, row, self.place(row))
+
+    def reject(self, reason: str, row: int, detail: str = "") -> None:
+        """Count one row as unusable; ``detail``, which differs from row to row, continues ``reason`` in messages.
+
+        Raises UserError where ``strict``.
+        """
+        self._unusable(reason, row, self.place(row), detail)
+
+    def fault(self, reason: str, line: int, detail: str = "") -> None:
+        """Count one line of the file, from 1, that could not be read as a row."""
+        self._unusable(reason, line, f"line {line}", f" ({detail})" if detail else "")
+
+    def note(self, what: str, row: int, detail: str = "") -> None:
+        """Count one kept row of which something is to be said."""
+        count, first = self.notes.get(what, (0, f"{self.place(row)}{detail}"))
+        self.notes[what] = count + 1, first
+
+    def place(self, row: int) -> str:
+        """``row 2``, and its line in the file where that is another number."""
+        line = self.file_lines[row - 1] if self.file_lines else row
+        return f"row {row}" if line == row else f"row {row} (line {line})"
+
+    def require_usable(self, total: int) -> None:
+        """Raises UserError, naming the first, where more than the allowed share of ``total`` rows is unusable."""
+        if self.unusable > self.max_unusable * total:
+            count = f"; {self.unusable} of {total} rows cannot be used" if total > 1 else ""
+            raise UserError(f"{self._first_wrong}{count}")
+
+    def form(self) -> str:
+        """How prompts are written, for a person: chat turns or plain text."""
+        forms = [form if len(self.forms) == 1 else f"{form} ({count})" for form, count in self.forms.items()]
+        return f"{self.source}: prompts are {'; '.join(forms)}"
 
     def lines(self) -> list[str]:
         """The report for a person, one fact a line."""
         lines = [f"{self.source}: {self.kept} rows kept"]
         for reason, count in self.dropped.items():
-            lines.append(f"{count} dropped: {reason} (first: row {self.first[reason]})")
+            lines.append(f"{count} dropped: {reason} (first: {self._places[reason]})")
+        for what, (count, first) in self.notes.items():
+            lines.append(f"{count} {what} (first: {first})")
+        lines += self.facts
         if self.truncated:
             lines.append(f"{self.truncated} truncated to the longest length")
         if self.repeated_prompts:
@@ -37,3 +89,16 @@ class DataReport:
         if self.kept == 0:
             reasons = "; ".join(self.lines()[1:]) or "it has no rows"
             raise UserError(f"{self.source}: no usable row is left ({reasons})")
+
+    def _unusable(self, reason: str, number: int, place: str, detail: str) -> None:
+        text = f"{self.source}, {place}: {reason}{detail}"
+        if self.strict:
+            raise UserError(text)
+        self.unusable += 1
+        self._first_wrong = self._first_wrong or text
+        self._count(reason, number, f"{place}{detail}")
+
+    def _count(self, reason: str, number: int, place: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.first.setdefault(reason, number)
+        self._places.setdefault(reason, place)

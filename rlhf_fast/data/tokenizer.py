@@ -89,21 +89,3 @@ def _unused_special_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) 
         return (min(likely, default=len(LIKELY_PADS)), index)
 
     return [content for _, content in sorted(unused, key=rank)]
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token with which the chat template closes an assistant's turn; None without template or token.
-
-    Chat templates on base models often close with another token than the tokenizer's EOS; a response ends there too.
-    """
-    if tokenizer.chat_template is None:
-        return None
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
-    except jinja2.TemplateError:  # it wants other turns than these; chat data that it refuses is told with its row
-        return None
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    content = tokenizer("b", add_special_tokens=False)["input_ids"][-1]
-    tail = ids[len(ids) - ids[::-1].index(content) :] if content in ids else []
-    return next((token for token in tail if token in special), None)

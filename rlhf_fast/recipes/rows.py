@@ -4,7 +4,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from rlhf_fast.data import DataReport, PairRow, PromptRow, SFTRow, load_dataset, prompt_rows, split_train_eval
+from rlhf_fast.data import (
+    DataReport,
+    PairRow,
+    PromptRow,
+    Reading,
+    SFTRow,
+    load_dataset,
+    prompt_rows,
+    split_train_eval,
+)
 from rlhf_fast.errors import UserError
 from rlhf_fast.recipes.stage import Stage
 
@@ -65,8 +74,10 @@ def _read(
     limit: int | None,
     purpose: str = "",
 ) -> Any:
-    dataset = load_dataset(name, split=split, rename=stage.config.rename_columns, limit=limit)
-    rows, report = encode(dataset, stage.base.tokenizer, max_length=max_length, source=name + purpose)
-    for line in report.lines():
+    config = stage.config
+    dataset = load_dataset(name, split=split, rename=config.rename_columns, limit=limit, strict=config.strict)
+    reading = Reading(config.strict, config.max_unusable_rows, config.special_tokens_in_data)
+    rows, report = encode(dataset, stage.base.tokenizer, max_length=max_length, source=name + purpose, reading=reading)
+    for line in [*report.lines(), report.form()]:
         stage.say(line)
     return rows

@@ -4,15 +4,9 @@ from typing import Any
 import datasets
 import pytest
 
-from rlhf_fast.data.formats import (
-    Example,
-    format_transcript,
-    parse_transcript,
-    preference_examples,
-    prompt_examples,
-    sft_examples,
-)
+from rlhf_fast.data.formats import Example, preference_examples, prompt_examples, sft_examples
 from rlhf_fast.data.report import DataReport
+from rlhf_fast.data.turns import format_transcript, parse_transcript
 from rlhf_fast.errors import UserError
 
 RowsOf = Callable[..., datasets.Dataset]

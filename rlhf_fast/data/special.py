@@ -1,0 +1,67 @@
+"""Text is not control: special tokens come from the chat template, never from what a data set or a user wrote.
+
+In a text that goes through a template, each special token that it spells is replaced by a stand-in, which templates
+pass on like any other text. When the rendered text is encoded, a stand-in becomes the ordinary tokens of what it stands
+for.
+"""
+
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+# Noncharacters: Unicode keeps them out of text for uses such as this one.
+STAND_IN = re.compile("\ufdd0([0-9]+)\ufdd1")
+MARK = "\ufdd2"  # put at the end of a turn's content, to find it in what a template makes of it
+
+
+class TextEncoder:
+    """Text to token ids with one tokenizer. ``names``: its special tokens, which the data's text must not become; none
+    where ``special_tokens_in_data`` says that the data means them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, special_tokens_in_data: bool = False) -> None:
+        self._tokenizer = tokenizer
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.names = [] if special_tokens_in_data else sorted(special - {""}, key=lambda name: (-len(name), name))
+        self._name = re.compile("|".join(map(re.escape, self.names)) or r"(?!)")
+        self._places = {name: place for place, name in enumerate(self.names)}
+        whole, inside = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+        starts = range(len(whole) - len(inside) + 1)
+        start = next((place for place in starts if whole[place : place + len(inside)] == inside), 0)
+        self._before, self._after = list(whole[:start]), len(whole) - start - len(inside)
+
+    def first(self, value: Any) -> str | None:
+        """The first special token that a text, or a text inside lists and mappings, spells."""
+        if isinstance(value, str):
+            match = self._name.search(value)
+            return match.group() if match else None
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return next((found for item in items if (found := self.first(item)) is not None), None)
+
+    def hide(self, value: Any) -> Any:
+        """The same text, lists and mappings with stand-ins in place of special tokens."""
+        if isinstance(value, str):
+            return self._name.sub(lambda found: f"\ufdd0{self._places[found.group()]}\ufdd1", value)
+        if isinstance(value, dict):
+            return {key: self.hide(item) for key, item in value.items()}
+        return [self.hide(item) for item in value] if isinstance(value, list) else value
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, which may hold stand-ins, without BOS and EOS of the tokenizer's own."""
+        if "\ufdd0" not in text:
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids: list[int] = []
+        for place, piece in enumerate(STAND_IN.split(text)):
+            if place % 2:
+                name = self.names[int(piece)]
+                ids += self._tokenizer(name, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            elif piece:
+                ids += self._tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """As ``encode``, begun as the tokenizer begins a text (BOS), and not ended."""
+        if "\ufdd0" in text:
+            return self._before + self.encode(text)
+        ids = list(self._tokenizer(text)["input_ids"])
+        return ids[: len(ids) - self._after]

@@ -1,0 +1,155 @@
+"""Chat turns as other people write them, to one shape: ``{"role": ..., "content": text}`` and what a template may use.
+
+Read are OpenAI's and Hugging Face's turns (``role``, ``content``; the content a text, a list of text parts, or None
+beside tool calls), ShareGPT's (``from``, ``value``), and HH-RLHF transcripts.
+"""
+
+import json
+import re
+from typing import Any
+
+from rlhf_fast.errors import nearest
+
+Turn = dict[str, Any]
+Text = str | list[Turn]
+
+ROLES = ("system", "user", "assistant", "tool")
+ROLE_NAMES = {
+    **{name: "system" for name in ("system", "developer")},
+    **{name: "user" for name in ("user", "human")},
+    **{name: "assistant" for name in ("assistant", "gpt", "bot", "chatbot", "chatgpt", "model", "function_call")},
+    **{name: "tool" for name in ("tool", "function", "observation", "function_response", "ipython")},
+}
+# What a chat template may read of a turn beside its role and content.
+FURTHER_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+
+HH_MARK = re.compile(r"\n\n(Human|Assistant):")
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class Wrong(Exception):
+    """A row of the wrong structure. ``detail``, which differs from row to row, continues ``reason``."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason + detail)
+        self.reason, self.detail = reason, detail
+
+
+def read_text(value: Any, column: str) -> Text:
+    """A string as it is; a list of turns, or one turn, as turns; None as the empty string."""
+    if value is None:
+        return ""
+    if not isinstance(value, str | list | dict):
+        raise Wrong(f"{column}: expected a string or a list of chat turns, got {_kind(value)}", f" {value!r:.60}")
+    return value if isinstance(value, str) else read_turns(value, column)
+
+
+def read_turns(value: Any, column: str) -> list[Turn]:
+    """A list of turns, or one turn. Raises Wrong."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise Wrong(f"{column}: expected a list of chat turns, got {_kind(value)}", f" {value!r:.60}")
+    return [_turn(item, column) for item in value]
+
+
+def _turn(item: Any, column: str) -> Turn:
+    if isinstance(item, dict) and {"from", "value"} <= item.keys() and item.get("role") is None:
+        item = {**item, "role": item["from"], "content": item["value"]}
+    if not isinstance(item, dict) or not ("role" in item and ("content" in item or item.get("tool_calls"))):
+        raise Wrong(f"{column}: a turn must have 'role' and 'content' (or 'from' and 'value')", f", got {item!r:.80}")
+    name = item["role"]
+    role = ROLE_NAMES.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
+        hint = nearest(str(name), list(ROLES))
+        raise Wrong(f"{column}: unknown role", f" {name!r:.40}{hint}; expected one of {', '.join(ROLES)}")
+    turn = {"role": role, "content": _content(item.get("content"), role, column)}
+    turn |= {key: item[key] for key in FURTHER_KEYS if item.get(key) not in (None, "", [])}
+    if "tool_calls" in turn:
+        turn["tool_calls"] = without_none([_read_arguments(call) for call in _listed(turn["tool_calls"])])
+    return turn
+
+
+def _content(value: Any, role: str, column: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(part, str | dict) for part in value):
+        return "".join(_part(part, role, column) for part in value)
+    if isinstance(value, str):
+        return value
+    if role == "tool":  # what a function returned, as JSON
+        return json.dumps(without_none(value), ensure_ascii=False, default=str)
+    raise Wrong(f"{column}: the {role}'s content must be a string, got {_kind(value)}", f" {value!r:.60}")
+
+
+def _part(part: str | dict[str, Any], role: str, column: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") or ("text" if "text" in part else "unknown")
+    text = part.get("text")
+    if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+        raise Wrong(f"{column}: the {role}'s content must be text", f", got a part of type {kind!r:.40}")
+    return text
+
+
+def _read_arguments(call: Any) -> Any:
+    """OpenAI writes a call's arguments as JSON text; templates expect the object."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        try:
+            arguments = json.loads(function["arguments"])
+        except ValueError:
+            return call  # not JSON: the template gets it as it is
+        if isinstance(arguments, dict):
+            function = {**function, "arguments": arguments}
+            return {**call, "function": function} if "function" in call else function
+    return call
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def without_none(value: Any) -> Any:
+    """``value`` without keys whose value is None, which Arrow adds where one row has a key and another has not."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and HH_MARK.match(value) is not None
+
+
+def parse_transcript(text: str) -> list[Turn]:
+    """An HH-RLHF transcript as chat turns, each stripped.
+
+    A turn that follows one of the same speaker is joined to it with a blank line: chat templates want roles in turn.
+    """
+    before, *parts = HH_MARK.split(text)
+    if before.strip() or not parts:
+        raise Wrong(
+            "expected a prompt column, a list of chat turns, or a transcript that begins with '\\n\\nHuman:'",
+            f", got {text!r:.60}",
+        )
+    turns: list[Turn] = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        role, content = HH_ROLES[speaker], said.strip()
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
+        else:
+            turns.append({"role": role, "content": content})
+    return turns
+
+
+def format_transcript(turns: list[Turn], *, answer_next: bool = False) -> str:
+    """Chat turns as an HH-RLHF transcript; ``answer_next`` ends it with the mark after which the assistant speaks."""
+    names = {role: speaker for speaker, role in HH_ROLES.items()}
+    text = "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in turns)
+    return f"{text}\n\nAssistant:" if answer_next else text
