@@ -107,7 +107,11 @@ MISTAKES = {
     "long prompts, sft": ("sft", "--dataset_name all_long.jsonl", "no usable row .*the prompt fills the window"),
     "long prompts, reward": ("reward", "--dataset_name all_long.jsonl", "no usable row .*the prompt fills the window"),
     "long prompts, ppo": ("ppo", "--dataset_name all_long.jsonl", "no usable row .*prompt is longer than the window"),
-    "wrong type": ("sft", "--dataset_name number.jsonl", "number.jsonl, row 2: completion: expected a string"),
+    "wrong type": (
+        "sft",
+        "--dataset_name number.jsonl --strict true",
+        "number.jsonl, row 2: completion: expected a string",
+    ),
     "broken line": ("sft", "--dataset_name broken.jsonl", "broken.jsonl: line 2: broken JSON"),
     "no data file": ("sft", "--dataset_name stf.jsonl", "stf.jsonl: no such file or folder .did you mean 'sft.jsonl'"),
     "no demo": ("sft", "--dataset_name demo/sfft", "demo/sfft: .*did you mean 'demo/sft'"),

@@ -76,7 +76,7 @@ class ConversationEncoder:
     def special_text(self, example: Example) -> str | None:
         """The first special token that the row's own text spells (other than EOS at the end of a string)."""
         responses = [self._without_eos(text) if isinstance(text, str) else text for text in example.responses]
-        return self.texts.first([example.prompt, *responses])
+        return self.texts.first([example.prompt, *responses, example.template])
 
     def prompt(self, example: Example) -> list[int]:
         """The prompt's tokens, up to and with the mark after which the assistant speaks."""
@@ -96,8 +96,7 @@ class ConversationEncoder:
             return self._strings(prompt, self.texts.hide(self._without_eos(text)))
         assert isinstance(response, list), "a chat list as prompt with a string as its response"
         turns = self.texts.hide(response)
-        spelled = self.texts.first([example.prompt, response])
-        if self.template.marks_assistant and spelled is None:
+        if self.template.marks_assistant and self.special_text(example) is None:
             encoded = self._by_marks(example, prompt, turns)
             if encoded is not None:
                 return encoded
@@ -131,7 +130,7 @@ class ConversationEncoder:
 
     def _render(self, turns: list[Turn], example: Example, *, answer_next: bool = False) -> str:
         try:
-            return self.template.render(turns, example.template, answer_next=answer_next)
+            return self.template.render(turns, self.texts.hide(example.template), answer_next=answer_next)
         except Refused as refusal:
             raise _refused(turns, refusal) from refusal
 
@@ -139,7 +138,7 @@ class ConversationEncoder:
         self, turns: list[Turn], place: int, example: Example, *, answer_next: bool = False
     ) -> tuple[str, int | None]:
         try:
-            return self.template.render_marked(turns, place, example.template, answer_next=answer_next)
+            return self.template.render_marked(turns, place, self.texts.hide(example.template), answer_next=answer_next)
         except Refused as refusal:
             raise _refused(turns, refusal) from refusal
 

@@ -120,7 +120,7 @@ def _examples(
     if isinstance(dataset, Rows):
         report.file_lines = dataset.lines
         for fault in dataset.faults:
-            report.fault(fault.reason, fault.line, fault.detail)
+            report.fault(fault)
     for index, row in enumerate(dataset, start=1):
         try:
             found = read(known(row))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rlhf_fast.data.rows import Fault
 from rlhf_fast.errors import UserError
 
 MAX_UNUSABLE = 0.5
@@ -45,9 +46,10 @@ class DataReport:
         """
         self._unusable(reason, row, self.place(row), detail)
 
-    def fault(self, reason: str, line: int, detail: str = "") -> None:
-        """Count one line of the file, from 1, that could not be read as a row."""
-        self._unusable(reason, line, f"line {line}", f" ({detail})" if detail else "")
+    def fault(self, fault: Fault) -> None:
+        """Count one line of the file that could not be read as a row."""
+        detail = f" ({fault.detail})" if fault.detail else ""
+        self._unusable(fault.reason, fault.number, f"{fault.unit} {fault.number}", detail)
 
     def note(self, what: str, row: int, detail: str = "") -> None:
         """Count one kept row of which something is to be said."""

@@ -27,14 +27,15 @@ JSON_NAMES = {type(None): "null", bool: "true or false", str: "text", int: "a nu
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A line that could not be read. ``line`` counts from 1, as an editor does."""
+    """A line, or an item of a JSON array, that could not be read. ``number`` counts ``unit`` from 1."""
 
-    line: int
+    number: int
     reason: str
     detail: str = ""
+    unit: str = "line"
 
     def __str__(self) -> str:
-        return f"line {self.line}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
+        return f"{self.unit} {self.number}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
 
 
 @dataclass
@@ -158,8 +159,8 @@ class _Unreadable(Exception):
 class _Lines:
     """Collects rows and faults of one file, and refuses it where the faults are too many."""
 
-    def __init__(self, path: Path, strict: bool, names: Sequence[str] = ()) -> None:
-        self._path, self._strict = path, strict
+    def __init__(self, path: Path, strict: bool, names: Sequence[str] = (), unit: str = "line") -> None:
+        self._path, self._strict, self._unit = path, strict, unit
         self.rows: list[Row] = []
         self.numbers: list[int] = []
         self.faults: list[Fault] = []
@@ -169,7 +170,7 @@ class _Lines:
         try:
             row = read()
         except _Unreadable as error:
-            self.faults.append(Fault(number, error.reason, error.detail))
+            self.faults.append(Fault(number, error.reason, error.detail, self._unit))
             return
         self._names.update(dict.fromkeys(row))
         self.rows.append(row)
@@ -183,7 +184,7 @@ class _Lines:
         if self.faults and (self._strict or len(self.faults) > MAX_UNREADABLE * total):
             more = f"; {len(self.faults)} of {total} rows cannot be read" if len(self.faults) > 1 else ""
             separator = "," if self.faults[0].reason.startswith("not UTF-8") else ":"
-            raise UserError(f"{self._path}{separator} {self.faults[0]}{more}; mend {'them' if more else 'that line'}")
+            raise UserError(f"{self._path}{separator} {self.faults[0]}{more}; mend {'them' if more else 'it'}")
         return Rows(self.rows, list(self._names), self.numbers, self.faults)
 
 
@@ -276,7 +277,7 @@ def _array(path: Path, strict: bool) -> Rows:
         raise UserError(f"{path}: cannot be read as JSON: {reason}") from error
     if not values:
         raise UserError(f"{path}: no rows in it; expected at least one row")
-    lines = _Lines(path, strict)
+    lines = _Lines(path, strict, unit="row")
     for number, value in enumerate(values, start=1):
         lines.add(number, partial(_checked, value, json.dumps(value)))
     rows = lines.finished()

@@ -4,6 +4,7 @@ from typing import Any
 import datasets
 import pytest
 from tiny_tokenizer import CHAT_TEMPLATE, MARKED_TEMPLATE
+from tokenizers import normalizers
 
 from rlhf_fast.data import preference_rows, prompt_rows, sft_rows
 from rlhf_fast.errors import UserError
@@ -86,9 +87,13 @@ def test_a_template_that_refuses_the_turns_is_named_with_the_row(rows_of: RowsOf
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT_TEMPLATE
     )
     turns = [user("a"), assistant("b")]
-    dataset = rows_of({"messages": turns}, {"messages": [{"role": "system", "content": "s"}, *turns]})
+    refused = {"messages": [{"role": "system", "content": "s"}, *turns]}
     with pytest.raises(UserError, match=r"row 2: the chat template refuses these turns \(system, user\): no system"):
-        sft_rows(dataset, tokenizer, max_length=99, source=SOURCE)
+        sft_rows(rows_of({"messages": turns}, refused, refused), tokenizer, max_length=99, source=SOURCE)
+    (row,), report = sft_rows(rows_of({"messages": turns}, refused), tokenizer, max_length=99, source=SOURCE)
+    assert report.lines()[1] == (
+        "1 dropped: the chat template refuses these turns (system, user) (first: row 2: no system turn)"
+    )
 
 
 def test_a_template_that_leaves_the_response_out(rows_of: RowsOf, tokenizer: Any):
@@ -193,3 +198,34 @@ def test_nothing_left_says_what_every_row_was_dropped_for(rows_of: RowsOf, token
 def test_a_window_without_room_is_refused(rows_of: RowsOf, tokenizer: Any, encode: Any):
     with pytest.raises(ValueError, match="max_length must be at least 1 token, got 0"):
         encode(rows_of({"prompt": "a"}), tokenizer, max_length=0, source=SOURCE)
+
+
+def test_a_prompt_of_no_tokens_is_dropped_and_counted(rows_of: RowsOf, tokenizer: Any):
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    texts = [("\u200b", "b"), ("a", "b")]
+    (row,), report = prompt_rows(rows_of(*({"prompt": p} for p, _ in texts)), tokenizer, max_length=9, source=SOURCE)
+    assert (row.index, report.dropped) == (2, {"empty prompt": 1})
+    dataset = rows_of(
+        *({"prompt": p, "completion": "" if p == "a" else "\u200b"} for p, _ in texts),
+        {"prompt": "c", "completion": "d"},
+    )
+    (row,), report = sft_rows(dataset, tokenizer, max_length=9, source=SOURCE)
+    assert (row.index, report.dropped) == (3, {"empty prompt": 1, "empty response": 1})
+
+
+def test_alpaca_rows_without_a_chat_template_are_plain_text(rows_of: RowsOf, bos_tokenizer: Any):
+    tokens, mask = sft(rows_of({"instruction": "a", "input": "b", "output": "c"}), bos_tokenizer)
+    assert tokens == ["<s>", "a", "ĊĊ", "b", "ĊĊ", "c", "<|endoftext|>"]
+    assert mask == [0] * 5 + [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"messages": [user("a"), assistant("b")]}, "chat turns, written by the chat template"),
+        ({"prompt": "a", "completion": "b"}, "plain text, and the chat template is not used"),
+    ],
+)
+def test_the_form_of_the_prompts_is_said(rows_of: RowsOf, tokenizer: Any, row: dict[str, Any], form: str):
+    _, report = sft_rows(rows_of(row), tokenizer, max_length=99, source=SOURCE)
+    assert report.form().startswith(f"rows.jsonl: prompts are {form}")

@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_fast.data.formats import Example, preference_examples, prompt_examples, sft_examples
 from rlhf_fast.data.report import DataReport
+from rlhf_fast.data.rows import Fault, Rows
 from rlhf_fast.data.turns import format_transcript, parse_transcript
 from rlhf_fast.errors import UserError
 
@@ -196,7 +197,12 @@ WRONG_ROWS = [
         "unknown role 'asistant' (did you mean 'assistant'?)",
     ),
     (sft_examples, {"messages": [user(3), assistant(4)]}, "the user's content must be a string, got int 3"),
-    (sft_examples, {"messages": [{"from": "human", "value": "b"}]}, "a turn must have 'role' and 'content'"),
+    (sft_examples, {"messages": [{"speaker": "human", "value": "b"}]}, "a turn must have 'role' and 'content'"),
+    (
+        sft_examples,
+        {"messages": [user([{"type": "image", "url": "x"}]), assistant([{"type": "text", "text": "b"}])]},
+        "the user's content must be text, got a part of type 'image'",
+    ),
     (sft_examples, {"prompt": 7, "completion": "b"}, "prompt: expected a string or a list of chat turns, got int 7"),
     (
         sft_examples,
@@ -214,18 +220,30 @@ WRONG_ROWS = [
         "completion begins with a turn of the user",
     ),
     (sft_examples, {"chosen": "no marks", "rejected": "x"}, "that begins with '\\n\\nHuman:', got 'no marks'"),
-    (
-        preference_examples,
-        {"chosen": HH + " d\n\nHuman: e", "rejected": HH + " f"},
-        "chosen ends with a turn of the user",
-    ),
+    (preference_examples, {"chosen": "\n\nHuman: e", "rejected": HH + " f"}, "chosen ends with a turn of the user"),
     (preference_examples, {"chosen": HH + " d", "rejected": "hello" + HH}, "a transcript that begins with"),
     (
         preference_examples,
         {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"},
         "margin must be a number, got str 'big'",
     ),
+    (
+        preference_examples,
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("inf")},
+        "margin must be a number, got float inf",
+    ),
+    (
+        preference_examples,
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "9" * 400},
+        "margin must be a number, got str '999",
+    ),
     (prompt_examples, {"prompt": [user("a"), assistant("b")]}, "the prompt ends with an assistant turn"),
+    (
+        prompt_examples,
+        {"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]},
+        "prompt is a string and chosen a chat list; expected both",
+    ),
+    (sft_examples, {"instruction": 7, "output": "b"}, "instruction: expected text, got int 7"),
 ]
 
 
@@ -235,9 +253,154 @@ def test_rows_of_the_wrong_structure_are_named(rows_of: RowsOf, reader: Any, row
     assert text.startswith("rows.jsonl, row 1: ") and expected in text
 
 
-def test_the_wrong_row_is_the_one_that_is_named(rows_of: RowsOf):
-    dataset = rows_of({"messages": [user("a"), assistant("b")]}, {"messages": [user("a")]})
-    assert fault(sft_examples, dataset).startswith("rows.jsonl, row 2: messages ends")
+GOOD, WRONG = {"messages": [user("a"), assistant("b")]}, {"messages": [{"role": "robot", "content": "x"}]}
+
+
+def test_a_wrong_row_is_counted_with_its_number_reason_and_first_example(rows_of: RowsOf):
+    report = DataReport("rows.jsonl")
+    examples = list(sft_examples(rows_of(GOOD, WRONG, GOOD, WRONG, GOOD), report))
+    assert [example.index for example in examples] == [1, 3, 5]
+    (line,) = report.lines()[1:]
+    assert line.startswith("2 dropped: messages: unknown role (first: row 2 'robot'; expected one of")
+
+
+def test_more_than_the_stated_share_of_wrong_rows_stops(rows_of: RowsOf):
+    dataset = rows_of(GOOD, WRONG, WRONG)
+    text = fault(sft_examples, dataset)
+    assert text.startswith("rows.jsonl, row 2: messages: unknown role 'robot'")
+    assert text.endswith("2 of 3 rows cannot be used")
+    assert len(list(sft_examples(dataset, DataReport("x", max_unusable=0.7)))) == 1
+    with pytest.raises(UserError, match="row 2: "):
+        list(sft_examples(rows_of(GOOD, WRONG, GOOD, GOOD), DataReport("x", max_unusable=0.2)))
+
+
+def test_strict_stops_at_the_first_wrong_row(rows_of: RowsOf):
+    with pytest.raises(UserError, match="x, row 2: messages: unknown role 'robot'"):
+        list(sft_examples(rows_of(GOOD, WRONG, *[GOOD] * 99), DataReport("x", strict=True)))
+
+
+def test_lines_of_the_file_are_named_where_rows_are_other_numbers():
+    rows = Rows([GOOD, WRONG], ["messages"], [2, 5], [Fault(7, "broken JSON", "why")])
+    report = DataReport("rows.jsonl", max_unusable=0.9)
+    list(sft_examples(rows, report))
+    assert report.lines()[1] == "1 dropped: broken JSON (first: line 7 (why))"
+    assert "(first: row 2 (line 5) 'robot'" in report.lines()[2]
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([user("a"), assistant("b"), user("thanks")], [user("a"), assistant("b")]),
+        ([user("a"), assistant("b"), {"role": "tool", "content": "1"}, user("c")], [user("a"), assistant("b")]),
+        ([assistant("hello"), user("a"), assistant("b")], [assistant("hello"), user("a"), assistant("b")]),
+    ],
+)
+def test_a_conversation_is_cut_after_the_last_answer_and_a_greeting_is_context(
+    rows_of: RowsOf, turns: list[dict[str, Any]], expected: list[dict[str, Any]]
+):
+    report = DataReport("rows.jsonl")
+    (example,) = sft_examples(rows_of({"messages": turns}), report)
+    assert [*example.prompt, *example.responses[0]] == expected
+    assert example.responses == ([assistant("b")],)
+    cut = len(expected) < len(turns)
+    assert any("go on after the assistant's last turn" in line for line in report.lines()) == cut
+
+
+def test_a_preference_that_ends_with_the_user_is_cut(rows_of: RowsOf):
+    report = DataReport("rows.jsonl")
+    dataset = rows_of({"chosen": HH + " d\n\nHuman: e", "rejected": HH + " f"})
+    (example,) = preference_examples(dataset, report)
+    assert example.responses == ([assistant("d")], [assistant("f")])
+
+
+def sharegpt(*said: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"from": name, "value": text} for name, text in said]
+
+
+def test_sharegpt_rows_are_read_as_they_are(rows_of: RowsOf):
+    talk = sharegpt(("system", "s"), ("human", "a"), ("gpt", "b"), ("HUMAN", "c"), ("assistant", "d"))
+    example = one(sft_examples, rows_of({"conversations": talk, "id": "1"}))
+    assert example.prompt == [{"role": "system", "content": "s"}, user("a")]
+    assert example.responses == ([assistant("b"), user("c"), assistant("d")],)
+    assert one(prompt_examples, rows_of({"conversations": talk[:-1]})).prompt[-1] == user("c")
+    example = one(sft_examples, rows_of({"conversations": talk[1:], "system": "be brief"}))
+    assert example.prompt[0] == {"role": "system", "content": "be brief"}
+
+
+@pytest.mark.parametrize("one_turn", [lambda turn: turn, lambda turn: [turn]])
+def test_sharegpt_preferences(rows_of: RowsOf, one_turn: Callable[[Any], Any]):
+    better, worse = sharegpt(("gpt", "b"), ("gpt", "c"))
+    row = {"conversations": sharegpt(("human", "a")), "chosen": one_turn(better), "rejected": one_turn(worse)}
+    example = one(preference_examples, rows_of(row))
+    assert (example.prompt, example.responses) == ([user("a")], ([assistant("b")], [assistant("c")]))
+    assert one(prompt_examples, rows_of(row)).prompt == [user("a")]
+
+
+def test_alpaca_rows_are_read_as_they_are(rows_of: RowsOf):
+    row = {"instruction": "add", "input": "1 2", "output": "3"}
+    example = one(sft_examples, rows_of(row))
+    assert (example.prompt, example.responses) == ([user("add\n\n1 2")], ([assistant("3")],))
+    asked = one(prompt_examples, rows_of({**row, "answer": 3}))
+    assert asked.prompt == example.prompt
+    assert asked.columns == {**row, "answer": 3}, "a reward function may compare with the row's own output"
+    more = {"instruction": "go on", "input": "", "output": "x", "system": "s", "history": [["a", "b"]]}
+    assert one(sft_examples, rows_of(more)).prompt == [
+        {"role": "system", "content": "s"}, user("a"), assistant("b"), user("go on"),
+    ]  # fmt: skip
+    pair = one(preference_examples, rows_of({"instruction": "a", "chosen": "b", "rejected": "c"}))
+    assert (pair.prompt, pair.responses) == ([user("a")], ([assistant("b")], [assistant("c")]))
+
+
+def test_text_parts_are_joined_and_arrow_s_missing_keys_are_no_content(rows_of: RowsOf):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    turns = [{"role": "user", "content": parts, "name": None}, {"role": "assistant", "content": [{"text": "c"}]}]
+    rows = Rows([{"messages": turns}], ["messages"])
+    example = one(sft_examples, rows)  # type: ignore[arg-type]
+    assert (example.prompt, example.responses) == ([user("ab")], ([assistant("c")],))
+
+
+def test_csv_margins_are_numbers(rows_of: RowsOf):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": text} for text in ("0.5", "2", "")]
+    assert [example.columns["margin"] for example in preference_examples(rows_of(*rows), DataReport("x"))] == [
+        0.5, 2.0, None,
+    ]  # fmt: skip
+
+
+SAME_PROMPT = [
+    {"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+    {"prompt": "a", "messages": [user("a"), assistant("b")]},
+    {
+        "prompt": "a",
+        "chosen": [user("a"), assistant("b")],
+        "rejected": [user("a"), assistant("c")],
+        "messages": [user("a"), assistant("b")],
+    },
+    {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
+    {"prompt": [user("a")], "completion": [assistant("b")]},
+    {"prompt": "a", "completion": "b"},
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"chosen": HH + " d", "rejected": HH + " e"},
+    {"prompt": HH, "chosen": " d", "rejected": " e"},
+    {"prompt": HH, "chosen": HH + " d", "rejected": HH + " e"},
+    {"prompt": HH, "completion": " d"},
+    {
+        "chosen": [user("a"), assistant("b"), user("x"), assistant("y")],
+        "rejected": [user("a"), assistant("c"), user("x"), assistant("z")],
+    },
+    {"conversations": sharegpt(("human", "a"), ("gpt", "b"))},
+    {"instruction": "a", "input": "", "output": "b", "chosen": "b", "rejected": "c"},
+]
+
+
+@pytest.mark.parametrize("row", SAME_PROMPT)
+def test_one_row_has_one_prompt_in_every_stage(rows_of: RowsOf, row: dict[str, Any]):
+    dataset = rows_of(row)
+    asked = one(prompt_examples, dataset)
+    if {"messages", "completion", "chosen", "conversations", "output"} & row.keys():
+        assert one(sft_examples, dataset).prompt == asked.prompt
+    if "chosen" in row:
+        example = one(preference_examples, dataset)
+        assert (example.prompt, example.transcript) == (asked.prompt, asked.transcript)
 
 
 @pytest.mark.parametrize(
