@@ -12,6 +12,12 @@ import pytest
 import torch
 from command_lines import OWN, arguments, write_data
 
+# Intel's processors give the same bits for any number of threads so (README.md); torch's libraries ask when first used.
+CPUINFO = Path("/proc/cpuinfo")
+if CPUINFO.exists() and "GenuineIntel" in CPUINFO.read_text():
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when a kernel is defined
 

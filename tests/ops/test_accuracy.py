@@ -145,10 +145,26 @@ def test_a_confident_token_keeps_its_relative_precision(op: Op, dtype: torch.dty
     exact = Case({name: tensor.double() for name, tensor in case.x.items()}, case.targets, case.mask)
     truth, true_grads = outputs_and_grads(op.naive, op, exact, exact.mask)
     ours, our_grads = outputs_and_grads(op.run, op, case, case.mask)
-    for mine, true in zip(ours, truth, strict=True):
-        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=0)
+    allowed = [1e-5 * true.abs() for true in truth]
+    if op.name == "linear_policy_ref":
+        allowed[3] += error_of_kl(exact.x) * case.mask
+    for mine, true, error in zip(ours, truth, allowed, strict=True):
+        assert ((mine - true).abs() <= error).all()
     for name in op.grads:
         assert relative_error(our_grads[name], true_grads[name]) <= 1.5 * torch.finfo(dtype).eps + 1e-5, name
+
+
+def error_of_kl(x: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, T): what float32 takes of the KL where the logit of token 3 is 20 in policy and reference.
+
+    With d_j = log p_j - log r_j it is the sum of p_j (d_j - 1 + exp(-d_j)) over the other tokens, to first order. An
+    error e in d_j moves it by p_j |1 - exp(-d_j)| e. In d_j are four numbers between 16 and 32, each rounded by up to
+    2^-20: logit 3 of both, and the distance of logit j to it in both.
+    """
+    log_p, log_r = ((x[name] @ x["weight"].T + x["bias"]).log_softmax(-1) for name in ("hidden", "ref_hidden"))
+    moved = log_p.exp() * (1 - (log_r - log_p).exp()).abs()
+    moved[..., 3] = 0
+    return 4 * 2**-20 * moved.sum(-1)
 
 
 def relative_error(mine: torch.Tensor, true: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,17 @@
 """The walk of the ops with an lm head: however it is cut, and whether dead rows are left out or passed over."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from devices import GPU_BACKENDS
 from op_table import OPS, Case, Op, make, outputs_and_grads
 
 from rlhf_fast.ops._fused import _linear, _live, _products
-from rlhf_fast.ops._fused._products import Plan, plan
+from rlhf_fast.ops._fused._products import Plan, plan, product
 
 head_op = pytest.mark.parametrize("op", [op for op in OPS if op.shared], ids=lambda op: op.name)
 
@@ -54,3 +59,25 @@ def test_the_cut_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(0, 131072, 1, gpu, in_one=True).rows == 1
     monkeypatch.setattr(_products, "_gpu", lambda device: (8 << 30, 4 << 20))
     assert plan(4096, 262144, 1, gpu, in_one=True) == Plan(256, 2, 262144, behind=True)
+
+
+@pytest.mark.parametrize("gap", [0, 64])
+@pytest.mark.parametrize("inner", [7, 32, 33, 4111])
+def test_a_product_reads_nothing_behind_a_row(inner: int, gap: int) -> None:
+    """NaN in one row, and behind the end of each, is in that row of the result alone."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.full((100, inner + gap), torch.nan, dtype=torch.bfloat16)[:, :inner]
+    left.copy_(torch.randn(left.shape, generator=generator))
+    left[50, 0] = torch.nan
+    right = torch.randn(inner, 96, generator=generator).bfloat16()
+    # the result is rounded, 2^-9 of it, and so are up to 31 terms that are added up apart: 2^-9 of less than 51
+    truth = left.double() @ right.double()
+    torch.testing.assert_close(product(left, right).double(), truth, rtol=2**-8, atol=0.1, equal_nan=True)
+
+
+def test_with_every_instruction_of_the_processor() -> None:
+    """AMX too, which conftest.py leaves out: products that depend on the number of threads, but are as exact."""
+    tests = [Path(__file__), Path(__file__).with_name("test_native.py")]
+    which = "reads_nothing_behind or (float64_truth and bfloat16 and linear)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", which]
+    subprocess.run(command, env=os.environ | {"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, check=True)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import _native
 
@@ -24,6 +25,9 @@ GPU_TILE = 8192
 # Rows of the buffer begin an odd number of cache lines apart: a power of two between them, of which vocabularies are
 # often a multiple, has them fight for the same places in the cache.
 LINE = 16
+# On the CPU: inner indices that AMX multiplies at once. Of fewer at the end oneDNN reads as many, past the left row,
+# and multiplies the surplus by 0; but NaN * 0 is NaN (oneDNN's issue 5717).
+BLOCK = 32
 
 
 class Plan(NamedTuple):
@@ -87,10 +91,20 @@ def tiles(vocab: int, columns: int) -> list[slice]:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """(n, k) x (k, m), both of ``product_dtype`` -> (n, m) in float32. On the CPU a bfloat16 one was rounded."""
-    if left.is_cuda and left.dtype == torch.bfloat16:
+    """(n, k) x (k, m), both of ``product_dtype`` -> (n, m) in float32. On the CPU a bfloat16 one was rounded.
+
+    There the inner indices past the last whole block go apart, with zeros behind them, and join before the rounding.
+    """
+    if left.dtype != torch.bfloat16:
+        return left @ right
+    if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).float()
+    whole = left.shape[1] // BLOCK * BLOCK
+    if whole == left.shape[1]:
+        return (left @ right).float()
+    rest = -left.shape[1] % BLOCK
+    ends = pad(left[:, whole:], (0, rest)) @ pad(right[whole:], (0, 0, 0, rest))
+    return torch.addmm(ends, left[:, :whole], right[:whole]).float()
 
 
 def logits_product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
