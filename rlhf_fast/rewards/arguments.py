@@ -37,7 +37,7 @@ def plan(
         takes |= leading
     if KEYWORDS in kinds:
         takes |= {key: key for key in filled.difference(takes, takes.values())}
-    clash = [key for key in OWN if key in columns and (key in takes.values() or KEYWORDS in kinds)]
+    clash = [key for key in OWN if key in columns and (key in named or KEYWORDS in kinds)]
     if clash:
         raise UserError(
             f"the data has a column {clash[0]!r}, which is what reward functions call their own argument; rename it: "

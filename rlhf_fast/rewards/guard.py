@@ -1,5 +1,6 @@
 """A person's code inside our process: what it prints, what it leaves changed, how long it runs and how it fails."""
 
+import concurrent.futures
 import contextlib
 import importlib
 import os
@@ -23,7 +24,8 @@ from rlhf_fast.errors import UserError
 Say = Callable[[str], None]
 SECONDS_BETWEEN_SIGNALS = 0.1
 HERE = str(Path(__file__).parent)
-CALLERS = (HERE, contextlib.__file__, importlib.__file__)  # what stands between a recipe and a person's code
+# what stands between a recipe and a person's code
+CALLERS = (HERE, *(str(module.__file__) for module in (concurrent.futures._base, contextlib, importlib, threading)))
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
@@ -70,7 +72,8 @@ def _message(error: BaseException, what: str, failed: str, limit: float | None) 
 
 def describe(error: BaseException) -> str:
     """The exception on one line, with the place in the person's code where it was raised."""
-    return " ".join(f"{type(error).__name__}: {error}".split()) + _place(error)
+    text = " ".join(str(error).split())
+    return type(error).__name__ + (f": {text}" if text else "") + _place(error)
 
 
 def _place(error: BaseException) -> str:

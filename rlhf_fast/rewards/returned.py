@@ -21,7 +21,7 @@ def plain(returned: Any, count: int) -> Any:
     """
     if isinstance(returned, torch.Tensor | numpy.ndarray) and returned.ndim == 2 and returned.shape[1] == 1:
         returned = returned.reshape(-1)
-    if isinstance(returned, str | bytes | Mapping | Set) or not isinstance(returned, Iterable):
+    if isinstance(returned, str | bytes | bytearray | Mapping | Set) or not isinstance(returned, Iterable):
         return returned
     if getattr(returned, "ndim", 1) != 1:
         return returned
@@ -66,5 +66,5 @@ def shown(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:  # a class of the person's, or an integer of very many digits
-        text = object.__repr__(value)
+        text = f"an object of type {type(value).__name__}"
     return " ".join(text.split())[:80]
