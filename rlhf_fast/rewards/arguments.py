@@ -15,11 +15,16 @@ PLACES = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEY
 
 
 def plan(
-    name: str, function: Callable[..., Any], own: Collection[str], columns: Collection[str]
+    name: str,
+    function: Callable[..., Any],
+    own: Collection[str],
+    columns: Collection[str],
+    only_named: Collection[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """(what goes in by position, parameter -> what goes in by keyword); each is one of ``own`` or of ``columns``.
 
-    Two leading parameters of other names, ``f(p, c)``, are the prompts and the completions. ``**kwargs`` takes all.
+    Two leading parameters of other names, ``f(p, c)``, are the prompts and the completions. ``**kwargs`` takes all but
+    ``only_named``.
 
     Raises UserError for a parameter without a default that nothing fills, and for a column named like one of ``OWN``
     that the function would get.
@@ -36,7 +41,7 @@ def plan(
     if len(leading) == 2 and all(_stands_for(named[key], what, named, filled) for key, what in leading):
         takes |= leading
     if KEYWORDS in kinds:
-        takes |= {key: key for key in filled.difference(takes, takes.values())}
+        takes |= {key: key for key in filled.difference(takes, takes.values(), only_named)}
     clash = [key for key in OWN if key in columns and (key in named or KEYWORDS in kinds)]
     if clash:
         raise UserError(

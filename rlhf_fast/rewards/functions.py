@@ -97,8 +97,8 @@ def call(
     """One finite number a completion, None where the function abstains.
 
     The function is called by keyword, with what it names of ``prompts``, ``completions``, ``completion_ids``, the
-    columns (``columns``: the other columns of each prompt's row) and TRL's ``trainer_state``, ``log_extra`` and
-    ``log_metric``; with all of them where it takes ``**kwargs``. A chat prompt's completion is a chat list too:
+    columns (``columns``: the other columns of each prompt's row), or with all of these where it takes ``**kwargs``; and
+    with TRL's ``trainer_state``, ``log_extra`` and ``log_metric`` where it names them. A chat prompt's completion is a chat list too:
     ``[{"role": "assistant", "content": text}]``. It gets copies, may be async, and leaves the random state as it was.
 
     Raises UserError where the function raises, runs longer than ``timeout`` seconds, or returns another number of
@@ -131,14 +131,14 @@ def _call_all(
     if not completions:  # a process without a share of the batch; there are no columns to pass either
         return {name: [] for name in functions}
     names = sorted(set().union(*columns))
-    tools = {} if view is None else view.arguments()
+    tools = (view or RunView(len(completions))).arguments()
     lists = {name: [row.get(name) for row in columns] for name in names} | batch
     say = print_error if view is None else view.say
     returned: dict[str, Any] = {}
     values: dict[str, Any] = {}
     try:
         for name, function in functions.items():
-            positional, keywords = plan(name, function, [*batch, *tools], names)
+            positional, keywords = plan(name, function, [*batch, *tools], names, () if view else tools)
             given = {
                 key: tools[key] if key in tools else copied(lists[key]) for key in [*positional, *keywords.values()]
             }

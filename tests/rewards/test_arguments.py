@@ -118,6 +118,7 @@ def test_trl_extras_are_there_in_a_run(tmp_path: Any) -> None:
     arguments = (["p", "q"], ["ab", "c"], [{}, {}], [[1], [1]], view)
     assert Functions([f"{tmp_path}/f.py:f"]).each(*arguments) == {"f": [0.75, 0.75]}
     assert view.extras == {"length": [2, 1]} and view.metrics == {"longest": [2.0, 1.0]}
+    assert call("f", lambda completions, trainer_state, **k: [trainer_state.global_step], ["p"], ["c"], [{}]) == [0.0]
     with pytest.raises(UserError, match="raised ValueError: log_extra.'x'. takes one value a completion: 2, got 1"):
         Functions([f"{tmp_path}/f.py:wrong"]).each(*arguments)
 
