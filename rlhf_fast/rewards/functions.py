@@ -7,7 +7,7 @@ from typing import Any
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.arguments import OWN, copied, plan
 from rlhf_fast.rewards.awaited import await_together
-from rlhf_fast.rewards.guard import describe, guarded, print_error
+from rlhf_fast.rewards.guard import describe, guarded
 from rlhf_fast.rewards.loading import RewardFunction, load_function
 from rlhf_fast.rewards.returned import LARGEST, checked, plain
 from rlhf_fast.rewards.view import RunView
@@ -98,8 +98,9 @@ def call(
 
     The function is called by keyword, with what it names of ``prompts``, ``completions``, ``completion_ids``, the
     columns (``columns``: the other columns of each prompt's row), or with all of these where it takes ``**kwargs``; and
-    with TRL's ``trainer_state``, ``log_extra`` and ``log_metric`` where it names them. A chat prompt's completion is a chat list too:
-    ``[{"role": "assistant", "content": text}]``. It gets copies, may be async, and leaves the random state as it was.
+    with TRL's ``trainer_state``, ``log_extra`` and ``log_metric`` where it names them. A chat prompt's completion is a
+    chat list too: ``[{"role": "assistant", "content": text}]``. It gets copies, may be async, and leaves the random
+    state as it was.
 
     Raises UserError where the function raises, runs longer than ``timeout`` seconds, or returns another number of
     rewards or one that is not finite or too large.
@@ -131,9 +132,9 @@ def _call_all(
     if not completions:  # a process without a share of the batch; there are no columns to pass either
         return {name: [] for name in functions}
     names = sorted(set().union(*columns))
-    tools = (view or RunView(len(completions))).arguments()
+    here = view or RunView(len(completions))
+    tools = here.arguments()
     lists = {name: [row.get(name) for row in columns] for name in names} | batch
-    say = print_error if view is None else view.say
     returned: dict[str, Any] = {}
     values: dict[str, Any] = {}
     try:
@@ -143,18 +144,18 @@ def _call_all(
                 key: tools[key] if key in tools else copied(lists[key]) for key in [*positional, *keywords.values()]
             }
             by_keyword = {parameter: given[key] for parameter, key in keywords.items()}
-            with guarded(f"reward function {name}", say=say, limit=timeout):
+            with guarded(f"reward function {name}", say=here.say, limit=timeout):
                 returned[name] = function(*(given[key] for key in positional), **by_keyword)
                 if not isinstance(returned[name], Awaitable | AsyncIterator):
                     values[name] = plain(returned[name], len(completions))
     except BaseException:
-        for waiting in returned.values():  # never to be awaited
-            if inspect.iscoroutine(waiting):
-                waiting.close()
+        for begun in returned.values():  # never to be awaited
+            if inspect.iscoroutine(begun):
+                begun.close()
         raise
     waiting = {name: value for name, value in returned.items() if name not in values}
     if waiting:
-        with guarded(f"reward function {' or '.join(waiting)} (async)", say=say, limit=timeout):
+        with guarded(f"reward function {' or '.join(waiting)} (async)", say=here.say, limit=timeout):
             outcomes = await_together(waiting, len(completions))
         for name, (result, value) in outcomes.items():
             if isinstance(value, BaseException):
