@@ -97,16 +97,16 @@ def test_the_text_is_the_response_without_its_stop_token_and_pads(
     assert response.text == "hi you" and response.row.input_ids == [40]
 
 
-@pytest.mark.parametrize(("skip", "expected"), [(False, "<think>a</think>b"), (True, "ab")])
+@pytest.mark.parametrize(("skip", "expected"), [({}, "<think>a</think>b"), ({"skip_special_tokens": True}, "ab")])
 def test_other_special_tokens_are_in_the_text_unless_skipped(
-    base: SharedBase, row: MakeRow, forced: Callable[[list[list[int]]], None], skip: bool, expected: str
+    base: SharedBase, row: MakeRow, forced: Callable[[list[list[int]]], None], skip: dict[str, bool], expected: str
 ) -> None:
     base.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     base.vocab_size = len(base.tokenizer)
     ids = base.tokenizer("<think>a</think>b", add_special_tokens=False).input_ids
     assert len(ids) == 4
     forced([[*ids, 1, 0], [*ids, 40, 41]])
-    stopped, cut = sample(base, [row([40])] * 2, response_length=6, skip_special_tokens=skip)
+    stopped, cut = sample(base, [row([40])] * 2, response_length=6, **skip)
     assert stopped.text == expected and stopped.token_ids == [*ids, 1]
     assert cut.text == expected + base.tokenizer.decode([40, 41])
 
