@@ -72,7 +72,10 @@ def _message(error: BaseException, what: str, failed: str, limit: float | None) 
 
 def describe(error: BaseException) -> str:
     """The exception on one line, with the place in the person's code where it was raised."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # the text of an exception is the person's code too
+        text = ""
     return type(error).__name__ + (f": {text}" if text else "") + _place(error)
 
 

@@ -50,9 +50,8 @@ def _run_file(path: Path, version: tuple[int, int]) -> ModuleType:
     while (folder / "__init__.py").is_file():  # a file of a package: its relative imports work
         name, folder = f"{folder.name}.{name}", folder.parent
     _make_findable(folder)
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None or Path(found.origin).resolve() != path:
-        name = f"reward_functions_{path.stem}"  # the name belongs to another module, such as json
+    if _origin(name) != path:  # the name is another module's, such as json, or no name for a module
+        name = f"reward_functions_{path.stem.replace('.', '_')}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -62,6 +61,15 @@ def _run_file(path: Path, version: tuple[int, int]) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _origin(name: str) -> Path | None:
+    """The file that ``import name`` would run."""
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return None if found is None or found.origin is None else Path(found.origin).resolve()
 
 
 def _from_path(name: str) -> ModuleType:

@@ -68,6 +68,14 @@ def test_whatever_a_function_raises_is_told_with_its_name_and_place(
     assert f"reward function f raised {type(error).__name__}" in message and f"({__file__}, line " in message
 
 
+def test_an_exception_without_a_text_is_told_by_its_name() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    assert "reward function f raised Mute (" in refusal(raising(Mute()))
+
+
 def test_exit_and_a_late_exit_of_a_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", open(os.devnull))  # exit() closes it
 

@@ -1,6 +1,7 @@
 """Where reward functions may live: classes, objects, methods, packages, files beside others."""
 
 import functools
+import importlib
 import os
 import pickle
 import sys
@@ -92,6 +93,13 @@ def test_a_file_imports_what_lies_beside_it_also_later(write: Write) -> None:
         "def f(completions, **kwargs):\n    import late_beside\n    return [helper_beside.SIZE + late_beside.SIZE]\n"
     )
     assert rewards(f"{path}:f") == [9]
+
+
+@pytest.mark.parametrize("name", ["my-rewards.py", "rewards.v2.py", "__main__.py", "statistics.py", "torch.py", "1.py"])
+def test_a_file_may_have_any_name_and_takes_no_module_of_that_name_away(write: Write, name: str) -> None:
+    path = write("import statistics, torch\ndef f(completions, **kwargs):\n    return [statistics.fmean([7])]\n", name)
+    assert rewards(f"{path}:f") == [7]
+    assert Path(importlib.import_module("statistics").__file__ or "") != path and sys.modules["torch"] is torch
 
 
 def test_a_file_of_a_package_imports_relatively(write: Write) -> None:
