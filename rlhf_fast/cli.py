@@ -46,6 +46,7 @@ METAVARS: dict[Any, str] = {
     str: "TEXT",
     bool: "true|false",
     list[str]: "A,B",
+    list[float]: "N,N",
     dict[str, str]: "OLD=NEW,..",
 }
 

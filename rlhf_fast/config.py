@@ -215,7 +215,17 @@ class PPOConfig(StageConfig):
     reward_functions: list[str] = option(
         [],
         "Python rewards f(prompts, completions, **columns) -> list of numbers, as FILE.py:NAME or MODULE:NAME; "
-        "added to the reward model's score.",
+        "added to the reward model's score. Functions written for TRL run unchanged.",
+    )
+    reward_weights: list[float] = option([], "Weights of the reward functions, one each. Unset: 1 each.")
+    reward_timeout: float | None = option(
+        600.0,
+        "Seconds that one call of a reward or eval function may take. Unset (null): no limit.",
+    )
+    reward_skip_special_tokens: bool = option(
+        False,
+        "Leave special tokens such as <think> out of the text that reward functions get. The closing stop token and "
+        "padding are always left out.",
     )
     eval_functions: list[str] = option(
         [],
@@ -286,6 +296,13 @@ class PPOConfig(StageConfig):
         for name in self.eval_functions:
             short = name.rpartition(":")[2]
             require(self, "eval_functions", short not in reserved, f"named otherwise: {short!r} is a metric of its own")
+        if self.reward_weights:
+            count = len(self.reward_functions)
+            fits = len(self.reward_weights) == count
+            require(self, "reward_weights", fits, f"one number a reward function: {count}")
+        longest = 1e8
+        timely = self.reward_timeout is None or 0 < self.reward_timeout <= longest
+        require(self, "reward_timeout", timely, f"above 0 and at most {longest:g} seconds, or null for no limit")
         fast_enough = self.kl_horizon > 0.2 * self.batch_size
         require(
             self,

@@ -1,5 +1,6 @@
 """A mapping from outside (YAML or flags) -> settings of a config class: every key known, every value of its type."""
 
+import contextlib
 import math
 import types
 import typing
@@ -69,6 +70,12 @@ def convert(value: Any, kind: Any) -> Any:
         if isinstance(items, list) and all(isinstance(item, str) for item in items):
             return list(items)
         raise ValueError("a list of texts (as a flag: a,b)")
+    if kind == list[float]:
+        items = value.split(",") if isinstance(value, str) else value
+        if isinstance(items, list):
+            with contextlib.suppress(ValueError):
+                return [convert_number(item, float) for item in items]
+        raise ValueError("a list of finite numbers (as a flag: 1.0,0.5)")
     if kind == dict[str, str]:
         pairs = dict_of_text(value) if isinstance(value, str) else value
         if isinstance(pairs, dict) and all(isinstance(item, str) for pair in pairs.items() for item in pair):

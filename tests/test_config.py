@@ -42,8 +42,17 @@ def message(stage: str, yaml_path: str | None, **flags: Any) -> str:
 @pytest.mark.parametrize(("stage", "item"), FIELDS, ids=FIELD_IDS)
 def test_every_field_has_a_help_text_and_a_type_that_text_can_set(stage: str, item: dataclasses.Field[Any]) -> None:
     assert re.fullmatch(r"\S.*\.", item.metadata["help"]), "one line, ending in a full stop"
-    text = {int: "3", float: "0.5", str: "a", bool: "true", list[str]: "a,b", dict[str, str]: "a=b"}
-    expected = {int: 3, float: 0.5, str: "a", bool: True, list[str]: ["a", "b"], dict[str, str]: {"a": "b"}}
+    text = {
+        int: "3",
+        float: "0.5",
+        str: "a",
+        bool: "true",
+        list[str]: "a,b",
+        list[float]: "1,0.5",
+        dict[str, str]: "a=b",
+    }
+    expected = {int: 3, float: 0.5, str: "a", bool: True}
+    expected |= {list[str]: ["a", "b"], list[float]: [1.0, 0.5], dict[str, str]: {"a": "b"}}
     kinds = field_kinds(STAGES[stage])
     for kind in text:
         if kinds[item.name] in (kind, kind | None):
@@ -75,6 +84,21 @@ VALID = {"output_dir": "out", "dataset_name": "x.jsonl"}
         ("ppo", {}, "PPO needs a reward: set --reward_adapter FOLDER, --reward_functions FILE.py:NAME, or both"),
         ("ppo", {"reward_functions": "a.py:f", "batch_size": 64, "num_mini_batches": 3}, "a multiple of --num_mini_b"),
         ("ppo", {"reward_functions": "a.py:f", "response_length": 512}, "must be below --max_length (512), which"),
+        (
+            "ppo",
+            {"reward_functions": "a.py:f", "reward_weights": "1,2"},
+            "be one number a reward function: 1; got [1.0, 2.0]",
+        ),
+        (
+            "ppo",
+            {"reward_functions": "a.py:f", "reward_weights": "1,x"},
+            "be a list of finite numbers (as a flag: 1.0,0.5)",
+        ),
+        (
+            "ppo",
+            {"reward_functions": "a.py:f", "reward_timeout": 0},
+            "--reward_timeout must be above 0 and at most 1e+08",
+        ),
         ("ppo", {"reward_functions": "a.py:f", "lam": 1.1}, "--lam must be from 0 to 1; got 1.1"),
     ],
 )

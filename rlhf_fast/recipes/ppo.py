@@ -14,7 +14,7 @@ from rlhf_fast.data import PromptRow, batch_indices, epoch_order, prompt_rows
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import adapters
 from rlhf_fast.ops import clipped_value_loss, linear_policy_loss
-from rlhf_fast.recipes import ppo_report
+from rlhf_fast.recipes import judging, ppo_report
 from rlhf_fast.recipes.experience import (
     CRITIC,
     POLICY,
@@ -40,10 +40,13 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
     Returns the figures of ``summary.json``. ``resume_from_checkpoint`` overrides the config's ("auto" or a folder).
     """
     config.resume_from_checkpoint = resume_from_checkpoint or config.resume_from_checkpoint
-    rewarders, scorers = Functions(config.reward_functions), Functions(config.eval_functions)
+    rewarders = Functions(config.reward_functions, weights=config.reward_weights, timeout=config.reward_timeout)
+    scorers = Functions(config.eval_functions, timeout=config.reward_timeout)
     stage = Stage("ppo", config)
     prompts, held_out = load_rows(stage, prompt_rows, config.max_length - config.response_length)
     held_out = held_out[: config.eval_prompts]
+    for rows in (prompts, held_out):
+        judging.check_columns(rows, rewarders, scorers)
     reference = add_roles(stage)
     total = config.max_steps or math.ceil(len(prompts) * config.num_train_epochs / config.batch_size)
     controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
@@ -78,7 +81,8 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             ]
             if step == 1:
                 check_start(experiences, stage.base.dtype)
-            scores = total_scores(config, experiences, responses, rewarders)
+            judged = judging.judge(stage, rewarders, responses, epoch=(step - 1) * config.batch_size / len(prompts))
+            scores = total_scores(config, experiences, rewarders.weighted(judged.each, len(responses)))
             if config.scale_scores:
                 moments.update(torch.tensor(stage.gather(scores.tolist())))
                 scores = scores / moments.std
@@ -89,12 +93,14 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             statistics = update(stage, experiences, step)
             clock.append(time.perf_counter())
 
-            metrics = ppo_report.rollout_metrics(stage, experiences, scores, kl_coef, scorers) | statistics
+            metrics = ppo_report.rollout_metrics(stage, experiences, scores, kl_coef) | statistics
+            gold = judging.judge(stage, scorers, responses)
+            metrics |= judging.metrics(stage, judged, gold, metrics.keys(), model=REWARD in stage.base.roles)
             metrics |= ppo_report.phase_seconds(clock)
             controller.update(metrics["objective/kl"], config.batch_size)
             stage.values.update(kl_coef=controller.kl_coef, moments=asdict(moments))
             stage.values["kl_history"].append(metrics["objective/kl"])
-            ppo_report.log_step(stage, step, metrics, responses, scores)
+            ppo_report.log_step(stage, step, metrics, responses, scores, judged.view.extras)
             if held_out and stage.evaluation_due(step, times=1):
                 ppo_report.evaluate(stage, held_out, rewarders, scorers, step=step)
 
@@ -135,15 +141,14 @@ def roll_out(stage: Stage, rows: Sequence[PromptRow]) -> list[Response]:
         response_length=config.response_length,
         temperature=config.temperature,
         batch_size=config.rollout_batch_size,
+        skip_special_tokens=config.reward_skip_special_tokens,
     )
 
 
-def total_scores(
-    config: PPOConfig, experiences: Sequence[Experience], responses: Sequence[Response], rewarders: Functions
-) -> torch.Tensor:
-    """(B,): reward model plus functions, with the missing-EOS rule."""
+def total_scores(config: PPOConfig, experiences: Sequence[Experience], rewards: Sequence[float]) -> torch.Tensor:
+    """(B,): reward model plus ``rewards``, the functions' weighted sums, with the missing-EOS rule."""
     model_scores = torch.cat([experience.scores for experience in experiences])
-    scores = model_scores + torch.tensor(rewarders.total(*ppo_report.texts(responses)), device=model_scores.device)
+    scores = model_scores + torch.tensor(rewards, device=model_scores.device)
     stopped = torch.cat([experience.episodes.stopped for experience in experiences])
     return apply_missing_eos(scores, stopped, penalty=config.missing_eos_penalty, fixed_score=config.missing_eos_score)
 

@@ -1,7 +1,7 @@
 """What PPO tells: the metrics of a rollout, held-out evaluations against the SFT model, samples, the closing table."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import PromptRow
 from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, Experience
+from rlhf_fast.recipes.judging import judge, mean, present
 from rlhf_fast.recipes.stage import Stage, seeded
-from rlhf_fast.rewards import Functions
+from rlhf_fast.rewards import Functions, Numbers
 from rlhf_fast.rollout import Response, collate_episodes, generate
 
 SHOWN_SAMPLES = 4  # training samples kept per step
@@ -19,13 +20,8 @@ RESAMPLES = 10_000
 PATIENCE_NEGATIVE_KL = 5
 
 
-def texts(responses: Sequence[Response]) -> tuple[list[Any], list[str], list[dict[str, Any]]]:
-    """Prompts, completions and columns, as reward functions take them."""
-    return [r.row.prompt for r in responses], [r.text for r in responses], [r.row.columns for r in responses]
-
-
 def rollout_metrics(
-    stage: Stage, experiences: Sequence[Experience], scores: torch.Tensor, kl_coef: float, scorers: Functions
+    stage: Stage, experiences: Sequence[Experience], scores: torch.Tensor, kl_coef: float
 ) -> dict[str, float]:
     """Means over the episodes of all processes, under TRL's names."""
     config: PPOConfig = stage.config  # type: ignore[assignment]
@@ -48,8 +44,6 @@ def rollout_metrics(
         "errors": errors.sum(),
         "errors2": errors.double().square().sum(),
     }
-    for name, numbers in scorers.each(*texts(responses)).items():
-        sums[f"objective/{name}"] = torch.tensor(float(sum(numbers)), device=scores.device)
     total = stage.sum(sums)
     episodes, tokens = total.pop("episodes"), total["lengths"]
     negative = stage.values.get("negative_kl", 0) + 1 if total["kl"] < 0 else 0
@@ -68,7 +62,6 @@ def rollout_metrics(
         "objective/rlhf_reward": (total["penalty"] + total["scores"]) / episodes,
         "objective/scores": total["scores"] / episodes,
         **({"objective/reward_model": total["model"] / episodes} if REWARD in stage.base.roles else {}),
-        **{name: value / episodes for name, value in total.items() if name.startswith("objective/")},
         "critic/explained_variance": _explained_variance(total, tokens),
         "response/length_mean": tokens / episodes,
         "response/truncated": 1 - total["stopped"] / episodes,
@@ -97,14 +90,22 @@ def phase_seconds(clock: Sequence[float]) -> dict[str, float]:
 
 
 def log_step(
-    stage: Stage, step: int, metrics: dict[str, float], responses: Sequence[Response], scores: torch.Tensor
+    stage: Stage,
+    step: int,
+    metrics: dict[str, float],
+    responses: Sequence[Response],
+    scores: torch.Tensor,
+    extras: Mapping[str, Sequence[Any]],
 ) -> None:
     tokens = int(metrics.pop("tokens"))
     metrics["episode"] = step * stage.config.batch_size
     shown = {"score": f"{metrics['objective/scores']:+.2f}", "KL": f"{metrics['objective/kl']:.2f}"}
     stage.log(step, metrics, tokens=tokens, shown=shown)
-    pairs = list(zip(responses, scores.tolist(), strict=True))[:SHOWN_SAMPLES]
-    stage.log_samples(step, [{"split": "train", **_sample(response, number)} for response, number in pairs])
+    samples = []
+    for index, (response, number) in enumerate(list(zip(responses, scores.tolist(), strict=True))[:SHOWN_SAMPLES]):
+        logged = {name: _cell(values[index]) for name, values in extras.items()}
+        samples.append({"split": "train", **_sample(response, number), **({"extra": logged} if logged else {})})
+    stage.log_samples(step, samples)
 
 
 def _sample(response: Response, number: float) -> dict[str, Any]:
@@ -117,6 +118,10 @@ def _sample(response: Response, number: float) -> dict[str, Any]:
         "stopped": response.stopped,
         "score": number,
     }
+
+
+def _cell(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 @torch.no_grad()
@@ -133,25 +138,27 @@ def evaluate(stage: Stage, rows: Sequence[PromptRow], rewarders: Functions, scor
             response_length=config.response_length,
             temperature=config.temperature,
             batch_size=config.rollout_batch_size,
+            skip_special_tokens=config.reward_skip_special_tokens,
         )
-    numbers = {"scores": rewarders.total(*texts(responses))}
+    judged, gold = judge(stage, rewarders, responses), judge(stage, scorers, responses)
+    scores = rewarders.weighted(judged.each, len(responses))
     if REWARD in stage.base.roles:
         model: list[float] = []
         for part in stage.micro_batches(responses):
             episodes = collate_episodes(part, stage.base.pad_id, stage.base.device)
             model += stage.base.scores(REWARD, episodes.input_ids, episodes.attention_mask).tolist()
-        numbers["scores"] = [a + b for a, b in zip(numbers["scores"], model, strict=True)]
-    numbers |= scorers.each(*texts(responses))
-    gathered = {name: stage.gather(values) for name, values in numbers.items()}
+        scores = [a + b for a, b in zip(scores, model, strict=True)]
+    gathered: dict[str, Numbers] = {"scores": stage.gather(scores)}
+    gathered |= {name: stage.gather(values) for name, values in gold.each.items()}
     if step == 0:
         stage.values["baseline"] = gathered
     stage.values["latest"] = gathered
-    means = {f"eval/{name}": sum(values) / len(values) for name, values in gathered.items()}
+    means = {f"eval/{name}": mean(present(values)) for name, values in gathered.items()}
     stage.log(step, means, shown={name: f"{value:+.2f}" for name, value in means.items()})
-    gold = numbers[scorers.names[0]] if scorers.names else [None] * len(responses)
+    true_scores = gold.each[scorers.names[0]] if scorers.names else [None] * len(responses)
     samples = [
         {"split": "eval", **_sample(response, number), "gold": true_score}
-        for response, number, true_score in zip(responses, numbers["scores"], gold, strict=True)
+        for response, number, true_score in zip(responses, scores, true_scores, strict=True)
     ]
     stage.log_samples(step, stage.gather(samples))
     stage.report()
@@ -175,13 +182,17 @@ def finish(stage: Stage, scorers: Functions) -> dict[str, Any]:
     table = [("steps", str(stage.step), f"{stage.step * config.batch_size} episodes")]
     before, after = stage.values["baseline"], stage.values["latest"]
     for name in before or {}:
-        mean, low, high = paired_interval(before[name], after[name])
-        first, last = (sum(values[name]) / len(values[name]) for values in (before, after))
-        note = f"PPO minus SFT on {len(before[name])} held-out prompts, paired, 95% interval"
-        figures[f"{name}_gain"] = {"value": mean, "low": low, "high": high, "note": note}
+        pairs = [pair for pair in zip(before[name], after[name], strict=True) if None not in pair]
+        if not pairs:  # the function abstained everywhere
+            continue
+        sft, ppo = zip(*pairs, strict=True)
+        gain, low, high = paired_interval(sft, ppo)
+        first, last = mean(sft), mean(ppo)
+        note = f"PPO minus SFT on {len(pairs)} held-out prompts, paired, 95% interval"
+        figures[f"{name}_gain"] = {"value": gain, "low": low, "high": high, "note": note}
         figures |= {f"{name}_sft": first, f"{name}_ppo": last}
         table.append(
-            (f"{name}, SFT to PPO", f"{first:+.3f} to {last:+.3f}", f"gain {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+            (f"{name}, SFT to PPO", f"{first:+.3f} to {last:+.3f}", f"gain {gain:+.3f} [{low:+.3f}, {high:+.3f}]")
         )
     kl = stage.values.get("kl_history", [])
     if kl:

@@ -12,7 +12,11 @@ from rlhf_fast.models import SharedBase
 
 @dataclass(frozen=True)
 class Response:
-    """One answer. ``token_ids`` ends with the stop token where ``stopped``; nothing follows it."""
+    """One answer. ``token_ids`` ends with the stop token where ``stopped``; nothing follows it.
+
+    ``text`` is the answer without that stop token, without padding and white space around it. Other special tokens
+    (``<think>``) are in it, unless ``generate`` was asked to skip them.
+    """
 
     row: PromptRow
     token_ids: list[int]
@@ -40,6 +44,7 @@ def generate(
     response_length: int,
     temperature: float,
     batch_size: int,
+    skip_special_tokens: bool = False,
 ) -> list[Response]:
     """One sampled response a prompt, in the order of ``rows``, cut at the first stop token.
 
@@ -69,12 +74,15 @@ def generate(
                 logits_processor=processors,
             )
         new_tokens = sequences[:, batch["input_ids"].shape[1] :].tolist()
-        responses += [_cut(base, row, tokens) for row, tokens in zip(part, new_tokens, strict=True)]
+        responses += [
+            _cut(base, row, tokens, skip_special_tokens) for row, tokens in zip(part, new_tokens, strict=True)
+        ]
     return responses
 
 
-def _cut(base: SharedBase, row: PromptRow, tokens: list[int]) -> Response:
-    end = next((index + 1 for index, token in enumerate(tokens) if token in base.stop_ids), None)
-    kept = tokens if end is None else tokens[:end]
-    text = base.tokenizer.decode(kept, skip_special_tokens=True).strip()
+def _cut(base: SharedBase, row: PromptRow, tokens: list[int], skip_special_tokens: bool = False) -> Response:
+    end = next((index for index, token in enumerate(tokens) if token in base.stop_ids), None)
+    said = [token for token in tokens[:end] if token != base.pad_id]
+    text = base.tokenizer.decode(said, skip_special_tokens=skip_special_tokens).strip()
+    kept = tokens if end is None else tokens[: end + 1]
     return Response(row=row, token_ids=kept, stopped=end is not None, text=text)

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,13 @@ def test_a_chat_prompts_completion_is_a_chat_too_and_text_stays_text() -> None:
     [
         [1, 2],
         (1.0, 2.0),
+        [Fraction(1), Decimal(2)],
+        {"a": 1, "b": 2}.values(),
+        [torch.tensor(1.0), torch.tensor(2)],
+        [torch.tensor([1.0]), numpy.array([2.0])],
+        torch.tensor([[1.0], [2.0]], dtype=torch.bfloat16, requires_grad=True),
+        numpy.array([[1], [2]]),
+        iter([1, 2]),
         numpy.array([1.0, 2.0], dtype="float32"),
         [numpy.float32(1), numpy.int64(2)],
         torch.tensor([1.0, 2.0]),
@@ -163,7 +172,9 @@ def returning(value: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    "value", [math.nan, math.inf, -math.inf, None, "2", [2.0], 10**400, numpy.zeros(3), torch.zeros(3), numpy.nan]
+    "value",
+    [math.nan, math.inf, -math.inf, "2", b"2", 2j, numpy.complex64(2), [2.0], 10**400]
+    + [numpy.zeros(3), torch.zeros(3), numpy.nan, torch.tensor(math.nan), numpy.datetime64("2024-01-01")],
 )
 def test_a_reward_that_is_no_finite_number_is_named_with_its_completion(value: Any) -> None:
     message = returning([1.0, value])
@@ -171,7 +182,56 @@ def test_a_reward_that_is_no_finite_number_is_named_with_its_completion(value: A
     assert "for completion 1: 'the bad one'" in message
 
 
+def test_none_abstains() -> None:
+    def f(prompts: Any, completions: Any) -> list[Any]:
+        return [None, 1]
+
+    assert call("f", f, ["p", "q"], ["x", "y"], [{}, {}]) == [None, 1.0]
+    assert call("f", lambda prompts, completions: [None, None], ["p", "q"], ["x", "y"], [{}, {}]) == [None, None]
+    assert "None abstains" in returning([1.0, math.nan])
+
+
+@pytest.mark.parametrize("value", [1e300, -1e13, numpy.float64(1e200), 10**15])
+def test_a_reward_too_large_to_be_trained_on_is_blamed_on_the_function(value: Any) -> None:
+    message = returning([0, value])
+    assert "reward function f must return numbers from -1e+12 to 1e+12; got" in message and "completion 1" in message
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{0: 1.0, 1: 1.0}, {1.0, 2.0}, frozenset([1.0, 2.0]), {1: 0, 2: 0}.keys(), "12", b"12", torch.tensor(1.0), 2.0]
+    + [numpy.float32(1), torch.zeros(2, 2), numpy.zeros((2, 3)), torch.zeros(1, 2), object(), Ellipsis],
+)
+def test_what_is_no_list_in_the_completions_order_is_refused(value: Any) -> None:
+    assert "must return a list, one number a completion: 2, got" in returning(value)
+
+
+def test_an_object_whose_repr_fails_is_refused_in_a_line() -> None:
+    class Rude:
+        def __repr__(self) -> str:
+            raise ValueError
+
+    assert "got an object of type Rude" in returning(Rude()) and "got an object of type Rude" in returning([1, Rude()])
+    assert "got an object of type int for completion 1" in returning([1, 10**5000])
+
+
+def test_generators_are_read_as_far_as_there_are_completions() -> None:
+    def endless(prompts: Any, completions: Any) -> Any:
+        while True:
+            yield 1.0
+
+    def late(prompts: Any, completions: Any) -> Any:
+        yield 1.0
+        raise KeyError("late")
+
+    arguments = (["p", "q"], ["x", "y"], [{}, {}])
+    assert "one number a completion: 2, got more than 2" in refusal(lambda: call("endless", endless, *arguments))
+    assert "reward function late raised KeyError: 'late' (" in refusal(lambda: call("late", late, *arguments))
+
+
 def test_another_number_of_rewards_is_refused() -> None:
+    assert "must return one number a completion: 2, got 5" in returning(torch.zeros(5))
+    assert "must return one number a completion: 2, got 1" in returning(x for x in [1.0])
     assert "must return one number a completion: 2, got 3" in returning([1, 2, 3])
     assert "must return one number a completion: 2, got 0" in returning([])
     assert "must return a list, one number a completion: 2, got None" in returning(None)
@@ -185,9 +245,15 @@ def test_what_a_function_raises_is_told_with_its_name_and_place(file: Callable[[
     assert "reward function f raised KeyError: 'reward'" in message and f"{path}, line 3" in message
 
 
+def test_the_place_named_is_the_persons_own_line_not_a_librarys(file: Callable[[str], Path]) -> None:
+    path = file("import json\ndef f(prompts, completions):\n    return [json.loads('{')]\n")
+    assert f"({path}, line 3)" in refusal(lambda: call("f", load_function(f"{path}:f"), ["p"], ["x"], [{}]))
+
+
 def test_a_column_that_is_asked_for_and_not_there_is_told() -> None:
     def wants(prompts: Any, completions: Any, answer: Any) -> list[float]:
         return [0.0]
 
-    message = refusal(lambda: call("wants", wants, ["p"], ["x"], [{"other": 1}]))
-    assert "reward function wants raised TypeError" in message and "'answer'" in message
+    message = refusal(lambda: call("wants", wants, ["p"], ["x"], [{"other": 1, "more": 2}]))
+    assert "reward function wants needs 'answer', which is no column of the data; there are more, other (and" in message
+    assert "--rename_columns OLD=answer" in message

@@ -88,13 +88,27 @@ def test_pad_that_was_sampled_is_a_token_and_pad_after_the_end_is_none(
     assert collate_episodes(responses, 0, base.device).response_mask.sum(dim=1).tolist() == [4, 2]
 
 
-def test_the_text_is_the_response_without_special_tokens(
+def test_the_text_is_the_response_without_its_stop_token_and_pads(
     base: SharedBase, row: MakeRow, forced: Callable[[list[list[int]]], None]
 ) -> None:
     ids = base.tokenizer(" hi you").input_ids
-    forced([[*ids, 1]])
-    (response,) = sample(base, [row([40])], response_length=len(ids) + 1)
+    forced([[*ids, 0, 1]])
+    (response,) = sample(base, [row([40])], response_length=len(ids) + 2)
     assert response.text == "hi you" and response.row.input_ids == [40]
+
+
+@pytest.mark.parametrize(("skip", "expected"), [({}, "<think>a</think>b"), ({"skip_special_tokens": True}, "ab")])
+def test_other_special_tokens_are_in_the_text_unless_skipped(
+    base: SharedBase, row: MakeRow, forced: Callable[[list[list[int]]], None], skip: dict[str, bool], expected: str
+) -> None:
+    base.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    base.vocab_size = len(base.tokenizer)
+    ids = base.tokenizer("<think>a</think>b", add_special_tokens=False).input_ids
+    assert len(ids) == 4
+    forced([[*ids, 1, 0], [*ids, 40, 41]])
+    stopped, cut = sample(base, [row([40])] * 2, response_length=6, **skip)
+    assert stopped.text == expected and stopped.token_ids == [*ids, 1]
+    assert cut.text == expected + base.tokenizer.decode([40, 41])
 
 
 # ---- what is sampled from ------------------------------------------------------------------------------------------

@@ -1,0 +1,100 @@
+"""Reward functions in a run: a rollout's responses judged, and the metrics of what the functions said."""
+
+import math
+import statistics
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from transformers import TrainerState
+
+from rlhf_fast.data import PromptRow
+from rlhf_fast.errors import UserError
+from rlhf_fast.recipes.stage import Stage
+from rlhf_fast.rewards import Functions, Numbers, RunView
+from rlhf_fast.rewards.guard import print_error
+from rlhf_fast.rollout import Response
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Per function one number a response, None where it abstained; and what the functions logged."""
+
+    each: dict[str, Numbers]
+    view: RunView
+
+
+def check_columns(rows: Sequence[PromptRow], *functions: Functions) -> None:
+    """Raises UserError where a function needs a column that ``rows`` do not have."""
+    columns = set().union(*(row.columns for row in rows))
+    for group in functions if rows else ():
+        group.check(columns)
+
+
+def judge(stage: Stage, functions: Functions, responses: Sequence[Response], epoch: float | None = None) -> Judged:
+    """What each function says of ``responses``. Its prints stand above the progress bar."""
+    state = TrainerState(global_step=stage.step, max_steps=stage.total, epoch=epoch)
+    view = RunView(len(responses), state, stage.say if stage.main else print_error)
+    each = functions.each(
+        [response.row.prompt for response in responses],
+        [response.text for response in responses],
+        [response.row.columns for response in responses],
+        [response.token_ids for response in responses],
+        view,
+    )
+    return Judged(each, view)
+
+
+def metrics(
+    stage: Stage, rewarders: Judged, scorers: Judged, taken: Collection[str], *, model: bool
+) -> dict[str, float]:
+    """Over the responses of all processes; what a function abstained from is left out of its figures.
+
+    ``rewards/NAME/mean`` and ``rewards/NAME/std`` of each reward function, ``objective/NAME`` of each eval function,
+    and the means of what ``log_metric`` was given. Without a reward ``model`` also ``rewards/abstained``, the share of
+    responses that no reward function judged: their reward is 0.
+
+    Raises UserError where ``log_metric`` was given a name of ``taken`` or of these.
+    """
+    found = {}
+    for name, numbers in rewarders.each.items():
+        values = present(stage.gather(numbers))
+        found[f"rewards/{name}/mean"] = mean(values)
+        found[f"rewards/{name}/std"] = statistics.stdev(values) if len(values) > 1 else math.nan
+    found |= {f"objective/{name}": mean(present(stage.gather(numbers))) for name, numbers in scorers.each.items()}
+    if not model:
+        found["rewards/abstained"] = _abstained(stage, rewarders)
+    return found | _logged(stage, (rewarders, scorers), {"step", "episode", "lr", *taken, *found})
+
+
+def _abstained(stage: Stage, rewarders: Judged) -> float:
+    own = [set(numbers) == {None} for numbers in zip(*rewarders.each.values(), strict=True)]
+    abstained = stage.gather(own)
+    if any(abstained) and not stage.values.get("abstained"):
+        stage.values["abstained"] = True  # said once a run
+        stage.say(
+            f"ppo: every reward function abstained (None) from {sum(abstained)} of {len(abstained)} responses: their "
+            "reward is 0, and rewards/abstained counts them"
+        )
+    return mean(abstained)
+
+
+def _logged(stage: Stage, judged: Sequence[Judged], taken: Collection[str]) -> dict[str, float]:
+    own = [(name, value) for one in judged for name, values in one.view.metrics.items() for value in values]
+    found: dict[str, list[float]] = {}
+    for name, value in stage.gather(own):
+        found.setdefault(name, []).append(value)
+    for name in found:
+        if name in taken or name.startswith("perf/"):
+            raise UserError(
+                f"a reward function calls log_metric({name!r}): the run has a metric of that name; rename it"
+            )
+    return {name: mean(values) for name, values in found.items()}
+
+
+def present(numbers: Numbers) -> list[float]:
+    return [number for number in numbers if number is not None]
+
+
+def mean(numbers: Sequence[float]) -> float:
+    """NaN of none."""
+    return sum(numbers) / len(numbers) if numbers else math.nan
