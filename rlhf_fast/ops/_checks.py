@@ -8,6 +8,10 @@ import torch
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**119
 NUMBERS = (float, int, type(None))
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def floating(op: str, **tensors: torch.Tensor) -> None:
@@ -22,7 +26,7 @@ def integral(op: str, **tensors: torch.Tensor) -> None:
     """Every tensor holds integers (token ids)."""
     for name, tensor in tensors.items():
         is_tensor(op, **{name: tensor})
-        if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        if tensor.dtype not in INTEGERS:
             raise TypeError(f"{op}: {name} must hold integers (token ids); got {tensor.dtype}")
 
 
@@ -48,14 +52,41 @@ def shaped(op: str, expected: tuple[int, ...] | torch.Size, what: str, **tensors
 
 
 def live_mask(op: str, mask: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
-    """A bool mask (True = counts) of ``shape``, from bool or 0/1 of any dtype; None stays None."""
+    """A bool mask (True = counts) of ``shape``, from bool or 0/1 of any dtype; None stays None.
+
+    Another value is an error on the CPU. On a GPU and under torch.compile nobody looks; there it counts as 1.
+    """
     if mask is None:
         return None
     is_tensor(op, mask=mask)
     shaped(op, shape, "one entry a token, 1 = counts", mask=mask)
     if mask.device != device:
         raise ValueError(f"{op}: all tensors must be on one device; got mask on {mask.device}, the data on {device}")
-    return constant(mask) if mask.dtype == torch.bool else mask != 0
+    if mask.dtype == torch.bool:
+        return constant(mask)
+    live = mask.bool()
+    if at_hand(mask) and not torch.equal(live.to(mask.dtype), mask):
+        position = tuple((live.to(mask.dtype) != mask).nonzero()[0].tolist())
+        raise ValueError(
+            f"{op}: mask must be bool or 0/1; got {mask[position].item():g} at position {position}. It takes no "
+            "weights: pass mask != 0 if such a token counts, and multiply what the weights are meant for by them."
+        )
+    return live
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Not a stand-in for values to come: of a compiler, a functional transform, a tensor subclass or device "meta"."""
+    return (
+        type(tensor) in PLAIN
+        and not tensor.is_meta
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def at_hand(tensor: torch.Tensor) -> bool:
+    """Whether its values can be looked at here: on a GPU that would synchronise, and break what traces the call."""
+    return tensor.device.type == "cpu" and has_values(tensor) and not torch._C._len_torch_dispatch_stack()
 
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,7 +112,7 @@ def temperatures(
             shaped(op, shape, "one temperature a row", temperature=temperature)
         if temperature.device != device:
             raise ValueError(f"{op}: temperature must be on {device}; got {temperature.device}")
-        if device.type == "cpu" and not torch.compiler.is_compiling():
+        if at_hand(temperature):
             wrong = temperature[~usable_temperature(temperature)]
             if wrong.numel():
                 raise ValueError(f"{op}: every temperature must be > 0 and at most 2^119; got {wrong[0].item()}")

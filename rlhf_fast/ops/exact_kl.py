@@ -39,10 +39,11 @@ def exact_kl(
     _checks.floating(op, logits=logits, ref_logits=ref_logits)
     if logits.dim() < 1:
         raise ValueError(f"{op}: logits must have shape (..., V); got a tensor without dimensions")
-    if logits.dtype != ref_logits.dtype:
-        raise TypeError(f"{op}: ref_logits must be {logits.dtype} like logits; got {ref_logits.dtype}")
     _checks.shaped(op, logits.shape, "that of logits", ref_logits=ref_logits)
     _checks.same_device(op, logits=logits, ref_logits=ref_logits)
+    if logits.dtype != ref_logits.dtype:
+        wider = torch.promote_types(logits.dtype, ref_logits.dtype)
+        logits, ref_logits = logits.to(wider), ref_logits.to(wider)
     vocab = vocabulary(op, logits.shape[-1], None)
     shape = logits.shape[:-1]
     live = _checks.live_mask(op, mask, shape, logits.device)

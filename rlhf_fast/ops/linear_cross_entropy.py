@@ -52,7 +52,7 @@ def linear_cross_entropy(
     _checks.one_of(op, "reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"{op}: num_items is the divisor of reduction='mean'; got reduction={reduction!r}; drop one")
-    head = checked_head(op, hidden, weight, bias, lora, vocab_size)
+    hidden, head = checked_head(op, hidden, weight, bias, lora, vocab_size)
     _checks.positive(op, softcap=softcap)
     check_aggregation(op, labels, "token-mean", num_items)
     tokens = flat_tokens(

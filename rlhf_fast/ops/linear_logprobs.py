@@ -85,7 +85,7 @@ def linear_logprobs(
         IndexError: on the CPU, a live target outside the vocabulary; on a GPU its row is NaN.
     """
     op = "linear_logprobs"
-    head = checked_head(op, hidden, weight, bias, lora, vocab_size)
+    hidden, head = checked_head(op, hidden, weight, bias, lora, vocab_size)
     _checks.positive(op, softcap=softcap)
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index

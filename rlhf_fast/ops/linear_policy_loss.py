@@ -79,7 +79,7 @@ def linear_policy_loss(
         IndexError: on the CPU, a live target outside the vocabulary; on a GPU its row is NaN.
     """
     op = "linear_policy_loss"
-    head = checked_head(op, hidden, weight, bias, lora, vocab_size)
+    hidden, head = checked_head(op, hidden, weight, bias, lora, vocab_size)
     _checks.positive(op, softcap=softcap)
     check_terms(op, ref_logprobs, kl_coef, kl_estimator, entropy_coef)
     shape = hidden.shape[:-1]

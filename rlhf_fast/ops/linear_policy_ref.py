@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks
 from ._dispatch import implementation, implements
-from ._linear import Head, checked_head, flat_hidden, in_full_precision, over_live_rows, project
+from ._linear import Head, autocasted, checked_head, flat_hidden, in_full_precision, over_live_rows, project
 from ._tokens import flat_tokens
 from ._vocab import accumulation_dtype
 from .exact_kl import reference as exact_kl_reference
@@ -54,8 +54,9 @@ def linear_policy_ref(
         IndexError: on the CPU, a live target outside the vocabulary; on a GPU its row is NaN.
     """
     op = "linear_policy_ref"
-    head = checked_head(op, hidden, weight, bias, None, vocab_size)
+    hidden, head = checked_head(op, hidden, weight, bias, None, vocab_size)
     _checks.floating(op, ref_hidden=ref_hidden)
+    ref_hidden = autocasted(ref_hidden)
     if ref_hidden.dtype != hidden.dtype:
         raise TypeError(f"{op}: ref_hidden must be {hidden.dtype} like hidden; got {ref_hidden.dtype}")
     _checks.shaped(op, hidden.shape, "that of hidden", ref_hidden=ref_hidden)
