@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch._C._functorch import TransformType
 
 # Past them, float32 has no reciprocal of a temperature, or no product of one and the exponents' range.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**119
@@ -31,9 +32,17 @@ def integral(op: str, **tensors: torch.Tensor) -> None:
 
 
 def is_tensor(op: str, **tensors: torch.Tensor) -> None:
+    """Every one is a torch.Tensor, whole: a DTensor, as FSDP2 and tensor parallelism make them, is refused."""
     for name, tensor in tensors.items():
+        if type(tensor) in PLAIN:
+            continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(tensor).__name__}")
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(
+                f"{op}: {name} must be a whole tensor; got a DTensor, of which this rank may hold a part: pass "
+                f"{name}.full_tensor(), or {name}.to_local() where every rank holds all of it"
+            )
 
 
 def same_device(op: str, **tensors: torch.Tensor | None) -> None:
@@ -96,6 +105,19 @@ def constant(tensor: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or not tensor.is_inference() or not torch.is_grad_enabled():
         return tensor
     return tensor.clone()
+
+
+def differentiated_once(op: str) -> None:
+    """torch.func would take a second derivative that misses this op's part for 0."""
+    if under_torch_func():
+        kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+        if kinds.count(TransformType.Grad) + kinds.count(TransformType.Jvp) > 1:
+            raise RuntimeError(f"rlhf_fast.{op} has no second derivative: torch.func.grad cannot be taken twice")
+
+
+def under_torch_func() -> bool:
+    """Whether a transform of torch.func (grad, vmap, ...) runs."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def temperatures(

@@ -73,7 +73,11 @@ def autocasted(operand: Tensor) -> Tensor:
     Differentiable, so that the gradient comes back in the operand's own dtype.
     """
     device = operand.device.type
-    if operand.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if (
+        operand.dtype == torch.float64
+        or not torch.amp.is_autocast_available(device)
+        or not torch.is_autocast_enabled(device)
+    ):
         return operand
     return operand.to(torch.get_autocast_dtype(device))
 
@@ -112,6 +116,8 @@ class _Product(torch.autograd.Function):
     one around its backward.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(left: Tensor, right: Tensor) -> Tensor:
         with _without_autocast(left):
@@ -131,7 +137,9 @@ class _Product(torch.autograd.Function):
 
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
 
 
 def over_live_rows(
@@ -151,7 +159,8 @@ def over_live_rows(
     step = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
     chunks = zip(*(tensor.split(step) for tensor in inputs), strict=True)
     trained = (hidden, head.weight, head.bias, *(head.lora or ())[:2])
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):
+    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained)
+    if recorded and not _checks.under_torch_func():  # which knows no checkpoint
         parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     else:
         parts = [function(*chunk) for chunk in chunks]

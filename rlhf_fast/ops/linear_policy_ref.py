@@ -44,9 +44,10 @@ def linear_policy_ref(
     Args:
         hidden: (..., H), the policy's; float64, float32, bfloat16 or float16.
         ref_hidden: (..., H), the reference's, same dtype.
-        weight: (V, H), dtype of hidden.
+        weight: (V, H), dtype of hidden; inside torch.autocast both are cast to its dtype, as F.linear does.
         targets: (...), integer token ids. Nothing is shifted here: row t is the state that predicts target t.
         mask: (...), bool or 0/1, 1 = counts. Masked tokens are not computed, and their data is never used.
+            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
         bias, temperature, softcap, vocab_size, ignore_index: as in ``linear_logprobs``.
 
     Raises:
