@@ -33,9 +33,7 @@ class Head(NamedTuple):
 def checked_head(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, vocab_size: int | None
 ) -> tuple[Tensor, Head]:
-    """Checks hidden (..., H) and the head. Returns hidden and the head down to its real vocabulary, as autocast has
-    them.
-    """
+    """Checks hidden (..., H) and the head. Returns both as autocast casts them, the head cut to its real vocabulary."""
     _checks.floating(op, hidden=hidden, weight=weight)
     if hidden.dim() < 1:
         raise ValueError(f"{op}: hidden must have shape (..., H); got a tensor without dimensions")
@@ -48,11 +46,11 @@ def checked_head(
             f"got {tuple(weight.shape)}"
         )
     _checks.same_device(op, hidden=hidden, weight=weight)
-    hidden, weight = autocasted(hidden), autocasted(weight)
+    given, hidden, weight = (hidden.dtype, weight.dtype), autocasted(hidden), autocasted(weight)
     if weight.dtype != hidden.dtype:
         raise TypeError(
-            f"{op}: weight must be {hidden.dtype} like hidden; got {weight.dtype}; cast one of the two, or call this "
-            "under torch.autocast, which casts both"
+            f"{op}: weight must be {given[0]} like hidden; got {given[1]}; cast one of the two (inside torch.autocast "
+            "both are cast, but for float64)"
         )
     columns = weight.shape[0]
     vocab = vocabulary(op, columns, vocab_size)
@@ -73,13 +71,8 @@ def autocasted(operand: Tensor) -> Tensor:
     Differentiable, so that the gradient comes back in the operand's own dtype.
     """
     device = operand.device.type
-    if (
-        operand.dtype == torch.float64
-        or not torch.amp.is_autocast_available(device)
-        or not torch.is_autocast_enabled(device)
-    ):
-        return operand
-    return operand.to(torch.get_autocast_dtype(device))
+    inside = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return operand.to(torch.get_autocast_dtype(device)) if inside and operand.dtype != torch.float64 else operand
 
 
 def flat_hidden(hidden: Tensor) -> Tensor:
@@ -137,9 +130,9 @@ class _Product(torch.autograd.Function):
 
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     device = tensor.device.type
-    return (
-        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-    )
+    if not torch.amp.is_autocast_available(device):  # as on "meta"
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def over_live_rows(

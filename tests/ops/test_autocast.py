@@ -1,4 +1,4 @@
-"""Inside torch.autocast, as other people's trainers call: every op on every backend, and what F.linear would take there.
+"""Inside torch.autocast, as other people's trainers call: every op on every backend, with what F.linear takes there.
 
 The truth is the formula in float64, on the operands that autocast rounds: beyond those, it may round nothing.
 """
@@ -95,12 +95,10 @@ def test_what_autocast_leaves_alone(op: Op) -> None:
     with inside(BF16):
         torch.testing.assert_close(outputs_and_grads(op.run, op, plain, plain.mask), expected, rtol=0, atol=0)
         half_way = mixed(op, FP64, FP32)
-        with pytest.raises(TypeError, match=f"{op.name}: weight must be torch.float64 like hidden; got torch.bfloat16"):
+        with pytest.raises(TypeError, match=f"{op.name}: weight must be torch.float64 like hidden; got torch.float32"):
             op.run(half_way.x, half_way.targets, half_way.mask)
     case = mixed(op, BF16, FP32)
-    with pytest.raises(
-        TypeError, match=f"{op.name}: weight must be torch.bfloat16 .* or call this under torch.autocas"
-    ):
+    with pytest.raises(TypeError, match=f"{op.name}: weight must be torch.bfloat16 .* inside torch.autocast"):
         op.run(case.x, case.targets, case.mask)
     with inside(BF16), torch.autocast(torch.get_default_device().type, enabled=False), pytest.raises(TypeError):
         op.run(case.x, case.targets, case.mask)
