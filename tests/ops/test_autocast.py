@@ -98,7 +98,7 @@ def test_what_autocast_leaves_alone(op: Op) -> None:
         with pytest.raises(TypeError, match=f"{op.name}: weight must be torch.float64 like hidden; got torch.float32"):
             op.run(half_way.x, half_way.targets, half_way.mask)
     case = mixed(op, BF16, FP32)
-    with pytest.raises(TypeError, match=f"{op.name}: weight must be torch.bfloat16 .* inside torch.autocast"):
+    with pytest.raises(TypeError, match=f"{op.name}: weight must be torch.bfloat16 .*inside torch.autocast"):
         op.run(case.x, case.targets, case.mask)
     with inside(BF16), torch.autocast(torch.get_default_device().type, enabled=False), pytest.raises(TypeError):
         op.run(case.x, case.targets, case.mask)
