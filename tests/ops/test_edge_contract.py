@@ -145,7 +145,9 @@ def test_mixed_dtypes(op: Op, dtypes: tuple[torch.dtype, ...]) -> None:
 
 
 @every_op
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "expanded", "reversed_features"])
+@pytest.mark.parametrize(
+    "layout", ["transposed", "sliced", "strided", "as_strided", "expanded", "one_value", "reversed_features"]
+)
 def test_layouts(op: Op, layout: str) -> None:
     """Other strides, same values; and the same bits, but where a matrix product may sum in another order."""
 
@@ -158,6 +160,11 @@ def test_layouts(op: Op, layout: str) -> None:
             return wide[1:-1, 2:-1]
         if layout == "strided":
             return tensor.repeat_interleave(2, dim=1)[:, ::2]
+        if layout == "as_strided":
+            memory = torch.full((3 * tensor.numel() + 2,), 99).to(tensor.dtype)
+            return memory.as_strided(tensor.shape, [3 * stride for stride in tensor.stride()], 2).copy_(tensor)
+        if layout == "one_value":
+            return tensor.flatten()[0].expand_as(tensor)
         if layout == "expanded":
             return tensor[:1].expand_as(tensor)
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
