@@ -95,7 +95,7 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 def at_hand(tensor: torch.Tensor) -> bool:
     """Whether its values can be looked at here: on a GPU that would synchronise, and break what traces the call."""
-    return tensor.device.type == "cpu" and has_values(tensor) and not torch._C._len_torch_dispatch_stack()
+    return tensor.is_cpu and has_values(tensor) and not torch._C._len_torch_dispatch_stack()
 
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def differentiated_once(op: str) -> None:
 
 def under_torch_func() -> bool:
     """Whether a transform of torch.func (grad, vmap, ...) runs."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
 
 
 def temperatures(
