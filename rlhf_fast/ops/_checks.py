@@ -3,11 +3,16 @@
 import math
 
 import torch
+from torch._C._functorch import TransformType
 
 # Past them, float32 has no reciprocal of a temperature, or no product of one and the exponents' range.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**119
 NUMBERS = (float, int, type(None))
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def floating(op: str, **tensors: torch.Tensor) -> None:
@@ -22,14 +27,22 @@ def integral(op: str, **tensors: torch.Tensor) -> None:
     """Every tensor holds integers (token ids)."""
     for name, tensor in tensors.items():
         is_tensor(op, **{name: tensor})
-        if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        if tensor.dtype not in INTEGERS:
             raise TypeError(f"{op}: {name} must hold integers (token ids); got {tensor.dtype}")
 
 
 def is_tensor(op: str, **tensors: torch.Tensor) -> None:
+    """Every one is a torch.Tensor, whole: a DTensor, as FSDP2 and tensor parallelism make them, is refused."""
     for name, tensor in tensors.items():
+        if type(tensor) in PLAIN:
+            continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(tensor).__name__}")
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(
+                f"{op}: {name} must be a whole tensor; got a DTensor, of which this rank may hold a part: pass "
+                f"{name}.full_tensor(), or {name}.to_local() where every rank holds all of it"
+            )
 
 
 def same_device(op: str, **tensors: torch.Tensor | None) -> None:
@@ -48,14 +61,41 @@ def shaped(op: str, expected: tuple[int, ...] | torch.Size, what: str, **tensors
 
 
 def live_mask(op: str, mask: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
-    """A bool mask (True = counts) of ``shape``, from bool or 0/1 of any dtype; None stays None."""
+    """A bool mask (True = counts) of ``shape``, from bool or 0/1 of any dtype; None stays None.
+
+    Another value is an error on the CPU. On a GPU and under torch.compile nobody looks; there it counts as 1.
+    """
     if mask is None:
         return None
     is_tensor(op, mask=mask)
     shaped(op, shape, "one entry a token, 1 = counts", mask=mask)
     if mask.device != device:
         raise ValueError(f"{op}: all tensors must be on one device; got mask on {mask.device}, the data on {device}")
-    return constant(mask) if mask.dtype == torch.bool else mask != 0
+    if mask.dtype == torch.bool:
+        return constant(mask)
+    live = mask.bool()
+    if at_hand(mask) and not torch.equal(live.to(mask.dtype), mask):
+        position = tuple((live.to(mask.dtype) != mask).nonzero()[0].tolist())
+        raise ValueError(
+            f"{op}: mask must be bool or 0/1; got {mask[position].item():g} at position {position}. It takes no "
+            "weights: pass mask != 0 if such a token counts, and multiply what the weights are meant for by them."
+        )
+    return live
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Not a stand-in for values to come: of a compiler, a functional transform, a tensor subclass or device "meta"."""
+    return (
+        type(tensor) in PLAIN
+        and not tensor.is_meta
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def at_hand(tensor: torch.Tensor) -> bool:
+    """Whether its values can be looked at here: on a GPU that would synchronise, and break what traces the call."""
+    return tensor.is_cpu and has_values(tensor) and not torch._C._len_torch_dispatch_stack()
 
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,6 +105,19 @@ def constant(tensor: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or not tensor.is_inference() or not torch.is_grad_enabled():
         return tensor
     return tensor.clone()
+
+
+def differentiated_once(op: str) -> None:
+    """torch.func would take a second derivative that misses this op's part for 0."""
+    if under_torch_func():
+        kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+        if kinds.count(TransformType.Grad) + kinds.count(TransformType.Jvp) > 1:
+            raise RuntimeError(f"rlhf_fast.{op} has no second derivative: torch.func.grad cannot be taken twice")
+
+
+def under_torch_func() -> bool:
+    """Whether a transform of torch.func (grad, vmap, ...) runs."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
 
 
 def temperatures(
@@ -81,7 +134,7 @@ def temperatures(
             shaped(op, shape, "one temperature a row", temperature=temperature)
         if temperature.device != device:
             raise ValueError(f"{op}: temperature must be on {device}; got {temperature.device}")
-        if device.type == "cpu" and not torch.compiler.is_compiling():
+        if at_hand(temperature):
             wrong = temperature[~usable_temperature(temperature)]
             if wrong.numel():
                 raise ValueError(f"{op}: every temperature must be > 0 and at most 2^119; got {wrong[0].item()}")

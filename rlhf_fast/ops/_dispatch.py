@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ._checks import under_torch_func
+
 Implementation = Callable[..., Any]
 Probe = Callable[[torch.device], str | None]
 
@@ -148,4 +150,6 @@ def _why_not(op: str, name: str, device: torch.device) -> str | None:
         return "not part of this build"
     if name not in _table[op]:
         return f"has no {op}"
+    if name != "torch" and op != "gae" and under_torch_func():  # gae has no gradient, and vmap calls it by slices
+        return "torch.func transforms the torch reference alone"
     return _probes[name](device)

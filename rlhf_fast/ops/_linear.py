@@ -4,8 +4,9 @@ Only live tokens are projected, a chunk at a time, so that the logits never exis
 chunk's logits again.
 """
 
+import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ class Head(NamedTuple):
 
 def checked_head(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, vocab_size: int | None
-) -> Head:
-    """Checks hidden (..., H) and the head, and cuts the head down to its real vocabulary."""
+) -> tuple[Tensor, Head]:
+    """Checks hidden (..., H) and the head. Returns both as autocast casts them, the head cut to its real vocabulary."""
     _checks.floating(op, hidden=hidden, weight=weight)
     if hidden.dim() < 1:
         raise ValueError(f"{op}: hidden must have shape (..., H); got a tensor without dimensions")
@@ -44,9 +45,13 @@ def checked_head(
             f"{op}: weight must have shape (V, {features}) (H as in hidden {tuple(hidden.shape)}); "
             f"got {tuple(weight.shape)}"
         )
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"{op}: weight must be {hidden.dtype} like hidden; got {weight.dtype}; cast one of the two")
     _checks.same_device(op, hidden=hidden, weight=weight)
+    given, hidden, weight = (hidden.dtype, weight.dtype), autocasted(hidden), autocasted(weight)
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"{op}: weight must be {given[0]} like hidden; got {given[1]}; cast one of the two (inside torch.autocast "
+            "both are cast, but for float64)"
+        )
     columns = weight.shape[0]
     vocab = vocabulary(op, columns, vocab_size)
     if bias is not None:
@@ -57,7 +62,17 @@ def checked_head(
     if lora is not None:
         lora = _checked_lora(op, hidden, columns, lora)
         lora = (lora[0], lora[1][:vocab], lora[2])
-    return Head(weight[:vocab], bias, lora)
+    return hidden, Head(weight[:vocab], bias, lora)
+
+
+def autocasted(operand: Tensor) -> Tensor:
+    """What F.linear makes of an operand: in the dtype of the torch.autocast around it, if any, but for a float64 one.
+
+    Differentiable, so that the gradient comes back in the operand's own dtype.
+    """
+    device = operand.device.type
+    inside = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return operand.to(torch.get_autocast_dtype(device)) if inside and operand.dtype != torch.float64 else operand
 
 
 def flat_hidden(hidden: Tensor) -> Tensor:
@@ -80,14 +95,44 @@ def project(hidden: Tensor, head: Head, softcap: float | None) -> Tensor:
     """Capped logits (n, V) of hidden (n, H), multiplied, summed and returned in the accumulation dtype."""
     dtype = accumulation_dtype(hidden.dtype)
     hidden = hidden.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):  # autocast would round the logits to half precision
-        logits = hidden @ head.weight.to(dtype).T
-        if head.lora is not None:
-            down, up, scale = head.lora
-            logits = logits + scale * ((hidden @ down.T) @ up.T)
-        if head.bias is not None:
-            logits = logits + head.bias
+    logits = _Product.apply(hidden, head.weight.to(dtype))
+    if head.lora is not None:
+        down, up, scale = head.lora
+        logits = logits + scale * _Product.apply(_Product.apply(hidden, down), up)
+    if head.bias is not None:
+        logits = logits + head.bias
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _Product(torch.autograd.Function):
+    """left (n, k) times right (m, k) transposed. Neither an autocast around the call rounds it to half precision nor
+    one around its backward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(left: Tensor, right: Tensor) -> Tensor:
+        with _without_autocast(left):
+            return left @ right.T
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        left, right = ctx.saved_tensors
+        wants_left, wants_right = ctx.needs_input_grad
+        with _without_autocast(left):
+            return grads[0] @ right if wants_left else None, grads[0].T @ left if wants_right else None
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):  # as on "meta"
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def over_live_rows(
@@ -100,13 +145,15 @@ def over_live_rows(
     Dead rows are never read and come out as 0. Selecting the live rows synchronises on a GPU.
     """
     inputs = (hidden, *tensors)
-    # A compiled graph cannot depend on how many rows are live: there the dead are computed too, on data not their own.
-    rows = None if torch.compiler.is_compiling() else live.nonzero().squeeze(1)
+    # Where nobody can tell how many rows are live, as in a compiled graph, the dead are computed too, on data not
+    # their own.
+    rows = live.nonzero().squeeze(1) if _checks.has_values(live) else None
     inputs = tuple(_inert(tensor, live) if rows is None else tensor.index_select(0, rows) for tensor in inputs)
     step = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
     chunks = zip(*(tensor.split(step) for tensor in inputs), strict=True)
     trained = (hidden, head.weight, head.bias, *(head.lora or ())[:2])
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):
+    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained)
+    if recorded and not _checks.under_torch_func():  # which knows no checkpoint
         parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     else:
         parts = [function(*chunk) for chunk in chunks]

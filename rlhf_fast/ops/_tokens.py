@@ -39,12 +39,14 @@ def flat_tokens(
     _checks.integral(op, **{targets_name: targets})
     _checks.shaped(op, shape, "one token id a row", **{targets_name: targets})
     _checks.same_device(op, data=data, **{targets_name: targets})
+    if targets.dtype != torch.int64:  # in a narrower one ignore_index would wrap round to a token id
+        targets = targets.to(torch.int64)
     live = targets != ignore_index
     mask = _checks.live_mask(op, mask, shape, data.device)
     if mask is not None:
         live = live & mask
-    targets = _checks.constant(targets if targets.dtype == torch.int64 else targets.to(torch.int64))
-    if data.device.type == "cpu" and not torch.compiler.is_compiling():
+    targets = _checks.constant(targets)
+    if _checks.at_hand(targets):
         _in_range(op, targets_name, targets, live, vocab)
     return Tokens(flat(targets), flat(live), flat_temperature(op, temperature, data))
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _checks
+
 # Elements of the full-precision temporaries of one chunk of rows: 16 MiB in fp32.
 CHUNK_ELEMENTS = 1 << 22
 # Stands for an infinite log-ratio where it meets a probability that has underflowed to 0, so that 0 * inf is 0.
@@ -43,10 +45,8 @@ def row_chunks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def all_dead(live: Tensor) -> bool:
-    """Whether a chunk can be skipped. Asked on the CPU alone: on a GPU the answer would cost a synchronisation, and
-    under torch.compile it would break the graph.
-    """
-    return live.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(live.any())
+    """Whether a chunk can be skipped, where that can be asked."""
+    return _checks.at_hand(live) and not bool(live.any())
 
 
 def row_sum(values: Tensor) -> Tensor:

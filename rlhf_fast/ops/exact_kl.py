@@ -23,12 +23,13 @@ def exact_kl(
 
     Args:
         logits: (..., V), the policy's; float64, float32, bfloat16 or float16.
-        ref_logits: (..., V), the reference's, same dtype.
+        ref_logits: (..., V), the reference's. Of two dtypes, one is copied to the one that torch promotes both to.
         mask: (...), bool or 0/1, 1 = counts. The data of a masked row is never used, NaN or inf included.
+            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
         temperature: divides both; a number > 0, or a tensor () or (...) with one a row. It receives no gradient.
 
     Returns:
-        (...), float32 (float64 for float64 logits). A column at -inf in both adds nothing; one at -inf in the
+        (...), float32 (float64 when an input is). A column at -inf in both adds nothing; one at -inf in the
         reference alone gives +inf with a NaN gradient in that row, since no finite answer exists. A live row with NaN
         or +inf, or with nothing above -inf, is NaN, alone.
 
@@ -39,10 +40,11 @@ def exact_kl(
     _checks.floating(op, logits=logits, ref_logits=ref_logits)
     if logits.dim() < 1:
         raise ValueError(f"{op}: logits must have shape (..., V); got a tensor without dimensions")
-    if logits.dtype != ref_logits.dtype:
-        raise TypeError(f"{op}: ref_logits must be {logits.dtype} like logits; got {ref_logits.dtype}")
     _checks.shaped(op, logits.shape, "that of logits", ref_logits=ref_logits)
     _checks.same_device(op, logits=logits, ref_logits=ref_logits)
+    if logits.dtype != ref_logits.dtype:
+        wider = torch.promote_types(logits.dtype, ref_logits.dtype)
+        logits, ref_logits = logits.to(wider), ref_logits.to(wider)
     vocab = vocabulary(op, logits.shape[-1], None)
     shape = logits.shape[:-1]
     live = _checks.live_mask(op, mask, shape, logits.device)
@@ -57,23 +59,29 @@ def exact_kl(
 @implements("exact_kl", "torch")
 def reference(logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor) -> Tensor:
     """logits, ref_logits (N, V), any strides; live (N,) bool; temperature (N,) -> (N,)."""
+    _checks.differentiated_once("exact_kl")
     return _ExactKL.apply(logits, ref_logits, live, temperature)
 
 
 class _ExactKL(torch.autograd.Function):
     """Keeps both sets of logits and one number a row."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor) -> Tensor:
-        kl = torch.zeros(logits.shape[0], dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    def forward(logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor) -> Tensor:
+        kl = logits.new_zeros(logits.shape[0], dtype=accumulation_dtype(logits.dtype))
         for rows in row_chunks(*logits.shape):
             if all_dead(live[rows]):
                 continue
             log_p = _log_softmax(logits[rows], live[rows], temperature[rows], kl.dtype)
             log_r = _log_softmax(ref_logits[rows], live[rows], temperature[rows], kl.dtype)
             kl[rows] = row_sum(_terms(log_p, log_r)).masked_fill(~live[rows], 0.0)
-        ctx.save_for_backward(logits, ref_logits, live, temperature, kl)
         return kl
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     @once_differentiable

@@ -24,10 +24,14 @@ def gae(
     advantages_t = delta_t + gamma * lam * advantages_{t+1}, both 0 past the last live token. A masked token is
     skipped: it adds no reward and does not break the trace, so the "next" token is the next live one, wherever it is.
 
+    Past the last live token nothing is bootstrapped: the value there is 0 for a response that was cut at its length
+    limit too, as if it had ended. To continue one, add gamma * the value of its next state to its last reward.
+
     Args:
         rewards: (B, T), or (N,) with ``cu_seqlens``; float.
         values: same shape; the critic's value of the state in which each token was chosen.
         mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read.
+            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
         gamma: discount a token, in [0, 1].
         lam: the lambda of GAE, in [0, 1].
         cu_seqlens: (B + 1,) integers, the bounds of packed sequences: 0 first, N last, never decreasing; sequence b

@@ -33,7 +33,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., H), float64, float32, bfloat16 or float16.
-        weight: (V, H), dtype of hidden.
+        weight: (V, H), dtype of hidden; inside torch.autocast both are cast to its dtype, as F.linear does.
         labels: (...), integer token ids; ``ignore_index`` = does not count, and its row is not computed.
         bias, lora, temperature, softcap, vocab_size: as in ``linear_logprobs``.
         reduction: "mean" over the labels that count, "sum", or "none" for (...).
@@ -52,7 +52,7 @@ def linear_cross_entropy(
     _checks.one_of(op, "reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"{op}: num_items is the divisor of reduction='mean'; got reduction={reduction!r}; drop one")
-    head = checked_head(op, hidden, weight, bias, lora, vocab_size)
+    hidden, head = checked_head(op, hidden, weight, bias, lora, vocab_size)
     _checks.positive(op, softcap=softcap)
     check_aggregation(op, labels, "token-mean", num_items)
     tokens = flat_tokens(

@@ -65,9 +65,10 @@ def linear_logprobs(
 
     Args:
         hidden: (..., H), float64, float32, bfloat16 or float16.
-        weight: (V, H), dtype of hidden.
+        weight: (V, H), dtype of hidden; inside torch.autocast both are cast to its dtype, as F.linear does.
         targets: (...), integer token ids. Nothing is shifted here: row t is the state that predicts target t.
         mask: (...), bool or 0/1, 1 = counts. The data of a masked row is never used, NaN or inf included.
+            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
         bias: (V,).
         lora: an adapter on the head, (A (r, H), B (V, r), scale): logits gain scale * (hidden A^T) B^T.
         temperature: a number > 0, or a tensor () or (...) with one a row. It receives no gradient.
@@ -85,7 +86,7 @@ def linear_logprobs(
         IndexError: on the CPU, a live target outside the vocabulary; on a GPU its row is NaN.
     """
     op = "linear_logprobs"
-    head = checked_head(op, hidden, weight, bias, lora, vocab_size)
+    hidden, head = checked_head(op, hidden, weight, bias, lora, vocab_size)
     _checks.positive(op, softcap=softcap)
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index

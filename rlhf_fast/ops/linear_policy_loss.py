@@ -59,11 +59,13 @@ def linear_policy_loss(
 
     Args:
         hidden: (..., H), or (B, T, H) where ``aggregation`` or ``ratio_level`` counts sequences.
-        weight: (V, H), dtype of hidden; frozen, it costs no gradient product of its own.
+        weight: (V, H), dtype of hidden; inside torch.autocast both are cast to its dtype, as F.linear does. Frozen, it
+            costs no gradient product of its own.
         targets: (...), integer token ids. Nothing is shifted here: row t is the state that predicts target t.
         old_logprobs: (...), log-probs of the policy that sampled; a constant.
         advantages: (...), above 0 the token was better than expected; a constant.
         mask: (...), bool or 0/1, 1 = counts. Masked tokens are not computed, and their data is never used.
+            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
         ref_logprobs: (...), log-probs of the reference, for the KL term; a constant. Without it there is no KL term.
         kl_coef: weight of the KL term, >= 0.
         kl_estimator: see ``token_kl``, which says what the gradient of each is worth.
@@ -79,7 +81,7 @@ def linear_policy_loss(
         IndexError: on the CPU, a live target outside the vocabulary; on a GPU its row is NaN.
     """
     op = "linear_policy_loss"
-    head = checked_head(op, hidden, weight, bias, lora, vocab_size)
+    hidden, head = checked_head(op, hidden, weight, bias, lora, vocab_size)
     _checks.positive(op, softcap=softcap)
     check_terms(op, ref_logprobs, kl_coef, kl_estimator, entropy_coef)
     shape = hidden.shape[:-1]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks
 from ._dispatch import implementation, implements
-from ._linear import Head, checked_head, flat_hidden, in_full_precision, over_live_rows, project
+from ._linear import Head, autocasted, checked_head, flat_hidden, in_full_precision, over_live_rows, project
 from ._tokens import flat_tokens
 from ._vocab import accumulation_dtype
 from .exact_kl import reference as exact_kl_reference
@@ -44,9 +44,10 @@ def linear_policy_ref(
     Args:
         hidden: (..., H), the policy's; float64, float32, bfloat16 or float16.
         ref_hidden: (..., H), the reference's, same dtype.
-        weight: (V, H), dtype of hidden.
+        weight: (V, H), dtype of hidden; inside torch.autocast both are cast to its dtype, as F.linear does.
         targets: (...), integer token ids. Nothing is shifted here: row t is the state that predicts target t.
         mask: (...), bool or 0/1, 1 = counts. Masked tokens are not computed, and their data is never used.
+            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
         bias, temperature, softcap, vocab_size, ignore_index: as in ``linear_logprobs``.
 
     Raises:
@@ -54,8 +55,9 @@ def linear_policy_ref(
         IndexError: on the CPU, a live target outside the vocabulary; on a GPU its row is NaN.
     """
     op = "linear_policy_ref"
-    head = checked_head(op, hidden, weight, bias, None, vocab_size)
+    hidden, head = checked_head(op, hidden, weight, bias, None, vocab_size)
     _checks.floating(op, ref_hidden=ref_hidden)
+    ref_hidden = autocasted(ref_hidden)
     if ref_hidden.dtype != hidden.dtype:
         raise TypeError(f"{op}: ref_hidden must be {hidden.dtype} like hidden; got {ref_hidden.dtype}")
     _checks.shaped(op, hidden.shape, "that of hidden", ref_hidden=ref_hidden)

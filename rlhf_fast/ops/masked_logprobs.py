@@ -70,6 +70,7 @@ def masked_logprobs(
         logits: (..., V), float64, float32, bfloat16 or float16.
         targets: (...), integer token ids. Nothing is shifted here: row t holds the logits that predict target t.
         mask: (...), bool or 0/1, 1 = counts. The data of a masked row is never used, NaN or inf included.
+            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
         temperature: a number > 0, or a tensor () or (...) with one a row. It receives no gradient.
         softcap: the cap of the model's own logit soft-capping, > 0. It turns -inf into -softcap and +inf into
             softcap, as in the model.
@@ -117,17 +118,20 @@ def reference(
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """logits (N, V), any strides; targets (N,) int64; live (N,) bool; temperature (N,) -> logprobs (N,), entropy."""
-    return _MaskedLogprobs.apply(
+    _checks.differentiated_once("masked_logprobs")
+    logprobs, entropy, *_ = _MaskedLogprobs.apply(
         logits, targets, live, temperature, softcap, vocab_size, return_entropy, inplace_backward
     )
+    return logprobs, entropy
 
 
 class _MaskedLogprobs(torch.autograd.Function):
     """Keeps the logits and three or four numbers a row; the backward forms the softmax again, chunk by chunk."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         logits: Tensor,
         targets: Tensor,
         live: Tensor,
@@ -136,8 +140,9 @@ class _MaskedLogprobs(torch.autograd.Function):
         vocab_size: int,
         return_entropy: bool,
         inplace_backward: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        zeros = torch.zeros(logits.shape[0], dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    ) -> tuple[Tensor | None, ...]:
+        """-> logprobs, entropy, and the fields of RowStatistics."""
+        zeros = logits.new_zeros(logits.shape[0], dtype=accumulation_dtype(logits.dtype))
         logprobs = zeros.clone()
         entropy = zeros.clone() if return_entropy else None
         statistics = RowStatistics(*(zeros.clone() for _ in RowStatistics._fields))
@@ -154,14 +159,21 @@ class _MaskedLogprobs(torch.autograd.Function):
             logprobs[rows] = (-softplus(chunk.log_odds)).masked_fill(~alive, 0.0)
             if entropy is not None:
                 entropy[rows] = row_entropy(scaled, target, chunk).masked_fill(~alive, 0.0)
+        return logprobs, entropy, *statistics
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        *tensors, ctx.softcap, ctx.vocab_size, _, ctx.inplace_backward = inputs
+        ctx.spent = False
         ctx.set_materialize_grads(False)
-        ctx.softcap, ctx.vocab_size, ctx.inplace_backward, ctx.spent = softcap, vocab_size, inplace_backward, False
-        ctx.save_for_backward(logits, targets, live, temperature, entropy, *statistics)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(
                 "masked_logprobs: inplace_backward=True wrote the gradient over the logits in the first backward, so "

@@ -25,6 +25,7 @@ def masked_whiten(
     Args:
         x: any shape, float.
         mask: same shape, bool or 0/1, 1 = counts. Elsewhere the output and the gradient are 0 and nothing is read.
+            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
         shift_mean: True leaves the mean at 0; False adds the mean back, so that only the scale changes (rewards are
             whitened so). This is the polarity of TRL and verl; torchtune's ``whiten`` has it the other way round.
         unbiased: the variance divides by n - 1 (by n when False). With one live element it is 0, not NaN.
@@ -75,9 +76,15 @@ def _torch(
 class _Spread(torch.autograd.Function):
     """() -> (N,). Broadcasting does the same, but the sum in its backward depends on the number of threads."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, scalar: torch.Tensor, size: int) -> torch.Tensor:
+    def forward(scalar: torch.Tensor, size: int) -> torch.Tensor:
         return scalar.repeat(size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, int], output: torch.Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:

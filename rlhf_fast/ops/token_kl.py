@@ -34,6 +34,7 @@ def token_kl(
         logprobs: of the policy, any shape, float; natural logarithm. The gradient goes here alone.
         ref_logprobs: of the reference, same shape; taken as a constant.
         mask: same shape, bool or 0/1, 1 = counts. Elsewhere the output and the gradient are 0 and nothing is read.
+            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
         estimator: a name of the table ("k1+", "k3+", "abs+" are the straight-through ones).
 
     Returns:
@@ -68,22 +69,29 @@ def _torch(
 class _TokenKL(torch.autograd.Function):
     """Written out, because autograd's own k3 slope, 1 - exp(-d), loses all its digits where d is small."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, live: torch.Tensor | None, estimator: str
+        logprobs: torch.Tensor, ref_logprobs: torch.Tensor, live: torch.Tensor | None, estimator: str
     ) -> torch.Tensor:
-        difference = logprobs - ref_logprobs
-        if live is not None:
-            difference = torch.where(live, difference, 0.0)
-        ctx.save_for_backward(difference, live)
-        ctx.estimator = estimator
-        return _value(difference, estimator.removesuffix("+"))
+        return _value(_difference(logprobs, ref_logprobs, live), estimator.removesuffix("+"))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        *tensors, ctx.estimator = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        difference, live = ctx.saved_tensors
-        grad = grads[0] * _slope(difference, ctx.estimator)
+        logprobs, ref_logprobs, live = ctx.saved_tensors
+        grad = grads[0] * _slope(_difference(logprobs, ref_logprobs, live), ctx.estimator)
         return grad if live is None else torch.where(live, grad, 0.0), None, None, None
+
+
+def _difference(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    difference = logprobs - ref_logprobs
+    return difference if live is None else torch.where(live, difference, 0.0)
 
 
 def _value(difference: torch.Tensor, estimator: str) -> torch.Tensor:

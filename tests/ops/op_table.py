@@ -229,7 +229,7 @@ OPS = [
             ops.linear_cross_entropy(
                 x["hidden"],
                 x["weight"],
-                targets if mask is None else targets.masked_fill(mask == 0, -100),
+                targets if mask is None else targets.long().masked_fill(mask == 0, -100),
                 bias=x["bias"],
                 lora=_lora(x),
             ),

@@ -4,8 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed
 from devices import seeded
 from op_table import OPS, Op, make, outputs_and_grads
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -151,3 +154,18 @@ def test_nan_of_any_bits_is_nan() -> None:
         assert ops.clipped_policy_loss(x, zero, zero + 1).loss.isnan()
         assert ops.token_kl(x, zero).isnan().all()
         assert ops.masked_whiten(x).isnan().all()
+
+
+@every_op
+def test_a_tensor_spread_over_ranks_is_refused(op: Op) -> None:
+    """By name, and with what to pass instead; in place of torch's line about sharding strategies."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        case = make(op)
+        for name, tensor in case.x.items():
+            label = {"A": "lora A", "B": "lora B"}.get(name, name)
+            with pytest.raises(TypeError, match=rf"{op.name}: {label} must be a whole tensor; got a DTensor"):
+                op.run(case.x | {name: distribute_tensor(tensor.cpu(), mesh)}, case.targets, case.mask)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -141,6 +141,25 @@ def test_compiled_options(label: str, backend: str) -> None:
     agree(torch.compile(op.run, fullgraph=True, backend="aot_eager"), op, case, case.mask)
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if op.shared], ids=lambda op: op.name)
+@pytest.mark.parametrize("where", ["around the graph", "in the graph"])
+def test_compiled_under_autocast(op: Op, where: str, backend: str) -> None:
+    """A bfloat16 hidden state beside a float32 head, as eager takes it."""
+    device = device_of(backend)
+    case = make(op)
+    case.x |= {name: tensor.bfloat16() for name, tensor in case.x.items() if name in ("hidden", "ref_hidden")}
+
+    def run(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+        with torch.autocast(device, torch.bfloat16):
+            return op.run(x, targets, mask)
+
+    if where == "in the graph":
+        agree(torch.compile(run, fullgraph=True, backend="aot_eager"), replace(op, run=run), case, case.mask)
+    else:
+        with torch.autocast(device, torch.bfloat16):
+            agree(torch.compile(op.run, fullgraph=True, backend="aot_eager"), op, case, case.mask)
+
+
 @pytest.mark.parametrize("name", ["masked_logprobs", "clipped_policy_loss"])
 def test_inductor(name: str) -> None:
     """The compiler that users have, around an op of its own kind of memory and one that it takes apart itself."""

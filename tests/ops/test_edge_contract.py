@@ -3,6 +3,8 @@
 How exact the numbers are is in test_accuracy.py.
 """
 
+import itertools
+
 import pytest
 import torch
 from devices import device_of, interpreted
@@ -10,6 +12,9 @@ from op_table import OPS, Case, Op, make, outputs_and_grads
 
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 row_wise_op = pytest.mark.parametrize("op", [op for op in OPS if op.row_wise], ids=lambda op: op.name)
+masked_op = pytest.mark.parametrize(
+    "op", [op for op in OPS if op.name != "linear_cross_entropy"], ids=lambda op: op.name
+)  # whose mask is its labels
 target_op = pytest.mark.parametrize("op", [op for op in OPS if op.has_targets], ids=lambda op: op.name)
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -99,8 +104,50 @@ def test_mask_dtypes_and_leading_shapes(op: Op, dtype: torch.dtype) -> None:
     same(case, Case(case.x, case.targets, case.mask.to(dtype)), op)
 
 
+@masked_op
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(0.5, torch.float32), (2, torch.int64), (-1, torch.int8), (2, torch.float16), (torch.nan, torch.bfloat16),
+     (torch.inf, torch.float64), (2.0**-40, torch.float32), (255, torch.uint8)],
+    ids=str,
+)  # fmt: skip
+def test_a_mask_takes_no_weights(op: Op, value: float, dtype: torch.dtype, backend: str) -> None:
+    """An error on the CPU, with the first of them; on a GPU, where asking would synchronise, they count as 1."""
+    case = make(op)
+    mask = case.mask.to(dtype)
+    mask[1, 2:4] = value
+    if device_of(backend) == "cuda":
+        same(Case(case.x, case.targets, mask), Case(case.x, case.targets, mask != 0), op)
+        return
+    with pytest.raises(ValueError, match=rf"^{op.name}: mask must be bool or 0/1; got {value:g} at position \(1, 2\)"):
+        op.run(case.x, case.targets, mask)
+
+
 @every_op
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "expanded", "reversed_features"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32, torch.float16), (torch.float32, torch.float64)])
+def test_mixed_dtypes(op: Op, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Tokens of several dtypes meet as in torch; each gradient has its own. (Hidden states and weight are of one.)"""
+    case = make(op)
+    tokens = [name for name in op.data if "hidden" not in name]
+    case.x |= {name: case.x[name].to(dtype) for name, dtype in zip(tokens, itertools.cycle(dtypes))}
+    case.x |= {name: case.x[name].bfloat16() for name in op.shared if name in ("bias", "A")}
+    outputs, grads = outputs_and_grads(op.run, op, case, case.mask)
+    exact = Case({name: tensor.double() for name, tensor in case.x.items()}, case.targets, case.mask)
+    true_outputs, true_grads = outputs_and_grads(op.naive, op, exact, case.mask)
+    wide = torch.float64 in [case.x[name].dtype for name in tokens] and not op.shared
+    for ours, true in zip(outputs, true_outputs, strict=True):
+        assert ours.dtype == (torch.float64 if wide else torch.float32)
+        torch.testing.assert_close(ours.double(), true, rtol=2e-5, atol=2e-5)
+    for name in op.grads:
+        assert grads[name].dtype == case.x[name].dtype
+        if name not in op.constants:
+            torch.testing.assert_close(grads[name].double(), true_grads[name], rtol=1e-2, atol=1e-3)
+
+
+@every_op
+@pytest.mark.parametrize(
+    "layout", ["transposed", "sliced", "strided", "as_strided", "expanded", "one_value", "reversed_features"]
+)
 def test_layouts(op: Op, layout: str) -> None:
     """Other strides, same values; and the same bits, but where a matrix product may sum in another order."""
 
@@ -113,6 +160,11 @@ def test_layouts(op: Op, layout: str) -> None:
             return wide[1:-1, 2:-1]
         if layout == "strided":
             return tensor.repeat_interleave(2, dim=1)[:, ::2]
+        if layout == "as_strided":
+            memory = torch.full((3 * tensor.numel() + 2,), 99).to(tensor.dtype)
+            return memory.as_strided(tensor.shape, [3 * stride for stride in tensor.stride()], 2).copy_(tensor)
+        if layout == "one_value":
+            return tensor.flatten()[0].expand_as(tensor)
         if layout == "expanded":
             return tensor[:1].expand_as(tensor)
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
@@ -211,10 +263,21 @@ def test_target_out_of_range(op: Op, wrong: int, backend: str) -> None:
 
 
 @target_op
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint64], ids=str)
 def test_target_dtypes(op: Op, dtype: torch.dtype) -> None:
     case = make(op)
     same(case, Case(case.x, case.targets.to(dtype), case.mask), op)
+
+
+@target_op
+def test_ignore_index_does_not_wrap_round_to_a_token(op: Op) -> None:
+    """-100 as uint8 is 156, which is a token id like another."""
+    case = make(op, (1, 2), vocab=160)
+    case.targets.fill_(156)
+    everything = torch.ones_like(case.mask)
+    same(Case(case.x, case.targets, everything), Case(case.x, case.targets.to(torch.uint8), everything), op)
+    outputs = op.run(case.x, case.targets.to(torch.uint8), None)
+    assert (outputs[0] != 0).all()
 
 
 @every_op

@@ -151,6 +151,13 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(exact_kl(logits, ref_logits), whole)
 
 
-def test_two_dtypes() -> None:
-    with pytest.raises(TypeError, match="ref_logits must be torch.float32 like logits; got torch.bfloat16"):
-        exact_kl(torch.zeros(1, 2), torch.zeros(1, 2).bfloat16())
+def test_two_dtypes_meet_as_in_torch() -> None:
+    """log 3 against log 1 of two columns beside an even reference: 3/4 log 3/2 + 1/4 log 1/2."""
+    logits, even = torch.tensor([[0.0, -1.0986123]], requires_grad=True), torch.zeros(1, 2)
+    for left, right in ((logits, even.bfloat16()), (logits, even.double()), (logits.double(), even.half())):
+        kl = exact_kl(left, right)
+        assert kl.dtype == torch.promote_types(left.dtype, right.dtype)
+        assert kl.item() == pytest.approx(0.13081204)
+        (grad,) = torch.autograd.grad(kl.sum(), logits)
+        assert grad.dtype == torch.float32  # 3/4 (log 3/2 - KL), and its negative
+        torch.testing.assert_close(grad, torch.tensor([[0.20598980, -0.20598980]]))

@@ -56,6 +56,35 @@ def test_past_the_last_live_token_the_value_is_zero_by_hand() -> None:
     assert returns.tolist() == [[1.75, 2.0, 0.0]]
 
 
+@pytest.mark.parametrize("rubbish", [7.0, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("padding", [0, 3, 3000])
+def test_the_padding_behind_a_cut_response_by_hand(padding: int, rubbish: float) -> None:
+    # advantage_2 = 1 - 0.6 = 0.4, advantage_1 = 0.6 - 0.4 + 0.95 * 0.4, advantage_0 = 0.4 - 0.2 + 0.95 * 0.58
+    def padded(*tokens: float) -> torch.Tensor:
+        return torch.nn.functional.pad(torch.tensor([tokens]), (0, padding), value=rubbish)
+
+    mask = (torch.arange(3 + padding) < 3)[None]
+    results = gae(padded(0.0, 0.0, 1.0), padded(0.2, 0.4, 0.6), mask)
+    for result, by_hand in zip(results, ([0.751, 0.58, 0.4], [0.951, 0.98, 1.0]), strict=True):
+        torch.testing.assert_close(result[0, :3], torch.tensor(by_hand))
+        assert (result[0, 3:] == 0).all()
+    narrow = gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.2, 0.4, 0.6]]))
+    assert all(torch.equal(result[:, :3], alone) for result, alone in zip(results, narrow, strict=True))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_live_token_among_rubbish_by_hand(place: int) -> None:
+    """Alone it is its own mean, so that whitening leaves 0; its return is its reward."""
+    rewards = torch.tensor([[float("nan"), float("inf"), 1e30]])
+    values = torch.tensor([[1e30, float("nan"), -float("inf")]])
+    rewards[0, place], values[0, place] = 1.0, 0.0
+    mask = torch.arange(3)[None] == place
+    advantages, returns = gae(rewards, values, mask, whiten=True)
+    assert advantages.tolist() == [[0.0, 0.0, 0.0]]
+    assert returns.tolist() == [mask[0].tolist()]
+    assert gae(rewards, values, mask)[0].tolist() == [mask[0].tolist()]
+
+
 def test_defaults_are_gamma_1_and_lambda_095() -> None:
     advantages, _ = gae(REWARDS, VALUES)
     expected = by_definition([1.0, 2.0, 3.0], [0.5, 1.0, 2.0], 1.0, 0.95)

@@ -127,10 +127,10 @@ def test_a_half_precision_weight_gathers_its_gradient_in_full(
     assert grad_up.tolist() == [[512.0], [-512.0]]  # hidden A^T = 2
 
 
-def test_autocast_does_not_round_the_logits() -> None:
+def test_autocast_rounds_the_operands_and_not_the_logits() -> None:
     hidden, weight = normal(5, 64, dtype=torch.float32), normal(50, 64, seed=1, dtype=torch.float32)
     targets = torch.arange(5)
-    plain = linear_logprobs(hidden, weight, targets)
+    plain = linear_logprobs(hidden.bfloat16(), weight.bfloat16(), targets)
     with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
         assert torch.equal(linear_logprobs(hidden, weight, targets), plain)
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import seeded
 from torch import Tensor
 
 from rlhf_fast.ops import PPOLoss, clipped_policy_loss, clipped_value_loss, ppo_loss, token_kl
@@ -116,6 +117,21 @@ def test_aggregations(aggregation: str, num_items: float | Tensor | None, masked
     mask[1] = False  # a sequence that does not count
     options = WEIGHTS | {"aggregation": aggregation, "num_items": num_items}
     check_against_the_parts(x, mask if masked else None, options)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_micro_batches_by_hand(rows: int) -> None:
+    """8 live tokens in 4 ragged rows. Inside both clips a token's slopes are -A r / 8 and 0.1 (v - R) / 8, however
+    many rows a call takes: num_items, the tokens of them all, is each call's divisor.
+    """
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]])
+    old, advantages, old_values, returns = torch.randn(4, 4, 3, generator=seeded(0)).unbind()
+    logprobs, values = (old + 0.1).requires_grad_(), (old_values + 0.05).requires_grad_()
+    data = (logprobs, old, advantages, values, old_values, returns, mask)
+    for part in zip(*(tensor.split(rows) for tensor in data), strict=True):
+        ppo_loss(*part, num_items=mask.sum()).loss.backward()
+    torch.testing.assert_close(logprobs.grad, -advantages * math.exp(0.1) / 8 * mask, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(values.grad, 0.1 * (old_values + 0.05 - returns) / 8 * mask, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
