@@ -178,15 +178,17 @@ def _from_alpaca(row: Row) -> Row:
     """Source: the Stanford Alpaca data, and its ``system`` and ``history`` (pairs of question and answer) of later."""
     system, *asked = (_words(row.get(name), name) for name in ("system", "instruction", "input"))
     turns = _system(system)
-    for pair in row.get("history") or []:
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise Wrong("history: expected pairs of question and answer", f", got {pair!r:.60}")
         turns += [_user(_words(pair[0], "history")), _assistant(_words(pair[1], "history"))]
     made: Row = {"prompt": [*turns, _user("\n\n".join(text for text in asked if text.strip()))]}
-    answers = {"output": "completion", "chosen": "chosen", "rejected": "rejected"}
-    for name, target in answers.items():
-        if isinstance(row.get(name), str | None) and name in row:
-            made[target] = [_assistant(row[name] or "")]
+    if "output" in row:
+        made["completion"] = [_assistant(_words(row["output"], "output"))]
+    for side in ("chosen", "rejected"):
+        if isinstance(row.get(side), str):
+            made[side] = [_assistant(row[side])]
     return {**row, **made}
 
 
