@@ -337,7 +337,7 @@ VALUES = st.fixed_dictionaries(
         "adam_epsilon": st.floats(1e-300, 1e-3),
         "max_steps": st.none() | st.integers(1, 10**30),
         "trust_remote_code": st.booleans(),
-        "lora_target_modules": st.lists(TEXT),
+        "lora_target_modules": st.lists(TEXT, min_size=1),
         "rename_columns": st.dictionaries(TEXT, TEXT),
     }
 )

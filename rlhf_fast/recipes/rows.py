@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from rlhf_fast.data import DataReport, PairRow, PromptRow, SFTRow, load_dataset, prompt_rows, split_train_eval
 from rlhf_fast.errors import UserError
+from rlhf_fast.recipes.identity import fingerprint
 from rlhf_fast.recipes.stage import Stage
 
 Row = TypeVar("Row", SFTRow, PairRow, PromptRow)
@@ -19,6 +20,7 @@ def load_rows(
     Held out are the rows of eval_dataset_name where that is set, else eval_size of the training data, by prompt.
     """
     rows, held_out = _split_rows(stage, encode, max_length)
+    stage.rows |= {"training data": fingerprint(rows), "held-out data": fingerprint(held_out)}
     if len(rows) < stage.config.batch_size:
         stage.say(
             f"--batch_size {stage.config.batch_size} is more than the {len(rows)} training rows: every batch holds "

@@ -1,6 +1,6 @@
 """The three stages in a row, each in its own folder of the run's, with one report."""
 
-import dataclasses
+import copy
 import gc
 import os
 from pathlib import Path
@@ -12,8 +12,9 @@ from rlhf_fast.config import RunConfig, StageConfig
 from rlhf_fast.config_load import dump_yaml
 from rlhf_fast.monitor import read_summary
 from rlhf_fast.recipes import ppo, reward, sft
-from rlhf_fast.recipes.output import check_output
+from rlhf_fast.recipes.output import REPORT, WHOLE_RUN, check_output, check_run_output
 from rlhf_fast.rewards import Functions
+from rlhf_fast.text import tell
 
 TRAIN = {"sft": sft.train, "reward": reward.train, "ppo": ppo.train}
 
@@ -25,21 +26,30 @@ def run(config: RunConfig) -> dict[str, dict[str, Any]]:
     What can be wrong is looked for in all stages before the first one starts: folders, reward functions.
     """
     stages: dict[str, StageConfig] = {name: getattr(config, name) for name in config.stages}
-    for stage in stages.values():
-        check_output(stage)
     for names in (config.ppo.reward_functions, config.ppo.eval_functions):
         Functions(names)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("RANK", "0") == "0":  # of several processes one writes; no process group is there yet
-        dump_yaml(config, folder / "config.yaml")
+    if os.environ.get("RANK", "0") != "0":  # of several processes one writes; no process group is there yet
+        return _train(stages)
+    for stage in stages.values():
+        check_output(stage)
+    output = check_run_output(config)
+    output.open(WHOLE_RUN, say=tell)
+    try:
+        dump_yaml(config, output.claim(output.record))
+        output.claim(REPORT)
+        return _train(stages)
+    finally:
+        output.release()
+
+
+def _train(stages: dict[str, StageConfig]) -> dict[str, dict[str, Any]]:
     figures = {}
     for name, stage in stages.items():
         finished = read_summary(Path(stage.output_dir)) if stage.resume_from_checkpoint == "auto" else None
         if finished is not None:
             figures[name] = finished["figures"]
             continue
-        figures[name] = TRAIN[name](dataclasses.replace(stage))  # type: ignore[operator]
+        figures[name] = TRAIN[name](copy.copy(stage))  # type: ignore[operator]
         gc.collect()  # the stage's base and optimizer, before the next one loads its own
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
