@@ -166,6 +166,8 @@ def load(path: Path) -> State:
     step = values.pop("step", None) if isinstance(values, dict) else None
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise UserError(f"{path / VALUES}: step must be a whole number, 0 or above; got {shown(step)}; name another")
+    if step_of(path.name) not in (-1, step):
+        raise UserError(f"{path / VALUES}: it is of step {shown(step)}, and the folder's name of another; name another")
     return State(step=step, tensors=tensors, values=values)
 
 

@@ -22,19 +22,20 @@ class SettingsLoader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        mark = self.peek_event().start_mark
+        event = self.peek_event()
+        mark, is_alias = event.start_mark, isinstance(event, yaml.AliasEvent)
         if self._depth == DEEPEST:
             raise yaml.composer.ComposerError(None, None, f"nested more than {DEEPEST} deep", mark)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
-        if node is None or node in self._sizes:  # an alias
+        if is_alias and node not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias inside what it stands for", mark)
+        if node is None or is_alias:
             return node
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
             children = [item for pair in children for item in pair]
-        if any(child not in self._sizes for child in children):
-            raise yaml.composer.ComposerError(None, None, "an alias to what holds it", mark)
         self._sizes[node] = size = 1 + sum(self._sizes[child] for child in children)
         if size > MOST_NODES:
             raise yaml.composer.ComposerError(None, None, f"more than {MOST_NODES} values, aliases included", mark)

@@ -62,18 +62,20 @@ class OutputFolder:
         found |= {path.name for path in checkpoint.list_checkpoints(self.path) if checkpoint.is_ours(path)}
         return {name for name in found if not (self.path / name).is_symlink() and not self._is_given(name)}
 
-    def check_way(self, names: Iterable[str]) -> None:
-        """Raises UserError where something that no run made has one of ``names``."""
-        strange = [part for name in names for part in self._strangers(name)]
+    def check_way(self, names: Iterable[str], *, linked: bool = False) -> None:
+        """Raises UserError where something that no run made has one of ``names``. ``linked``: records and checkpoints
+        that a run made may since lie elsewhere, with a link here; they are gone on with."""
+        strange = [part for name in names for part in self._strangers(name, linked)]
         if strange:
             raise UserError(
                 f"{self.path} holds {', '.join(map(shown, sorted(strange)[:8]))}, which no run made there and this run "
                 "would replace: move it away, or name another --output_dir"
             )
 
-    def _strangers(self, name: str) -> list[str]:
-        if name in self._made:  # a record that lies on another disk, linked to, can be gone on with
-            return [name] if name in ADAPTERS and (self.path / name).is_symlink() else []
+    def _strangers(self, name: str, linked: bool) -> list[str]:
+        if name in self._made:
+            link = (self.path / name).is_symlink() and not (linked and name not in ADAPTERS)
+            return [name] if link and not self._is_given(name) else []
         if self._is_given(name) or checkpoint.step_of(name) >= 0 and checkpoint.is_ours(self.path / name):
             return []
         return [part for part in (name, *_unfinished(name)) if os.path.lexists(self.path / part)]
@@ -175,7 +177,7 @@ def check_output(config: StageConfig) -> None:
             f"{folder} holds another run ({', '.join(held[:4])}): go on with it (--resume_from_checkpoint auto), "
             "delete it (--overwrite_output_dir true), or name another --output_dir"
         )
-    output.check_way([*NAMES, *_checkpoint_names(folder)])
+    output.check_way([*NAMES, *_checkpoint_names(folder)], linked=config.resume_from_checkpoint is not None)
     _check_inputs(config, folder)
 
 

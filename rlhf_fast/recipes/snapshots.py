@@ -115,6 +115,8 @@ class Snapshots:
         with _of_this_stage(path):
             optimizer = under("optimizer/", state.tensors)
             checkpoint.restore_optimizer(self._optimizer, self._names, optimizer)
+            if state.values["scheduler"]["last_epoch"] != state.step:
+                raise ValueError("its schedule is at another step")
             self._restore_schedule(dict(state.values["scheduler"]))
             rank = self._accelerator.process_index
             checkpoint.set_random_state(under(f"random/{rank}/", state.tensors), generators[rank])

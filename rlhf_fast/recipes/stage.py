@@ -34,7 +34,7 @@ from rlhf_fast.recipes.identity import base_digest, identity, told
 from rlhf_fast.recipes.output import REPORT, RESOLVED, WHOLE_RUN, OutputFolder, open_output
 from rlhf_fast.recipes.snapshots import Snapshots, under
 from rlhf_fast.signals import Interruptible
-from rlhf_fast.text import one_line, tell
+from rlhf_fast.text import one_line, shown, tell
 
 Item = TypeVar("Item")
 # What ends a stage and still lets it keep its last step; also what other people's code raises to end a process or task.
@@ -135,11 +135,14 @@ class Stage:
     def _resume(self, path: Path) -> None:
         fresh = self.values
         self.step, self.values, changed = self._snapshots.restore(path)
-        if fresh.keys() - self.values.keys():
-            missing = ", ".join(sorted(fresh.keys() - self.values.keys()))
-            raise UserError(f"{path}: its state lacks {missing}; name a checkpoint of this run")
+        for name, value in fresh.items():
+            if not _alike(self.values.get(name, ...), value):
+                found = shown(self.values.get(name))
+                raise UserError(f"{path}: {name} in its state is {found}; name a checkpoint of this run")
         if changed is None:
             self.say(f"{path} was written by a version that noted no data and settings: they are not compared")
+            if (self.folder / "best").is_dir():
+                self._read_best()
         elif changed.differing and not self.config.resume_with_changes:
             raise UserError(
                 f"{path} is of another run: {told(changed.differing)}; resume with what began it (its config.yaml), or "
@@ -360,14 +363,12 @@ class Stage:
     def finish_with_best(self, name: str) -> None:
         """The best of this run's course becomes the adapter ``name``."""
         if not self._snapshots.best:
-            self._read_best()
+            raise UserError(f"{self.folder / 'best'} is not there, which held the best adapter; start the run again")
         self._save_best(name)
 
     def _read_best(self) -> None:
-        """A checkpoint written before they held it leaves the best adapter in the folder ``best``."""
+        """Of a run whose checkpoints did not hold the best adapter yet: from the folder ``best``."""
         (role,) = self._snapshots.roles
-        if not (self.folder / "best").is_dir():
-            raise UserError(f"{self.folder / 'best'} is not there, the best adapter so far; start the run again")
         tensors = adapters.read_adapter(self.folder / "best")[1]
         self._snapshots.best = {f"{role}/{n.removeprefix(adapters.PREFIX)}": t for n, t in tensors.items()}
 
@@ -421,6 +422,13 @@ def _check_trackers(config: StageConfig) -> None:
     for tracker in config.report_to:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"--report_to {tracker}: the package is not installed; run `pip install {tracker}`")
+
+
+def _alike(value: Any, fresh: Any) -> bool:
+    """A value of the kind that ``fresh`` starts as; None starts as no number yet."""
+    if fresh is None or isinstance(fresh, (int, float)):
+        return isinstance(value, (int, float)) or (value is None and fresh is None)
+    return isinstance(value, type(fresh))
 
 
 def _flat(value: Any) -> Any:
