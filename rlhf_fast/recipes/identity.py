@@ -37,10 +37,6 @@ def identity(
 ) -> dict[str, Any]:
     """The identity of a run as JSON. ``trained``: the roles whose weights a checkpoint holds, so that what they started
     from no longer counts. ``rows``: name of the rows -> their ``fingerprint``."""
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE | COMPARED}
-    for name in ("reward_functions", "eval_functions"):
-        if name in settings:  # found from wherever the run is started
-            settings[name] = [os.path.basename(function) for function in settings[name]]
     frozen = [role for role in base.roles if role not in trained]
     parts = {
         "version of rlhf-fast": rlhf_fast.__version__,
@@ -50,7 +46,15 @@ def identity(
         **{f"{role} adapter": role_digest(base, role) for role in frozen},
         **rows,
     }
-    return json.loads(json.dumps({"parts": parts, "settings": settings}))
+    return json.loads(json.dumps({"parts": parts, "settings": _settings(config)}))
+
+
+def _settings(config: StageConfig) -> dict[str, Any]:
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE | COMPARED}
+    for name in ("reward_functions", "eval_functions"):
+        if name in settings:  # found from wherever the run is started
+            settings[name] = [os.path.basename(function) for function in settings[name]]
+    return settings
 
 
 class Changes(NamedTuple):
@@ -73,6 +77,11 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         if old != value:
             (allowed if name in SAID else differing)[name] = f"{shown(old)} -> {shown(value)}"
     return Changes(differing, allowed)
+
+
+def setting_changes(then: Mapping[str, Any], config: StageConfig) -> Changes:
+    """As ``changes``, of the settings alone: without data and model at hand."""
+    return changes({"parts": {}, "settings": then["settings"]}, {"parts": {}, "settings": _settings(config)})
 
 
 def told(differences: Mapping[str, str]) -> str:
