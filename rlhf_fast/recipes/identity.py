@@ -99,7 +99,9 @@ def fingerprint(rows: Sequence[Any]) -> str:
 
 def _add(digest: Any, value: Any) -> None:
     if isinstance(value, list) and value and isinstance(value[0], int):
-        content = array("q", value).tobytes()
+        value = array("q", value)
+    if hasattr(value, "tobytes"):
+        content = value.tobytes()
     else:
         content = json.dumps(value, sort_keys=True, default=_without_address).encode()
     digest.update(len(content).to_bytes(8, "little") + content)
