@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,9 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.text import one_line, shown
 
 MANIFEST, TENSORS, VALUES = "manifest.json", "state.safetensors", "state.json"
 PREFIX = "checkpoint-"
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})", re.ASCII)
+LARGEST_MANIFEST = 10_000_000  # bytes
 
 
 @dataclass
@@ -42,7 +46,7 @@ def save(folder: Path, state: State, *, also: Callable[[Path], None], keep: int)
     ``also`` writes further files (the adapters) into the folder it is given. Raises UserError on a full disk; the
     checkpoints already there stay as they were.
     """
-    target = folder / f"checkpoint-{state.step}"
+    target = folder / f"{PREFIX}{state.step}"
     with whole_folder(target) as work:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}, work / TENSORS)
         (work / VALUES).write_text(json.dumps({"step": state.step, **state.values}))
@@ -57,21 +61,37 @@ def save(folder: Path, state: State, *, also: Callable[[Path], None], keep: int)
     _flush(folder)
     there = list_checkpoints(folder)
     for old in there[: there.index(target) + 1][:-keep]:  # later ones are of a run that went on from further back
-        shutil.rmtree(old, ignore_errors=True)
+        _delete(old)
     return target
 
 
 def drop_after(folder: Path, step: int) -> None:
     """Deletes checkpoints of later steps: a run that goes on from ``step`` leaves the course they were on."""
     for path in list_checkpoints(folder):
-        if int(path.name.removeprefix(PREFIX)) > step:
-            shutil.rmtree(path)
+        if step_of(path.name) > step:
+            _delete(path)
+
+
+def step_of(name: str) -> int:
+    """The step of a folder called checkpoint-N; -1 for any other name."""
+    found = NAME.fullmatch(name)
+    return int(found[1]) if found else -1
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders by step, oldest first, whole or not."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    found = [path for path in folder.glob(f"{PREFIX}*") if step_of(path.name) >= 0 and path.is_dir()]
+    return sorted(found, key=lambda path: step_of(path.name))
+
+
+def is_ours(path: Path) -> bool:
+    """True for a folder, not a link to one, whose manifest is one that ``save`` wrote: alone these are ever deleted."""
+    return not path.is_symlink() and isinstance(_manifest(path), dict)
+
+
+def _delete(path: Path) -> None:
+    if is_ours(path):
+        shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted takes room and harms nothing
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -86,36 +106,69 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder; None where every file is as its manifest says."""
+    manifest = _manifest(path)
+    if isinstance(manifest, str):
+        return manifest
+    for name, entry in manifest.items():
+        try:
+            problem = _file_damage(path, name, entry)
+        except OSError as error:
+            problem = f"{shown(name)} cannot be read: {error.strerror}"
+        if problem is not None:
+            return problem
+    return None
+
+
+def _manifest(path: Path) -> dict[str, Any] | str:
+    """The manifest's entries, or what is wrong with it."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        with (path / MANIFEST).open("rb") as file:
+            manifest = json.loads(file.read(LARGEST_MANIFEST))
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except ValueError:
+    except OSError as error:
+        return f"{MANIFEST} cannot be read: {error.strerror}"
+    except (ValueError, RecursionError):
         return f"{MANIFEST} is not JSON"
     if not isinstance(manifest, dict) or not {TENSORS, VALUES} <= manifest.keys():
         return f"{MANIFEST} does not list {TENSORS} and {VALUES}"
-    for name, entry in manifest.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
-            return f"{MANIFEST} does not give size and SHA-256 of {name}"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-        if _sha256(file) != entry["sha256"]:
-            return f"{name} has changed since it was written"
+    return manifest
+
+
+def _file_damage(path: Path, name: str, entry: Any) -> str | None:
+    file = path / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"{MANIFEST} names a file outside: {shown(name)}"
+    name = one_line(name, 200)
+    if not file.is_file():
+        return f"{name} is missing"
+    if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+        return f"{MANIFEST} does not give size and SHA-256 of {name}"
+    if file.stat().st_size != entry["bytes"]:
+        return f"{name} has {file.stat().st_size} bytes, not {shown(entry['bytes'])}"
+    if _sha256(file) != entry["sha256"]:
+        return f"{name} has changed since it was written"
     return None
 
 
 def load(path: Path) -> State:
-    """Reads a checkpoint; UserError where it is damaged."""
+    """Reads a checkpoint; UserError where it is damaged, or whole and yet not what ``save`` writes."""
     problem = damage(path)
     if problem is not None:
         raise UserError(
             f"{path} is not a whole checkpoint: {problem}; name another, or use --resume_from_checkpoint auto"
         )
-    values = json.loads((path / VALUES).read_text())
-    return State(step=values.pop("step"), tensors=load_file(path / TENSORS), values=values)
+    try:
+        values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+        tensors = load_file(path / TENSORS)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{path}: its state cannot be read ({one_line(str(error), 200)}); name another") from error
+    step = values.pop("step", None) if isinstance(values, dict) else None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise UserError(f"{path / VALUES}: step must be a whole number, 0 or above; got {shown(step)}; name another")
+    if step_of(path.name) not in (-1, step):
+        raise UserError(f"{path / VALUES}: it is of step {shown(step)}, and the folder's name of another; name another")
+    return State(step=step, tensors=tensors, values=values)
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -152,11 +205,16 @@ def optimizer_tensors(
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """The inverse of ``optimizer_tensors``."""
+    """The inverse of ``optimizer_tensors``; ValueError where the tensors are of other parameters."""
     parameters = {name: parameter for parameter, name in names.items()}
+    found = {full_name.rsplit("/", 1)[0] for full_name in tensors}
+    if found and found != parameters.keys():  # none at all: before the first step
+        raise ValueError(f"the optimizer's state is of other parameters, such as {min(found ^ parameters.keys())}")
     for full_name, value in tensors.items():
         name, key = full_name.rsplit("/", 1)
         parameter = parameters[name]
+        if key != "step" and value.shape != parameter.shape:
+            raise ValueError(f"the optimizer's {full_name} has the shape {tuple(value.shape)}")
         place = "cpu" if key == "step" else parameter.device
         optimizer.state[parameter][key] = value.clone().to(place)
 
@@ -167,25 +225,36 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     Raises UserError where the disk is full or the place cannot be written; ``target`` is then as it was.
     """
-    work = target.with_name(f"{target.name}.writing")
-    shutil.rmtree(work, ignore_errors=True)
+    work, before = (target.with_name(f"{target.name}.{state}") for state in ("writing", "replaced"))
+    if target.is_symlink():
+        raise UserError(f"cannot write {target}: it is a link, which no run made; move it away, then go on")
+    _clear_up(target, work, before)  # what a killed process left
     try:
         work.mkdir(parents=True)
         yield work
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.replace(before)
         work.replace(target)
     except Exception as error:
         # safetensors and tokenizers write through Rust, which names the errno in the text alone
         if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):
             raise
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        reason = "the disk is full" if full else str(error)
+        reason, advice = ("the disk is full", "make room") if full else (one_line(str(error), 400), "mend that")
         raise UserError(
-            f"cannot write {target}: {reason}; what was written before it is whole: make room, then go on with "
+            f"cannot write {target}: {reason}; what was written before it is whole: {advice}, then go on with "
             "--resume_from_checkpoint auto"
         ) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _clear_up(target, work, before)
+
+
+def _clear_up(target: Path, work: Path, before: Path) -> None:
+    """Nothing half-written stays, and what ``target`` was comes back where nothing has taken its place."""
+    shutil.rmtree(work, ignore_errors=True)
+    if before.is_dir() and not target.exists():
+        before.replace(target)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

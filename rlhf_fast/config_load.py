@@ -8,14 +8,15 @@ these sections, or `stages`, makes a file a run YAML. A run YAML serves `rlhf-fa
 
 import dataclasses
 import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Set
 
 import yaml
 
 from rlhf_fast.config import DEFAULT_MODEL, STAGES, RunConfig, StageConfig
 from rlhf_fast.config_values import Settings, field_kinds, read_settings, show
-from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.config_yaml import read_yaml
+from rlhf_fast.errors import UserError
+from rlhf_fast.text import shown
 
 STAGE_OUTPUT_ADAPTER = "adapter"
 DEMO_DATA: dict[str, Settings] = {
@@ -25,7 +26,13 @@ DEMO_DATA: dict[str, Settings] = {
 }
 # Which stage makes the adapter that a field names.
 ADAPTER_MAKERS = {"sft_adapter": "sft", "reward_adapter": "reward"}
-PATH_FIELDS = ("dataset_name", "eval_dataset_name", "chat_template", "reward_functions", "eval_functions")
+# Field -> "here" or "beside", for the fields that name files and folders; see ``config.option``.
+PATHS = {
+    item.name: item.metadata["path"]
+    for config_class in STAGES.values()
+    for item in dataclasses.fields(config_class)
+    if item.metadata["path"]
+}
 
 
 @dataclasses.dataclass
@@ -50,7 +57,8 @@ def load_stage(stage: str, yaml_path: str | None, flags: Settings) -> StageConfi
     Raises UserError, naming the file and key or the flag, what was expected and what came.
     """
     kinds = field_kinds(STAGES[stage])
-    given = read_settings(flags, kinds, "--")
+    given = find_homes(read_settings(flags, kinds, "--"), "--")
+    yaml_path = find_home(yaml_path, "--config ") if yaml_path else None
     document = read_yaml(yaml_path) if yaml_path else {}
     if yaml_path and ("stages" in document or any(name in document for name in STAGES)):
         run = read_run_yaml(document, yaml_path)
@@ -63,9 +71,10 @@ def load_stage(stage: str, yaml_path: str | None, flags: Settings) -> StageConfi
             for name in wired.keys() - given.keys() - run.sections[stage].keys():
                 require_adapter(stage, name, wired[name], yaml_path)
     else:
-        settings = read_settings(document, kinds, f"{yaml_path}: ")
+        settings = find_homes(read_settings(document, kinds, f"{yaml_path}: "), f"{yaml_path}: ")
         settings = find_paths(settings, yaml_path) if yaml_path else settings
     config = build(stage, settings | given)
+    config.config_file = yaml_path or ""
     config.validate()
     return config
 
@@ -79,6 +88,7 @@ def load_run(yaml_path: str | None, flags: Settings) -> RunConfig:
     them, to none), are those in `<output_dir>/sft/adapter` and `<output_dir>/reward/adapter`, if the stage that makes
     them is in `stages` or the folder exists. Paths and errors as in ``load_stage``.
     """
+    yaml_path = find_home(yaml_path, "--config ") if yaml_path else None
     run = read_run_yaml(read_yaml(yaml_path), yaml_path) if yaml_path else read_run({}, "--")
     given = read_run(nest(flags), "--")
     stages = given.stages or run.stages or list(STAGES)
@@ -91,12 +101,15 @@ def load_run(yaml_path: str | None, flags: Settings) -> RunConfig:
         settings = run.shared | run.sections[stage] | given.shared | given.sections[stage]
         settings = wiring(stage, folder, stages) | settings | {"output_dir": os.path.join(folder, stage)}
         configs[stage] = build(stage, settings)
+        configs[stage].config_file = yaml_path or ""
     for stage in stages:
         try:
             configs[stage].validate()
         except UserError as error:
             raise UserError(f"stage {stage}: {error}") from None
-    return RunConfig(**configs, output_dir=folder, stages=stages)  # type: ignore[arg-type]
+    whole = RunConfig(**configs, output_dir=folder, stages=stages)  # type: ignore[arg-type]
+    whole.config_file = yaml_path or ""
+    return whole
 
 
 def dump_yaml(config: StageConfig | RunConfig, path: str | os.PathLike[str]) -> None:
@@ -167,11 +180,12 @@ def read_run(document: Settings, prefix: str) -> RunSettings:
         if section and "output_dir" in section:
             where = f"a stage writes to <output_dir>/{stage}; set output_dir of the run"
             raise UserError(f"{prefix}{stage}.output_dir cannot be set: {where}")
-        sections[stage] = read_settings(section or {}, field_kinds(config_class), prefix, f"{stage}.")
+        settings = read_settings(section or {}, field_kinds(config_class), prefix, f"{stage}.")
+        sections[stage] = find_homes(settings, f"{prefix}{stage}.")
     top = {key: value for key, value in document.items() if key not in STAGES}
     section_keys = [f"{stage}.{name}" for stage, kind in STAGES.items() for name in field_kinds(kind)]
     top_kinds = field_kinds(StageConfig) | {"stages": list[str]}
-    shared = read_settings(top, top_kinds, prefix, others=[*STAGES, *section_keys])
+    shared = find_homes(read_settings(top, top_kinds, prefix, others=[*STAGES, *section_keys]), prefix)
     stages = shared.pop("stages", None)
     if stages is not None and (not stages or stages != [stage for stage in STAGES if stage in stages]):
         expected = f"some of {', '.join(STAGES)}, each once and in this order"
@@ -179,65 +193,38 @@ def read_run(document: Settings, prefix: str) -> RunSettings:
     return RunSettings(shared, sections, stages)
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and drops the first without a word; here that is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+def find_homes(settings: Settings, prefix: str) -> Settings:
+    """``settings`` with `~` and `~user` at the start of a path as that home folder; ``prefix`` is for messages."""
+    return change_paths(settings, PATHS.keys(), lambda value, name: find_home(value, f"{prefix}{name} "))
 
 
-def read_yaml(path: str) -> Settings:
-    """The mapping in a YAML file; {} for an empty file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        document = yaml.load(text, UniqueKeyLoader)
-    except FileNotFoundError:
-        folder = Path(path).parent
-        neighbours = [item.name for item in folder.iterdir()] if folder.is_dir() else []
-        raise UserError(f"{path}: no such config file{nearest(Path(path).name, neighbours)}") from None
-    except OSError as error:
-        raise UserError(f"{path}: the config file cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: line {line} is not UTF-8 text; save the file as UTF-8") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        what = ", ".join(part for part in (error.context, error.problem) if part)
-        raise UserError(f"{path}{where}: not valid YAML: {what}") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        column = error.position - text.rfind("\n", 0, error.position)
-        character = f"the character {chr(error.character)!r} is not allowed"
-        raise UserError(f"{path}, line {line}, column {column}: not valid YAML: {character}") from None
-    except ValueError as error:  # PyYAML lets these out for a date such as 2026-13-01
-        raise UserError(f"{path}: not valid YAML: {error}; put text that looks like a date in quotes") from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: must hold settings as `name: value` lines; got {show(document)}")
-    return document
+def find_home(value: str, where: str) -> str:
+    found = os.path.expanduser(value) if "{" not in value else value  # a chat template may be Jinja text
+    if found.startswith("~") and "{" not in value and not os.path.exists(found):
+        folder = found.split("/")[0]
+        raise UserError(f"{where}{shown(value)}: no home folder is known for {shown(folder)}; write the whole path")
+    return found
 
 
 def find_paths(settings: Settings, yaml_path: str) -> Settings:
     """``settings`` with each path that is only found from the YAML's own folder leading there."""
-    found = dict(settings)
-    for name in settings.keys() & PATH_FIELDS:
+    beside = {name for name, kind in PATHS.items() if kind == "beside"}
+    return change_paths(settings, beside, lambda value, _: find_path(value, yaml_path))
+
+
+def change_paths(settings: Settings, names: Set[str], change: Callable[[str, str], str]) -> Settings:
+    """``settings`` with ``change(path, name)`` in place of each path of the fields ``names``."""
+    changed = dict(settings)
+    for name in settings.keys() & names:
         value = settings[name]
-        found[name] = (
-            [find_path(item, yaml_path) for item in value] if isinstance(value, list) else find_path(value, yaml_path)
-        )
-    return found
+        if isinstance(value, list):
+            changed[name] = [change(item, name) for item in value]
+        elif value:
+            changed[name] = change(value, name)
+    return changed
 
 
-def find_path(value: str | None, yaml_path: str) -> str | None:
-    if not value:
-        return value
+def find_path(value: str, yaml_path: str) -> str:
     path, colon, function = value.rpartition(":") if ".py:" in value else (value, "", "")
     beside = os.path.join(os.path.dirname(yaml_path), path)
     return value if os.path.exists(path) or not os.path.exists(beside) else beside + colon + function

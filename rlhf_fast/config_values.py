@@ -7,8 +7,10 @@ import typing
 from typing import Any
 
 from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.text import one_line, shown
 
 Settings = dict[str, Any]
+LONGEST_NUMBER = 31  # digits
 
 
 def field_kinds(config_class: type) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def read_settings(
     """
     settings: Settings = {}
     for key, value in raw.items():
-        name = f"{section}{key}"
+        name = one_line(f"{section}{key}", 200)
         if key not in kinds:
             names = [*(section + kind for kind in kinds), *(others or [])]
             if prefix == "--":
@@ -54,8 +56,10 @@ def read_settings(
 def convert(value: Any, kind: Any) -> Any:
     """``value``, or the text of one, as ``kind``; ValueError says what was expected."""
     if kind is str:
-        if isinstance(value, str):
+        if isinstance(value, str) and "\0" not in value:
             return value
+        if isinstance(value, str):
+            raise ValueError("text without the character NUL")
         raise ValueError("text (in quotes where it looks like a number)")
     if kind is bool:
         if isinstance(value, str) and value.lower() in ("true", "false"):
@@ -96,6 +100,8 @@ def convert_number(value: Any, kind: type) -> Any:
         raise ValueError(expected) from None
     if kind is float and not math.isfinite(number):
         raise ValueError("a finite number")
+    if kind is int and abs(number) >= 10**LONGEST_NUMBER:
+        raise ValueError(f"a whole number of at most {LONGEST_NUMBER} digits")
     return number
 
 
@@ -106,4 +112,4 @@ def dict_of_text(text: str) -> dict[str, str] | None:
 
 
 def show(value: Any) -> str:
-    return "null" if value is None else repr(value)
+    return "null" if value is None else shown(value)

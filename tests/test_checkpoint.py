@@ -1,6 +1,7 @@
 """Checkpoints: bitwise round trips, atomic writes, every kind of damage seen and passed over, rotation, a full disk."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -30,6 +31,19 @@ def adapter(folder: Path) -> None:
 def save(folder: Path, step: int, also: Callable[[Path], None] = adapter, keep: int = 9) -> Path:
     state = State(step, {"x": torch.arange(5.0)}, {"recipe": {"kl_coef": 0.1}})
     return checkpoint.save(folder, state, also=also, keep=keep)
+
+
+def seal(path: Path) -> None:
+    """The manifest of a checkpoint whose files have been changed on purpose."""
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST]
+    entries = {
+        str(file.relative_to(path)): {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        for file in files
+    }
+    (path / MANIFEST).write_text(json.dumps(entries))
 
 
 def names(folder: Path) -> set[str]:
@@ -218,6 +232,10 @@ DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
     (overwrite(MANIFEST, "[]"), f"{MANIFEST} does not list"),
     (overwrite(MANIFEST, "{}"), f"{MANIFEST} does not list"),
     (overwrite(MANIFEST, json.dumps({TENSORS: 1, VALUES: 2})), f"{MANIFEST} does not give size"),
+    (overwrite(MANIFEST, "[" * 100_000), f"{MANIFEST} is not JSON"),
+    (lambda path: [(path / MANIFEST).unlink(), (path / MANIFEST).mkdir()], f"{MANIFEST} cannot be read: Is a dir"),
+    (overwrite(MANIFEST, json.dumps({TENSORS: 1, VALUES: 2, "../x": 3}).replace("1", "{}")), f"{MANIFEST} does not"),
+    (overwrite(MANIFEST, json.dumps({"/etc/passwd": 3, TENSORS: 1, VALUES: 2})), f"{MANIFEST} names a file outside"),
 ]
 
 
@@ -236,6 +254,38 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     with pytest.raises(UserError) as error:
         checkpoint.load(newer)
     assert str(newer) in str(error.value) and problem in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("{}", "step must be a whole number, 0 or above; got None"),
+        ("[]", "step must be a whole number"),
+        ("[" * 100_000, "its state cannot be read"),
+        ('{"step": "2"}', "got '2'"),
+        ('{"step": -5}', "got -5"),
+        ('{"step": true}', "got True"),
+        ('{"step": 3}', "it is of step 3, and the folder's name of another"),
+    ],
+)
+def test_a_whole_checkpoint_that_holds_no_state_is_refused(tmp_path: Path, state: str, message: str) -> None:
+    path = save(tmp_path, 2)
+    (path / VALUES).write_text(state)
+    seal(path)
+    with pytest.raises(UserError) as error:
+        checkpoint.load(path)
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_another_optimizers_state_is_refused() -> None:
+    model, optimizer = trained(1)
+    names_of = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = checkpoint.optimizer_tensors(optimizer, names_of)
+    renamed = {f"other.{name}": tensor for name, tensor in tensors.items()}
+    reshaped = {name: tensor.new_zeros(7) if "exp" in name else tensor for name, tensor in tensors.items()}
+    for wrong in (renamed, reshaped, dict(list(tensors.items())[:3])):
+        with pytest.raises(ValueError, match="optimizer"):
+            checkpoint.restore_optimizer(optimizer, names_of, wrong)
 
 
 def test_no_single_byte_of_the_manifest_can_change_unseen(tmp_path: Path) -> None:
@@ -268,13 +318,17 @@ def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
 
 
 def test_nothing_that_is_no_checkpoint_is_deleted(tmp_path: Path) -> None:
-    others = {"checkpoint-best", "checkpoint-1-copy", "adapter"}
+    others = {"checkpoint-best", "checkpoint-1-copy", "checkpoint-²", "checkpoint-01", "checkpoint-2", "adapter"}
     for name in others:
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-0").write_text("a file")
-    for step in (1, 2, 3):
+    save(tmp_path / "elsewhere", 1)
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
+    for step in (3, 4, 5):
         save(tmp_path, step, keep=1)
-    assert names(tmp_path) == others | {"checkpoint-0", "checkpoint-3"}
+    checkpoint.drop_after(tmp_path, 0)
+    assert names(tmp_path) == others | {"checkpoint-0", "checkpoint-1", "elsewhere"}
+    assert checkpoint.damage(tmp_path / "elsewhere" / "checkpoint-1") is None
 
 
 def test_what_was_just_written_is_never_rotated_away(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,6 +80,14 @@ VALID = {"output_dir": "out", "dataset_name": "x.jsonl"}
         ("sft", {"dataset_name": ""}, "--dataset_name must be set: a file, a folder, a hub name or demo/NAME; got ''"),
         ("sft", {"output_dir": ""}, "--output_dir must be set: the folder to write to; got ''"),
         ("sft", {"patience": 0}, "--patience must be above 0; got 0"),
+        ("sft", {"seed": -1}, "--seed must be from 0 to 4294967295; got -1"),
+        ("sft", {"seed": 2**32}, "--seed must be from 0 to 4294967295; got 4294967296"),
+        ("sft", {"lora_target_modules": ""}, "--lora_target_modules must be names of modules, or all-linear; got []"),
+        ("sft", {"lora_alpha": "inf"}, "--lora_alpha must be a finite number; got 'inf'"),
+        ("sft", {"lora_alpha": 1e300}, "--lora_alpha must be a finite number of float32; got 1e+300"),
+        ("sft", {"run_name": "a\0b"}, "--run_name must be text without the character NUL or null; got 'a\\x00b'"),
+        ("sft", {"max_steps": 10**5000}, "--max_steps must be a whole number of at most 31 digits or null; got a num"),
+        ("sft", {"output_dir": "~nobody-here/a"}, "--output_dir '~nobody-here/a': no home folder is known for '~nobo"),
         ("reward", {"calibration_prompts": 1}, "a standard deviation needs two samples; got 1"),
         ("reward", {"label_noise_ceiling": 0.4}, "--label_noise_ceiling must be from 0.5 to 1; got 0.4"),
         ("ppo", {}, "PPO needs a reward: set --reward_adapter FOLDER, --reward_functions FILE.py:NAME, or both"),
@@ -104,6 +113,12 @@ VALID = {"output_dir": "out", "dataset_name": "x.jsonl"}
 )
 def test_loading_validates(stage: str, flags: dict[str, Any], expected: str) -> None:
     assert expected in message(stage, None, **(VALID | flags))
+
+
+def test_a_config_made_in_python_is_held_to_the_same() -> None:
+    for changes in ({"lora_alpha": float("inf")}, {"learning_rate": float("nan")}, {"seed": -1}):
+        with pytest.raises(UserError, match=f"--{next(iter(changes))} must be"):
+            SFTConfig(**VALID, **changes).validate()  # type: ignore[arg-type]
 
 
 # ---- one stage
@@ -188,6 +203,64 @@ def test_a_file_that_cannot_be_read() -> None:
     assert message("sft", "configs") == "configs: the config file cannot be read: Is a directory"
     Path("latin.yaml").write_bytes("lora_r: 4\nrun_name: é\n".encode("latin-1"))
     assert message("sft", "latin.yaml") == "latin.yaml: line 2 is not UTF-8 text; save the file as UTF-8"
+
+
+def bomb(key: str) -> str:
+    levels = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    return f"a: &a [x, x, x, x, x, x, x, x, x]\n{levels}{key}: *i\n"
+
+
+MERGES = "a: &a {k0: 1}\n" + "".join(
+    f"m{i}: &m{i} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n"
+    for i, before in enumerate(["a", *(f"m{i}" for i in range(30))])
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[" * 3000, "line 1, column 51: not valid YAML: nested more than 50 deep"),
+        ("a:\n" + "".join(" " * i + "- \n" for i in range(1, 90)), "not valid YAML: nested more than 50 deep"),
+        (bomb("batch_size"), "not valid YAML: more than 10000 values, aliases included"),
+        (bomb("unknown"), "not valid YAML: more than 10000 values, aliases included"),
+        (MERGES, "not valid YAML: more than 10000 values, aliases included"),
+        ("batch_size: &a [*a]", "not valid YAML: an alias inside what it stands for"),
+        ("batch_size: " + "x" * 100_000, "batch_size must be a whole number; got 'xxx"),
+        (f"? {'k' * 1000}\n: 1", "unknown key 'kkk"),
+        (
+            "max_steps: 0x" + "f" * 6000,
+            "max_steps must be a whole number of at most 31 digits or null; got a number of",
+        ),
+        ('batch_size: !!int ""', "a value is not of the type that its !!tag names"),
+        ("batch_size: !!bool maybe", "a value is not of the type that its !!tag names"),
+        ("batch_size: !!timestamp x", "a value is not of the type that its !!tag names"),
+        ("x" * 1_000_001, "more than 1,000,000 bytes, so no settings file"),
+    ],
+)
+def test_a_yaml_without_end_is_one_bounded_line(text: str, expected: str) -> None:
+    for stage in ("sft", "run"):
+        said = message(stage, write(text, "bad.yaml"))
+        assert expected in said and len(said) < 500 and "\n" not in said
+
+
+def test_home_folders_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    paths = ["output_dir", "dataset_name", "eval_dataset_name", "model_name_or_path", "resume_from_checkpoint"]
+    paths += ["sft_adapter", "reward_adapter", "chat_template"]
+    settings = {name: f"~/{name}" for name in paths} | {"reward_functions": ["~/f.py:name"], "eval_functions": ["m:f"]}
+    lists = {name: ",".join(value) for name, value in settings.items() if isinstance(value, list)}
+    write(yaml.safe_dump(settings), "home/ppo.yaml")
+    sections = {name: settings.pop(name) for name in ("reward_functions", "eval_functions", *paths[5:7])}
+    write(yaml.safe_dump({**settings, "ppo": sections}), "home/run.yaml")
+    flags = settings | sections | lists
+    for config in (load_stage("ppo", "~/ppo.yaml", {}), load_stage("ppo", None, flags), load_run("~/run.yaml", {}).ppo):
+        for name in paths[1:]:
+            assert getattr(config, name) == f"{home}/{name}"
+        assert config.output_dir.startswith(f"{home}/output_dir")
+        assert config.reward_functions == [f"{home}/f.py:name"]  # type: ignore[attr-defined]
+        assert config.eval_functions == ["m:f"]  # type: ignore[attr-defined]
+    assert load_stage("sft", None, VALID | {"chat_template": "~{{ x }}"}).chat_template == "~{{ x }}"
 
 
 def test_wrong_flags_are_named_as_flags() -> None:
@@ -361,7 +434,7 @@ VALUES = st.fixed_dictionaries(
         "adam_epsilon": st.floats(1e-300, 1e-3),
         "max_steps": st.none() | st.integers(1, 10**30),
         "trust_remote_code": st.booleans(),
-        "lora_target_modules": st.lists(TEXT),
+        "lora_target_modules": st.lists(TEXT, min_size=1),
         "rename_columns": st.dictionaries(TEXT, TEXT),
     }
 )

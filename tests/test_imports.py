@@ -18,22 +18,25 @@ NATIVE = {"_native", "_C"}  # the compiled module
 NATIVE_IMPORTER = "rlhf_fast/ops/_native.py"
 LINKED = {"kernels", "bench"}  # folders of the root that the package holds links to
 WORKERS = {"rollout", "models", "rewards", "data", "monitor"}
-# What a folder may import of rlhf_fast beside itself. errors and config have nothing of the package below them.
+# What a folder may import of rlhf_fast beside itself. text, errors and config have nothing of the package below them.
 ALLOWED: dict[str, set[str]] = {
+    "text": set(),
     "errors": set(),
-    "config": {"errors"},
-    "checkpoint": {"errors"},
+    "signals": {"text"},
+    "config": {"errors", "text"},
+    "checkpoint": {"errors", "text"},
     "kernels": set(),
     "ops": {"kernels"},
     "integrations": {"ops"},
-    "data": {"errors", "config", "ops"},
-    "models": {"errors", "config", "ops", "data"},
-    "rewards": {"errors", "config", "ops", "data", "models"},
-    "rollout": {"errors", "config", "ops", "data", "models", "rewards"},
-    "monitor": {"errors", "config"},
+    "data": {"errors", "text", "config", "ops"},
+    "models": {"errors", "text", "config", "ops", "data"},
+    "rewards": {"errors", "text", "config", "ops", "data", "models"},
+    "rollout": {"errors", "text", "config", "ops", "data", "models", "rewards"},
+    "monitor": {"errors", "text", "config"},
     "bench": {"errors", "ops"},
 }
-ALLOWED["recipes"] = {*WORKERS, "ops", "errors", "config", "config_load", "checkpoint"}
+ALLOWED["recipes"] = {*WORKERS, "ops", "errors", "text", "signals", "checkpoint"}
+ALLOWED["recipes"] |= {"config", "config_load", "config_yaml"}
 
 
 def imports(source: str, path: str) -> Iterator[tuple[str, str | None]]:

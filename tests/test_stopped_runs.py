@@ -1,6 +1,7 @@
 """Runs that stop half-way: interrupted, numbers that are not finite, a full disk, damaged checkpoints. Each says where
 it stands in one line, leaves a whole checkpoint of the last finished step, and goes on from it."""
 
+import asyncio
 import errno
 import json
 import os
@@ -17,8 +18,10 @@ import pytest
 from command_lines import OWN, arguments, write_data
 from safetensors.torch import load_file, save_file
 
+from rlhf_fast import signals
 from rlhf_fast.checkpoint import damage, list_checkpoints, whole_folder
 from rlhf_fast.errors import UserError
+from rlhf_fast.recipes.snapshots import Snapshots
 from rlhf_fast.recipes.stage import Stage
 from rlhf_fast.rollout.local import RealTokensOnly
 
@@ -49,7 +52,7 @@ def in_step(number: int, act, monkeypatch, method: str = "backward") -> None:
     monkeypatch.setattr(Stage, method, patched)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("stage", STAGES)
 def test_interrupted_in_a_step(stage, number, command, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
@@ -102,6 +105,68 @@ def test_interrupted_process(tmp_path, tiny_adapters):
     assert damage(checkpoint) is None
     last = err.splitlines()[-1]
     assert last.startswith("ppo: stopped after step") and f"out/{checkpoint.name}; go on with" in last
+
+
+def test_a_signal_while_leaving_is_the_same_press_and_a_later_one_leaves_at_once(command, monkeypatch, tmp_path):
+    real, seconds = Snapshots.write, [0.01, signals.SAME_PRESS_SECONDS]
+
+    def interrupted_again(self, state):
+        signals.SAME_PRESS_SECONDS = seconds.pop()
+        time.sleep(0.02)
+        signal.raise_signal(signal.SIGINT)
+        return real(self, state)
+
+    monkeypatch.setattr(signals, "SAME_PRESS_SECONDS", 1.0)
+    for last in ("checkpoint out/checkpoint-2", "it was not written; no checkpoint yet"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with monkeypatch.context() as patch:
+            in_step(3, lambda loss: signal.raise_signal(signal.SIGINT), patch)
+            patch.setattr(Snapshots, "write", interrupted_again)
+            outcome = command("sft", "--max_steps 4 --save_steps 4 --eval_size 0")
+        assert outcome.code == 130 and "Traceback" not in outcome.err
+        assert outcome.err.splitlines()[-1] == (
+            f"sft: stopped after step 2 of 4; {last}; go on with --resume_from_checkpoint auto"
+        )
+        whole_checkpoints(tmp_path / "out")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_signal_stays_ignored(command, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        in_step(2, lambda loss: signal.raise_signal(signal.SIGHUP), monkeypatch)
+        assert command("sft", "--eval_size 0").code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_says_something(number, command, monkeypatch):
+    monkeypatch.setattr("rlhf_fast.recipes.sft.load_rows", lambda *_: signal.raise_signal(number))
+    outcome = command("sft")
+    assert outcome.code == 130 and outcome.err == "rlhf-fast: interrupted\n"
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), GeneratorExit(), asyncio.CancelledError()])
+def test_code_that_ends_its_process_ends_no_run_as_finished(error, command, monkeypatch, tmp_path):
+    def leave(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        in_step(3, leave, patch)
+        outcome = command("sft", "--max_steps 4 --save_steps 4 --eval_size 0")
+    assert outcome.code == 2
+    stopped, last = outcome.err.splitlines()[-2:]
+    assert stopped == "sft: stopped after step 2 of 4; checkpoint out/checkpoint-2"
+    assert f"sft step 3: code that it ran ended it by {type(error).__name__}" in last
+    assert whole_checkpoints(tmp_path / "out") == ["checkpoint-2"]
+    assert command("sft", "--max_steps 4 --eval_size 0 --resume_from_checkpoint auto").code == 0
+
+
+def test_sys_exit_before_the_loop_is_no_success(command, monkeypatch):
+    monkeypatch.setattr("rlhf_fast.recipes.sft.load_rows", lambda *_: sys.exit(0))
+    outcome = command("sft")
+    assert outcome.code == 2 and "called sys.exit(0): it has not finished" in outcome.err
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -8,7 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from rlhf_fast.errors import UserError
+
+
+class Terminal(Console):
+    """rich's console without its own way of leaving: where nobody reads any more, the write fails as any other does."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def jsonable(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.monitor.files import cannot_write, encode, to_json, write_atomic
+from rlhf_fast.text import one_line, shown
 
 
 class RunLog:
@@ -73,11 +74,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             break
         try:
             value = json.loads(line)  # bytes: a UTF-8 error is a ValueError as well
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if is_last:
                 break
+            what = one_line(str(error), 200)
             raise UserError(
-                f"{path}, line {number}: expected one JSON object, came {line[:60]!r} ({error}); remove the line"
+                f"{path}, line {number}: expected one JSON object, came {line[:60]!r} ({what}); remove the line"
             ) from error
         if not isinstance(value, dict):
             raise UserError(f"{path}, line {number}: expected one JSON object, came {line[:60]!r}; remove the line")
@@ -91,7 +93,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("step"), int):
             raise UserError(
-                f'{path}, line {number}: expected a whole number under "step", came {row.get("step")!r}; remove it'
+                f'{path}, line {number}: expected a whole number under "step", came {shown(row.get("step"))}; remove it'
             )
     return rows
 

@@ -4,11 +4,13 @@ import sys
 from time import monotonic
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
+
+from rlhf_fast.monitor.files import Terminal
+from rlhf_fast.text import one_line, printable, unread_allowed
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -30,7 +32,7 @@ class Progress:
         self._title, self._total, self._start, self._step = title, total, start, start
         self._enabled = enabled
         self._texts: dict[str, str] = {}
-        self._console = Console(stderr=True)
+        self._console = Terminal(stderr=True)
         self._bar: RichProgress | None = None
         self._task = TaskID(0)
         self._began = monotonic()
@@ -40,7 +42,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         self._began = monotonic()
         # isatty and not rich's is_terminal: FORCE_COLOR, common in CI, would turn the bar on in a log file
-        if self._enabled and sys.stderr.isatty() and not self._console.is_dumb_terminal:
+        if self._enabled and sys.stderr is not None and sys.stderr.isatty() and not self._console.is_dumb_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
@@ -54,14 +56,16 @@ class Progress:
                 expand=True,
             )
             self._task = self._bar.add_task(self._title, total=self._total, completed=self._start, texts="")
-            self._bar.start()
+            with unread_allowed(sys.stderr):
+                self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with unread_allowed(sys.stderr):
+                self._bar.stop()
         elif self._printed_step is not None and self._printed_step != self._step:
             self._print_line()  # the stage ended early
 
@@ -84,10 +88,12 @@ class Progress:
     def say(self, message: str) -> None:
         """Print a message of its own without tearing the bar."""
         if self._enabled:
-            self._console.print(Text(message), soft_wrap=True)
+            with unread_allowed(sys.stderr):
+                self._console.print(Text(one_line(message)), soft_wrap=True)
 
     def _joined_texts(self) -> str:
-        return "  ".join(text if name == "speed" else f"{name} {text}" for name, text in self._texts.items())
+        parts = (text if name == "speed" else f"{name} {text}" for name, text in self._texts.items())
+        return printable("  ".join(parts))
 
     def _print_line(self) -> None:
         self._printed_at, self._printed_step = monotonic(), self._step

@@ -14,6 +14,7 @@ from rlhf_fast.monitor.log import read_steps
 from rlhf_fast.monitor.panels import Panel, stage_panels
 from rlhf_fast.monitor.style import CSS
 from rlhf_fast.monitor.summary import read_summary
+from rlhf_fast.text import printable
 
 STAGES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 MAX_SAMPLES = 12
@@ -48,7 +49,8 @@ def write_report(run_folder: Path) -> Path:
         raise UserError(
             f"expected {folder} to hold metrics.jsonl or one of {names}; it holds none: give the output folder of a run"
         )
-    config = folder / "config.yaml"
+    resolved = folder / "config.resolved.yaml"  # where config.yaml is the file that the user gave
+    config = resolved if resolved.exists() else folder / "config.yaml"
     settings = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
     path = folder / "report.html"
     write_atomic(path, encode(_page(folder.resolve().name, stages, settings)))
@@ -193,6 +195,5 @@ def _value(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """Escaped for HTML; control characters, which HTML forbids, are shown as �."""
-    kept = "".join(c if c >= " " and c != "\x7f" or c in "\n\t" else "�" for c in str(value))
-    return escape(kept)
+    """Escaped for HTML; characters that hide or turn text are shown as escapes."""
+    return escape(printable(str(value)))

@@ -1,27 +1,29 @@
 """The figures a stage ends with: a table on the terminal, and ``summary.json`` for the report and other programs."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.monitor.files import encode, to_json, write_atomic
+from rlhf_fast.monitor.files import Terminal, encode, to_json, write_atomic
+from rlhf_fast.text import one_line, printable, unread_allowed
 
 
 def print_summary(title: str, rows: list[tuple[str, str, str]]) -> None:
     """Print a table to standard output; a row is figure, value, note."""
-    table = Table(title=Text(title, style="bold"), title_justify="left")
+    table = Table(title=Text(printable(title), style="bold"), title_justify="left")
     table.add_column("figure", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("note", style="dim")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    with unread_allowed(sys.stdout):
+        Terminal().print(table)
 
 
 def write_summary(folder: Path, stage: str, figures: Mapping[str, Any]) -> Path:
@@ -56,8 +58,9 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         summary = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a JSON object ({error}); remove the file, the next run writes it") from error
+    except (OSError, ValueError, RecursionError) as error:
+        what = one_line(str(error), 200)
+        raise UserError(f"{path}: expected a JSON object ({what}); remove the file, the next run writes it") from error
     if not isinstance(summary, dict):
         raise UserError(f"{path}: expected a JSON object, came {type(summary).__name__}; remove the file")
     return summary

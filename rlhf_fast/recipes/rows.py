@@ -15,6 +15,7 @@ from rlhf_fast.data import (
     split_train_eval,
 )
 from rlhf_fast.errors import UserError
+from rlhf_fast.recipes.identity import fingerprint
 from rlhf_fast.recipes.stage import Stage
 
 Row = TypeVar("Row", SFTRow, PairRow, PromptRow)
@@ -28,6 +29,7 @@ def load_rows(
     Held out are the rows of eval_dataset_name where that is set, else eval_size of the training data, by prompt.
     """
     rows, held_out = _split_rows(stage, encode, max_length)
+    stage.rows |= {"training data": fingerprint(rows), "held-out data": fingerprint(held_out)}
     if len(rows) < stage.config.batch_size:
         stage.say(
             f"--batch_size {stage.config.batch_size} is more than the {len(rows)} training rows: every batch holds "

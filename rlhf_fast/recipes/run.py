@@ -1,6 +1,6 @@
 """The three stages in a row, each in its own folder of the run's, with one report."""
 
-import dataclasses
+import copy
 import gc
 import os
 from pathlib import Path
@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
+from rlhf_fast import checkpoint
 from rlhf_fast.config import RunConfig, StageConfig
 from rlhf_fast.config_load import dump_yaml
+from rlhf_fast.errors import UserError
 from rlhf_fast.monitor import read_summary
 from rlhf_fast.recipes import ppo, reward, sft
-from rlhf_fast.recipes.output import check_output
+from rlhf_fast.recipes.identity import setting_changes, told
+from rlhf_fast.recipes.output import REPORT, WHOLE_RUN, check_output, check_run_output
 from rlhf_fast.rewards import Functions
+from rlhf_fast.text import one_line, tell
 
 TRAIN = {"sft": sft.train, "reward": reward.train, "ppo": ppo.train}
 
@@ -25,22 +29,46 @@ def run(config: RunConfig) -> dict[str, dict[str, Any]]:
     What can be wrong is looked for in all stages before the first one starts: folders, reward functions.
     """
     stages: dict[str, StageConfig] = {name: getattr(config, name) for name in config.stages}
-    for stage in stages.values():
-        check_output(stage)
     for names in (config.ppo.reward_functions, config.ppo.eval_functions):
         Functions(names)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("RANK", "0") == "0":  # of several processes one writes; no process group is there yet
-        dump_yaml(config, folder / "config.yaml")
+    if os.environ.get("RANK", "0") != "0":  # of several processes one writes; no process group is there yet
+        return _train(stages)
+    for stage in stages.values():
+        check_output(stage)
+    output = check_run_output(config)
+    output.open(WHOLE_RUN, say=tell)
+    try:
+        dump_yaml(config, output.claim(output.record))
+        output.claim(REPORT)
+        return _train(stages)
+    finally:
+        output.release()
+
+
+def _train(stages: dict[str, StageConfig]) -> dict[str, dict[str, Any]]:
     figures = {}
     for name, stage in stages.items():
         finished = read_summary(Path(stage.output_dir)) if stage.resume_from_checkpoint == "auto" else None
         if finished is not None:
+            _check_finished(name, stage)
             figures[name] = finished["figures"]
             continue
-        figures[name] = TRAIN[name](dataclasses.replace(stage))  # type: ignore[operator]
+        figures[name] = TRAIN[name](copy.copy(stage))  # type: ignore[operator]
         gc.collect()  # the stage's base and optimizer, before the next one loads its own
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return figures
+
+
+def _check_finished(name: str, stage: StageConfig) -> None:
+    """A finished stage is passed over only where its settings are those that it had; UserError names the others."""
+    there = [path for path in checkpoint.list_checkpoints(Path(stage.output_dir)) if checkpoint.damage(path) is None]
+    then = checkpoint.load(there[-1]).values.get("identity") if there else None
+    changed = setting_changes(then, stage) if then else None
+    if changed and changed.differing and not stage.resume_with_changes:
+        raise UserError(
+            f"{name} has finished with other settings: {told(changed.differing)}; run that stage again "
+            f"(`rlhf-fast {name} --overwrite_output_dir true`), or keep what it made: --resume_with_changes true"
+        )
+    if os.environ.get("RANK", "0") == "0":
+        tell(one_line(f"{name}: has finished before, passed over"))

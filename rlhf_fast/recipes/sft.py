@@ -84,8 +84,7 @@ def validate(stage: Stage, rows: Sequence[SFTRow], *, step: int) -> bool:
         values["first_loss"] = loss
     if values["best_loss"] is None or loss < values["best_loss"]:
         values.update(best_loss=loss, best_step=step, worse=0)
-        if stage.main:
-            stage.save_adapter(ROLE, "best")
+        stage.keep_best()
     else:
         values["worse"] += 1
     stage.report()
@@ -109,5 +108,5 @@ def finish(stage: Stage) -> dict[str, Any]:
     }
     table.append(("validation loss, first", f"{values['first_loss']:.4f}", "before training"))
     table.append(("validation loss, best", f"{values['best_loss']:.4f}", f"step {values['best_step']}, kept"))
-    stage.use_saved("best", "adapter")
+    stage.finish_with_best("adapter")
     return stage.finish(figures, table, roles={})

@@ -1,7 +1,8 @@
 """The state of a stage in training: taken in memory before each step, written to and restored from checkpoint-N/."""
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from accelerate.utils import gather_object
 from rlhf_fast import checkpoint
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase, adapters
+from rlhf_fast.recipes.identity import Changes, changes, told
+from rlhf_fast.text import one_line
 
 
 class Snapshots:
@@ -19,6 +22,9 @@ class Snapshots:
 
     A snapshot in memory costs three times the adapters' size on the CPU; it lets a step that fails or is interrupted
     leave a checkpoint of the step before it.
+
+    Attributes:
+        best: ``keep_best``'s copies, by role and parameter name; part of every later snapshot.
     """
 
     def __init__(
@@ -27,12 +33,15 @@ class Snapshots:
         base: SharedBase,
         roles: Sequence[str],
         optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
         accelerator: Accelerator,
+        identity: dict[str, Any],
         *,
         keep: int,
     ) -> None:
-        self._folder, self._base, self._roles, self._keep = folder, base, list(roles), keep
+        self._folder, self._base, self.roles, self._keep = folder, base, list(roles), keep
+        self._identity = identity
+        self.best: dict[str, torch.Tensor] = {}
         self._optimizer, self._scheduler, self._accelerator = optimizer, scheduler, accelerator
         self._names = {p: f"{role}/{name}" for role in roles for name, p in base.named_parameters(role).items()}
 
@@ -45,8 +54,13 @@ class Snapshots:
         tensors |= {f"random/{name}": tensor for name, tensor in generators.items()}
         schedule = {key: value for key, value in self._scheduler.state_dict().items() if key != "lr_lambdas"}
         held = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        state = {"recipe": values, "scheduler": schedule, "random": random_values}
+        held |= {f"best/{name}": tensor for name, tensor in self.best.items()}  # never changed, so no copy
+        state = {"recipe": values, "scheduler": schedule, "random": random_values, "identity": self._identity}
         return checkpoint.State(step=step, tensors=held, values=copy.deepcopy(state))
+
+    def keep_best(self) -> None:
+        """The roles' parameters as they are now are the best so far."""
+        self.best = {name: parameter.detach().to("cpu", copy=True) for parameter, name in self._names.items()}
 
     def write(self, state: checkpoint.State) -> Path:
         """checkpoint-N/ with one PEFT folder a role. Every process gives its random state, process 0 writes."""
@@ -56,7 +70,7 @@ class Snapshots:
             shares = gather_object(shares)
         path = self._folder / f"checkpoint-{state.step}"
         if self._accelerator.is_main_process:
-            tensors = {name: tensor for name, tensor in state.tensors.items() if name.startswith("optimizer/")}
+            tensors = {name: t for name, t in state.tensors.items() if name.startswith(("optimizer/", "best/"))}
             for rank, (generators, _) in enumerate(shares):
                 tensors |= {name.replace("random/", f"random/{rank}/", 1): t for name, t in generators.items()}
             values = {**state.values, "random": [share[1] for share in shares]}
@@ -79,46 +93,79 @@ class Snapshots:
         except UserError as error:
             return str(error)
 
-    def restore(self, path: Path) -> tuple[int, dict[str, Any]]:
-        """Everything from a checkpoint; returns its step and the recipe's values. Raises UserError where it is damaged
-        or was written with another config or number of processes."""
+    def restore(self, path: Path) -> tuple[int, dict[str, Any], Changes | None]:
+        """Everything from a checkpoint; returns its step, the recipe's values and what this run's identity changes of
+        the one in it, None where it was written before there were any.
+
+        Raises UserError where it is damaged, is another stage's, does not fit the config's adapters, or was written by
+        another number of processes.
+        """
         state = checkpoint.load(path)
-        generators = state.values["random"]
+        with _of_this_stage(path):
+            generators = list(state.values["random"])
+            identity = state.values.get("identity")
+            changed = None if identity is None else changes(identity, self._identity)
         if len(generators) != self._accelerator.num_processes:
             raise UserError(
                 f"{path} was written by {len(generators)} processes and this run has "
                 f"{self._accelerator.num_processes}; resume with as many"
             )
-        for role in self._roles:
-            self._restore_role(path, role)
-        optimizer = _under("optimizer/", state.tensors)
-        checkpoint.restore_optimizer(self._optimizer, self._names, optimizer)
-        unset = [None] * len(self._optimizer.param_groups)  # the lambdas themselves come from the config
-        self._scheduler.load_state_dict({**state.values["scheduler"], "lr_lambdas": unset})
-        for group, rate in zip(self._optimizer.param_groups, state.values["scheduler"]["_last_lr"], strict=True):
-            group["lr"] = rate
-        rank = self._accelerator.process_index
-        checkpoint.set_random_state(_under(f"random/{rank}/", state.tensors), generators[rank])
-        return state.step, state.values["recipe"]
+        for role in self.roles:
+            self._restore_role(path, role, changed)
+        with _of_this_stage(path):
+            optimizer = under("optimizer/", state.tensors)
+            checkpoint.restore_optimizer(self._optimizer, self._names, optimizer)
+            if state.values["scheduler"]["last_epoch"] != state.step:
+                raise ValueError("its schedule is at another step")
+            self._restore_schedule(dict(state.values["scheduler"]))
+            rank = self._accelerator.process_index
+            checkpoint.set_random_state(under(f"random/{rank}/", state.tensors), generators[rank])
+            self.best = under("best/", state.tensors)
+            if self.best and self.best.keys() != set(self._names.values()):
+                raise ValueError("the best adapter is of other parameters")
+            return state.step, dict(state.values["recipe"]), changed
 
-    def _restore_role(self, path: Path, role: str) -> None:
+    def _restore_schedule(self, saved: dict[str, Any]) -> None:
+        """The place in the schedule is the checkpoint's; peak rate and curve are the config's, as for a new run."""
+        peaks = self._scheduler.base_lrs
+        unset = [None] * len(self._optimizer.param_groups)  # the lambdas themselves come from the config
+        self._scheduler.load_state_dict({**saved, "lr_lambdas": unset})
+        self._scheduler.base_lrs = peaks
+        factors = [curve(self._scheduler.last_epoch) for curve in self._scheduler.lr_lambdas]
+        self._scheduler._last_lr = [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
+        for group, rate in zip(self._optimizer.param_groups, self._scheduler._last_lr, strict=True):
+            group["lr"] = rate
+
+    def _restore_role(self, path: Path, role: str, changed: Changes | None) -> None:
         if not (path / role).is_dir():
             raise UserError(f"{path}: no {role} adapter in it: a checkpoint of another stage; name one of this stage")
         _, tensors = adapters.read_adapter(path / role)
         own = {adapters.PREFIX + name: parameter for name, parameter in self._base.named_parameters(role).items()}
         for name in own | tensors:
             if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+                what = f" ({told(changed.differing)})" if changed and changed.differing else ""
                 raise UserError(
                     f"{path}: {role}/{name.removeprefix(adapters.PREFIX)} does not fit this config's adapters; resume "
-                    "with the config that began the run (config.yaml in its folder), or name a new --output_dir"
+                    f"with the config that began the run (config.yaml in its folder), or name a new --output_dir"
+                    f"{what}"
                 )
             own[name].data.copy_(tensors[name])
 
     def _write_roles(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-        for role in self._roles:
-            held = _under(f"parameters/{role}/", tensors)
+        for role in self.roles:
+            held = under(f"parameters/{role}/", tensors)
             adapters.save_role(self._base, role, folder / role, parameters=held)
 
 
-def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+@contextlib.contextmanager
+def _of_this_stage(path: Path) -> Iterator[None]:
+    """A whole checkpoint may still hold anything: what cannot be restored is told in one line."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = one_line(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"{path}: its state does not fit this stage ({what}); name a checkpoint of this run") from error
+
+
+def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -5,13 +5,11 @@ with stage:
         ...                         # forward, stage.backward(loss), stage.update(...), stage.log(...)
 """
 
+import asyncio
 import importlib.util
 import math
 import resource
-import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,10 +30,15 @@ from rlhf_fast.data import end_of_turn, prepare_tokenizer
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models import SharedBase, adapters, pretrained
 from rlhf_fast.monitor import Progress, RunLog, print_summary, write_report, write_summary
-from rlhf_fast.recipes.output import open_output
-from rlhf_fast.recipes.snapshots import Snapshots
+from rlhf_fast.recipes.identity import base_digest, identity, told
+from rlhf_fast.recipes.output import REPORT, RESOLVED, WHOLE_RUN, OutputFolder, open_output
+from rlhf_fast.recipes.snapshots import Snapshots, under
+from rlhf_fast.signals import Interruptible
+from rlhf_fast.text import one_line, shown, tell
 
 Item = TypeVar("Item")
+# What ends a stage and still lets it keep its last step; also what other people's code raises to end a process or task.
+LEAVING = (Exception, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
 class Stage:
@@ -44,10 +47,12 @@ class Stage:
     Attributes:
         base: the shared base; the recipe adds its roles before ``start``.
         values: JSON-able state that the recipe wants in every checkpoint (β, running moments, the best loss).
+        rows: name of the rows that it trains on or measures -> their fingerprint; a resume compares them.
         step: finished steps.
     """
 
     def __init__(self, name: str, config: StageConfig) -> None:
+        config.validate()
         _check_trackers(config)
         self._opened = time.perf_counter()
         if torch.cuda.is_available():
@@ -55,7 +60,8 @@ class Stage:
         self.name, self.config, self.folder = name, config, Path(config.output_dir)
         self.accelerator = Accelerator(log_with=config.report_to or None, project_dir=str(self.folder / "runs"))
         self.main = self.accelerator.is_main_process
-        self._resume_path = self._on_main_first(lambda: open_output(config, self.say))
+        self._output: OutputFolder | None = None  # on the main process alone, which alone writes
+        self._resume_path = self._on_main_first(self._open_output)
         set_seed(config.seed)
         model, tokenizer = pretrained.load_pretrained(config, self.accelerator.device)
         for note in prepare_tokenizer(
@@ -63,6 +69,8 @@ class Stage:
         ):
             self.say(note)
         pretrained.check_window(model, config.max_length)
+        self._base_digest = base_digest(model)
+        self.rows: dict[str, str] = {}
         self.base = SharedBase(model, tokenizer, config)
         closing = end_of_turn(tokenizer)
         if closing is not None and closing not in self.base.stop_ids:
@@ -98,7 +106,8 @@ class Stage:
         ).lr_lambdas[0]
         # its factor is 0 before the first step and after the last; ours counts from 1, so that no step trains at 0
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda done: factor(done + 1))
-        set_seed(self.config.seed, device_specific=True)  # from here on, processes sample differently
+        # from here on, processes sample differently; NumPy takes seeds below 2^32 alone
+        set_seed((self.config.seed + self.accelerator.process_index) % 2**32)
         self._snapshots = Snapshots(
             self.folder,
             self.base,
@@ -106,26 +115,58 @@ class Stage:
             self._optimizer,
             self._scheduler,
             self.accelerator,
+            identity(self.config, self.base, self._base_digest, roles, self.rows),
             keep=self.config.save_total_limit,
         )
         if self._resume_path is not None:
-            self.step, self.values = self._snapshots.restore(self._resume_path)
-            self.say(f"{self.name}: going on after step {self.step} from {self._resume_path}")
-            if self.main:
-                checkpoint.drop_after(self.folder, self.step)
-        if self.main:
+            self._resume(self._resume_path)
+        if self._output is not None:
+            self._output.claim("metrics.jsonl"), self._output.claim("samples.jsonl")
             self._log = RunLog(self.folder, resume_step=self.step if self._resume_path is not None else None)
-            dump_yaml(self.config, self.folder / "config.yaml")
+            dump_yaml(self.config, self._output.claim(self._output.record))
+            if self._output.record != RESOLVED:
+                self._output.remove(RESOLVED)  # of a resume that was given config.yaml itself
         if self.config.report_to:
+            self._claim("runs")
             run = {"name": self.config.run_name or self.folder.name}
             settings = {key: _flat(value) for key, value in asdict(self.config).items()}
             self.accelerator.init_trackers("rlhf-fast", config=settings, init_kwargs={"wandb": run})
 
+    def _resume(self, path: Path) -> None:
+        fresh = self.values
+        self.step, self.values, changed = self._snapshots.restore(path)
+        for name, value in fresh.items():
+            if not _alike(self.values.get(name, ...), value):
+                found = shown(self.values.get(name))
+                raise UserError(f"{path}: {name} in its state is {found}; name a checkpoint of this run")
+        if changed is None:
+            self.say(f"{path} was written by a version that noted no data and settings: they are not compared")
+            if (self.folder / "best").is_dir():
+                self._read_best()
+        elif changed.differing and not self.config.resume_with_changes:
+            raise UserError(
+                f"{path} is of another run: {told(changed.differing)}; resume with what began it (its config.yaml), or "
+                "let the changes hold from here on: --resume_with_changes true"
+            )
+        else:
+            for change in (changed.differing, changed.allowed):
+                if change:
+                    self.say(f"{self.name}: changed from here on: {told(change)}")
+            # state that a setting began, such as the KL coefficient, begins anew where the setting changes
+            self.values |= {name: getattr(self.config, name) for name in changed.differing if name in fresh}
+        self.say(f"{self.name}: going on after step {self.step} from {path}")
+        if self._output is None:
+            return
+        checkpoint.drop_after(self.folder, self.step)
+        if self.step < self.total:
+            self._output.remove("summary.json")  # it says that the run has ended
+        if self._snapshots.best:
+            self._save_best("best")
+
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> "Stage":
-        if threading.current_thread() is threading.main_thread():
-            self._old_handler = signal.signal(signal.SIGTERM, _interrupt)
+        self._signals = Interruptible().__enter__()
         self._progress = Progress(self.name, self.total, start=self.step, enabled=self.main).__enter__()
         return self
 
@@ -136,24 +177,32 @@ class Stage:
         self._progress.__exit__(kind, error, trace)
         self._progress = None
         try:
-            if isinstance(error, (KeyboardInterrupt, Exception)) and self._snapshot is not None:
+            if isinstance(error, LEAVING) and self._snapshot is not None:
                 self._leave(error, self._snapshot)
         finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, self._old_handler)
+            self._signals.__exit__(kind, error, trace)
+            if error is not None:
+                self._release()
 
     def _leave(self, error: BaseException, snapshot: checkpoint.State) -> None:
         """Keeps the last finished step. Several processes stop wherever each of them stands, so that they cannot write
         together: there the last periodic checkpoint is what stays."""
-        if self.accelerator.num_processes == 1:
-            where = self._snapshots.keep(snapshot)
-        else:
-            there = checkpoint.list_checkpoints(self.folder)
-            where = f"checkpoint {there[-1]}" if there else "no checkpoint yet"
+        try:
+            self._claim(f"{checkpoint.PREFIX}{snapshot.step}")
+            where = self._snapshots.keep(snapshot) if self.accelerator.num_processes == 1 else self._last_checkpoint()
+        except KeyboardInterrupt:  # once more, since writing takes too long for the person who waits
+            error, where = KeyboardInterrupt(), f"it was not written; {self._last_checkpoint()}"
         message = f"{self.name}: stopped after step {snapshot.step} of {self.total}; {where}"
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"{message}; go on with --resume_from_checkpoint auto") from None
         self.say(message)
+        if not isinstance(error, Exception):
+            what = one_line(f"{type(error).__name__}({error})", 200)
+            raise UserError(f"{self.name} step {snapshot.step + 1}: code that it ran ended it by {what}") from error
+
+    def _last_checkpoint(self) -> str:
+        there = checkpoint.list_checkpoints(self.folder)
+        return f"checkpoint {there[-1]}" if there else "no checkpoint yet"
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps still to do, from 1. After each, a checkpoint where one is due."""
@@ -166,6 +215,7 @@ class Stage:
             self.step += 1
             if self.step % every == 0 or self.step == self.total or self.stopped_early:
                 self._snapshot = self._snapshots.take(self.step, self.values)
+                self._claim(f"{checkpoint.PREFIX}{self.step}")
                 self._snapshots.write(self._snapshot)
 
     def share(self, items: Sequence[Item]) -> list[Item]:
@@ -217,7 +267,7 @@ class Stage:
         if getattr(self, "_progress", None) is not None:
             self._progress.say(message)  # type: ignore[union-attr]
         elif self.main:
-            print(message, file=sys.stderr)
+            tell(one_line(message))
 
     def log(
         self, step: int, values: Mapping[str, float], *, tokens: int | None = None, shown: Mapping[str, str]
@@ -249,9 +299,14 @@ class Stage:
 
     def report(self) -> None:
         """Writes report.html: the whole run's, where this stage is part of one."""
-        if self.main:
-            whole = self.folder.parent
-            write_report(whole if (whole / "config.yaml").is_file() else self.folder)
+        if self._output is None:
+            return
+        above = OutputFolder(self.folder.parent)
+        if above.kind == WHOLE_RUN and self.folder.name == self.name and above.made(REPORT):
+            write_report(above.path)
+        else:
+            self._output.claim(REPORT)
+            write_report(self.folder)
 
     @property
     def group(self) -> torch.distributed.ProcessGroup | None:
@@ -284,13 +339,15 @@ class Stage:
             ("time", f"{seconds / 60:.1f} min", f"set-up and evaluations included{resumed}"),
             ("peak memory", f"{memory:.1f} GB", f"of the {place}"),
         ]
-        if self.main:
+        if self._output is not None:
             for role, name in roles.items():
-                self.save_adapter(role, name)
-            write_summary(self.folder, self.name, figures)
-            print_summary(f"{self.name}: {self.folder}", rows)
+                self._save_adapter(role, name)
+            write_summary(self._output.claim("summary.json").parent, self.name, figures)
         self.report()
         self._close_trackers()
+        self._release()
+        if self.main:
+            print_summary(f"{self.name}: {self.folder}", rows)
         return figures
 
     def _close_trackers(self) -> None:
@@ -298,17 +355,45 @@ class Stage:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def save_adapter(self, role: str, name: str) -> None:
-        """A role and its tokenizer in PEFT's format under the stage's folder, replaced as a whole."""
-        with checkpoint.whole_folder(self.folder / name) as work:
-            adapters.save_role(self.base, role, work)
-            self.base.tokenizer.save_pretrained(work)
+    def keep_best(self) -> None:
+        """The trained role as it is now is the best so far: ``best``, part of every later checkpoint."""
+        self._snapshots.keep_best()
+        self._save_best("best")
 
-    def use_saved(self, name: str, as_name: str) -> None:
-        """Copies an adapter folder of this stage under another name."""
-        if self.main:
-            with checkpoint.whole_folder(self.folder / as_name) as work:
-                shutil.copytree(self.folder / name, work, dirs_exist_ok=True)
+    def finish_with_best(self, name: str) -> None:
+        """The best of this run's course becomes the adapter ``name``."""
+        if not self._snapshots.best:
+            raise UserError(f"{self.folder / 'best'} is not there, which held the best adapter; start the run again")
+        self._save_best(name)
+
+    def _read_best(self) -> None:
+        """Of a run whose checkpoints did not hold the best adapter yet: from the folder ``best``."""
+        (role,) = self._snapshots.roles
+        tensors = adapters.read_adapter(self.folder / "best")[1]
+        self._snapshots.best = {f"{role}/{n.removeprefix(adapters.PREFIX)}": t for n, t in tensors.items()}
+
+    def _save_best(self, name: str) -> None:
+        for role in self._snapshots.roles:
+            self._save_adapter(role, name, under(f"{role}/", self._snapshots.best))
+
+    def _save_adapter(self, role: str, name: str, parameters: dict[str, torch.Tensor] | None = None) -> None:
+        """A role and its tokenizer in PEFT's format under the stage's folder, replaced as a whole."""
+        if self._output is not None:
+            with checkpoint.whole_folder(self._output.claim(name)) as work:
+                adapters.save_role(self.base, role, work, parameters=parameters)
+                self.base.tokenizer.save_pretrained(work)
+
+    def _claim(self, name: str) -> None:
+        if self._output is not None:
+            self._output.claim(name)
+
+    def _release(self) -> None:
+        if self._output is not None:
+            self._output.release()
+
+    def _open_output(self) -> Path | None:
+        self._output, resumed = open_output(self.config, self.name, self.say)
+        return resumed
 
     def _on_main_first(self, open_folder: Callable[[], Path | None]) -> Path | None:
         """Process 0 opens the folder; the others learn what it found."""
@@ -339,9 +424,12 @@ def _check_trackers(config: StageConfig) -> None:
             raise UserError(f"--report_to {tracker}: the package is not installed; run `pip install {tracker}`")
 
 
+def _alike(value: Any, fresh: Any) -> bool:
+    """A value of the kind that ``fresh`` starts as; None starts as no number yet."""
+    if fresh is None or isinstance(fresh, (int, float)):
+        return isinstance(value, (int, float)) or (value is None and fresh is None)
+    return isinstance(value, type(fresh))
+
+
 def _flat(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, bool)) else str(value)
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt

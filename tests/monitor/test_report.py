@@ -87,7 +87,13 @@ def test_texts_from_the_run_are_escaped(run_folder: Path) -> None:
     text = report(run_folder)
     assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp; friends" in text
     assert "&lt;b&gt;bold&lt;/b&gt;" in text and "<b>" not in text
-    assert "\x1b" not in text
+    assert "\x1b" not in text and r"It is wide \x1b[0m and" in text
+
+
+def test_marks_that_turn_text_are_shown_as_escapes(run_folder: Path) -> None:
+    (run_folder / "config.yaml").write_text("dataset_name: a\u202egnp.jsonl\n", encoding="utf-8")
+    text = report(run_folder)
+    assert "\u202e" not in text and r"a\u202egnp.jsonl" in text
 
 
 def test_headline_tables(run_folder: Path) -> None:

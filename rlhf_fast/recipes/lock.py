@@ -1,0 +1,101 @@
+"""One run a folder: a lock that the system lets go of when the process that holds it ends, however it ends."""
+
+import json
+import os
+import socket
+import weakref
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.text import one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".rlhf-fast.lock"
+
+
+class FolderLock:
+    """Held from its making until ``release``, or until nothing refers to it, or until the process ends."""
+
+    def __init__(self, folder: str, handle: int) -> None:
+        self._folder, self._handle = folder, handle
+        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(holder).encode(), 0)
+        _held[folder] = self
+
+    def release(self) -> None:
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            _held.pop(self._folder, None)
+            os.close(handle)
+
+    def __del__(self) -> None:
+        self.release()
+
+
+_held: "weakref.WeakValueDictionary[str, FolderLock]" = weakref.WeakValueDictionary()
+
+
+def hold(folder: Path, say: Callable[[str], None]) -> FolderLock | None:
+    """Locks a folder that is there. None, said aloud, where the file system has no locks.
+
+    Raises UserError, naming the process, where another one holds it. A process that holds it already gets its own lock.
+    """
+    own = _held.get(os.path.realpath(folder))
+    if own is not None:
+        return own
+    handle = _try(folder, os.O_RDWR | os.O_CREAT, say)
+    if handle is None:
+        return None
+    try:
+        return FolderLock(os.path.realpath(folder), handle)
+    except OSError as error:
+        raise UserError(f"cannot write {folder / LOCK}: {error.strerror}; make room, or name another folder") from error
+
+
+def check_free(folder: Path) -> None:
+    """Raises UserError where another process holds the folder; makes nothing."""
+    if os.path.realpath(folder) in _held or not os.path.lexists(folder / LOCK):
+        return
+    handle = _try(folder, os.O_RDWR, say=lambda _: None)
+    if handle is not None:
+        os.close(handle)
+
+
+def _try(folder: Path, flags: int, say: Callable[[str], None]) -> int | None:
+    path = folder / LOCK
+    if fcntl is None:
+        say(f"{folder}: this system has no file locks; see to it yourself that no second run writes there")
+        return None
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot open the lock file {path}: {error.strerror}; mend that, or remove it") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(handle)
+        os.close(handle)
+        raise UserError(
+            f"{folder} is in use by another run ({holder}): wait for it, stop it, or name another --output_dir"
+        ) from None
+    except OSError as error:  # some network file systems
+        os.close(handle)
+        say(f"{folder}: no lock here ({error.strerror}); see to it yourself that no second run writes there")
+        return None
+    return handle
+
+
+def _holder(handle: int) -> str:
+    try:
+        found: Any = json.loads(os.pread(handle, 1000, 0))
+        return one_line(f"process {found['process']} on {found['host']}, since {found['since']}", 200)
+    except (ValueError, TypeError, KeyError):
+        return "a process that has just begun"
