@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.rollout.local import Response
 
 
@@ -29,15 +30,21 @@ class EpisodeBatch:
     stopped: torch.Tensor
 
     def before_response(self, per_position: torch.Tensor) -> torch.Tensor:
-        """(B, P + R, ...) -> (B, R, ...): what stands at position t − 1, where token t's logits and value come from."""
+        """(B, P + R, ...) -> (B, R, ...): what stands at position t − 1, where token t's logits and value come from.
+
+        Raises UserError for a prompt of no tokens: nothing stands before its response.
+        """
+        empty = [str(response.row.index) for response in self.responses if not response.row.input_ids]
+        if empty:
+            raise UserError(f"prompts of no tokens in rows {', '.join(empty)}: nothing predicts a first token there")
         width = self.targets.shape[1]
         return per_position[:, -width - 1 : -1]
 
 
 def collate_episodes(responses: Sequence[Response], pad_id: int, device: torch.device) -> EpisodeBatch:
     """Episodes as one batch, no wider than its longest prompt and its longest response."""
-    prompts = [torch.tensor(response.row.input_ids) for response in responses]
-    answers = [torch.tensor(response.token_ids) for response in responses]
+    prompts = [torch.tensor(response.row.input_ids, dtype=torch.long) for response in responses]
+    answers = [torch.tensor(response.token_ids, dtype=torch.long) for response in responses]
     left = pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
     left_mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
     targets = pad_sequence(answers, batch_first=True, padding_value=pad_id)

@@ -1,0 +1,70 @@
+"""What is tried on every model when it is loaded, on a few tokens: better than a list of architectures."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models import layers
+from rlhf_fast.models.layers import Decoder
+
+Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # input_ids, attention_mask -> last hidden states
+
+TOKENS = 8
+# Two ways of computing the same hidden states: how far the middle one of the tokens may lie apart, of its norm.
+CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
+HALF_CLOSE = 0.1
+
+
+def probe(tokenizer: PreTrainedTokenizerBase, rows: int, device: torch.device) -> torch.Tensor:
+    """(1, TOKENS) ids of text, spread over the vocabulary: special tokens may mean an image."""
+    text = sorted({i for i in tokenizer.get_vocab().values() if i < rows} - {*tokenizer.added_tokens_decoder})
+    text = text or list(range(rows))
+    chosen = [text[place * (len(text) - 1) // (TOKENS - 1)] for place in range(TOKENS)]
+    return torch.tensor([chosen], device=device)
+
+
+@torch.no_grad()
+def check_context(model: PreTrainedModel, run: Run, ids: torch.Tensor, pad_id: int) -> None:
+    """Raises UserError for a model whose states see the padding on their left, or the tokens on their right."""
+    alone = run(ids, torch.ones_like(ids))[0]
+    pads = torch.full_like(ids, pad_id)
+    rows = torch.cat([torch.cat([pads, ids], dim=1), torch.cat([ids, ids.flip(1)], dim=1)])
+    mask = torch.ones_like(rows)
+    mask[0, :TOKENS] = 0
+    padded, longer = run(rows, mask)
+    if not _same(longer[:TOKENS], alone):
+        raise UserError(
+            f"{type(model).__name__}: its tokens see the ones after them, so it is no causal language model; only "
+            "decoders can be trained"
+        )
+    if not _same(padded[TOKENS:], alone):
+        raise UserError(
+            f"{type(model).__name__}: its states run through padding, so a prompt would mean something else in every "
+            "batch; recurrent models without a mask for padding are not supported"
+        )
+
+
+def _same(states: torch.Tensor, expected: torch.Tensor) -> bool:
+    # the middle token: in half precision a mixture may send single ones to other experts
+    gap = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    return gap.median().item() <= CLOSE.get(expected.dtype, HALF_CLOSE)
+
+
+@torch.no_grad()
+def why_not_split(decoder: Decoder, run: Run, ids: torch.Tensor, first: int) -> str | None:
+    """None where running from layer ``first`` on is bit-exact with the whole forward pass; else the reason."""
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
+    with layers.learning_outputs(decoder):
+        expected = run(ids, mask)
+    caught: list[torch.Tensor] = []
+    try:
+        with layers.stopping_at(decoder, first, caught):
+            run(ids, mask)
+        with layers.starting_from(decoder, first, caught[0]):
+            states = run(ids, mask)
+    except Exception as error:  # whatever a layer does when those below it did not run
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    return None if torch.equal(states, expected) else "the hidden states differ"
