@@ -5,9 +5,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from rlhf_fast.errors import UserError
 
@@ -15,7 +15,7 @@ FILE = "base_model.json"  # beside PEFT's own files, which do not read it
 SAMPLES = 64  # values of each weight that go into the digest
 
 
-def fingerprint(linear: Mapping[str, nn.Module]) -> dict[str, str]:
+def fingerprint(linear: Mapping[str, Any]) -> dict[str, str]:
     """A digest of the linear layers that adapters can stand on, by their path in the decoder.
 
     The weights are rounded to bfloat16 first, so that it is the same whether they were read in float32 or bfloat16;

@@ -10,8 +10,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -44,7 +47,7 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
         tokens.check_ids(tokenizer, model_config.get_text_config(decoder=True).vocab_size)
         # config.json says which dtype the weights are stored in; what they are computed in is our setting's alone
         model = load_weights(
-            AutoModelForCausalLM,
+            auto_class(model_config),
             source,
             config=model_config,
             dtype=choose_dtype(config.dtype, device),
@@ -62,12 +65,16 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
 
 def check_config(name: str, config: Any) -> None:
     """Raises UserError for what the config alone shows to be no causal language model, before any weight is read."""
-    text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         raise UserError(f"{name}: a {config.model_type} is an encoder with a decoder; only decoders can be trained")
-    missing = [key for key in ("vocab_size", "num_hidden_layers", "hidden_size") if getattr(text, key, None) is None]
-    if missing:
-        raise UserError(f"{name}: a {config.model_type} is no causal language model: no {', '.join(missing)}")
+    if getattr(config.get_text_config(decoder=True), "vocab_size", None) is None:
+        raise UserError(f"{name}: a {config.model_type} is no causal language model: its config has no vocab_size")
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' auto class for the model: some text decoders stand in a wrapper that reads images too."""
+    wrapper = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
 
 
 def load_tokenizer(source: str, **extra: Any) -> PreTrainedTokenizerBase:

@@ -6,7 +6,8 @@ a role changes which adapter is active, never which parameters train.
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -57,11 +58,21 @@ class SharedBase:
         self._targets = targets.find_targets(self._decoder)  # before adapters bring linear modules of their own
         with targets.noting_calls(self._targets) as called:
             measure.check_context(model, self._run, self._probe, self.pad_id)
-        self._linear_names = [name for name in self._targets.names if name in called]
+        self._left_out = targets.left_out(model, self._targets, called)
+        self._linear_names = [name for name in self._targets.names if name not in self._left_out]
         self._splits: dict[int, bool] = {}
         self.fingerprint = identity.fingerprint(targets.inside(self._decoder, self._targets.linear))
         if config.lora_target_modules == [ALL_LINEAR]:
             self._note_unadapted()
+
+    def check_tokens(self, source: str, row: int, ids: Sequence[int]) -> None:
+        """Raises UserError that names ``source`` and ``row`` where a token has no row in the embedding."""
+        highest = max(ids, default=0)
+        if highest >= self.rows:
+            raise UserError(
+                f"{source}, row {row}: the token {self.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}) lies "
+                f"beyond the {self.rows} rows of the model's embedding; take it out of the text"
+            )
 
     # ---- roles -------------------------------------------------------------------------------------------------
 
@@ -121,6 +132,9 @@ class SharedBase:
                 f"adapter {name}: made for another base; {len(missing)} tensors are missing and "
                 f"{len(result.unexpected_keys)} are unknown, such as {(missing + result.unexpected_keys)[0]}"
             )
+        gates = sorted({key.split(".lora_")[0].split(".")[-1] for key in state if targets.in_gate(key)})
+        if gates:
+            self.notes.append(f"adapter {name} adapts routers or gates ({', '.join(gates)}), and so do its copies")
         self._mark(name, trainable=False)
 
     def add_head(self, name: str, head: ScoreHead) -> None:
@@ -240,14 +254,16 @@ class SharedBase:
         top = config.lora_layers
         if top is not None and top > count:
             raise UserError(f"--lora_layers must be at most {count}, the number of decoder layers; got {top}")
+        chosen = None if top is None else list(range(count - top, count))
+        modules = targets.target_modules(self.model, self._decoder, self._targets, names, chosen)
+        by_name = chosen is not None and not isinstance(modules, str)
         return LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by r, so a float is as good
             lora_dropout=config.lora_dropout,
-            target_modules=names,
-            exclude_modules=targets.excluded_pattern(self.model, self._targets, names),
-            layers_to_transform=None if top is None else list(range(count - top, count)),
-            layers_pattern=None if top is None else [self._decoder.list_name],
+            target_modules=modules,
+            layers_to_transform=chosen if by_name else None,
+            layers_pattern=[self._decoder.list_name] if by_name else None,
             fan_in_fan_out=_stores_transposed(self._layers),
             task_type="CAUSAL_LM",
         )
@@ -257,9 +273,9 @@ class SharedBase:
         if not names:
             raise UserError(f"--lora_target_modules must name a module: {ALL_LINEAR}, or some of {', '.join(known)}")
         for name in names:
-            if name in self._targets.gate_names:
+            if name in self._left_out:
                 raise UserError(
-                    f"--lora_target_modules: {name!r} is a router or a gate, which never gets an adapter; there are "
+                    f"--lora_target_modules: {name!r} gets no adapter ({self._left_out[name]}); there are "
                     f"{', '.join(known)}"
                 )
             if name not in known:
@@ -270,20 +286,22 @@ class SharedBase:
 
     def _note_unadapted(self) -> None:
         """What all-linear does not reach, though its name promises it."""
-        found = self._targets
-        if found.fused:
-            self.notes.append(f"the experts ({', '.join(found.fused)}) are fused parameters and are not adapted")
-        if found.gate_names:
-            self.notes.append(f"routers and gates are not adapted: {', '.join(found.gate_names)}")
-        unused = [name for name in found.names if name not in self._linear_names]
-        if unused:
-            self.notes.append(f"not adapted, since the model never calls these modules: {', '.join(unused)}")
+        if self._targets.fused:
+            self.notes.append(
+                f"the experts ({', '.join(self._targets.fused)}) are fused parameters and are not adapted"
+            )
+        for reason in sorted(set(self._left_out.values())):
+            names = [name for name, why in sorted(self._left_out.items()) if why == reason]
+            self.notes.append(f"not adapted, {reason}: {', '.join(names)}")
 
     def _note_difference(self, name: str, copy_of: str, asked: LoraConfig, taken: LoraConfig) -> None:
         for field in ("r", "lora_alpha", "target_modules", "layers_to_transform"):
             wanted, found = getattr(asked, field), getattr(taken, field)
-            if wanted != found and set(_listed(wanted)) != set(_listed(found)):
-                self.notes.append(f"{name} starts as a copy of {copy_of}: {field} is its {found}, not {wanted}")
+            wanted, found = _listed(wanted), _listed(found)
+            if wanted != found:
+                self.notes.append(
+                    f"{name} starts as a copy of {copy_of}: {field} is its {_joined(found)}, not {_joined(wanted)}"
+                )
 
     def _config_of(self, role: str) -> LoraConfig:
         assert self.peft is not None
@@ -356,8 +374,12 @@ class SharedBase:
         return vocabulary.measure(self.model, raw, logits)
 
 
-def _listed(value: object) -> list[object]:
-    return list(value) if isinstance(value, (list, set, tuple)) else [value]
+def _listed(value: Any) -> list[Any]:
+    return sorted(value) if isinstance(value, (list, set, tuple)) else [value]
+
+
+def _joined(values: list[Any]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _stores_transposed(decoder_layers: nn.ModuleList) -> bool:

@@ -6,8 +6,10 @@ In transformers 5 the experts of most mixtures are one parameter of three dimens
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -32,10 +34,6 @@ class Targets(NamedTuple):
         """The last parts of the linear modules' paths, e.g. ``q_proj``, sorted."""
         return sorted({_last(path) for path in self.linear})
 
-    @property
-    def gate_names(self) -> list[str]:
-        return sorted({_last(path) for path in self.gates} - set(self.names))
-
 
 def find_targets(decoder: Decoder) -> Targets:
     """Gates are told by name (a part of the path ends in gate or router) and by shape: one output, or one for each
@@ -50,7 +48,7 @@ def find_targets(decoder: Decoder) -> Targets:
                 outputs == count and path.startswith(block) and not path.startswith(inside) and "att" not in path
                 for block, inside, count in experts
             )
-            if outputs == 1 or routes or any(GATE.search(part) for part in path.split(".")):
+            if outputs == 1 or routes or in_gate(path):
                 gates.append(f"{decoder.path}.{path}")
             else:
                 linear[f"{decoder.path}.{path}"] = module
@@ -58,17 +56,58 @@ def find_targets(decoder: Decoder) -> Targets:
     return Targets(linear, gates, sorted(fused))
 
 
+def in_gate(path: str) -> bool:
+    """Whether a part of a module's path names a router or a gate."""
+    return any(GATE.search(part) for part in path.split("."))
+
+
 def inside(decoder: Decoder, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The same modules by their path in the list of layers, wherever the whole model keeps that."""
     return {path.removeprefix(f"{decoder.path}."): module for path, module in modules.items()}
 
 
-def excluded_pattern(model: PreTrainedModel, targets: Targets, names: list[str]) -> str | None:
-    """A regular expression for PEFT's exclude_modules: the modules that ``names`` reaches and that get no adapter, such
-    as those of a vision tower. None where there are none."""
-    reached = [path for path, _ in model.named_modules() if _last(path) in names and path not in targets.linear]
-    patterns = sorted({re.sub(r"\d+", r"\\d+", re.escape(path)) for path in reached})
-    return "|".join(patterns) or None
+def left_out(model: PreTrainedModel, targets: Targets, called: set[str]) -> dict[str, str]:
+    """Name of a linear module -> why it gets no adapter. ``called``: see ``noting_calls``."""
+    reasons = {_last(path): "a router or a gate" for path in targets.gates}
+    for name in targets.names:
+        reasons.pop(name, None)
+        if _means_experts(model, name):
+            reasons[name] = "PEFT takes this name for the fused experts"
+        elif name not in called:
+            reasons[name] = "the model reads its weight without calling it"
+    return reasons
+
+
+def _means_experts(model: PreTrainedModel, name: str) -> bool:
+    """PEFT keeps adapters of old mixtures alive: there it turns gate_proj, up_proj and down_proj (or w1, w2 and w3) into
+    the parameters that the experts are fused to now, and never looks for a module of that name."""
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:  # one of two names that are fused to one parameter
+        return True
+    return name not in (config.target_modules or ())
+
+
+def target_modules(
+    model: PreTrainedModel, decoder: Decoder, targets: Targets, names: list[str], layer_numbers: list[int] | None
+) -> list[str] | str:
+    """PEFT's target_modules for the linear modules of these names: the names, where they reach nothing else.
+
+    Else, as beside a vision tower, a regular expression of their whole paths, and of the layers' numbers where those
+    are given.
+    """
+    reached = {path for path, _ in model.named_modules() if _last(path) in names}
+    wanted = {path for path in targets.linear if _last(path) in names}
+    if reached == wanted:
+        return names
+    numbers = r"\d+" if layer_numbers is None else f"({'|'.join(map(str, layer_numbers))})"
+    paths = sorted({_any_number(path.removeprefix(f"{decoder.path}.").split(".", 1)[1]) for path in wanted})
+    return rf"{re.escape(decoder.path)}\.{numbers}\.({'|'.join(paths)})"
+
+
+def _any_number(path: str) -> str:
+    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in path.split("."))
 
 
 @contextmanager
@@ -76,10 +115,12 @@ def noting_calls(targets: Targets) -> Iterator[set[str]]:
     """Inside, the set receives the names of the linear modules whose forward runs. A model that reads ``weight`` past
     it, as fused state-space kernels do, would never train an adapter there."""
     called: set[str] = set()
-    handles = [
-        module.register_forward_pre_hook(lambda module, args, name=_last(path): called.add(name))
-        for path, module in targets.linear.items()
-    ]
+    names = {module: _last(path) for path, module in targets.linear.items()}
+
+    def note(module: nn.Module, args: Any) -> None:
+        called.add(names[module])
+
+    handles = [module.register_forward_pre_hook(note) for module in names]
     try:
         yield called
     finally:
@@ -108,7 +149,7 @@ def _fused_parameters(layers: nn.ModuleList) -> list[tuple[str, int]]:
         for name, parameter in module.named_parameters(recurse=False)
         if (parameter.dim() == 3 and min(parameter.shape) > 1 or parameter.dim() == 2 and "experts" in path)
         and not name.endswith("bias")
-        and not any(GATE.search(part) for part in (*path.split("."), name))
+        and not in_gate(f"{path}.{name}")
     ]
 
 

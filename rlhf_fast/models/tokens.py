@@ -30,16 +30,6 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
     return []
 
 
-def check_rows(ids: list[int], rows: int, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raises UserError where a token of the data lies beyond the embedding's ``rows``."""
-    highest = max(ids, default=0)
-    if highest >= rows:
-        raise UserError(
-            f"{where}: the token {tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}) lies beyond the {rows} "
-            "rows of the model's embedding; take it out of the text"
-        )
-
-
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[list[int], list[str]]:
     """The tokenizer's EOS and those of the model's generation_config (chat models often have a second one), sorted;
     and notes on what is left out: ids that are text to this tokenizer, or that it does not know.

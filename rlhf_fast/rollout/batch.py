@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_fast.errors import UserError
 from rlhf_fast.rollout.local import Response
 
 
@@ -30,13 +29,7 @@ class EpisodeBatch:
     stopped: torch.Tensor
 
     def before_response(self, per_position: torch.Tensor) -> torch.Tensor:
-        """(B, P + R, ...) -> (B, R, ...): what stands at position t − 1, where token t's logits and value come from.
-
-        Raises UserError for a prompt of no tokens: nothing stands before its response.
-        """
-        empty = [str(response.row.index) for response in self.responses if not response.row.input_ids]
-        if empty:
-            raise UserError(f"prompts of no tokens in rows {', '.join(empty)}: nothing predicts a first token there")
+        """(B, P + R, ...) -> (B, R, ...): what stands at position t − 1, where token t's logits and value come from."""
         width = self.targets.shape[1]
         return per_position[:, -width - 1 : -1]
 
