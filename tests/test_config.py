@@ -1,6 +1,7 @@
 """YAML and flags -> configs: precedence, wiring, types, the exact words of each error, and the round trip."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,20 @@ def test_one_stage_checks_the_other_sections_too() -> None:
     assert "unknown key 'ppo.lan'" in message("sft", write("output_dir: out\nppo: {lan: 1}\n"))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("lora_target_modules", [], "names of modules, or all-linear; got []"),
+        ("lora_alpha", math.inf, "finite; got inf"),
+        ("lora_alpha", math.nan, "above 0; got nan"),
+    ],
+)
+def test_adapter_settings_that_no_adapter_can_have_are_refused(field: str, value: Any, expected: str) -> None:
+    config = SFTConfig(output_dir="out", dataset_name="demo/sft", **{field: value})
+    with pytest.raises(UserError, match=re.escape(f"--{field} must be {expected}")):
+        config.validate()
+
+
 # ---- the round trip
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1)
@@ -337,7 +352,7 @@ VALUES = st.fixed_dictionaries(
         "adam_epsilon": st.floats(1e-300, 1e-3),
         "max_steps": st.none() | st.integers(1, 10**30),
         "trust_remote_code": st.booleans(),
-        "lora_target_modules": st.lists(TEXT),
+        "lora_target_modules": st.lists(TEXT, min_size=1),
         "rename_columns": st.dictionaries(TEXT, TEXT),
     }
 )

@@ -60,7 +60,8 @@ def load_role(base: SharedBase, role: str, folder: str | Path, *, want_head: boo
     base. Where another base is only named, that is one of ``base.notes``.
     """
     lora, state = read_adapter(folder)
-    note = identity.check(Path(folder), lora.base_model_name_or_path, base.fingerprint, base.model.name_or_path)
+    named, own = lora.base_model_name_or_path, base.model.name_or_path
+    note = identity.check(f"adapter {role}", Path(folder), named, base.fingerprint, own)
     if note is not None:
         base.notes.append(note)
     score = [name for name in state if name.endswith("score.weight")]

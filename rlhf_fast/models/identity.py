@@ -34,23 +34,24 @@ def write(folder: Path, own: Mapping[str, str]) -> None:
     (folder / FILE).write_text(json.dumps(own, indent=2) + "\n")
 
 
-def check(folder: Path, named: str | None, own: Mapping[str, str], own_name: str) -> str | None:
+def check(who: str, folder: Path, named: str | None, own: Mapping[str, str], own_name: str) -> str | None:
     """A note where the adapter in ``folder`` names another base than ``own_name``; None where there is none to give.
 
-    ``named``: the base in the adapter's config. Raises UserError where the digest beside it is of other weights.
+    ``who``: what messages call the adapter. ``named``: the base in its config. Raises UserError where the digest beside
+    it is of other weights.
     """
     told = _read(folder / FILE)
     comparable = told.get("rounded_to") == own["rounded_to"]
     if comparable and told["weights_sha256"] != own["weights_sha256"]:
         raise UserError(
-            f"{folder}: this adapter was made for another base ({named or 'unnamed'}): the weights of {own_name} are "
-            f"not those that {FILE} beside it was written for; set --model_name_or_path to that base"
+            f"{who}: made for another base; the weights of {own_name or 'this one'} are not those that "
+            f"{folder / FILE} was written for (it names {named or 'none'}): set --model_name_or_path to that one"
         )
     if not named or not own_name or source(named) == source(own_name):
         return None
     if comparable:
-        return f"{folder}: made on {named}; {own_name} has the same weights, so it is used"
-    return f"{folder}: made on {named}, and this base is {own_name}; nothing shows that the two are the same model"
+        return f"{who}: made on {named}; {own_name} has the same weights, so it is used"
+    return f"{who}: made on {named}, and this base is {own_name}; nothing shows that the two are the same model"
 
 
 def source(name: str) -> str:

@@ -1,6 +1,7 @@
 """What is tried on every model when it is loaded, on a few tokens: better than a list of architectures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +16,18 @@ TOKENS = 8
 # Two ways of computing the same hidden states: how far the middle one of the tokens may lie apart, of its norm.
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_CLOSE = 0.1
+
+
+@contextmanager
+def own_code(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, what the model's own code raises becomes a UserError: not every one runs in every dtype and place."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ImportError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"{type(model).__name__} cannot compute in {model.dtype} on the {model.device.type}: {reason}"
+        ) from error
 
 
 def probe(tokenizer: PreTrainedTokenizerBase, rows: int, device: torch.device) -> torch.Tensor:

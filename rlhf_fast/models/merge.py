@@ -68,5 +68,5 @@ def _load_base(source: str, lora: LoraConfig, adapter: Path, pad_id: int, dtype:
         raise UserError(f"transformers has no {kind.__name__} for a {config.model_type}, so it cannot merge") from error
     decoder = layers.find_decoder(model)
     linear = targets.inside(decoder, targets.find_targets(decoder).linear)
-    identity.check(adapter, None, identity.fingerprint(linear), source)
+    identity.check(str(adapter), adapter, lora.base_model_name_or_path, identity.fingerprint(linear), source)
     return model

@@ -65,10 +65,11 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
 
 def check_config(name: str, config: Any) -> None:
     """Raises UserError for what the config alone shows to be no causal language model, before any weight is read."""
+    kind = config.model_type
     if config.is_encoder_decoder:
-        raise UserError(f"{name}: a {config.model_type} is an encoder with a decoder; only decoders can be trained")
+        raise UserError(f"{name}: it is no causal language model: a {kind} is an encoder with a decoder")
     if getattr(config.get_text_config(decoder=True), "vocab_size", None) is None:
-        raise UserError(f"{name}: a {config.model_type} is no causal language model: its config has no vocab_size")
+        raise UserError(f"{name}: it is no causal language model: the config of a {kind} has no vocab_size")
 
 
 def auto_class(config: Any) -> Any:
@@ -94,9 +95,14 @@ def load_weights(kind: Any, source: str, *, fresh: tuple[str, ...] = (), **extra
     transformers.utils.logging.set_verbosity_error()  # its table of missing and unexpected tensors: said below
     transformers.utils.logging.disable_progress_bar()  # a base loads in seconds, and stages have bars of their own
     try:
-        model, found = kind.from_pretrained(source, output_loading_info=True, **extra)
+        # a weight of another shape is an error all the same: the one below, which names it
+        model, found = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
     finally:
         transformers.utils.logging.set_verbosity(level)
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise UserError(
+            f"{source}: {name} is {tuple(there)} there and must be {tuple(wanted)}, as its config.json says"
+        )
     missing = sorted(set(found["missing_keys"]) - set(fresh))
     if missing:
         raise UserError(

@@ -53,10 +53,11 @@ class SharedBase:
         self._decoder = layers.find_decoder(model)
         self._layers = self._decoder.layers
         self._probe = measure.probe(tokenizer, self.rows, self.device)
-        self._softcap, self._scale = self._measure_logits()
+        with measure.own_code(model):
+            self._softcap, self._scale = self._measure_logits()
         self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, self.vocabulary.weight.shape[0])
         self._targets = targets.find_targets(self._decoder)  # before adapters bring linear modules of their own
-        with targets.noting_calls(self._targets) as called:
+        with targets.noting_calls(self._targets) as called, measure.own_code(model):
             measure.check_context(model, self._run, self._probe, self.pad_id)
         self._left_out = targets.left_out(model, self._targets, called)
         self._linear_names = [name for name in self._targets.names if name not in self._left_out]

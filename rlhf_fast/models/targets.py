@@ -79,8 +79,8 @@ def left_out(model: PreTrainedModel, targets: Targets, called: set[str]) -> dict
 
 
 def _means_experts(model: PreTrainedModel, name: str) -> bool:
-    """PEFT keeps adapters of old mixtures alive: there it turns gate_proj, up_proj and down_proj (or w1, w2 and w3) into
-    the parameters that the experts are fused to now, and never looks for a module of that name."""
+    """PEFT keeps adapters of old mixtures alive: there it turns gate_proj, up_proj and down_proj (or w1, w2 and w3)
+    into the parameters that the experts are fused to now, and never looks for a module of that name."""
     config = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=None)
