@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import layers
 from rlhf_fast.models.layers import Decoder
 
-Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # input_ids, attention_mask -> last hidden states
+Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # input_ids, attention_mask -> (B, T, H or V)
 
 TOKENS = 8
 # Two ways of computing the same hidden states: how far the middle one of the tokens may lie apart, of its norm.
@@ -55,8 +55,28 @@ def check_context(model: PreTrainedModel, run: Run, ids: torch.Tensor, pad_id: i
     if not _same(padded[TOKENS:], alone):
         raise UserError(
             f"{type(model).__name__}: its states run through padding, so a prompt would mean something else in every "
-            "batch; recurrent models without a mask for padding are not supported"
+            "batch; recurrent models without a mask for padding, and positions counted from it, are not supported"
         )
+
+
+@torch.no_grad()
+def why_not_sample(model: PreTrainedModel, logits: Run, ids: torch.Tensor, pad_id: int) -> str | None:
+    """None where ``generate``, with its cache and its own idea of positions, draws from the same ``logits`` (whole rows
+    in one pass) that training scores; else the reason."""
+    half = ids[:, : TOKENS // 2]
+    prompts = torch.cat([ids, torch.cat([torch.full_like(half, pad_id), half], dim=1)])
+    mask = torch.ones_like(prompts)
+    mask[1, : TOKENS // 2] = 0
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=2, min_new_tokens=2, pad_token_id=pad_id)
+    greedy.output_logits = greedy.return_dict_in_generate = True
+    try:
+        drawn = model.generate(input_ids=prompts, attention_mask=mask, generation_config=greedy)
+    except Exception as error:  # whatever its code and transformers' raise
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    expected = logits(drawn.sequences, torch.cat([mask, torch.ones_like(mask[:, :2])], dim=1))[:, -3:-1]
+    found = torch.stack(drawn.logits, dim=1)
+    agree = all(_same(*row) for row in zip(found, expected, strict=True))
+    return None if agree else "its logits with a cache are others"
 
 
 def _same(states: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -7,7 +7,6 @@ a role changes which adapter is active, never which parameters train.
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,12 +14,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.config import ALL_LINEAR, StageConfig
-from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import identity, layers, measure, targets, tokens, vocabulary
 from rlhf_fast.models.heads import ScoreHead
+from rlhf_fast.models.lora import Adaptable, differences
 from rlhf_fast.models.pretrained import LOADING_NOTES
 from rlhf_fast.models.vocabulary import Vocabulary
 
@@ -56,15 +55,16 @@ class SharedBase:
         with measure.own_code(model):
             self._softcap, self._scale = self._measure_logits()
         self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, self.vocabulary.weight.shape[0])
-        self._targets = targets.find_targets(self._decoder)  # before adapters bring linear modules of their own
-        with targets.noting_calls(self._targets) as called, measure.own_code(model):
+        found = targets.find_targets(self._decoder)  # before adapters bring linear modules of their own
+        with targets.noting_calls(found) as called, measure.own_code(model):
             measure.check_context(model, self._run, self._probe, self.pad_id)
-        self._left_out = targets.left_out(model, self._targets, called)
-        self._linear_names = [name for name in self._targets.names if name not in self._left_out]
+        self._sampling_fault = measure.why_not_sample(model, self._logits, self._probe, self.pad_id)
+        self._adaptable = Adaptable(model, self._decoder, found, targets.left_out(model, found, called))
+        self._linear_names = self._adaptable.names
         self._splits: dict[int, bool] = {}
-        self.fingerprint = identity.fingerprint(targets.inside(self._decoder, self._targets.linear))
+        self.fingerprint = identity.fingerprint(targets.inside(self._decoder, found.linear))
         if config.lora_target_modules == [ALL_LINEAR]:
-            self._note_unadapted()
+            self.notes += self._adaptable.notes()
 
     def check_tokens(self, source: str, row: int, ids: Sequence[int]) -> None:
         """Raises UserError that names ``source`` and ``row`` where a token has no row in the embedding."""
@@ -73,6 +73,14 @@ class SharedBase:
             raise UserError(
                 f"{source}, row {row}: the token {self.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}) lies "
                 f"beyond the {self.rows} rows of the model's embedding; take it out of the text"
+            )
+
+    def check_sampling(self) -> None:
+        """Raises UserError where what the model samples would not follow the log-probs that are trained."""
+        if self._sampling_fault is not None:
+            raise UserError(
+                f"{type(self.model).__name__} cannot be sampled as it is trained ({self._sampling_fault}): only SFT "
+                "works"
             )
 
     # ---- roles -------------------------------------------------------------------------------------------------
@@ -93,11 +101,11 @@ class SharedBase:
         """A new adapter: a copy of another role's (its head too, where both have one), else a fresh one that changes
         nothing yet (B = 0). A copy has the other's rank, scale and modules; ``notes`` says where the config differs.
         """
-        lora = self._fresh_config()
+        lora = self._adaptable.config(self.config)
         if copy_of is not None:
             asked, lora = lora, self._config_of(copy_of)
             lora.lora_dropout = asked.lora_dropout
-            self._note_difference(name, copy_of, asked, lora)
+            self.notes += [f"{name} starts as a copy of {copy_of}: {line}" for line in differences(asked, lora)]
         try:
             self._add_adapter(name, lora)
         except ValueError as error:  # PEFT refuses some state-space models
@@ -246,63 +254,12 @@ class SharedBase:
         )
         return output.last_hidden_state
 
+    def _logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        head = self.vocabulary
+        raw = nn.functional.linear(self._run(input_ids, attention_mask), head.weight, head.bias)
+        return head.scale * vocabulary.capped(raw, head.softcap)
+
     # ---- the parts that only this file needs -------------------------------------------------------------------
-
-    def _fresh_config(self) -> LoraConfig:
-        config, count = self.config, len(self._layers)
-        names = self._linear_names if config.lora_target_modules == [ALL_LINEAR] else list(config.lora_target_modules)
-        self._check_names(names)
-        top = config.lora_layers
-        if top is not None and top > count:
-            raise UserError(f"--lora_layers must be at most {count}, the number of decoder layers; got {top}")
-        chosen = None if top is None else list(range(count - top, count))
-        modules = targets.target_modules(self.model, self._decoder, self._targets, names, chosen)
-        by_name = chosen is not None and not isinstance(modules, str)
-        return LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by r, so a float is as good
-            lora_dropout=config.lora_dropout,
-            target_modules=modules,
-            layers_to_transform=chosen if by_name else None,
-            layers_pattern=[self._decoder.list_name] if by_name else None,
-            fan_in_fan_out=_stores_transposed(self._layers),
-            task_type="CAUSAL_LM",
-        )
-
-    def _check_names(self, names: list[str]) -> None:
-        known = self._linear_names
-        if not names:
-            raise UserError(f"--lora_target_modules must name a module: {ALL_LINEAR}, or some of {', '.join(known)}")
-        for name in names:
-            if name in self._left_out:
-                raise UserError(
-                    f"--lora_target_modules: {name!r} gets no adapter ({self._left_out[name]}); there are "
-                    f"{', '.join(known)}"
-                )
-            if name not in known:
-                raise UserError(
-                    f"--lora_target_modules: no linear module {name!r} in this model's layers{nearest(name, known)}; "
-                    f"there are {', '.join(known)}"
-                )
-
-    def _note_unadapted(self) -> None:
-        """What all-linear does not reach, though its name promises it."""
-        if self._targets.fused:
-            self.notes.append(
-                f"the experts ({', '.join(self._targets.fused)}) are fused parameters and are not adapted"
-            )
-        for reason in sorted(set(self._left_out.values())):
-            names = [name for name, why in sorted(self._left_out.items()) if why == reason]
-            self.notes.append(f"not adapted, {reason}: {', '.join(names)}")
-
-    def _note_difference(self, name: str, copy_of: str, asked: LoraConfig, taken: LoraConfig) -> None:
-        for field in ("r", "lora_alpha", "target_modules", "layers_to_transform"):
-            wanted, found = getattr(asked, field), getattr(taken, field)
-            wanted, found = _listed(wanted), _listed(found)
-            if wanted != found:
-                self.notes.append(
-                    f"{name} starts as a copy of {copy_of}: {field} is its {_joined(found)}, not {_joined(wanted)}"
-                )
 
     def _config_of(self, role: str) -> LoraConfig:
         assert self.peft is not None
@@ -373,15 +330,3 @@ class SharedBase:
         head = self.model.get_output_embeddings()
         raw = nn.functional.linear(self._run(ids, mask), head.weight, getattr(head, "bias", None))
         return vocabulary.measure(self.model, raw, logits)
-
-
-def _listed(value: Any) -> list[Any]:
-    return sorted(value) if isinstance(value, (list, set, tuple)) else [value]
-
-
-def _joined(values: list[Any]) -> str:
-    return ", ".join(map(str, values))
-
-
-def _stores_transposed(decoder_layers: nn.ModuleList) -> bool:
-    return any(isinstance(module, Conv1D) for module in decoder_layers.modules())

@@ -9,8 +9,10 @@ import torch
 from tiny_models import save_model, settings, tiny_model
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_fast.data import PromptRow
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase
+from rlhf_fast.rollout import generate
 
 
 def refused(model: Any, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -62,6 +64,28 @@ def test_a_model_that_ignores_the_mask_is_refused(tokenizer: PreTrainedTokenizer
     inner = model.model.forward
     model.model.forward = lambda attention_mask=None, position_ids=None, **rest: inner(**rest)
     assert "its states run through padding" in refused(model, tokenizer)
+
+
+def test_a_model_that_samples_from_other_logits_than_it_trains_on_is_refused_when_it_samples(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Dory's loops see other keys when it has a cache. SFT, which never samples, may have it."""
+    loops = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5}
+    base = SharedBase(tiny_model("dory", **loops), tokenizer, settings())
+    base.add_role("policy")
+    with pytest.raises(UserError, match="DoryForCausalLM cannot be sampled as it is trained .*: only SFT works"):
+        generate(base, None, [PromptRow(1, [5, 6], "", {}, "")], response_length=2, temperature=1.0, batch_size=1)
+    SharedBase(tiny_model("llama"), tokenizer, settings()).check_sampling()
+
+
+def test_a_model_that_generates_from_wrong_positions_is_refused_when_it_samples(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = tiny_model("gpt2")
+    inner = model.prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = lambda *args, **kwargs: inner(*args, **kwargs) | {"position_ids": None}
+    with pytest.raises(UserError, match="its logits with a cache are others"):
+        SharedBase(model, tokenizer, settings()).check_sampling()
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "jamba", "bamba", "lfm2"])
