@@ -73,7 +73,10 @@ def load_role(base: SharedBase, role: str, folder: str | Path, *, want_head: boo
     if not want_head and head is not None:
         raise UserError(f"{folder} holds a reward model (it has a score head); expected an adapter without one")
     lora.task_type, lora.modules_to_save = "CAUSAL_LM", None  # type: ignore[assignment]
-    base.load_role(role, lora, state)
+    try:
+        base.load_role(role, lora, state)
+    except UserError as error:
+        raise UserError(f"{error} (in {folder})") from error
     if want_head and head is not None:
         base.add_head(role, _head(head, Path(folder) / CALIBRATION))
 
@@ -96,10 +99,11 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
             raise UserError(f"{path / WEIGHTS}: {name} holds NaN or infinity; train the adapter again")
     if not isinstance(lora, LoraConfig):
         raise UserError(f"{path / CONFIG}: expected a LoRA adapter; got {type(lora).__name__}")
-    for name, least in (("r", 1), ("lora_alpha", 0), ("lora_dropout", 0)):
+    for name, kinds, least in (("r", int, 1), ("lora_alpha", (int, float), 0), ("lora_dropout", (int, float), 0)):
         value = getattr(lora, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
-            raise UserError(f"{path / CONFIG}: {name} must be a finite number from {least} on; got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
+            kind = "whole" if kinds is int else "finite"
+            raise UserError(f"{path / CONFIG}: {name} must be a {kind} number from {least} on; got {value!r}")
     if not lora.target_modules:
         raise UserError(f"{path / CONFIG}: target_modules names no module, so this adapter changes nothing")
     return lora, state

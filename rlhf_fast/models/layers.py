@@ -61,7 +61,7 @@ def learning_outputs(decoder: Decoder) -> Iterator[None]:
     same in their place."""
 
     def learn(module: nn.Module, args: Any, output: Any) -> None:
-        decoder.outputs[module] = len(output) if isinstance(output, tuple) else None
+        decoder.outputs[module] = len(output) if isinstance(output, (tuple, list)) else None
 
     handles = [layer.register_forward_hook(learn) for layer in decoder.layers]
     try:

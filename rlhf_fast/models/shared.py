@@ -60,7 +60,7 @@ class SharedBase:
             measure.check_context(model, self._run, self._probe, self.pad_id)
         self._sampling_fault = measure.why_not_sample(model, self._logits, self._probe, self.pad_id)
         self._adaptable = Adaptable(model, self._decoder, found, targets.left_out(model, found, called))
-        self._linear_names = self._adaptable.names
+        self._linear_names = self._adaptable.names  # what all-linear means for this model
         self._splits: dict[int, bool] = {}
         self.fingerprint = identity.fingerprint(targets.inside(self._decoder, found.linear))
         if config.lora_target_modules == [ALL_LINEAR]:
@@ -135,6 +135,9 @@ class SharedBase:
             result = set_peft_model_state_dict(self.peft, state, adapter_name=name)
         except (RuntimeError, ValueError) as error:  # other shapes; no module of the names it adapts
             raise UserError(f"adapter {name}: made for another base; {str(error).splitlines()[-1].strip()}") from error
+        except (TypeError, AttributeError, LookupError, re.error) as error:
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise UserError(f"adapter {name}: PEFT cannot use its adapter_config.json: {reason}") from error
         missing = [key for key in result.missing_keys if f".{name}." in key]
         if missing or result.unexpected_keys:
             raise UserError(

@@ -108,7 +108,12 @@ TABLE: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 16,
         "layer_types": ["mamba", "attention", "mamba", "attention"],
     },
-    "gemma4_text": WINDOW,
+    "gemma4_text": {
+        **WINDOW,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 288,
+    },
 }
 
 
