@@ -5,6 +5,7 @@ reading YAML and flags is in ``config_load.py``.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +153,8 @@ class StageConfig:
         positive += ["micro_batch_size", "num_train_epochs", "max_length", "logging_steps", "save_total_limit"]
         for name in positive:
             require(self, name, getattr(self, name) > 0, "above 0")
+        require(self, "lora_alpha", math.isfinite(self.lora_alpha), "finite")
+        require(self, "lora_target_modules", bool(self.lora_target_modules), f"names of modules, or {ALL_LINEAR}")
         for name in ("lora_layers", "max_steps", "eval_steps", "save_steps", "max_samples"):
             require(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0, or unset")
         require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "from 0 to below 1")

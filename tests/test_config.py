@@ -1,6 +1,7 @@
 """YAML and flags -> configs: precedence, wiring, types, the exact words of each error, and the round trip."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -422,6 +423,20 @@ def test_one_stage_asks_for_the_adapter_that_its_run_yaml_plans() -> None:
 
 def test_one_stage_checks_the_other_sections_too() -> None:
     assert "unknown key 'ppo.lan'" in message("sft", write("output_dir: out\nppo: {lan: 1}\n"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("lora_target_modules", [], "names of modules, or all-linear; got []"),
+        ("lora_alpha", math.inf, "finite; got inf"),
+        ("lora_alpha", math.nan, "above 0; got nan"),
+    ],
+)
+def test_adapter_settings_that_no_adapter_can_have_are_refused(field: str, value: Any, expected: str) -> None:
+    config = SFTConfig(output_dir="out", dataset_name="demo/sft", **{field: value})
+    with pytest.raises(UserError, match=re.escape(f"--{field} must be {expected}")):
+        config.validate()
 
 
 # ---- the round trip

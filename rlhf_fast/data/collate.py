@@ -51,7 +51,7 @@ def collate_prompts(rows: Sequence[PromptRow], pad_id: int) -> dict[str, torch.T
     pads = [longest - len(row.input_ids) for row in rows]
     ids = [[pad_id] * pad + row.input_ids for row, pad in zip(rows, pads, strict=True)]
     mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    return {"input_ids": torch.tensor(ids, dtype=torch.long), "attention_mask": torch.tensor(mask, dtype=torch.long)}
 
 
 def _right_padded(ids: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
@@ -61,7 +61,7 @@ def _right_padded(ids: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
 
 def _pad_right(rows: list[list[int]], value: int) -> torch.Tensor:
     longest = max(len(row) for row in rows)
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
 
 
 def split_train_eval(rows: Sequence[Row], eval_size: int | float, seed: int) -> tuple[list[Row], list[Row]]:

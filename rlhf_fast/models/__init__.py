@@ -2,6 +2,7 @@
 
 from rlhf_fast.models.heads import ScoreHead
 from rlhf_fast.models.pretrained import load_pretrained
-from rlhf_fast.models.shared import SharedBase, Vocabulary
+from rlhf_fast.models.shared import SharedBase
+from rlhf_fast.models.vocabulary import Vocabulary
 
 __all__ = ["ScoreHead", "SharedBase", "Vocabulary", "load_pretrained"]

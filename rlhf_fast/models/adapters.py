@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models import identity
 from rlhf_fast.models.heads import ScoreHead
 from rlhf_fast.models.shared import SharedBase
 
@@ -24,7 +25,7 @@ PREFIX = "base_model.model."  # PEFT's name for the wrapped transformers model
 
 
 def save_role(base: SharedBase, role: str, folder: Path, *, parameters: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes a role's adapter, head and calibration into ``folder``.
+    """Writes a role's adapter, head, calibration and the digest of its base into ``folder``; the same bytes each time.
 
     ``parameters``: tensors to write in place of the live ones, by the names of ``base.named_parameters(role)``.
     """
@@ -34,6 +35,9 @@ def save_role(base: SharedBase, role: str, folder: Path, *, parameters: dict[str
     source = base.model.name_or_path
     lora.base_model_name_or_path = os.path.abspath(source) if os.path.isdir(source) else source
     lora.inference_mode = True
+    if isinstance(lora.target_modules, set):  # of which PEFT writes any order
+        lora.target_modules = sorted(lora.target_modules)
+    identity.write(folder, base.fingerprint)
     if role in base.heads:
         head = base.heads[role]
         lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]  # type: ignore[assignment]
@@ -53,9 +57,13 @@ def load_role(base: SharedBase, role: str, folder: str | Path, *, want_head: boo
     else one that is there is.
 
     Raises UserError for a missing folder, file or head, a damaged file, NaN or infinity in it, or an adapter of another
-    base.
+    base. Where another base is only named, that is one of ``base.notes``.
     """
     lora, state = read_adapter(folder)
+    named, own = lora.base_model_name_or_path, base.model.name_or_path
+    note = identity.check(f"adapter {role}", Path(folder), named, base.fingerprint, own)
+    if note is not None:
+        base.notes.append(note)
     score = [name for name in state if name.endswith("score.weight")]
     head = state.pop(score[0]) if score else None
     if want_head and head is None:
@@ -65,7 +73,10 @@ def load_role(base: SharedBase, role: str, folder: str | Path, *, want_head: boo
     if not want_head and head is not None:
         raise UserError(f"{folder} holds a reward model (it has a score head); expected an adapter without one")
     lora.task_type, lora.modules_to_save = "CAUSAL_LM", None  # type: ignore[assignment]
-    base.load_role(role, lora, state)
+    try:
+        base.load_role(role, lora, state)
+    except UserError as error:
+        raise UserError(f"{error} (in {folder})") from error
     if want_head and head is not None:
         base.add_head(role, _head(head, Path(folder) / CALIBRATION))
 
@@ -88,6 +99,13 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
             raise UserError(f"{path / WEIGHTS}: {name} holds NaN or infinity; train the adapter again")
     if not isinstance(lora, LoraConfig):
         raise UserError(f"{path / CONFIG}: expected a LoRA adapter; got {type(lora).__name__}")
+    for name, kinds, least in (("r", int, 1), ("lora_alpha", (int, float), 0), ("lora_dropout", (int, float), 0)):
+        value = getattr(lora, name)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
+            kind = "whole" if kinds is int else "finite"
+            raise UserError(f"{path / CONFIG}: {name} must be a {kind} number from {least} on; got {value!r}")
+    if not lora.target_modules:
+        raise UserError(f"{path / CONFIG}: target_modules names no module, so this adapter changes nothing")
     return lora, state
 
 

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import adapters, layers, pretrained
+from rlhf_fast.models import adapters, identity, layers, pretrained, targets
 
 
 def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
@@ -19,7 +19,7 @@ def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
     head (its calibration constants go into the config as ``score_mean`` and ``score_std``; the raw score is kept).
     ``dtype``: float32, bfloat16 or float16; None keeps the base's own.
     """
-    lora, _ = adapters.read_adapter(adapter)
+    lora, state = adapters.read_adapter(adapter)
     if dtype is not None and dtype not in pretrained.DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(pretrained.DTYPES)}; got {dtype!r}")
     target = Path(output_dir)
@@ -29,28 +29,16 @@ def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
         raise UserError(f"--output_dir {output_dir} is not empty; name a new folder")
     source = pretrained.resolve(lora.base_model_name_or_path or "")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
+        tokenizer = pretrained.load_tokenizer(adapter)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer in {adapter}; copy the one it was trained with there") from error
-    chosen = "auto" if dtype is None else pretrained.DTYPES[dtype]
-    config = AutoConfig.from_pretrained(source)
-    config.pad_token_id = tokenizer.pad_token_id
-    transformers.utils.logging.disable_progress_bar()
-    if lora.task_type == "SEQ_CLS":
-        config.num_labels = 1
-        constants = Path(adapter) / adapters.CALIBRATION
-        if constants.is_file():
-            values = json.loads(constants.read_text())
-            config.score_mean, config.score_std = values["mean"], values["std"]
-        # the base has no score head: transformers warns of a fresh one, which the adapter's replaces below
-        verbosity = transformers.utils.logging.get_verbosity()
-        transformers.utils.logging.set_verbosity_error()
-        model = AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=chosen)
-        transformers.utils.logging.set_verbosity(verbosity)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=chosen)
+    model = _load_base(source, lora, Path(adapter), tokenizer.pad_token_id, dtype)
     with layers.quiet_peft():
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        peft = PeftModel.from_pretrained(model, adapter)
+        lost = sorted(state.keys() - get_peft_model_state_dict(peft).keys())
+        if lost:
+            raise UserError(f"{adapter}: a {type(model).__name__} has no place for {len(lost)} tensors, as {lost[0]}")
+        merged = peft.merge_and_unload()
     try:
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -58,3 +46,27 @@ def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write the merged model to {output_dir}: {reason}") from error
     return target
+
+
+def _load_base(source: str, lora: LoraConfig, adapter: Path, pad_id: int, dtype: str | None) -> PreTrainedModel:
+    """The base with its pad token and, for a reward model, one label. Raises UserError where it is not the one that the
+    adapter was made for, or where transformers has no classifier of this architecture."""
+    config = AutoConfig.from_pretrained(source)
+    config.pad_token_id = config.get_text_config(decoder=True).pad_token_id = pad_id
+    chosen = "auto" if dtype is None else pretrained.DTYPES[dtype]
+    kind, fresh = pretrained.auto_class(config), tuple[str, ...]()
+    if lora.task_type == "SEQ_CLS":
+        kind, fresh = AutoModelForSequenceClassification, ("score.weight",)  # the adapter's head takes its place
+        config.num_labels = 1
+        constants = adapter / adapters.CALIBRATION
+        if constants.is_file():
+            values = json.loads(constants.read_text())
+            config.score_mean, config.score_std = values["mean"], values["std"]
+    try:
+        model = pretrained.load_weights(kind, source, fresh=fresh, config=config, dtype=chosen)
+    except ValueError as error:  # no such class for this config
+        raise UserError(f"transformers has no {kind.__name__} for a {config.model_type}, so it cannot merge") from error
+    decoder = layers.find_decoder(model)
+    linear = targets.inside(decoder, targets.find_targets(decoder).linear)
+    identity.check(str(adapter), adapter, lora.base_model_name_or_path, identity.fingerprint(linear), source)
+    return model

@@ -1,6 +1,8 @@
 """Finding and loading the frozen base: a folder, a built-in name, or a hub name that never hangs offline."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -18,9 +23,11 @@ from transformers import (
 
 from rlhf_fast.config import StageConfig
 from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.models import tokens
 from rlhf_fast.models.builtin import BUILT_IN
 
 HUB_SECONDS = 5.0
+LOADING_NOTES = "rlhf_fast_notes"  # an attribute of a model: what ``SharedBase.notes`` says of its weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,14 +37,17 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
     Raises UserError for an unknown folder or name, missing safetensors, a model that is no causal language model,
     or code that would have to be trusted.
     """
-    source = resolve(config.model_name_or_path)
-    transformers.utils.logging.disable_progress_bar()  # a base loads in seconds, and the stages have bars of their own
+    name, source = config.model_name_or_path, resolve(config.model_name_or_path)
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     extra: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    try:
+    with _loading(name, source):
         model_config = AutoConfig.from_pretrained(source, **common)
+        check_config(name, model_config)
+        tokenizer = load_tokenizer(source, **common)
+        tokens.check_ids(tokenizer, model_config.get_text_config(decoder=True).vocab_size)
         # config.json says which dtype the weights are stored in; what they are computed in is our setting's alone
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_weights(
+            auto_class(model_config),
             source,
             config=model_config,
             dtype=choose_dtype(config.dtype, device),
@@ -45,15 +55,76 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
             **common,
             **extra,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the model {config.model_name_or_path}: {_advice(source, error)}") from error
     model.requires_grad_(False)
     # generate() fills what a call leaves unset from here: a top_k or a penalty of the model's own would bend the
     # distribution that is sampled away from the one that is trained
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     model.generation_config = GenerationConfig(eos_token_id=ends)
     return model.to(device).eval(), tokenizer
+
+
+def check_config(name: str, config: Any) -> None:
+    """Raises UserError for what the config alone shows to be no causal language model, before any weight is read."""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise UserError(f"{name}: it is no causal language model: a {kind} is an encoder with a decoder")
+    if getattr(config.get_text_config(decoder=True), "vocab_size", None) is None:
+        raise UserError(f"{name}: it is no causal language model: the config of a {kind} has no vocab_size")
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' auto class for the model: some text decoders stand in a wrapper that reads images too."""
+    wrapper = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
+
+
+def load_tokenizer(source: str, **extra: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, without the mark of how it was loaded, which would be saved with it."""
+    tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+    tokenizer.init_kwargs.pop("local_files_only", None)
+    return tokenizer
+
+
+def load_weights(kind: Any, source: str, *, fresh: tuple[str, ...] = (), **extra: Any) -> PreTrainedModel:
+    """A model of the auto class ``kind`` whose every weight comes from ``source``, but for ``fresh``.
+
+    Raises UserError that names a missing tensor: transformers makes up random values. Tensors that the model has no
+    place for are said in ``LOADING_NOTES``.
+    """
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # its table of missing and unexpected tensors: said below
+    transformers.utils.logging.disable_progress_bar()  # a base loads in seconds, and stages have bars of their own
+    try:
+        # a weight of another shape is an error all the same: the one below, which names it
+        model, found = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise UserError(
+            f"{source}: {name} is {tuple(there)} there and must be {tuple(wanted)}, as its config.json says"
+        )
+    missing = sorted(set(found["missing_keys"]) - set(fresh))
+    if missing:
+        raise UserError(
+            f"{source}: no weights for {_some(missing)}, which would be random; save the whole model, or copy it again"
+        )
+    unexpected = sorted(found["unexpected_keys"])
+    if unexpected:
+        note = f"{source}: weights that a {type(model).__name__} has no place for are not used: {_some(unexpected)}"
+        setattr(model, LOADING_NOTES, [note])
+    return model
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextlib.contextmanager
+def _loading(name: str, source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the model {name}: {_advice(source, error)}") from error
 
 
 def check_window(model: PreTrainedModel, max_length: int) -> None:

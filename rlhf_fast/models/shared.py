@@ -6,8 +6,7 @@ a role changes which adapter is active, never which parameters train.
 
 import contextlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,45 +16,72 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.config import ALL_LINEAR, StageConfig
-from rlhf_fast.errors import UserError, nearest
-from rlhf_fast.models import layers
+from rlhf_fast.errors import UserError
+from rlhf_fast.models import identity, layers, measure, targets, tokens, vocabulary
 from rlhf_fast.models.heads import ScoreHead
+from rlhf_fast.models.lora import Adaptable, differences
+from rlhf_fast.models.pretrained import LOADING_NOTES
+from rlhf_fast.models.vocabulary import Vocabulary
 
 LORA_IN_A_LAYER = re.compile(r"\.\d+\..*\.lora_[AB]\.weight$")
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The language-model head, as the linear ops take it: weight (V, H), bias (V,) or None, softcap or None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    softcap: float | None
 
 
 class SharedBase:
     """The frozen model with its adapters and heads. Every module stays in eval mode; see ``dropout``.
 
     ``stop_ids`` end a response; ``vocab_size`` counts the real tokens, without padded rows of the embedding.
+    ``notes`` are lines for the user on what is not as it may seem.
+
+    Raises UserError where the model cannot be trained right: it is tried on a few tokens (``measure``).
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: StageConfig) -> None:
-        self.tokenizer = tokenizer
-        self.pad_id = int(tokenizer.pad_token_id)
-        self.stop_ids = _stop_ids(model, tokenizer)
-        self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size)
         self.model = model
+        self.tokenizer = tokenizer
         self.config = config
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.rows = model.get_input_embeddings().weight.shape[0]
+        self.notes: list[str] = [*getattr(model, LOADING_NOTES, []), *tokens.check_ids(tokenizer, self.rows)]
+        self.stop_ids, notes = tokens.stop_ids(model, tokenizer, self.rows)
+        self.notes += notes
         self.peft: PeftModel | None = None
         self.heads: dict[str, ScoreHead] = {}
         self._trainable: set[str] = set()
         self._in_role = False
-        self.notes: list[str] = []
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
-        self._list_name, self._layers = layers.decoder_layers(model)
-        self._body = layers.decoder(model)
-        self._linear_names = layers.linear_names(model)  # before adapters bring linear modules of their own
-        self._check_vocabulary()
+        self._decoder = layers.find_decoder(model)
+        self._layers = self._decoder.layers
+        self._probe = measure.probe(tokenizer, self.rows, self.device)
+        with measure.own_code(model):
+            self._softcap, self._scale = self._measure_logits()
+        self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, self.vocabulary.weight.shape[0])
+        found = targets.find_targets(self._decoder)  # before adapters bring linear modules of their own
+        with targets.noting_calls(found) as called, measure.own_code(model):
+            measure.check_context(model, self._run, self._probe, self.pad_id)
+        self._sampling_fault = measure.why_not_sample(model, self._logits, self._probe, self.pad_id)
+        self._adaptable = Adaptable(model, self._decoder, found, targets.left_out(model, found, called))
+        self._linear_names = self._adaptable.names  # what all-linear means for this model
+        self._splits: dict[int, bool] = {}
+        self.fingerprint = identity.fingerprint(targets.inside(self._decoder, found.linear))
+        if config.lora_target_modules == [ALL_LINEAR]:
+            self.notes += self._adaptable.notes()
+
+    def check_tokens(self, source: str, row: int, ids: Sequence[int]) -> None:
+        """Raises UserError that names ``source`` and ``row`` where a token has no row in the embedding."""
+        highest = max(ids, default=0)
+        if highest >= self.rows:
+            raise UserError(
+                f"{source}, row {row}: the token {self.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}) lies "
+                f"beyond the {self.rows} rows of the model's embedding; take it out of the text"
+            )
+
+    def check_sampling(self) -> None:
+        """Raises UserError where what the model samples would not follow the log-probs that are trained."""
+        if self._sampling_fault is not None:
+            raise UserError(
+                f"{type(self.model).__name__} cannot be sampled as it is trained ({self._sampling_fault}): only SFT "
+                "works"
+            )
 
     # ---- roles -------------------------------------------------------------------------------------------------
 
@@ -75,18 +101,22 @@ class SharedBase:
         """A new adapter: a copy of another role's (its head too, where both have one), else a fresh one that changes
         nothing yet (B = 0). A copy has the other's rank, scale and modules; ``notes`` says where the config differs.
         """
-        lora = self._fresh_config()
+        lora = self._adaptable.config(self.config)
         if copy_of is not None:
             asked, lora = lora, self._config_of(copy_of)
             lora.lora_dropout = asked.lora_dropout
-            self._note_difference(name, copy_of, asked, lora)
-        self._add_adapter(name, lora)
+            self.notes += [f"{name} starts as a copy of {copy_of}: {line}" for line in differences(asked, lora)]
+        try:
+            self._add_adapter(name, lora)
+        except ValueError as error:  # PEFT refuses some state-space models
+            reason = " ".join(str(error).split())
+            raise UserError(f"{type(self.model).__name__}: PEFT cannot adapt this model: {reason}") from error
         if copy_of is not None:
             assert self.peft is not None
             state = get_peft_model_state_dict(self.peft, adapter_name=copy_of)
             set_peft_model_state_dict(self.peft, state, adapter_name=name)
         if head:
-            self.heads[name] = ScoreHead(self.model.config.hidden_size).to(self.device)
+            self.heads[name] = ScoreHead(self.vocabulary.weight.shape[1]).to(self.device)
             if copy_of in self.heads:
                 self.heads[name].load_state_dict(self.heads[copy_of].state_dict())
         self._mark(name, trainable)
@@ -105,12 +135,18 @@ class SharedBase:
             result = set_peft_model_state_dict(self.peft, state, adapter_name=name)
         except (RuntimeError, ValueError) as error:  # other shapes; no module of the names it adapts
             raise UserError(f"adapter {name}: made for another base; {str(error).splitlines()[-1].strip()}") from error
+        except (TypeError, AttributeError, LookupError, re.error) as error:
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise UserError(f"adapter {name}: PEFT cannot use its adapter_config.json: {reason}") from error
         missing = [key for key in result.missing_keys if f".{name}." in key]
         if missing or result.unexpected_keys:
             raise UserError(
                 f"adapter {name}: made for another base; {len(missing)} tensors are missing and "
                 f"{len(result.unexpected_keys)} are unknown, such as {(missing + result.unexpected_keys)[0]}"
             )
+        gates = sorted({key.split(".lora_")[0].split(".")[-1] for key in state if targets.in_gate(key)})
+        if gates:
+            self.notes.append(f"adapter {name} adapts routers or gates ({', '.join(gates)}), and so do its copies")
         self._mark(name, trainable=False)
 
     def add_head(self, name: str, head: ScoreHead) -> None:
@@ -172,12 +208,12 @@ class SharedBase:
     @torch.no_grad()
     def trunk(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
         """The hidden states (B, T, H) that enter the lowest adapted layer: the same for every role. None where the
-        lowest layer is adapted itself, so that there is nothing to share."""
+        lowest layer is adapted itself, so that there is nothing to share, or where the model cannot start there."""
         first = self.first_adapted_layer
-        if first == 0 or first == len(self._layers):
+        if first == 0 or first == len(self._layers) or not self._splits[first]:
             return None
         caught: list[torch.Tensor] = []
-        with layers.stopping_at(self._layers, first, caught):
+        with layers.stopping_at(self._decoder, first, caught):
             self._run(input_ids, attention_mask)
         return caught[0]
 
@@ -193,7 +229,7 @@ class SharedBase:
         with self.role(role):
             if trunk is None:
                 return self._run(input_ids, attention_mask)
-            with layers.starting_from(self._layers, self.first_adapted_layer, trunk):
+            with layers.starting_from(self._decoder, self.first_adapted_layer, trunk):
                 return self._run(input_ids, attention_mask)
 
     def scores(
@@ -212,46 +248,21 @@ class SharedBase:
     @property
     def vocabulary(self) -> Vocabulary:
         head = self.model.get_output_embeddings()
-        return Vocabulary(head.weight, getattr(head, "bias", None), _softcap(self.model))
+        return Vocabulary(head.weight, getattr(head, "bias", None), self._softcap, self._scale)
 
     def _run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        output = self._body(
+        output = self._decoder.body(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
         return output.last_hidden_state
 
+    def _logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        head = self.vocabulary
+        raw = nn.functional.linear(self._run(input_ids, attention_mask), head.weight, head.bias)
+        return head.scale * vocabulary.capped(raw, head.softcap)
+
     # ---- the parts that only this file needs -------------------------------------------------------------------
-
-    def _fresh_config(self) -> LoraConfig:
-        config, count = self.config, self.model.config.num_hidden_layers
-        known = self._linear_names
-        targets = known if config.lora_target_modules == [ALL_LINEAR] else config.lora_target_modules
-        for target in targets:
-            if target not in known:
-                raise UserError(
-                    f"--lora_target_modules: no linear module {target!r} in this model's layers"
-                    f"{nearest(target, known)}; there are {', '.join(known)}"
-                )
-        top = config.lora_layers
-        if top is not None and top > count:
-            raise UserError(f"--lora_layers must be at most {count}, the number of decoder layers; got {top}")
-        return LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by r, so a float is as good
-            lora_dropout=config.lora_dropout,
-            target_modules=list(targets),
-            layers_to_transform=None if top is None else list(range(count - top, count)),
-            layers_pattern=None if top is None else [self._list_name],
-            fan_in_fan_out=_stores_transposed(self._layers),
-            task_type="CAUSAL_LM",
-        )
-
-    def _note_difference(self, name: str, copy_of: str, asked: LoraConfig, taken: LoraConfig) -> None:
-        for field in ("r", "lora_alpha", "target_modules", "layers_to_transform"):
-            wanted, found = getattr(asked, field), getattr(taken, field)
-            if wanted != found and set(_listed(wanted)) != set(_listed(found)):
-                self.notes.append(f"{name} starts as a copy of {copy_of}: {field} is its {found}, not {wanted}")
 
     def _config_of(self, role: str) -> LoraConfig:
         assert self.peft is not None
@@ -264,6 +275,20 @@ class SharedBase:
             else:
                 self.peft.add_adapter(name, lora)
         self.model.eval()
+        self._check_split()
+
+    def _check_split(self) -> None:
+        """Whether the layers above the shared ones can be run alone is tried once for each place to start at."""
+        first = self.first_adapted_layer
+        if 0 < first < len(self._layers) and first not in self._splits:
+            with self.role(None):
+                reason = measure.why_not_split(self._decoder, self._run, self._probe, first)
+            self._splits[first] = reason is None
+            if reason is not None:
+                self.notes.append(
+                    f"{type(self.model).__name__} cannot be run from decoder layer {first} on ({reason}): the layers "
+                    "below are computed for every role, which is right, but not as fast as --lora_layers makes it"
+                )
 
     def _mark(self, name: str, trainable: bool) -> None:
         (self._trainable.add if trainable else self._trainable.discard)(name)
@@ -294,45 +319,17 @@ class SharedBase:
         return found
 
     @torch.no_grad()
-    def _check_vocabulary(self) -> None:
-        """A model whose logits are not softcap(head(hidden)) would train on wrong log-probs: refused here."""
-        ids = torch.arange(4, device=self.device).remainder(self.model.config.vocab_size)[None]
+    def _measure_logits(self) -> tuple[float | None, float]:
+        """The head's softcap and scale. Raises UserError for logits that are not finite or no linear head's."""
+        ids = self._probe
         mask = torch.ones_like(ids)
-        vocabulary = self.vocabulary
-        expected = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        if not expected.isfinite().all():
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        if not logits.isfinite().all():
             broken = [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]
             raise UserError(
                 f"{self.config.model_name_or_path}: the model's logits are not finite in {self.dtype}; weights with "
                 f"NaN or infinity: {', '.join(broken[:3]) or 'none, so try --dtype float32 or bfloat16'}"
             )
-        logits = nn.functional.linear(self._run(ids, mask), vocabulary.weight, vocabulary.bias).float()
-        if vocabulary.softcap is not None:
-            logits = vocabulary.softcap * torch.tanh(logits / vocabulary.softcap)
-        if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-            raise UserError(
-                f"{type(self.model).__name__}: its logits are not a plain linear head (with softcap) on the last "
-                "hidden states, so the fused losses would be wrong; this architecture is not supported"
-            )
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's EOS and those of the model's generation_config (chat models often have a second one)."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = own if isinstance(own, list) else [own]
-    stops = {int(token) for token in [tokenizer.eos_token_id, *listed] if token is not None}
-    if not stops:
-        raise UserError("the tokenizer has no EOS token: a response could never end; set eos_token in its config")
-    return sorted(stops)
-
-
-def _listed(value: object) -> list[object]:
-    return list(value) if isinstance(value, (list, set, tuple)) else [value]
-
-
-def _softcap(model: PreTrainedModel) -> float | None:
-    return getattr(model.config, "final_logit_softcapping", None)
-
-
-def _stores_transposed(decoder_layers: nn.ModuleList) -> bool:
-    return any(isinstance(module, layers.Conv1D) for module in decoder_layers.modules())
+        head = self.model.get_output_embeddings()
+        raw = nn.functional.linear(self._run(ids, mask), head.weight, getattr(head, "bias", None))
+        return vocabulary.measure(self.model, raw, logits)

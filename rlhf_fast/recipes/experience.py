@@ -82,10 +82,8 @@ def _logprobs(
         vocabulary.weight,
         episodes.targets,
         episodes.response_mask,
-        bias=vocabulary.bias,
-        softcap=vocabulary.softcap,
         vocab_size=base.vocab_size,
-        temperature=config.temperature,
+        **vocabulary.options(config.temperature),
     )
 
 

@@ -82,4 +82,7 @@ def _read(
     rows, report = encode(dataset, stage.base.tokenizer, max_length=max_length, source=name + purpose, reading=reading)
     for line in [*report.lines(), report.form()]:
         stage.say(line)
+    for row in rows:
+        ids = [*row.chosen_ids, *row.rejected_ids] if isinstance(row, PairRow) else row.input_ids
+        stage.base.check_tokens(name, row.index, ids)
     return rows

@@ -59,10 +59,9 @@ def loss_sum(stage: Stage, rows: Sequence[SFTRow]) -> torch.Tensor:
         hidden[:, :-1],  # logits for token t come from position t - 1
         vocabulary.weight,
         batch["labels"][:, 1:].to(device),
-        bias=vocabulary.bias,
-        softcap=vocabulary.softcap,
         vocab_size=stage.base.vocab_size,
         reduction="sum",
+        **vocabulary.options(),
     )
 
 

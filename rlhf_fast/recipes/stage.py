@@ -65,7 +65,7 @@ class Stage:
         set_seed(config.seed)
         model, tokenizer = pretrained.load_pretrained(config, self.accelerator.device)
         for note in prepare_tokenizer(
-            tokenizer, vocab_size=model.config.vocab_size, chat_template=config.chat_template
+            tokenizer, vocab_size=len(model.get_input_embeddings().weight), chat_template=config.chat_template
         ):
             self.say(note)
         pretrained.check_window(model, config.max_length)

@@ -36,8 +36,8 @@ class EpisodeBatch:
 
 def collate_episodes(responses: Sequence[Response], pad_id: int, device: torch.device) -> EpisodeBatch:
     """Episodes as one batch, no wider than its longest prompt and its longest response."""
-    prompts = [torch.tensor(response.row.input_ids) for response in responses]
-    answers = [torch.tensor(response.token_ids) for response in responses]
+    prompts = [torch.tensor(response.row.input_ids, dtype=torch.long) for response in responses]
+    answers = [torch.tensor(response.token_ids, dtype=torch.long) for response in responses]
     left = pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
     left_mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
     targets = pad_sequence(answers, batch_first=True, padding_value=pad_id)

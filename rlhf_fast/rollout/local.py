@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf_fast.data import PromptRow, collate_prompts
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase
 
 
@@ -50,7 +51,13 @@ def generate(
 
     The distribution sampled from is the one that is trained: the full softmax at ``temperature``, without top-k, top-p
     or penalties, whatever the model folder's generation_config says. Prompts are padded left, ``batch_size`` at a time.
+    Raises UserError for a prompt of no tokens, after which nothing could be predicted, and for a model whose samples
+    do not follow the log-probs that are trained.
     """
+    base.check_sampling()
+    empty = [str(row.index) for row in rows if not row.input_ids]
+    if empty:
+        raise UserError(f"prompts of no tokens in rows {', '.join(empty)}: nothing predicts the first token there")
     settings = GenerationConfig(
         do_sample=True,
         temperature=temperature,

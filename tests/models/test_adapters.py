@@ -13,7 +13,7 @@ from tiny_models import MakeBase, batch, randomise, save_model, settings
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import SharedBase, adapters, load_pretrained
+from rlhf_fast.models import SharedBase, adapters, identity, load_pretrained
 
 PEFT_CHECKED = ["llama", "gpt2", "gpt_neox", "gemma2"]
 
@@ -90,7 +90,7 @@ def test_saving_changes_neither_the_role_nor_its_config(full_base: MakeBase, tmp
     adapters.save_role(base, "reward", tmp_path)
     assert base.peft.peft_config["reward"].to_dict() == before
     names = {path.name for path in tmp_path.iterdir()} - {"README.md"}
-    assert names == {adapters.CONFIG, adapters.WEIGHTS, adapters.CALIBRATION}
+    assert names == {adapters.CONFIG, adapters.WEIGHTS, adapters.CALIBRATION, identity.FILE}
 
 
 # ---- PEFT and transformers read what we write ----------------------------------------------------------------------
@@ -222,6 +222,11 @@ def other_kind(folder: Path) -> None:
     (folder / adapters.CONFIG).write_text(json.dumps({"peft_type": "IA3", "task_type": "CAUSAL_LM"}))
 
 
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / adapters.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
     (lambda folder: (folder / adapters.CONFIG).unlink(), "adapter_config.json is missing"),
     (lambda folder: (folder / adapters.WEIGHTS).unlink(), "adapter_model.safetensors is missing"),
@@ -233,6 +238,20 @@ DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
     (lambda folder: (folder / adapters.CALIBRATION).write_text('{"mean": 0}'), "calibration.json"),
     (lambda folder: (folder / adapters.CALIBRATION).write_text('{"mean": 0, "std": 0}'), "calibration.json"),
     (other_kind, "LoRA adapter"),
+    (lambda folder: change_config(folder, lora_alpha="x"), "lora_alpha must be a finite number from 0 on; got 'x'"),
+    (lambda folder: change_config(folder, lora_alpha=float("inf")), "lora_alpha must be a finite number"),
+    (lambda folder: change_config(folder, r="four"), "r must be a whole number from 1 on; got 'four'"),
+    (lambda folder: change_config(folder, r=4.5), "r must be a whole number from 1 on; got 4.5"),
+    (lambda folder: change_config(folder, r=0), "r must be a whole number from 1 on; got 0"),
+    (lambda folder: change_config(folder, target_modules=5), "PEFT cannot use its adapter_config.json"),
+    (lambda folder: change_config(folder, target_modules="q_proj["), "PEFT cannot use its adapter_config.json"),
+    (lambda folder: change_config(folder, rank_pattern="x"), "PEFT cannot use its adapter_config.json"),
+    (lambda folder: change_config(folder, layers_to_transform="x"), "PEFT cannot use its adapter_config.json"),
+    (lambda folder: change_config(folder, layers_to_transform=[99]), "made for another base"),
+    (lambda folder: change_config(folder, lora_dropout=None), "lora_dropout must be a finite number"),
+    (lambda folder: change_config(folder, target_modules=[]), "target_modules names no module"),
+    (lambda folder: (folder / identity.FILE).write_text("{"), "base_model.json is damaged"),
+    (lambda folder: (folder / identity.FILE).write_text("[]"), "base_model.json is damaged"),
 ]
 
 

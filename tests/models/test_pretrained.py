@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from tiny_models import save_model, settings, tiny_model
 from transformers import AutoConfig, PreTrainedModel
 
@@ -129,7 +130,7 @@ def test_nothing_of_the_folders_generation_config_but_its_stop_tokens_is_used(fo
         torch.manual_seed(0)
         return [r.token_ids for r in generate(base, None, [row] * 4, response_length=12, temperature=1.0, batch_size=4)]
 
-    change_json(folder / "generation_config.json", eos_token_id=[1, 7])
+    change_json(folder / "generation_config.json", eos_token_id=[0, 1])
     expected = sampled()
     change_json(
         folder / "generation_config.json",
@@ -147,7 +148,57 @@ def test_nothing_of_the_folders_generation_config_but_its_stop_tokens_is_used(fo
         max_new_tokens=3,
     )
     assert sampled() == expected
-    assert SharedBase(*load(folder), settings()).stop_ids == [1, 7]
+    assert SharedBase(*load(folder), settings()).stop_ids == [0, 1]
+
+
+# ---- weights and config --------------------------------------------------------------------------------------------
+
+
+def rewrite_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_a_weight_that_is_missing_is_named(folder: Path, name: str) -> None:
+    rewrite_weights(folder, lambda tensors: tensors.pop(name))
+    assert f"no weights for {name}, which would be random" in refusal(folder)
+
+
+def test_a_whole_layer_that_is_missing_is_counted(folder: Path) -> None:
+    change_json(folder / "config.json", num_hidden_layers=5)
+    assert "and 6 more, which would be random" in refusal(folder)
+
+
+def test_weights_that_are_tied_or_made_anew_are_not_missing(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Tied heads and the buffers of rotary positions are not in the file."""
+    tied = save_model(tmp_path / "tied", tokenizer_folder, "llama", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    model, tokenizer = load(tied)
+    assert torch.equal(model.lm_head.weight, tiny_model("llama", tie_word_embeddings=True).lm_head.weight)
+    assert SharedBase(model, tokenizer, settings()).notes == []
+
+
+def test_weights_that_the_model_has_no_place_for_are_said(folder: Path) -> None:
+    rewrite_weights(folder, lambda tensors: tensors.update({"vision.weight": torch.zeros(2)}))
+    notes = SharedBase(*load(folder), settings()).notes
+    assert len(notes) == 1 and "a LlamaForCausalLM has no place for are not used: vision.weight" in notes[0]
+
+
+def test_weights_of_another_shape_are_refused(folder: Path) -> None:
+    rewrite_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(5)}))
+    assert "model.norm.weight is (5,) there and must be (32,)" in refusal(folder)
+
+
+def test_what_the_config_shows_is_said_before_any_weight_is_read(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"broken")
+    change_json(folder / "config.json", vocab_size=200)
+    assert "tokens beyond the 200 rows of the model's embedding" in refusal(folder)
+    AutoConfig.for_model("t5").save_pretrained(folder)
+    assert "it is no causal language model: a t5 is an encoder with a decoder" in refusal(folder)
+    AutoConfig.for_model("vit").save_pretrained(folder)
+    assert "it is no causal language model: the config of a vit has no vocab_size" in refusal(folder)
 
 
 # ---- built-in models -----------------------------------------------------------------------------------------------

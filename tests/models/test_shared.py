@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, MakeBase, batch, randomise, settings, tiny_model
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase
+from rlhf_fast.models.vocabulary import capped
 
 ROLES = ["sft", "reward", "policy", "critic", None]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -344,25 +345,31 @@ def test_wrong_adapter_settings_are_refused(bare_base: MakeBase) -> None:
         bare_base(lora_layers=5).add_role("policy")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "changes"), [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.25})]
-)
-def test_logits_scaled_after_the_head_are_refused(
-    tokenizer: PreTrainedTokenizerFast, architecture: str, changes: dict[str, float]
-) -> None:
-    with pytest.raises(UserError, match="its logits are not a plain linear head"):
-        SharedBase(tiny_model(architecture, **changes), tokenizer, settings())
-    neutral = dict.fromkeys(changes, 1.0)
-    SharedBase(tiny_model(architecture, **neutral), tokenizer, settings())
-
-
-def test_padded_vocabulary_and_stop_tokens(bare_base: MakeBase, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_padded_vocabulary(bare_base: MakeBase) -> None:
     base = bare_base()
-    assert (base.vocab_size, base.vocabulary.weight.shape[0]) == (258, 288)
-    assert (base.pad_id, base.stop_ids) == (0, [1])
-    model = tiny_model("llama")
-    model.generation_config = GenerationConfig(eos_token_id=[7, 1, 5])
-    assert SharedBase(model, tokenizer, settings()).stop_ids == [1, 5, 7]
+    assert (base.vocab_size, base.vocabulary.weight.shape[0], base.rows) == (258, 288, 288)
+
+
+def test_the_lower_layers_are_computed_for_every_role_where_the_model_cannot_start_above_them(
+    bare_base: MakeBase,
+) -> None:
+    """In Gemma 3n, upper layers use the keys of lower ones."""
+    shared = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    per_layer: dict[str, Any] = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 288}
+    per_layer["activation_sparsity_pattern"] = [0.0] * 4
+    tiny = {"num_key_value_heads": 2, "head_dim": 8, "altup_num_inputs": 2, "laurel_rank": 4, "sliding_window": 5}
+    model = tiny_model("gemma3n_text", **shared, **per_layer, **tiny)
+    base = SharedBase(model, bare_base().tokenizer, settings(lora_layers=2))
+    base.add_role("policy")
+    randomise(base, "policy", 0)
+    input_ids, mask = batch([6, 6], "right")
+    assert base.trunk(input_ids, mask) is None
+    assert [note for note in base.notes if "cannot be run from decoder layer 2" in note]
+    with torch.no_grad(), base.role("policy"):
+        expected = model(input_ids=input_ids, attention_mask=mask).logits
+    head, hidden = base.vocabulary, base.hidden("policy", input_ids, mask)
+    logits = head.scale * capped(nn.functional.linear(hidden, head.weight, head.bias), head.softcap)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_roles_do_not_nest(full_base: MakeBase) -> None:

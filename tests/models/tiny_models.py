@@ -23,6 +23,99 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "final_logit_softcapping": 3.0},
 }
 
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
+WINDOW: dict[str, Any] = {**GROUPED, "sliding_window": 5}
+MIXTURE: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+STATE_SPACE: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+DELTA: dict[str, Any] = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+# Every architecture that test_architectures.py holds to its checks; docs/models.md names the same ones.
+TABLE: dict[str, dict[str, Any]] = {
+    **ARCHITECTURES,
+    "gemma": GROUPED,
+    "gemma3_text": WINDOW,
+    "phi": {},
+    "phi3": WINDOW,
+    "granite": {**GROUPED, "logits_scaling": 8.0},
+    "cohere": {**GROUPED, "logit_scale": 0.25},
+    "cohere2": {**WINDOW, "logit_scale": 0.25},
+    "olmo": GROUPED,
+    "olmo2": GROUPED,
+    "olmo3": WINDOW,
+    "stablelm": GROUPED,
+    "falcon": {"alibi": False},
+    "bloom": {},
+    "gptj": {"rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 5},
+    "codegen": {"rotary_dim": 4},
+    "gpt_bigcode": {},
+    "mpt": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "xglm": {"ffn_dim": 48, "num_layers": 4, "d_model": 32, "attention_heads": 4},
+    "starcoder2": WINDOW,
+    "glm": GROUPED,
+    "glm4": GROUPED,
+    "smollm3": GROUPED,
+    "nemotron": GROUPED,
+    "ernie4_5": GROUPED,
+    "exaone4": WINDOW,
+    "seed_oss": GROUPED,
+    "apertus": GROUPED,
+    "nanochat": {**GROUPED, "final_logit_softcapping": 3.0},
+    "mixtral": {**GROUPED, **MIXTURE},
+    "qwen2_moe": {**GROUPED, **MIXTURE},
+    "qwen3_moe": {**GROUPED, **MIXTURE},
+    "olmoe": {**GROUPED, **MIXTURE},
+    "gpt_oss": {**WINDOW, **MIXTURE},
+    "granitemoe": {**GROUPED, **MIXTURE, "logits_scaling": 8.0},
+    "deepseek_v2": {**MIXTURE, **LATENT},
+    "deepseek_v3": {**MIXTURE, **LATENT},
+    "glm4_moe": {**GROUPED, **MIXTURE, "n_group": 1, "topk_group": 1},
+    "llama4_text": {**GROUPED, **MIXTURE, "intermediate_size_mlp": 48},
+    "phimoe": {**GROUPED, **MIXTURE},
+    "qwen3_next": {**GROUPED, **MIXTURE, **DELTA},
+    "qwen3_5_text": {**GROUPED, **DELTA},
+    "lfm2": GROUPED,
+    "jamba": {**MIXTURE, "num_key_value_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "bamba": {**STATE_SPACE, "num_key_value_heads": 2, "attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {
+        **MIXTURE,
+        **STATE_SPACE,
+        "num_key_value_heads": 2,
+        "shared_intermediate_size": 16,
+        "layer_types": ["mamba", "attention", "mamba", "attention"],
+    },
+    "gemma4_text": {
+        **WINDOW,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 288,
+    },
+}
+
 
 def tiny_model(architecture: str, **changes: Any) -> PreTrainedModel:
     """float32, frozen, in eval mode; the same weights every time. Attention dropout is on where it is ever used."""
@@ -38,7 +131,7 @@ def tiny_model(architecture: str, **changes: Any) -> PreTrainedModel:
         "eos_token_id": 1,
         "pad_token_id": 0,
     }
-    config = AutoConfig.for_model(architecture, **{**settings, **ARCHITECTURES.get(architecture, {}), **changes})
+    config = AutoConfig.for_model(architecture, **{**settings, **TABLE.get(architecture, {}), **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False).eval()

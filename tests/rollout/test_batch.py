@@ -57,5 +57,12 @@ def test_one_episode_of_one_token_is_as_narrow_as_it_can_be(row: MakeRow) -> Non
     assert episodes.response_mask.tolist() == [[True]]
 
 
+def test_ids_are_integers_where_a_prompt_or_a_response_is_empty_too(row: MakeRow) -> None:
+    for prompt, answer in (([], [1]), ([5], [])):
+        episodes = collate_episodes([Response(row(prompt), answer, True, "")], PAD, torch.device("cpu"))
+        assert episodes.input_ids.dtype == episodes.targets.dtype == episodes.attention_mask.dtype == torch.int64
+        assert episodes.input_ids.tolist() == [[*prompt, *answer]]
+
+
 def test_the_rows_keep_their_order(episodes: EpisodeBatch) -> None:
     assert [response.token_ids for response in episodes.responses] == [[21, 22, 1], [1], [PAD, 23]]

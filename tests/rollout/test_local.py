@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlhf_fast.data import PromptRow
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase
 from rlhf_fast.ops import linear_logprobs
 from rlhf_fast.rollout import Response, collate_episodes, generate
@@ -179,6 +180,12 @@ def test_log_probs_of_what_was_sampled_are_finite_and_the_same_padded_or_alone(b
         by_hand = (logits / 0.7).log_softmax(dim=-1).gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
         torch.testing.assert_close(alone, by_hand, rtol=0, atol=2e-4)
     assert together.min() > -math.log(1e9)
+
+
+def test_a_prompt_of_no_tokens_is_refused(base: SharedBase, row: MakeRow) -> None:
+    with pytest.raises(UserError, match="prompts of no tokens in rows 1: nothing predicts the first token") as error:
+        sample(base, [row([5]), row([])])
+    assert "\n" not in str(error.value)
 
 
 def test_the_same_seed_gives_the_same_responses_and_order_is_kept(base: SharedBase, row: MakeRow) -> None:

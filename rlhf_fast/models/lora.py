@@ -1,0 +1,87 @@
+"""PEFT's config for the adapters that a stage asks for, on the modules of a model that can have one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_fast.config import ALL_LINEAR, StageConfig
+from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.models import targets
+from rlhf_fast.models.layers import Decoder
+from rlhf_fast.models.targets import Targets
+
+
+@dataclass(frozen=True)
+class Adaptable:
+    """``left_out``: name of a linear module -> why it gets no adapter."""
+
+    model: PreTrainedModel
+    decoder: Decoder
+    targets: Targets
+    left_out: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self.targets.names if name not in self.left_out]
+
+    def notes(self) -> list[str]:
+        """What all-linear does not reach, though its name promises it."""
+        notes = []
+        if self.targets.fused:
+            notes.append(f"the experts ({', '.join(self.targets.fused)}) are fused parameters and are not adapted")
+        for reason in sorted(set(self.left_out.values())):
+            names = [name for name, why in sorted(self.left_out.items()) if why == reason]
+            notes.append(f"not adapted, {reason}: {', '.join(names)}")
+        return notes
+
+    def config(self, asked: StageConfig) -> LoraConfig:
+        """Raises UserError for a module that is not there or gets no adapter, and for more layers than there are."""
+        names = self.names if asked.lora_target_modules == [ALL_LINEAR] else list(asked.lora_target_modules)
+        self._check(names)
+        count, top = len(self.decoder.layers), asked.lora_layers
+        if top is not None and top > count:
+            raise UserError(f"--lora_layers must be at most {count}, the number of decoder layers; got {top}")
+        chosen = None if top is None else list(range(count - top, count))
+        modules = targets.target_modules(self.model, self.decoder, self.targets, names, chosen)
+        by_name = chosen is not None and not isinstance(modules, str)  # an expression holds the layers itself
+        return LoraConfig(
+            r=asked.lora_r,
+            lora_alpha=asked.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by r, so a float is as good
+            lora_dropout=asked.lora_dropout,
+            target_modules=modules,
+            layers_to_transform=chosen if by_name else None,
+            layers_pattern=[self.decoder.list_name] if by_name else None,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.targets.linear.values()),
+            task_type="CAUSAL_LM",
+        )
+
+    def _check(self, names: list[str]) -> None:
+        known = self.names
+        there = f"there are {', '.join(known)}"
+        if not names:
+            raise UserError(f"--lora_target_modules must name a module: {ALL_LINEAR}, or some of {', '.join(known)}")
+        for name in names:
+            if name in self.left_out:
+                raise UserError(f"--lora_target_modules: {name!r} gets no adapter ({self.left_out[name]}); {there}")
+            if name not in known:
+                raise UserError(
+                    f"--lora_target_modules: no linear module {name!r} in this model's layers{nearest(name, known)}; "
+                    f"{there}"
+                )
+
+
+def differences(asked: LoraConfig, taken: LoraConfig) -> list[str]:
+    """``r is its 8, not 4``: how the config of a copied adapter differs from the one that was asked for."""
+    found = []
+    for field in ("r", "lora_alpha", "target_modules", "layers_to_transform"):
+        wanted, its = (_listed(getattr(config, field)) for config in (asked, taken))
+        if wanted != its:
+            found.append(f"{field} is its {', '.join(its)}, not {', '.join(wanted)}")
+    return found
+
+
+def _listed(value: Any) -> list[str]:
+    return sorted(map(str, value)) if isinstance(value, (list, set, tuple)) else [str(value)]

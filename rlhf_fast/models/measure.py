@@ -1,0 +1,103 @@
+"""What is tried on every model when it is loaded, on a few tokens: better than a list of architectures."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models import layers
+from rlhf_fast.models.layers import Decoder
+
+Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # input_ids, attention_mask -> (B, T, H or V)
+
+TOKENS = 8
+# Two ways of computing the same hidden states: how far the middle one of the tokens may lie apart, of its norm.
+CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
+HALF_CLOSE = 0.1
+
+
+@contextmanager
+def own_code(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, what the model's own code raises becomes a UserError: not every one runs in every dtype and place."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ImportError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"{type(model).__name__} cannot compute in {model.dtype} on the {model.device.type}: {reason}"
+        ) from error
+
+
+def probe(tokenizer: PreTrainedTokenizerBase, rows: int, device: torch.device) -> torch.Tensor:
+    """(1, TOKENS) ids of text, spread over the vocabulary: special tokens may mean an image."""
+    text = sorted({i for i in tokenizer.get_vocab().values() if i < rows} - {*tokenizer.added_tokens_decoder})
+    text = text or list(range(rows))
+    chosen = [text[place * (len(text) - 1) // (TOKENS - 1)] for place in range(TOKENS)]
+    return torch.tensor([chosen], device=device)
+
+
+@torch.no_grad()
+def check_context(model: PreTrainedModel, run: Run, ids: torch.Tensor, pad_id: int) -> None:
+    """Raises UserError for a model whose states see the padding on their left, or the tokens on their right."""
+    alone = run(ids, torch.ones_like(ids))[0]
+    pads = torch.full_like(ids, pad_id)
+    rows = torch.cat([torch.cat([pads, ids], dim=1), torch.cat([ids, ids.flip(1)], dim=1)])
+    mask = torch.ones_like(rows)
+    mask[0, :TOKENS] = 0
+    padded, longer = run(rows, mask)
+    if not _same(longer[:TOKENS], alone):
+        raise UserError(
+            f"{type(model).__name__}: its tokens see the ones after them, so it is no causal language model; only "
+            "decoders can be trained"
+        )
+    if not _same(padded[TOKENS:], alone):
+        raise UserError(
+            f"{type(model).__name__}: its states run through padding, so a prompt would mean something else in every "
+            "batch; recurrent models without a mask for padding, and positions counted from it, are not supported"
+        )
+
+
+@torch.no_grad()
+def why_not_sample(model: PreTrainedModel, logits: Run, ids: torch.Tensor, pad_id: int) -> str | None:
+    """None where ``generate``, with its cache and its own idea of positions, draws from the same ``logits`` (whole rows
+    in one pass) that training scores; else the reason."""
+    half = ids[:, : TOKENS // 2]
+    prompts = torch.cat([ids, torch.cat([torch.full_like(half, pad_id), half], dim=1)])
+    mask = torch.ones_like(prompts)
+    mask[1, : TOKENS // 2] = 0
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=2, min_new_tokens=2, pad_token_id=pad_id)
+    greedy.output_logits = greedy.return_dict_in_generate = True
+    try:
+        drawn = model.generate(input_ids=prompts, attention_mask=mask, generation_config=greedy)
+    except Exception as error:  # whatever its code and transformers' raise
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    expected = logits(drawn.sequences, torch.cat([mask, torch.ones_like(mask[:, :2])], dim=1))[:, -3:-1]
+    found = torch.stack(drawn.logits, dim=1)
+    agree = all(_same(*row) for row in zip(found, expected, strict=True))
+    return None if agree else "its logits with a cache are others"
+
+
+def _same(states: torch.Tensor, expected: torch.Tensor) -> bool:
+    # the middle token: in half precision a mixture may send single ones to other experts
+    gap = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    return gap.median().item() <= CLOSE.get(expected.dtype, HALF_CLOSE)
+
+
+@torch.no_grad()
+def why_not_split(decoder: Decoder, run: Run, ids: torch.Tensor, first: int) -> str | None:
+    """None where running from layer ``first`` on is bit-exact with the whole forward pass; else the reason."""
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
+    with layers.learning_outputs(decoder):
+        expected = run(ids, mask)
+    caught: list[torch.Tensor] = []
+    try:
+        with layers.stopping_at(decoder, first, caught):
+            run(ids, mask)
+        with layers.starting_from(decoder, first, caught[0]):
+            states = run(ids, mask)
+    except Exception as error:  # whatever a layer does when those below it did not run
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    return None if torch.equal(states, expected) else "the hidden states differ"

@@ -1,0 +1,94 @@
+"""The language-model head as the linear ops take it, measured on the model instead of listed by architecture."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf_fast.errors import UserError
+
+FULL_PRECISION = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """logits = scale * cap(hidden weight^T + bias), where cap(x) = softcap * tanh(x / softcap), or x without one.
+
+    ``weight`` (V, H), ``bias`` (V,) or None, ``scale`` above 0.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    softcap: float | None
+    scale: float = 1.0
+
+    def options(self, temperature: float = 1.0) -> dict[str, Any]:
+        """bias, softcap and temperature for the linear ops, so that they compute log softmax(logits / temperature)."""
+        return {"bias": self.bias, "softcap": self.softcap, "temperature": temperature / self.scale}
+
+
+def measure(model: PreTrainedModel, raw: torch.Tensor, logits: torch.Tensor) -> tuple[float | None, float]:
+    """(softcap, scale) with which the head's outputs ``raw`` become the model's ``logits``, both (..., V).
+
+    Softcaps come from the config. The scale is measured, and taken from the config where a number there, or one over
+    it, is as large: that one is not rounded. Raises UserError where nothing fits, or where the dtype is too coarse.
+    """
+    dtype = logits.dtype
+    numbers = _numbers(model)
+    tolerance, near = (1e-4, 1e-5) if dtype in FULL_PRECISION else (1e-2, 1e-2)
+    raw, logits = raw.double(), logits.double()
+    scales = [1.0, *(number for value in numbers.values() if value > 0 for number in (value, 1 / value))]
+    for cap, measured, inside in _candidates(numbers, raw, logits):
+        if not measured > 0:
+            continue
+        nearest = min(scales, key=lambda scale: abs(scale / measured - 1))
+        known = abs(nearest / measured - 1) <= near
+        scale = nearest if known else measured
+        softcap = None if cap is None else cap / scale if inside else cap
+        gap = (scale * capped(raw, softcap) - logits).abs().max()
+        if gap <= tolerance * logits.abs().max():
+            if not known and dtype not in FULL_PRECISION:
+                raise UserError(
+                    f"{type(model).__name__}: its logits are {measured:.4g} times its head's output; its config.json "
+                    f"has no such number, and {dtype} is too coarse to measure it: use --dtype float32"
+                )
+            return softcap, scale
+    raise UserError(
+        f"{type(model).__name__}: its logits are not a linear head (scaled, with a softcap) on the last hidden states, "
+        "so the fused losses would be wrong; this architecture is not supported"
+    )
+
+
+def capped(raw: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return raw if softcap is None else softcap * torch.tanh(raw / softcap)
+
+
+def _candidates(
+    numbers: dict[str, float], raw: torch.Tensor, logits: torch.Tensor
+) -> Iterator[tuple[float | None, float, bool]]:
+    """(cap, scale, True where the scale stands inside the cap), those with a cap first: where the logits are small, a
+    cap cannot be seen, and one of the config is there to be used."""
+    for name, cap in numbers.items():
+        if "cap" in name and "logit" in name and cap > 0:
+            low = logits.abs() < 0.9 * cap
+            yield cap, _ratio(cap * torch.atanh(logits[low] / cap), raw[low]), True
+            yield cap, _ratio(logits, capped(raw, cap)), False
+    yield None, _ratio(logits, raw), False
+
+
+def _ratio(values: torch.Tensor, of: torch.Tensor) -> float:
+    """The number r for which r * ``of`` is nearest to ``values``; 1 where there is nothing to tell it from."""
+    square = of.square().sum().item()
+    return (values * of).sum().item() / square if square > 0 else 1.0
+
+
+def _numbers(model: PreTrainedModel) -> dict[str, float]:
+    """The config's own numbers by name; ``att`` softcaps are of the attention, and never of the logits."""
+    settings = model.config.get_text_config(decoder=True).to_dict()
+    return {
+        name: float(value)
+        for name, value in settings.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "att" not in name
+    }
