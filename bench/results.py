@@ -1,6 +1,8 @@
-"""Keeps what a finished run measured: `python bench/results.py runs/demo` writes bench/results/demo.json and renews
-the table between `<!-- results demo -->` and `<!-- end -->` in README.md. `python bench/results.py
-bench/results/cpu.json` renews the tables of what `rlhf-fast bench --json` wrote there.
+"""Keeps what a finished run measured, and renews the tables of the documentation.
+
+`python bench/results.py runs/demo` writes bench/results/demo.json and renews the tables made from it, wherever the
+README or a page of docs/ has `<!-- results demo -->` or `<!-- highlights demo -->` and `<!-- end -->`.
+`python bench/results.py bench/results/cpu.json` renews the tables of what `rlhf-fast bench --json` wrote there.
 """
 
 import argparse
@@ -15,10 +17,15 @@ import yaml
 
 from rlhf_fast.bench import report
 from rlhf_fast.bench.peers import installed_version
+from rlhf_fast.bench.workload import COMPILED, EAGER, OURS
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("sft", "reward", "ppo")
+END = "<!-- end -->"
 DATA_KEYS = {"dataset", "dataset_name", "eval_dataset_name"}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# The README's rows: the first workload of each of these operations.
+HIGHLIGHTS = ("masked_logprobs", "linear_logprobs", "linear_policy_loss", "ppo_loss", "gae")
 
 
 def collect(run: Path) -> dict[str, Any]:
@@ -42,7 +49,7 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def file_name(data: str) -> str:
-    """Where a file lay is this machine's business; a hub or built-in name is kept."""
+    """A path on this machine is cut to the file's name; a hub or built-in name is kept."""
     return Path(data).name if Path(data).exists() else data
 
 
@@ -63,7 +70,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's table: one line a figure."""
+    """Every figure: the rows of a bench, or one line for each figure of a run."""
     if "rows" in results:
         return report.summary(results)
     stages = {name: summary["figures"] for name, summary in results["stages"].items()}
@@ -113,16 +120,33 @@ def interval(figure: dict[str, float], form: str) -> str:
     return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
 
 
-def renew(text: str, name: str, results: dict[str, Any]) -> str:
-    """The README's text with the table of ``name`` made from ``results``."""
-    pattern = re.compile(rf"(<!-- results {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"README.md has no `<!-- results {name} -->` ... `<!-- end -->` to renew")
-    return pattern.sub(lambda match: f"{match[1]}{table(results)}\n{match[2]}", text)
+def highlights(results: dict[str, Any]) -> str:
+    """A few rows of a bench: our time, that of torch, and the fastest of the others."""
+    first = {row["op"]: row for row in reversed(results["rows"])}
+    rows = []
+    for row in (first[op] for op in HIGHLIGHTS if op in first):
+        entries = row["contestants"]
+        others = [name for name in report.others(row) if not name.startswith(OURS)]
+        best = min(others, key=lambda name: entries[name]["ms"], default=None)
+        beside = f"{best} {report.beside(row, best)}" if best else ""
+        ours = report.milliseconds(entries[OURS]["ms"])
+        rows.append((report.work_name(row), ours, report.beside(row, EAGER), report.beside(row, COMPILED), beside))
+    headings = ("work", OURS, EAGER, COMPILED, "fastest other")
+    return f"{report.where(results)}\n\n{report.table(headings, rows)}"
+
+
+def renew(text: str, results: dict[str, Any], name: str) -> str:
+    """A page's text with the tables of ``name`` made from ``results``."""
+    for kind, make in (("results", table), ("highlights", highlights)):
+        mark = f"<!-- {kind} {name} -->\n"
+        if mark in text:
+            before, rest = text.split(mark)
+            text = f"{before}{mark}{make(results)}\n{rest[rest.index(END) :]}"
+    return text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run's folder, or what `rlhf-fast bench --json` wrote")
     run = parser.parse_args().run
     path = ROOT / "bench" / "results" / f"{run.stem}.json"
@@ -130,9 +154,13 @@ def main() -> None:
         path.write_text(json.dumps(collect(run), indent=1, sort_keys=True) + "\n")
     elif run.resolve() != path.resolve():
         raise SystemExit(f"expected a run's folder or a file in {path.parent}; got {run}")
-    readme = ROOT / "README.md"
-    readme.write_text(renew(readme.read_text(), path.stem, json.loads(path.read_text())))
-    print(f"wrote {path.relative_to(ROOT)} and its table in README.md")
+    results, name = json.loads(path.read_text()), path.stem
+    pages = [page for page in PAGES if re.search(f"<!-- \\w+ {re.escape(name)} -->", page.read_text())]
+    if not pages:
+        raise SystemExit(f"no page has `<!-- results {name} -->` and `{END}`; add them where the table is to stand")
+    for page in pages:
+        page.write_text(renew(page.read_text(), results, name))
+        print(f"renewed the tables of {path.relative_to(ROOT)} in {page.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
