@@ -46,6 +46,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # Not part of lint yet: `make format` has to run over csrc once first.
 lint-cpp: $(VENV)/installed
