@@ -25,7 +25,7 @@ from rlhf_fast.bench.workload import (
 
 def build(sizes: Sizes, device: torch.device) -> Contest:
     shape = (sizes["sequences"], sizes["tokens"])
-    # multiples of 1/64, so that rounding moves no token over the bounds of the ratio
+    # multiples of 1/64, so that rounding cannot move a ratio across a clip bound
     logprobs = leaf(-torch.randint(0, 320, shape, device=device) / 64)
     old_logprobs = (logprobs + (0.2 * 64 * torch.randn(shape, device=device)).round() / 64).detach()
     advantages = torch.randn(shape, device=device)

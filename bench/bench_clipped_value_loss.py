@@ -1,4 +1,4 @@
-"""clipped_value_loss: the critic's loss with its clipped share, and the gradient of the values."""
+"""clipped_value_loss: the critic's loss with the share of clipped values, and the gradient of the values."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from rlhf_fast.bench.workload import (
 
 def build(sizes: Sizes, device: torch.device) -> Contest:
     shape = (sizes["sequences"], sizes["tokens"])
-    # multiples of 1/64, so that rounding moves no value over the bounds
+    # multiples of 1/64, so that rounding cannot move a value across a clip bound
     values, old_values, returns = ((64 * torch.randn(shape, device=device)).round() / 64 for _ in range(3))
     values = leaf(old_values + values / 4)
     mask = torch.rand(shape, device=device) < 0.8

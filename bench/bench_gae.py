@@ -1,4 +1,4 @@
-"""gae: advantages and returns, padded and packed, beside the Python loop over time that other trainers run."""
+"""gae: advantages and returns, padded and packed, compared with the Python loop over time that other trainers use."""
 
 import functools
 

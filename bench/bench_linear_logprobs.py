@@ -85,7 +85,7 @@ def naive_masked(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) 
 
 
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Results:
-    """Its chunked GRPO loss with nothing else in it: advantage 1, no KL. Liger offers no log-probs alone on a CPU."""
+    """Liger's chunked GRPO loss reduced to log-probs: advantage 1, no KL. Liger offers no log-probs alone on a CPU."""
     shape = (SEQUENCES, -1)
     ones = torch.ones_like(targets, dtype=torch.float32).view(shape)
     loss, _ = peers.liger_grpo(0.0)(

@@ -32,7 +32,7 @@ def build(dtype: torch.dtype, sizes: Sizes, device: torch.device) -> Contest:
     hidden, weight, targets, upstream = head
     with torch.no_grad():
         logprobs = naive_logprobs(hidden, weight, targets).float()
-    # well within the bounds of the ratio or well past them, so that rounding moves no token over one
+    # ratios far from the clip bounds, so that rounding cannot move a token across one
     steps = torch.tensor([-0.6, -0.06, 0.06, 0.6], device=device)
     old_logprobs = logprobs + steps[torch.randint(4, logprobs.shape, device=device)]
     ref_logprobs = logprobs + 0.2 * torch.randn_like(logprobs)

@@ -1,4 +1,4 @@
-"""masked_logprobs: log-probabilities of the targets, and the gradient of the logits, written in their place."""
+"""masked_logprobs: log-probabilities of the targets, and the gradient of the logits, written in place."""
 
 import functools
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def build(dtype: torch.dtype, sizes: Sizes, device: torch.device) -> Contest:
     def fresh() -> None:
         logits.detach().copy_(kept)
         logits_fp32.detach().copy_(kept)
-        elsewhere.add_(1)  # else whichever was restored last would be in the cache
+        elsewhere.add_(1)  # otherwise the logits that were restored last would be in the cache
 
     runs = {
         OURS: lambda: do(fused, logits, targets),
@@ -68,7 +68,7 @@ def build(dtype: torch.dtype, sizes: Sizes, device: torch.device) -> Contest:
 
 
 def build_gpu(sizes: Sizes, device: torch.device) -> Contest:
-    """Forward and backward in bf16 beside the kernels of other libraries, each in place where it can."""
+    """Forward and backward in bf16, compared with kernels of other libraries, each in place where possible."""
     kept, targets, upstream = random_logits(sizes, device)
     logits = leaf(kept)
     do = functools.partial(forward_backward, upstream=upstream)
@@ -114,7 +114,7 @@ def build_forward(sizes: Sizes, device: torch.device) -> Contest:
 
 
 def build_backward(sizes: Sizes, device: torch.device) -> Contest:
-    """The gradient of log-probs and entropy in bf16, ours in the place of the logits."""
+    """The gradient of log-probs and entropy in bf16; ours is written over the logits."""
     kept, targets, upstream = random_logits(sizes, device)
     logits, plain = leaf(kept), leaf(kept)
     upstreams = (upstream, upstream.flip(0))

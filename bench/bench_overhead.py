@@ -1,6 +1,6 @@
-"""What a call costs apart from the work: 64 tokens, where that is next to nothing, beside one op call of torch.
+"""The fixed cost of a call: 64 tokens, where the work itself is negligible, compared with one call of a torch op.
 
-On a GPU every op, with what a trainer passes it, and the time that its call keeps the host.
+On a GPU: every op with the arguments that a trainer passes, and the host time of the call.
 """
 
 import functools

@@ -34,7 +34,7 @@ NAMES = (
 def build(sizes: Sizes, device: torch.device) -> Contest:
     shape = (sizes["sequences"], sizes["tokens"])
 
-    # multiples of 1/64, so that rounding moves no token over a bound
+    # multiples of 1/64, so that rounding cannot move a token across a clip bound
     def normal(scale: float) -> Tensor:
         return (64 * scale * torch.randn(shape, device=device)).round() / 64
 
@@ -74,7 +74,7 @@ def gradients(outputs: tuple[Tensor, ...], x: dict[str, Tensor]) -> Results:
 
 
 def parts(*, mask: Tensor, **x: Tensor) -> tuple[Tensor, ...]:
-    """A function a term, as before there was one for all of them."""
+    """One function per term instead of ppo_loss."""
     policy = clipped_policy_loss(x["logprobs"], x["old_logprobs"], x["advantages"], mask)
     value = clipped_value_loss(x["values"], x["old_values"], x["returns"], mask)
     count = mask.sum()

@@ -1,4 +1,4 @@
-"""The bar chart: how many times as fast as plain torch each contestant is, one group of bars a workload."""
+"""The bar chart: speed of each contestant relative to plain torch, one group of bars per workload."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ PEERS = "#d9a441"
 
 
 def groups(results: dict[str, Any]) -> list[tuple[str, Bars]]:
-    """Workload -> its contestants' speed, that of plain torch being 1. Without plain torch there is no group."""
+    """For each workload the speed of its contestants relative to plain torch; workloads without it are left out."""
     found = []
     for row in results["rows"]:
         entries = row["contestants"]

@@ -1,4 +1,4 @@
-"""`rlhf-fast bench`: picks the workloads, measures them, and writes what was asked for."""
+"""`rlhf-fast bench`: selects the workloads, measures them, and writes the requested files."""
 
 import importlib
 import importlib.util
@@ -37,7 +37,7 @@ BENCHES = (
 
 
 def bench(flags: dict[str, Any]) -> None:
-    """Runs the command with the flags that were given."""
+    """Runs the command with the given flags."""
     if "list" in flags:
         listed = chosen(flags.get("only"), known_device(flags.get("device", "cpu")))
         print("\n".join(f"{workload.name(workload.sizes)}{marks_of(workload)}" for workload in listed))
@@ -96,7 +96,7 @@ def checked_device(name: str) -> torch.device:
 
 
 def check_writable(files: dict[str, Path]) -> None:
-    """Before the minutes of measuring, not after them."""
+    """Checked before the minutes of measuring, not after."""
     for name, path in files.items():
         if path.is_dir() or not path.parent.is_dir():
             raise UserError(f"--{name} must be a file in a folder that exists; got {str(path)!r}")
@@ -123,7 +123,7 @@ def run(workloads: list[Workload], device: torch.device, quick: bool, kept: Path
     }
     for number, (workload, name) in enumerate(zip(workloads, names, strict=True)):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the peers' and compilers' talk
+            warnings.simplefilter("ignore")  # output of other libraries and compilers
             try:
                 measured["rows"].append(rounded(harness.measure(workload, device, quick)))
                 print(report.lines(measured["rows"][-1]) + "\n", flush=True)
@@ -137,7 +137,7 @@ def run(workloads: list[Workload], device: torch.device, quick: bool, kept: Path
 
 
 def rounded(value: Any) -> Any:
-    """Floats to four digits, which is more than they are sure of; what is not finite, which JSON has not, as None."""
+    """Floats rounded to four digits, more than their precision; NaN and inf, which JSON lacks, become None."""
     if isinstance(value, float):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     if isinstance(value, dict):

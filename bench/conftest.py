@@ -1,4 +1,4 @@
-"""`pytest bench/`: the same workloads under pytest-benchmark, a test a contestant. Not part of `make test`."""
+"""`pytest bench/`: the same workloads under pytest-benchmark, one test per contestant. Not part of `make test`."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases, ids = [], []
     for workload in command.chosen(None, device):
         at_size = (workload, workload.quick if quick else workload.sizes, device)
-        for name in workload.build(workload.quick, device).runs:  # for the names alone; small, it costs next to nothing
+        for name in workload.build(workload.quick, device).runs:  # only for the names; the small sizes make it cheap
             if not (quick and name == COMPILED):
                 cases.append((at_size, name))
                 ids.append(f"{workload.name(at_size[1])}: {name}")

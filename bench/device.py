@@ -1,8 +1,8 @@
-"""Times on a GPU: between CUDA events, from cold caches, of the replays of a captured CUDA graph.
+"""Times on a GPU: replays of a captured CUDA graph with cold caches, measured by CUDA events.
 
-A replay has none of the gaps that the host leaves between launches, so its time is the device's own. A run that cannot
-be captured, since it waits for the device, is timed as it is called, and the results say so. What a call costs the host
-is measured apart, for every contestant alike.
+A replay has no gaps between launches, so its time is that of the device alone. A run that cannot be captured, because
+it waits for the device, is timed as it is called, and the results say so. Host time per call is measured separately, in
+the same way for every contestant.
 """
 
 import contextlib
@@ -22,22 +22,22 @@ from rlhf_fast import backends, use_backend
 from rlhf_fast.bench.workload import COPY, OURS, Contest, Mark, Results, Run, copying
 
 KERNELS = ("cuda", "triton")
-SECONDS = 0.5  # a workload's rounds stop after them
-SHORT, CALLS = 1e-3, 20  # a run this short, in seconds, is called so often for one sample of its host time
-COPY_BYTES, PRODUCT = 2 << 30, 8192  # of the device's own ceilings
+SECONDS = 0.5  # time limit for the rounds of one workload
+SHORT, CALLS = 1e-3, 20  # runs shorter than this many seconds are called several times per sample of host time
+COPY_BYTES, PRODUCT = 2 << 30, 8192  # for the ceilings of the device
 
 
 class Sampler:
-    """One contestant. A call takes a sample, in seconds on the device; ``host`` gathers the host's seconds a call."""
+    """One contestant. Calling it takes one sample, in device seconds; ``host`` collects the host seconds per call."""
 
     def __init__(self, run: Run, fresh: Callable[[], object] | None, cool: Callable[[], object], pool: Any) -> None:
         self.run, self.fresh, self.cool = run, fresh or (lambda: None), cool
         self.calls = 1
         self.why_eager: str | None = None
-        self.host = [self.on_host()]  # once is enough of a long run, whose graph may take the memory for another
+        self.host = [self.on_host()]  # once is enough for a long run; a second graph may need too much memory
         try:
             self.try_without_waiting()
-            self.kept = self.fresh()  # the captured run works on it
+            self.kept = self.fresh()  # the captured run uses it
             self.launch: Callable[[], object] = captured(run, pool).replay
         except Exception as error:
             self.launch, self.why_eager = run, " ".join(str(error).split())[:200]
@@ -45,7 +45,7 @@ class Sampler:
         self.calls = CALLS if self.short and fresh is None else 1
 
     def try_without_waiting(self) -> None:
-        """Raises RuntimeError where a run waits for the device: torch's allocator never gets over a failed capture."""
+        """Raises RuntimeError if the run waits for the device: a failed capture leaves torch's allocator broken."""
         self.fresh()
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
@@ -62,7 +62,7 @@ class Sampler:
     def on_device(self) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.fresh()
-        self.cool()  # and while it lasts, the host gets ahead of the device
+        self.cool()  # meanwhile the host gets ahead of the device
         begin.record()
         self.launch()
         end.record()
@@ -80,7 +80,7 @@ class Sampler:
         return seconds / self.calls
 
     def told(self) -> dict[str, Any]:
-        """What the results say beside the times."""
+        """What the results contain in addition to the times."""
         return {"host_us": statistics.median(self.host) * 1e6, "not_captured": self.why_eager}
 
 
@@ -93,13 +93,13 @@ def captured(run: Run, pool: Any) -> torch.cuda.CUDAGraph:
 
 
 def samplers(runs: dict[str, Run], fresh: Callable[[], object] | None, device: torch.device) -> dict[str, Sampler]:
-    """The graphs share their memory: each writes what it reads, and only one is replayed at a time."""
+    """The graphs share their memory: each writes all that it reads, and only one is replayed at a time."""
     cool, pool = cooler(device), torch.cuda.graph_pool_handle()
     return {name: Sampler(run, fresh, cool, pool) for name, run in runs.items()}
 
 
 def with_equal_copy(contest: Contest, device: torch.device) -> Contest:
-    """The contest, its plain copy one of as many bytes as the work moves: a smaller one takes longer a byte."""
+    """The contest; its plain copy moves as many bytes as the work, since a smaller copy is slower per byte."""
     work = contest.work
     if work is None or work.ceiling != COPY:
         return contest
@@ -111,7 +111,7 @@ def with_equal_copy(contest: Contest, device: torch.device) -> Contest:
 
 
 def with_each_backend(contest: Contest, op: str, device: torch.device) -> Contest:
-    """The contest, ours also on the other backends of a GPU that can run here."""
+    """The contest, with ours on each GPU backend that can run here."""
     listing = backends(device)[op]
     runs: dict[str, Run] = {}
     for name, run in contest.runs.items():
@@ -128,21 +128,21 @@ def _on_backend(backend: str, run: Run) -> Results:
 
 
 def marks_of_backends(contestants: Iterable[str]) -> tuple[Mark, ...]:
-    """The backend chosen is the fastest, or as good as."""
+    """The chosen backend is the fastest or nearly so."""
     return tuple(Mark("within", 1.03, name) for name in contestants if name.removeprefix(f"{OURS}, ") in KERNELS)
 
 
 def cooler(device: torch.device) -> Callable[[], object]:
-    """Fills the L2 cache with other data. It reads: what was written would have to leave the cache in the next run."""
+    """Fills the L2 cache with other data. It only reads, since written data would be flushed during the next run."""
     size = torch.cuda.get_device_properties(device).L2_cache_size
     return torch.empty(2 * size, dtype=torch.uint8, device=device).view(torch.float32).zero_().sum
 
 
 @contextlib.contextmanager
 def on_its_own_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU everything inside runs on the one stream of the bench, since the default one cannot be captured.
+    """On a GPU everything inside runs on one stream of the bench, since the default stream cannot be captured.
 
-    What earlier workloads left in torch's cache is given back before.
+    Memory that earlier workloads left in torch's cache is freed first.
     """
     if device.type == "cpu":
         yield
@@ -159,7 +159,7 @@ def stream_of(device: torch.device) -> torch.cuda.Stream:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What the device reaches at best: GB/s of a large copy, read and written, and TFLOP/s of a bf16 product."""
+    """The best the device reaches: GB/s of a large copy (read plus write) and TFLOP/s of a bf16 matrix product."""
     with on_its_own_stream(device):
         left, right = torch.randn(2, PRODUCT, PRODUCT, dtype=torch.bfloat16, device=device)
         product = torch.empty_like(left)
@@ -169,7 +169,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
             return ()
 
         copy = copying(torch.empty(COPY_BYTES, dtype=torch.uint8, device=device))
-        copy(), multiply()  # cuBLAS makes its workspace outside of a capture
+        copy(), multiply()  # cuBLAS allocates its workspace outside of a capture
         takers = samplers({"copy": copy, "product": multiply}, None, device)
         seconds = {name: statistics.median(take() for _ in range(20)) for name, take in takers.items()}
     return {
@@ -192,7 +192,7 @@ def described(device: torch.device) -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """The driver's version as nvidia-smi tells it; None without that program."""
+    """The driver's version from nvidia-smi; None without that program."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None

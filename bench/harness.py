@@ -1,4 +1,4 @@
-"""Measures one workload: its contestants in turn, each one's time, extra memory and error against float64."""
+"""Measures one workload: time, extra memory and error against float64 of each contestant, run in turn."""
 
 import ctypes
 import functools
@@ -17,13 +17,13 @@ from rlhf_fast import backends
 from rlhf_fast.bench import device as gpu
 from rlhf_fast.bench.workload import COMPILED, OURS, Contest, Mark, Missing, Results, Run, Work, Workload
 
-SECONDS = 20.0  # a workload's rounds stop after them
+SECONDS = 20.0  # time limit for the rounds of one workload
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
-SAMPLE_SECONDS = 5e-3  # shorter runs are repeated to last so long, so that the clock's own cost does not count
+SAMPLE_SECONDS = 5e-3  # shorter runs are repeated until they take this long, so that reading the clock does not matter
 
 
 def measure(workload: Workload, device: torch.device, quick: bool) -> dict[str, Any]:
-    """One row of the results; ``quick`` takes the small sizes, a tenth of a second, and nothing that compiles."""
+    """One row of the results; ``quick``: small sizes, a tenth of a second, no contestants that compile."""
     with gpu.on_its_own_stream(device):
         return _measured(workload, device, quick)
 
@@ -42,8 +42,8 @@ def _measured(workload: Workload, device: torch.device, quick: bool) -> dict[str
             missing[name] = "left out of --quick: compiling takes longer than all the rest"
             continue
         try:
-            # The memory of our first call, so that what we would keep for the next one counts. Peers are measured on
-            # their second call, so that nothing that compiling leaves behind counts against them.
+            # Ours is measured on the first call, so that memory kept for later calls counts. Other libraries are
+            # measured on their second call, so that memory left over from compiling does not count against them.
             start = perf_counter()
             _called(small if name == OURS else contest, name)
             results, extra_bytes = peak_extra_bytes(lambda name=name: _called(contest, name), device)  # type: ignore[misc]
@@ -95,7 +95,7 @@ def _called(contest: Contest, name: str) -> Results:
 
 
 def samplers(runs: dict[str, Run], fresh: Callable[[], object] | None) -> dict[str, Callable[[], float]]:
-    """On the CPU. A sampler's call gives the seconds of a run, by the clock."""
+    """On the CPU. Calling a sampler returns the seconds of one run."""
 
     def sample(run: Run, repeats: int) -> float:
         if fresh:
@@ -112,8 +112,8 @@ def samplers(runs: dict[str, Run], fresh: Callable[[], object] | None) -> dict[s
 
 
 def in_turn(takers: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
-    """One sample a round of each. In a round every contestant runs, so that a noisy moment hits them all, in an order
-    of chance, so that none always runs after the one that leaves it the warmest memory.
+    """One sample per contestant and round. Every contestant runs in each round, so that noise affects all of them. The
+    order is random, so that no contestant always benefits from the previous one's cache.
     """
     samples: dict[str, list[float]] = {name: [] for name in takers}
     order, chance = list(takers), random.Random(0)
@@ -138,7 +138,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def figures(samples: list[float], name: str, work: Work | None) -> dict[str, Any]:
-    """Median and spread (half the distance between the quartiles), and what the median means in work done."""
+    """Median and spread (half the distance between the quartiles), and the work per second at the median."""
     median = statistics.median(samples)
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
     result: dict[str, Any] = {"ms": median * 1e3, "spread_ms": (high - low) / 2 * 1e3, "rounds": len(samples)}
@@ -167,10 +167,10 @@ def _reached(marks: tuple[Mark, ...], found: dict[str, dict[str, Any]]) -> list[
 
 
 def peak_extra_bytes(run: Run, device: torch.device) -> tuple[Results, int | None]:
-    """The run's results, and by how much it raised the memory in use at its highest, results included.
+    """The run's results, and the increase in peak memory, results included.
 
-    On the CPU that is the process's own high-water mark, which Linux lets it reset: whoever asked for the memory, it
-    counts. None on other systems. On a GPU it is what torch's allocator gave out.
+    On the CPU this is the high-water mark of the process, which Linux can reset, so it covers every allocator. None on
+    other systems. On a GPU it is the peak of torch's allocator.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -183,7 +183,7 @@ def peak_extra_bytes(run: Run, device: torch.device) -> tuple[Results, int | Non
         return run(), None
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:  # what the allocator keeps of freed memory would be used again and not be seen
+    if trim:  # cached free memory would be reused and not be counted
         trim(0)
     with open("/proc/self/clear_refs", "w") as marks:
         marks.write("5")

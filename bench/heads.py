@@ -1,4 +1,4 @@
-"""What the benches of the ops with an lm head share: hidden states, the head, and its matrix products alone."""
+"""Shared by the benches of ops with an lm head: hidden states, the head, and its matrix products alone."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from rlhf_fast.bench.workload import Results, Run, Sizes, Work, leaf
 SIZES = {"tokens": 1024, "hidden": 576, "vocab": 49152}
 QUICK = {"tokens": 64, "hidden": 32, "vocab": 1000}
 GPU_SIZES = {"tokens": 8192, "hidden": 4096, "vocab": 131072}
-SEQUENCES = 4  # in the benches of losses that know sequences
+SEQUENCES = 4  # for losses that work on sequences
 PRODUCTS = "its matrix products alone"
 
 
@@ -20,7 +20,7 @@ class Head(NamedTuple):
     weight: Tensor  # (V, H), frozen
     targets: Tensor  # (N,)
     upstream: (
-        Tensor  # (N,), the gradient of the log-probs: 1, so that it is that of a summed cross-entropy, but for the sign
+        Tensor  # (N,), the gradient of the log-probs: 1, which makes it the negative gradient of a summed cross-entropy
     )
 
 
@@ -35,7 +35,7 @@ def random_head(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Head:
 
 
 def products(hidden: Tensor, weight: Tensor, *, trained: bool = False) -> Run:
-    """logits and d hidden (and d weight, where it is trained) into memory that is there, with nothing in between."""
+    """logits and d hidden (and d weight if it is trained), into preallocated memory, with nothing in between."""
     hidden, weight = hidden.detach(), weight.detach()
     logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight) if trained else None
@@ -57,5 +57,5 @@ def work(head: Head, *, tokens: int | None = None, count: int = 2) -> Work:
 
 
 def first_rows(tensors: Sequence[Tensor], rows: int = 64) -> list[Tensor]:
-    """Of each tensor the first rows, the floating ones in float64."""
+    """The first rows of each tensor; floating-point tensors in float64."""
     return [tensor[:rows].detach().double() if tensor.is_floating_point() else tensor[:rows] for tensor in tensors]

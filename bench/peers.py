@@ -25,13 +25,13 @@ def selective_log_softmax() -> Callable[..., Tensor]:
 
 @functools.cache
 def liger_grpo(kl_coef: float) -> Callable[..., Any]:
-    """All sequences in one chunk, which is its fastest. Its loss is a few numbers a token, so not worth a compiler."""
+    """All sequences in one chunk, its fastest setting. Not compiled: its loss is only a few numbers per token."""
     loss = _load("liger-kernel", "liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
     return loss(beta=kl_coef, use_ref_model=kl_coef > 0, compiled=False, chunk_size=1 << 30, loss_type="bnpo")
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """torch's chunked one. Its own choice of chunks takes many times as long as these."""
+    """torch's chunked function. Its default chunks take many times as long as these."""
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         raise Missing(f"not in torch {torch.__version__}; torch 2.13 has it")
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
@@ -39,7 +39,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
 
 
 def liger_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each token. It writes the gradient over the logits, in the forward already."""
+    """The loss of each token. It writes the gradient over the logits, already in the forward pass."""
     function = _on_gpu("liger-kernel", "liger_kernel.transformers.functional", "liger_cross_entropy", logits)
     return function(logits, targets, reduction="none")
 

@@ -1,4 +1,4 @@
-"""The results as text: lines for the terminal, the README's tables, Markdown with every figure, a run's verdict."""
+"""The results as text: lines for the terminal, tables for the docs, Markdown with every figure, the verdict."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ def lines(row: Row) -> str:
 
 
 def notes(row: Row) -> list[str]:
-    """Who did not take part, and what a GPU's figures need to be read."""
+    """Contestants that did not take part, and notes on GPU figures."""
     told = [f"{name}: {reason}" for name, reason in row["missing"].items()]
     on_gpu = {name: entry for name, entry in row["contestants"].items() if "host_us" in entry}
     for name, entry in on_gpu.items():
@@ -85,7 +85,7 @@ def reached(mark: Row) -> str:
 
 
 def summary(results: Row) -> str:
-    """The README's tables: one line a workload, and one a mark."""
+    """The tables of docs/benchmarks.md: one line per workload, and one per mark."""
     rows = results["rows"]
     work = [
         (
@@ -111,7 +111,7 @@ def summary(results: Row) -> str:
 
 
 def details(results: Row) -> str:
-    """Every figure: a table a workload."""
+    """Every figure: one table per workload."""
     parts = [where(results)]
     for row in results["rows"]:
         parts.append(f"### {row['name']} ({row['backend']})")
@@ -143,7 +143,7 @@ def work_name(row: Row) -> str:
 
 
 def beside(row: Row, name: str) -> str:
-    """A contestant's time and how often ours goes into it; empty where it did not take part."""
+    """A contestant's time, and that time divided by ours; empty if it did not take part."""
     entry = row["contestants"].get(name)
     return "" if entry is None else f"{milliseconds(entry['ms'])} ({times(entry['times_ours'])})"
 
@@ -153,7 +153,7 @@ def others(row: Row) -> Iterator[str]:
 
 
 def memory(row: Row) -> str:
-    """Ours, and torch eager's where it takes any to speak of."""
+    """Ours, and that of torch eager if it is at least 10 MB."""
     ours, eager = (row["contestants"].get(name, {}).get("extra_mb") for name in (OURS, EAGER))
     if ours is None:
         return ""
@@ -169,7 +169,7 @@ def ceiling(row: Row) -> str:
 
 
 def verdict(results: Row) -> str:
-    """A line a workload with its marks, the workloads without figures, and the totals."""
+    """One line per workload with its marks, the workloads without figures, and the totals."""
     told = [where(results)]
     for row in results["rows"]:
         share, ours = of_ceiling(row, OURS), row["contestants"][OURS]

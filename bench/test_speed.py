@@ -1,4 +1,4 @@
-"""One test a contestant of every workload, such as `pytest bench/ -k gae`."""
+"""One test per contestant and workload, such as `pytest bench/ -k gae`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a bench is made of: a workload, the contestants that do it, and the marks that we mean to reach.
+"""The parts of a bench: a workload, the contestants that run it, and the marks that we want to reach.
 
 Each bench_<op>.py lists its WORKLOADS for the CPU and its GPU_WORKLOADS; harness.py measures them.
 """
@@ -15,7 +15,7 @@ Results = tuple[Tensor | None, ...]
 Run = Callable[[], Results]
 Output = TypeVar("Output")
 
-OURS = "rlhf-fast"  # names that begin with it, such as "rlhf-fast, fp32", are other work of ours to compare with
+OURS = "rlhf-fast"  # names that begin with it, such as "rlhf-fast, fp32", are other work of ours for comparison
 EAGER = "torch eager"
 COMPILED = "torch.compile"
 LOOP = "a Python loop"  # over time, each step of it torch eager
@@ -23,12 +23,12 @@ COPY = "a plain copy"
 
 
 class Missing(Exception):
-    """This contestant cannot take part. The message says why, and how to get it."""
+    """This contestant cannot take part. The message gives the reason and how to install it."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """The least that the work takes, and what the ceiling (a contestant that does nothing else) takes of the same."""
+    """The minimal amount of the work, and the amount that the ceiling (a contestant that does only this) handles."""
 
     unit: Literal["bytes", "flops"]
     amount: float
@@ -38,7 +38,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Contest:
-    """A workload's contestants, on inputs of one size that they share.
+    """The contestants of a workload, which share inputs of one size.
 
     A run returns the tensors called ``names``, gradients included, with None for one that it does not have, or () where
     there is nothing to compare. ``truth`` gives the same in float64; it may stop after the first rows.
@@ -48,13 +48,13 @@ class Contest:
     names: tuple[str, ...] = ()
     truth: Run = tuple
     work: Work | None = None
-    # restores what a run destroys, before each run and outside its time; what it returns lives as long as the run
+    # restores inputs that a run overwrites, before each run and untimed; its result lives as long as the run
     fresh: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A goal, most of them against another contestant of the workload."""
+    """A target, usually relative to another contestant of the workload."""
 
     kind: Literal["faster", "within", "above", "share", "time", "host", "memory"]
     bound: float
@@ -72,7 +72,7 @@ class Mark:
         }[self.kind]
 
     def value(self, contestants: dict[str, dict[str, Any]]) -> float | None:
-        """What was reached, in the mark's unit; None where the other contestant or the quantity was not measured."""
+        """The value reached, in the unit of the mark; None if the other contestant or the quantity was not measured."""
         ours = contestants[OURS]
         if self.kind in ("time", "host", "memory"):
             return {"time": ours["ms"] * 1e3, "host": ours.get("host_us"), "memory": ours["extra_mb"]}[self.kind]

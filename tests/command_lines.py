@@ -27,6 +27,6 @@ def write_data(folder: Path) -> None:
 
 
 def arguments(stage: str, flags: str, adapters: dict[str, str]) -> list[str]:
-    """A stage's command line with small settings; what ``flags`` names again wins."""
+    """A stage's command line with small settings; ``flags`` override them."""
     own = OWN[stage].format(**adapters)
     return [stage, *shlex.split(f"{COMMON} {own} {flags.format(**adapters)}")]

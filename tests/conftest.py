@@ -12,7 +12,8 @@ import pytest
 import torch
 from command_lines import OWN, arguments, write_data
 
-# Intel's processors give the same bits for any number of threads so (README.md); torch's libraries ask when first used.
+# With these, Intel processors give the same bits for any number of threads (docs/operations.md). torch's libraries read
+# them when they are first used.
 CPUINFO = Path("/proc/cpuinfo")
 if CPUINFO.exists() and "GenuineIntel" in CPUINFO.read_text():
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

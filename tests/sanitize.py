@@ -1,6 +1,6 @@
 """The op tests on an engine compiled with AddressSanitizer and UndefinedBehaviorSanitizer, on each CPU path in turn.
 
-They run on an unpacked wheel, so that the checkout's own engine stays as it is.
+They run on an unpacked wheel, so that the engine of the checkout is not replaced.
 """
 
 import os
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def environment(place: str, path: str) -> dict[str, str]:
-    """Python itself is not instrumented, so the sanitizers' libraries have to be there before it begins."""
+    """Python itself is not instrumented, so the sanitizers' libraries must be loaded before it starts."""
     compiler = os.environ.get("CXX", "c++")
     libraries = [
         subprocess.run(

@@ -1,4 +1,4 @@
-"""Mistakes as people make them, from the command line: one line that says what is wrong, and exit code 2."""
+"""Typical mistakes on the command line: one line that says what is wrong, and exit code 2."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def nothing(prompts, completions): pass
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copies of the tiny model, each with the fault that its name tells."""
+    """Copies of the tiny model, each with the fault that its name describes."""
     folder, tiny = tmp_path_factory.mktemp("models"), tiny_model()
 
     def copy(name: str) -> Path:

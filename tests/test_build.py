@@ -1,4 +1,4 @@
-"""What setup.py decides, what it says when it cannot go on, and what a missing or damaged compiled module leads to."""
+"""Decisions of setup.py, its errors, and the effect of a missing or damaged compiled module."""
 
 import importlib
 import importlib.util
@@ -22,7 +22,7 @@ LISTING = "echo compute_75; echo compute_80; echo compute_90; echo compute_100"
 
 @pytest.fixture
 def setup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """setup.py as a module, with no setting from outside and nothing but ``tmp_path/bin`` on PATH."""
+    """setup.py as a module, with no environment settings and nothing but ``tmp_path/bin`` on PATH."""
     for name in ("RLHF_FAST_NATIVE", "RLHF_FAST_CUDA", "RLHF_FAST_CUDA_ARCHS", "CXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -175,7 +175,7 @@ def test_pybind11_headers_are_its_own_or_those_that_torch_brings(
     importlib.invalidate_caches()
     with pytest.raises(SystemExit, match="no pybind11, nor a torch with its headers"):
         setup.pybind11_headers()
-    for package in ("torch", "pybind11"):  # each is preferred to the one before
+    for package in ("torch", "pybind11"):  # each has precedence over the one before
         headers = tmp_path / package / "include" / "pybind11"
         headers.mkdir(parents=True)
         (headers.parents[1] / "__init__.py").touch()
@@ -189,7 +189,7 @@ def test_pybind11_headers_are_its_own_or_those_that_torch_brings(
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The package cut down to its version, with an earlier module, beside a compiler and a CMake that must not run."""
+    """The package reduced to its version, with an earlier module, next to a compiler and a CMake that must not run."""
     folder = tmp_path / "project"
     (folder / "rlhf_fast").mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "rlhf_fast/__init__.py"):
@@ -213,7 +213,7 @@ def test_without_the_engine_nothing_is_compiled(project: Path, how: str) -> None
     assert outcome.returncode == 0, outcome.stderr
     (wheel,) = (project / "dist").glob("*.whl")
     assert wheel.name.endswith("-none-any.whl")
-    # An editable install reads the checkout, where the earlier module must not go on running.
+    # An editable install uses the checkout, where the earlier module must not be loaded any more.
     assert (project / "rlhf_fast" / f"_C{SUFFIX}").exists() is (how == "build_wheel")
 
 
@@ -301,7 +301,7 @@ def test_a_module_for_another_python_is_said_wherever_someone_may_ask(package: P
 
 
 def test_a_missing_or_damaged_module_is_named_and_harmless(package: Path) -> None:
-    """Cut anywhere: the loader itself dies of a bus error where the rest of the file was to be mapped."""
+    """Truncated anywhere: the loader would crash with a bus error when it maps the missing part."""
     whole = MODULE.read_bytes()
     cuts = [0, 1, 63, 64, 1000, *range(4096, len(whole), len(whole) // 20), len(whole) - 1]
     script = f"""

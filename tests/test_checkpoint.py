@@ -1,4 +1,4 @@
-"""Checkpoints: bitwise round trips, atomic writes, every kind of damage seen and passed over, rotation, a full disk."""
+"""Checkpoints: bitwise round trips, atomic writes, damage is detected and skipped, rotation, a full disk."""
 
 import errno
 import hashlib
@@ -84,7 +84,7 @@ def test_every_random_generator_goes_on_where_it_stood(tmp_path: Path) -> None:
     before = checkpoint.random_state()
     try:
         random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
-        draw()  # leaves gauss() and randn() with the second of a pair in hand
+        draw()  # gauss() and randn() now hold the second value of a pair
         tensors, values = checkpoint.random_state()
         path = checkpoint.save(tmp_path, State(1, tensors, {"random": values}), also=nothing, keep=1)
         expected = [draw(), draw()]
@@ -332,7 +332,7 @@ def test_nothing_that_is_no_checkpoint_is_deleted(tmp_path: Path) -> None:
 
 
 def test_what_was_just_written_is_never_rotated_away(tmp_path: Path) -> None:
-    """A run that goes on from checkpoint-3 while 9 and 10 are still there must keep its own checkpoint-4."""
+    """A run that resumes from checkpoint-3 while 9 and 10 still exist must keep its own checkpoint-4."""
     for step in (3, 9, 10, 4):
         path = save(tmp_path, step, keep=2)
         assert checkpoint.damage(path) is None

@@ -1,4 +1,4 @@
-"""The command line: every field is a flag, what reaches the recipes, exit codes, and answers without heavy imports."""
+"""The command line: fields as flags, the configs that reach the recipes, exit codes, and help without heavy imports."""
 
 import dataclasses
 import importlib.metadata
@@ -22,7 +22,7 @@ RUN_FLAGS += [f"--{stage}.{flag[2:]}" for stage, flag in FLAGS if flag != "--out
 
 
 class Recipes:
-    """Stands in for the recipes: keeps what they are called with, and does what ``act`` says."""
+    """Replaces the recipes: records their arguments and runs ``act``."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []

@@ -1,4 +1,4 @@
-"""What lies in an output folder and no run made is never deleted or replaced; one run a folder at a time."""
+"""Files in an output folder that no run created are never deleted or replaced; one run per folder at a time."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""A resume is the same run: what has changed is refused by name, or holds from there on where that is asked for."""
+"""A resume continues the same run: changed inputs are refused by name, or applied from there on if asked for."""
 
 import json
 import shutil
@@ -137,7 +137,7 @@ def test_a_checkpoint_that_notes_nothing_is_taken_and_told(begun, command, tmp_p
 
 
 def test_the_best_adapter_is_that_of_the_course_that_went_on(command, tmp_path):
-    """The abandoned course got better to its end; the one that goes on stands still after step 3."""
+    """The discarded steps kept improving; the resumed run does not improve after step 3."""
     flags = "--save_steps 1 --save_total_limit 9 --eval_steps 1 --max_steps 6 --eval_size 2 --lr_scheduler_type "
     flags += "constant_with_warmup --learning_rate 0.001"
     assert command("sft", flags).code == 0

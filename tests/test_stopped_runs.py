@@ -1,5 +1,5 @@
-"""Runs that stop half-way: interrupted, numbers that are not finite, a full disk, damaged checkpoints. Each says where
-it stands in one line, leaves a whole checkpoint of the last finished step, and goes on from it."""
+"""Runs that stop early: interrupted, NaN or inf, a full disk, damaged checkpoints. Each reports its last step in one
+line, leaves a complete checkpoint of it, and resumes from there."""
 
 import asyncio
 import errno
@@ -30,7 +30,7 @@ SECONDS = 90
 
 
 def whole_checkpoints(folder: Path) -> list[str]:
-    """The checkpoints' names; none is damaged, nothing half-written lies beside them, every metrics line parses."""
+    """The checkpoints' names; none is damaged, there are no partial files, every metrics line parses."""
     found = list_checkpoints(folder)
     assert [damage(path) for path in found] == [None] * len(found)
     assert not [path for path in folder.rglob("*") if path.name.endswith((".writing", ".tmp", ".part"))]
@@ -88,14 +88,14 @@ def test_interrupted_while_sampling(command, monkeypatch, tmp_path):
 
 
 def test_interrupted_process(tmp_path, tiny_adapters):
-    """Ctrl-C as it really comes: a process of its own, at a moment of its own."""
+    """A real Ctrl-C: a separate process, interrupted at an arbitrary time."""
     write_data(tmp_path)
     flags = "--max_steps 100000 --save_steps 100000 --eval_size 0"
     line = [sys.executable, "-m", "rlhf_fast.cli", *arguments("ppo", flags, tiny_adapters)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + SECONDS
-    while not (tmp_path / "out" / "metrics.jsonl").exists():  # its first line comes with the first step
+    while not (tmp_path / "out" / "metrics.jsonl").exists():  # its first line is written with the first step
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Text from outside, shown: nothing that a terminal or a browser acts on, nothing without an end."""
+"""Untrusted text for display: no control characters or markup, and bounded length."""
 
 import io
 import os

@@ -1,7 +1,7 @@
 """`python tests/wheel.py dist`: a wheel on a machine without a compiler.
 
-Installs the one in the folder into a fresh environment, with nothing on PATH that could compile, and runs the op tests
-in a folder of their own, so that neither the checkout nor its module can step in.
+Installs the wheel of that folder into a fresh environment without a compiler on PATH, and runs the op tests in a
+separate folder, so that neither the checkout nor its module is used by mistake.
 """
 
 import os
@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
         run("pip", "install", "--quiet", f"torch=={version('torch').partition('+')[0]}")
         run("pip", "install", "--quiet", str(wheel), "pytest", "hypothesis", "triton>=3.6")
         shutil.copytree(TESTS / "ops", f"{place}/ops", ignore=shutil.ignore_patterns("__pycache__"))
-        # torch.compile's own default, inductor, is a compiler of C++
+        # inductor, the default of torch.compile, needs a C++ compiler
         run("pytest", "-q", "ops", "-p", "no:cacheprovider", "-k", "not inductor")
 
 

@@ -1,4 +1,4 @@
-"""`rlhf-fast bench` as a user calls it."""
+"""`rlhf-fast bench` as a user runs it."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Times on a GPU, on a made-up one whose clocks are known: only runs take time, of the device and of the host."""
+"""GPU timing on a simulated device with known clocks: only runs take device and host time."""
 
 import contextlib
 import gc
@@ -21,7 +21,7 @@ GAP = 1.0  # what a launch from the host adds on the device
 
 
 class Device:
-    """Stands in for torch.cuda: work is told by (name, seconds on the device, seconds on the host)."""
+    """Replaces torch.cuda: work is (name, seconds on the device, seconds on the host)."""
 
     def __init__(self) -> None:
         self.now = self.host = 0.0
@@ -99,7 +99,7 @@ def sampler(device: Device, run: Run, fresh: Callable[[], object] | None = None)
 
 def test_a_replay_is_timed_and_the_host_apart(device: Device) -> None:
     taker = sampler(device, device.run("a", 2.0, on_host=0.5))
-    assert taker() == pytest.approx(2.0)  # neither the gap nor what cools the cache
+    assert taker() == pytest.approx(2.0)  # without the gap and the cache flush
     assert device.log == ["a", "a", "a captured", *["cool", "replay"] * 2]
     assert taker.told() == {"host_us": pytest.approx(5e5), "not_captured": None}
 
@@ -156,7 +156,7 @@ def test_the_copy_moves_as_many_bytes_as_the_work() -> None:
 
 
 def test_ours_runs_on_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is held to be no slower than where dispatch would not have sent it."""
+    """The chosen backend must not be slower than the others."""
     forced: list[str | None] = []
 
     def run() -> Results:

@@ -1,4 +1,4 @@
-"""The harness on made-up contestants, whose times, memory and errors are known."""
+"""The harness on synthetic contestants with known times, memory and errors."""
 
 import ctypes
 import sys
@@ -16,7 +16,7 @@ MB = 1 << 20
 
 
 class Clock:
-    """Stands in for perf_counter: time passes only in a run."""
+    """Replaces perf_counter: time passes only in a run."""
 
     def __init__(self) -> None:
         self.now = 0.0

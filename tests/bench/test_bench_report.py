@@ -1,4 +1,4 @@
-"""Tables and chart from made-up results."""
+"""Tables and chart from synthetic results."""
 
 import copy
 from pathlib import Path

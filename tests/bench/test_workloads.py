@@ -1,4 +1,4 @@
-"""Every workload at its small sizes: all contestants give what float64 gives, so that they do the same work."""
+"""Every workload at its small sizes: all contestants agree with float64, so they compute the same."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ GPU_WORKLOADS = chosen(None, GPU)
 DISTINCT = {workload.name(workload.quick): workload for workload in [*WORKLOADS, *GPU_WORKLOADS]}
 names = pytest.mark.parametrize("workload", DISTINCT.values(), ids=lambda workload: workload.name(workload.sizes))
 
-# The issue's table, typed by hand.
+# The required marks, written out here so that a bench cannot change them unnoticed.
 MARKS = {
     "masked_logprobs, 512 x 49152 fp32, forward + backward": [
         "at least 8x as fast as torch eager",
@@ -102,7 +102,7 @@ def test_the_marks_are_those_that_were_set() -> None:
 def test_every_op_of_tokens_has_a_bench_of_its_name() -> None:
     files = Path(harness.__file__).parent.glob("bench_*.py")
     assert {path.stem.removeprefix("bench_") for path in files} == set(BENCHES)
-    assert set(backends()) - {"pairwise_loss", "dpo_loss"} == set(BENCHES) - {"overhead"}  # those two: a number a pair
+    assert set(backends()) - {"pairwise_loss", "dpo_loss"} == set(BENCHES) - {"overhead"}  # one number per pair
     for name in BENCHES:
         for device in (CPU, GPU):
             assert {workload.op for workload in chosen(name, device)} == {name} or name == "overhead"
@@ -116,7 +116,7 @@ def test_contestants_agree_with_float64(workload: Workload) -> None:
     assert set(mark.against for mark in workload.marks) <= {*contest.runs, ""}
     assert not contest.work or contest.work.ceiling in contest.runs
     for name, run in contest.runs.items():
-        if name == COMPILED:  # that it compiles, and what, is torch's business
+        if name == COMPILED:  # torch.compile itself is not tested here
             continue
         if contest.fresh:
             contest.fresh()

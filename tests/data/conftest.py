@@ -1,4 +1,4 @@
-"""Fixtures: the tiny tokenizer, a cache of our own, rows from dicts."""
+"""Fixtures: the tiny tokenizer, a separate cache, rows from dicts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing is written to, or found in, the cache of the person who runs the tests."""
+    """The tests neither read nor write the user's cache."""
     cache = tmp_path / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", cache / "downloads")

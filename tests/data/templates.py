@@ -1,4 +1,4 @@
-"""Chat templates written for the tests, each with what one family of models does to the assistant's turns.
+"""Chat templates for the tests; each treats assistant turns as one family of models does.
 
 ``FAMILIES``: name -> (template, special tokens, EOS, the text that stands for an answer "b1" in training after the
 prompt, and the same for the last answer of a conversation of two).
@@ -27,8 +27,8 @@ class Family(NamedTuple):
     template: str
     special: list[str]
     eos: str
-    answer: str  # what is trained of an answer {}; the prompt ends before it
-    thought: str  # what is trained of an answer {} with the thought r in <think> tags
+    answer: str  # the trained text of an answer {}; the prompt ends before it
+    thought: str  # the trained text of an answer {} with the thought r in <think> tags
 
 
 CHATML = TURN + "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}" + DONE
@@ -56,7 +56,7 @@ FAMILIES = {
         "<think>\n\n</think>\n\n{}<|im_end|>",
         "<think>\nr\n</think>\n\n{}<|im_end|>",
     ),
-    # the same, and the mark for an answer opens the think block
+    # the same, and the generation prompt opens the think block
     "qwen3.5": Family(
         LAST_QUESTION
         + TURN
@@ -71,7 +71,7 @@ FAMILIES = {
         "\n</think>\n\n{}<|im_end|>",
         "r\n</think>\n\n{}<|im_end|>",
     ),
-    # opens a think block for an answer, and leaves thoughts out of every finished turn
+    # the generation prompt opens a think block; thoughts are removed from every finished turn
     "r1-distill": Family(
         TURN
         + "{%- if m.role == 'assistant' -%}{{- '<A>' + m.content.split('</think>')[-1] + '<eos>' -}}"
@@ -91,7 +91,7 @@ FAMILIES = {
         "{}<|endoftext|>",
         "<think>\nr\n</think>\n\n{}<|endoftext|>",
     ),
-    # the last turn closes with another token than those before it; channels before the text
+    # the last turn ends with a different token than earlier ones; channels before the text
     "gpt-oss": Family(
         TURN
         + "{{- '<|start|>' + m.role -}}{%- if m.role == 'assistant' -%}{{- '<|channel|>final' -}}{%- endif -%}"
@@ -115,7 +115,7 @@ FAMILIES = {
         "{}<end_of_turn>",
         "<think>\nr\n</think>\n\n{}<end_of_turn>",
     ),
-    # writes EOS after the last turn too, where no answer is asked for
+    # writes EOS after the last turn too, if there is no generation prompt
     "phi3": Family(
         TURN + "{{- '<|' + m.role + '|>\n' + m.content + '<|end|>\n' -}}" + DONE + "{%- if add_generation_prompt -%}"
         "{{- '<|assistant|>\n' -}}{%- else -%}{{- '<|endoftext|>' -}}{%- endif -%}",

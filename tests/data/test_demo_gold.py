@@ -1,4 +1,4 @@
-"""The demo's gold scorer by hand-worked examples, the labels' noise, and what the stored data files claim."""
+"""The demo's gold scorer on hand-worked examples, the noise of the labels, and the properties of the stored data."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from rlhf_fast.data.demo import make
 from rlhf_fast.data.demo.gold import gold
 
 FOLDER = Path(make.__file__).parent
-PLAIN = "one two three four five six seven eight nine ten"  # ten words: no term but the full stop's can fire
+PLAIN = "one two three four five six seven eight nine ten"  # ten words: only the term for the full stop applies
 
 
 def score(reply: str, prompt: str = "Hi") -> float:
@@ -46,13 +46,13 @@ def score(reply: str, prompt: str = "Hi") -> float:
         ("you\u2019re " + PLAIN, 0.4),
         # follow-up: 0.6, on top of the finished sentence's 0.5
         (PLAIN + "?", 1.1),
-        ("eleven? " + PLAIN, 0.0),  # a question in the middle is none at the end
+        ("eleven? " + PLAIN, 0.0),  # a question in the middle does not count as one at the end
         ("let me know " + PLAIN, 0.6),
         ("let me know " + PLAIN + "?", 1.1),  # once
         # boilerplate
         ("As an AI, I count " + PLAIN, -1.0),
         ("As an AI language model, I count " + PLAIN, -1.0),  # once
-        # repetition: 4 of 11 bigrams said before, then 11 of 13
+        # repetition: 4 of 11 bigrams are repeated, then 11 of 13
         ("one two three one two three one two nine ten eleven twelve", -3.0 * 2 * 4 / 11),
         ("one two " * 7, -3.0),
         # length: free from 8 to 20 words, then 1.5 / 20 a word

@@ -1,4 +1,4 @@
-"""What the file says is what the row holds, and what cannot be read is named with its line."""
+"""Rows hold the values of the file unchanged; unreadable lines are reported with their number."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""A tokenizer small enough to check by hand: one token a byte, "\\n\\n" merged into one, and six special tokens."""
+"""A tokenizer small enough to check by hand: one token per byte, "\\n\\n" merged into one, and six special tokens."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Roles on disk: bitwise round trips, PEFT's own readers and writers, and every way in which a folder can be wrong."""
+"""Roles on disk: bitwise round trips, PEFT's own readers and writers, and every kind of invalid folder."""
 
 import json
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def test_what_is_saved_comes_back_bitwise(full_base: MakeBase, tmp_path: Path, l
     adapters.save_role(base, "reward", tmp_path / "reward")
     adapters.save_role(base, "policy", tmp_path / "policy")
 
-    other = full_base(lora_layers=lora_layers)  # roles of the same names must not be in the way
+    other = full_base(lora_layers=lora_layers)  # roles of the same names must not interfere
     adapters.load_role(other, "back", tmp_path / "reward", want_head=True)
     adapters.load_role(other, "second", tmp_path / "policy")
     for role, copy in (("reward", "back"), ("policy", "second")):

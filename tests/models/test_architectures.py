@@ -1,4 +1,4 @@
-"""Every architecture of the table, tiny and random, loaded from a folder: what training needs of each.
+"""Every architecture of the table, tiny and random, loaded from a folder: what training requires of each.
 
 The log-probs are those of the functions that the recipes call, and the truth is the model's own logits.
 """
@@ -24,7 +24,7 @@ from rlhf_fast.recipes import experience, ppo, sft
 from rlhf_fast.rollout import EpisodeBatch, Response, collate_episodes
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-# Routers and gates; the names that PEFT takes for fused experts; and Jamba's dt_proj, whose weight is read past it.
+# Routers and gates; names that PEFT confuses with fused experts; Jamba's dt_proj, whose weight is read without a call.
 EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 NOT_ADAPTED = {
     "qwen2_moe": {"shared_expert_gate"},

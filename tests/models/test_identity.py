@@ -1,4 +1,4 @@
-"""Adapters know the base that they were made for, by its weights: folders move, names lie."""
+"""Adapters recognise their base by its weights, since folders move and names can be wrong."""
 
 import json
 import shutil
@@ -91,7 +91,7 @@ def test_a_base_of_other_weights_is_refused_and_never_merged(
 
 
 def test_another_name_alone_is_said(model: Path, adapter: Path, load: Callable[..., SharedBase]) -> None:
-    """Adapters that PEFT alone wrote have nothing but the name."""
+    """Adapters written by PEFT have only the name of the base."""
     named(adapter, "meta/llama")
     base = load(model)
     adapters.load_role(base, "sft", adapter)

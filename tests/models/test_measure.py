@@ -1,4 +1,4 @@
-"""What is tried on a model when it is loaded: padding, causality, the layers; each refused by one line."""
+"""Checks at load: padding, causality, the layers; each failure is one line."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_a_model_that_ignores_the_mask_is_refused(tokenizer: PreTrainedTokenizer
 def test_a_model_that_samples_from_other_logits_than_it_trains_on_is_refused_when_it_samples(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Dory's loops see other keys when it has a cache. SFT, which never samples, may have it."""
+    """Dory's loops use other keys when there is a cache. SFT may train it, since it never samples."""
     loops = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5}
     base = SharedBase(tiny_model("dory", **loops), tokenizer, settings())
     base.add_role("policy")
@@ -90,7 +90,7 @@ def test_a_model_that_generates_from_wrong_positions_is_refused_when_it_samples(
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "jamba", "bamba", "lfm2"])
 def test_mixtures_and_hybrids_are_taken_in_bfloat16(tokenizer: PreTrainedTokenizerFast, architecture: str) -> None:
-    """Half precision sends single tokens to other experts in another batch: that is no fault."""
+    """In half precision a router may choose other experts for a token in another batch; this is not an error."""
     base = SharedBase(tiny_model(architecture).bfloat16(), tokenizer, settings(lora_layers=2))
     base.add_role("policy")
     assert base.first_adapted_layer == 2

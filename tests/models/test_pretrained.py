@@ -122,7 +122,7 @@ def test_a_model_that_writes_no_text_is_refused(folder: Path) -> None:
 
 
 def test_nothing_of_the_folders_generation_config_but_its_stop_tokens_is_used(folder: Path) -> None:
-    """min_new_tokens, penalties or a top_k would bend the distribution that is sampled away from the trained one."""
+    """min_new_tokens, penalties or a top_k would make the sampled distribution differ from the trained one."""
 
     def sampled() -> list[list[int]]:
         base = SharedBase(*load(folder), settings())
@@ -245,7 +245,7 @@ def test_a_model_half_made_is_no_model(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.fixture(autouse=True)
 def offline_setting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What resolve() sets for the process is put back."""
+    """Restores what resolve() sets for the process."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     yield
@@ -253,7 +253,7 @@ def offline_setting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The hub's address is a port of this machine where nobody listens; its cache is empty."""
+    """The hub's address is a closed port of this machine; its cache is empty."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

@@ -141,7 +141,7 @@ def test_padding_and_the_rest_of_the_batch_change_nothing(
 
 
 def test_pad_in_the_text_is_a_token_like_any_other(full_base: MakeBase) -> None:
-    """Masks, not ids, say what is padding: a score is of the last live position even where PAD stands there."""
+    """The mask decides what is padding: the score is that of the last live position, even if its token is PAD."""
     base = full_base()
     alone = torch.tensor([[7, 0, 9, 0]])
     padded = torch.tensor([[7, 0, 9, 0, 0, 0]])
@@ -324,7 +324,7 @@ def test_adapters_stand_on_the_top_layers_alone(
 def test_a_second_fresh_role_is_adapted_like_the_first(
     bare_base: MakeBase, architecture: str, lora_layers: int | None
 ) -> None:
-    """A base that has adapters has more linear modules than it had: those are no targets."""
+    """Adapters add linear modules to the base; these are not targets."""
     base = bare_base(architecture, lora_layers=lora_layers)
     base.add_role("policy")
     base.add_role("critic")

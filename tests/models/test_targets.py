@@ -1,4 +1,4 @@
-"""Which modules get an adapter, on blocks that no library wrote: by structure, not by a list of architectures."""
+"""Which modules get an adapter, on blocks made for this test: by structure, not by a list of architectures."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_experts_that_are_linear_modules_are_adapted_and_their_router_is_not() -
     mlp = block(experts=experts, switch=nn.Linear(8, 4), shared=expert(), mixer=nn.Linear(8, 1))
     linear, gates, fused = targets_of(block(mlp=mlp, self_attn=block(k_proj=nn.Linear(8, 4))))
     assert gates == {"mlp.switch", "mlp.mixer"} and fused == []
-    assert "self_attn.k_proj" in linear  # four outputs too, but no part of the mixture
+    assert "self_attn.k_proj" in linear  # four outputs too, but not part of the mixture
     assert {"mlp.experts.3.gate_proj", "mlp.shared.down_proj"} <= linear
     assert len(linear) == 1 + 5 * 3
 

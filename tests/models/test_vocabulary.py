@@ -1,4 +1,4 @@
-"""Logit scales and softcaps: measured, exact, and refused where they cannot be."""
+"""Logit scales and softcaps: measured exactly, or refused."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +37,7 @@ def cap(x: torch.Tensor, limit: float) -> torch.Tensor:
         ({"final_logit_softcapping": 5.0, "attn_logit_softcapping": 50.0}, RAW, (None, 1.0)),
         ({"logits_soft_cap": 5.0, "scale": 0.25}, cap(RAW * 0.25, 5.0), (20.0, 0.25)),
         ({"logits_soft_cap": 5.0, "scale": 0.25}, cap(RAW, 5.0) * 0.25, (5.0, 0.25)),
-        ({"final_logit_softcapping": 1e4}, RAW, (1e4, 1.0)),  # too high to be seen, but the model's own
+        ({"final_logit_softcapping": 1e4}, RAW, (1e4, 1.0)),  # too high to have an effect, but set by the model
     ],
 )
 def test_scale_and_softcap_are_found_in_whatever_order(

@@ -1,4 +1,4 @@
-"""Text decoders inside models that also read images: the decoder is trained, the rest left alone."""
+"""Text decoders inside models that also read images: the decoder is trained, the rest is unchanged."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Random models of 4 layers and 32 hidden units, one an architecture, and shared bases made of them."""
+"""Random models of 4 layers and 32 hidden units, one per architecture, and shared bases made from them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from rlhf_fast.models import SharedBase
 
 MakeBase = Callable[..., SharedBase]
 
-# final_logit_softcapping is low, so that a forgotten softcap shows; sliding_window is shorter than the test batches.
+# final_logit_softcapping is low, so that a missing softcap is noticed; sliding_window is shorter than the test batches.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
@@ -52,7 +52,7 @@ DELTA: dict[str, Any] = {
     "linear_value_head_dim": 8,
 }
 
-# Every architecture that test_architectures.py holds to its checks; docs/models.md names the same ones.
+# Every architecture that test_architectures.py tests; docs/models.md lists the same ones.
 TABLE: dict[str, dict[str, Any]] = {
     **ARCHITECTURES,
     "gemma": GROUPED,
@@ -118,7 +118,7 @@ TABLE: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(architecture: str, **changes: Any) -> PreTrainedModel:
-    """float32, frozen, in eval mode; the same weights every time. Attention dropout is on where it is ever used."""
+    """float32, frozen, in eval mode; the same weights every time. Attention dropout is set if the model has it."""
     settings: dict[str, Any] = {
         "vocab_size": 288,
         "hidden_size": 32,
@@ -145,7 +145,7 @@ def save_model(folder: Path, tokenizer_folder: Path, architecture: str, **change
 
 
 def randomise(base: SharedBase, role: str, seed: int) -> None:
-    """Gives the role's parameters values of their own: a fresh adapter changes nothing, and would hide mistakes."""
+    """Gives the role random parameters: a fresh adapter changes nothing and would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in base.named_parameters(role).values():

@@ -1,4 +1,4 @@
-"""A made-up run folder, written with the package's own writers, that has every chart; and a disk that runs full."""
+"""A synthetic run folder with every chart, written by the package's writers; and a disk that fills up."""
 
 import math
 import resource
@@ -137,7 +137,7 @@ def ppo() -> Callable[..., None]:
 
 @pytest.fixture
 def fill_disk() -> Iterator[Callable[[int], None]]:
-    """``fill_disk(size)``: from now on no file grows past ``size`` bytes; the system refuses the rest of a write."""
+    """``fill_disk(size)``: from now on no file can grow beyond ``size`` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

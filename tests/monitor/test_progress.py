@@ -28,7 +28,7 @@ def test_plain_lines_are_the_first_the_last_and_one_every_ten_seconds(
         for step in range(1, 41):
             time.now += 1.0
             bar.update(step, loss=f"{step / 10:.3f}", speed="512 tok/s")
-        out, err = capsys.readouterr()  # the last line does not wait for the end of the stage
+        out, err = capsys.readouterr()  # the last line is printed before the end of the stage
     assert capsys.readouterr().err == ""  # nor is it printed twice
     assert out == ""  # standard output is for results
     assert err.splitlines() == [
@@ -94,7 +94,7 @@ def test_a_terminal_gets_a_bar_that_say_does_not_tear(monkeypatch: pytest.Monkey
     shown = terminal.getvalue()
     assert "12/40" in shown and "loss [1.234]  512 tok/s" in shown and "left" in shown
     assert "saved checkpoint-12\n" in shown
-    assert "ppo  12/40" not in shown  # no plain lines besides the bar
+    assert "ppo  12/40" not in shown  # no plain lines in addition to the bar
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (190, "3:10"), (3725, "1:02:05")])

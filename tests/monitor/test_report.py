@@ -30,7 +30,7 @@ PPO = [
 
 
 class Page(HTMLParser):
-    """Checks that every tag is closed in turn, and gathers the table rows."""
+    """Checks that tags are nested correctly, and collects the table rows."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The columns of the edge contract: for each op, how to call it on random (B, T) tokens, and the plain formula.
+"""The table of operations: for each op, how to call it on random (B, T) tokens, and the plain formula.
 
-``naive`` is the formula as a reader would type it, in the dtype of its inputs: in float64 it is the truth, in a half
-dtype the code that ours may not be worse than. It knows nothing of NaN under the mask.
+``naive`` is the textbook formula in the dtype of its inputs: in float64 it is the truth, in a half
+dtype the code that ours must at least match. It does not handle NaN under the mask.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Case:
 def make(
     op: Op, shape: tuple[int, int] = (3, 5), dtype: torch.dtype = torch.float32, seed: int = 0, vocab: int = V
 ) -> Case:
-    """Random inputs; the mask has holes, and at least one live token where there is any.
+    """Random inputs; the mask has gaps, and at least one live token if there are tokens.
 
     Not float64 unless asked for, which runs the torch reference on every backend.
     """

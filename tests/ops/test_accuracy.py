@@ -1,4 +1,4 @@
-"""How exact every op of op_table.py is on every backend: against float64 truth, and against naive code."""
+"""The accuracy of every op of op_table.py on every backend, against float64 and against naive code."""
 
 import math
 
@@ -56,10 +56,10 @@ def test_error_is_no_larger_than_the_naive_codes(op: Op, dtype: torch.dtype, bac
 @pytest.mark.parametrize("vocab", [1, 2, 17, 4099, 50257, 151936])
 @every_dtype
 def test_vocabularies(op: Op, vocab: int, dtype: torch.dtype, backend: str) -> None:
-    """Shorter than a vector, with a rest after the last one, of several blocks, and those of real models."""
+    """Vocabularies: shorter than a vector, with a partial last vector, of several blocks, and those of real models."""
     case = make(op, (1, 4), dtype, vocab=vocab)
     for name in {"old_logprobs", "ref_logprobs"} & case.x.keys():
-        case.x[name] -= math.log(vocab)  # else the ratios overflow
+        case.x[name] -= math.log(vocab)  # otherwise the ratios overflow
     no_worse_than_naive(op, case, backend)
 
 

@@ -133,7 +133,7 @@ def test_gradcheck(aggregation: str) -> None:
 
 
 def test_half_precision_is_added_in_float32() -> None:
-    values = torch.ones(1, 70_000, dtype=torch.float16)  # past float16's largest number
+    values = torch.ones(1, 70_000, dtype=torch.float16)  # above the largest float16
     total = aggregate(values, None, aggregation="seq-mean-token-sum")
     assert total.dtype == torch.float32 and total.item() == 70_000
 

@@ -1,6 +1,6 @@
-"""Inside torch.autocast, as other people's trainers call: every op on every backend, with what F.linear takes there.
+"""Inside torch.autocast, as in other trainers: every op on every backend, with the inputs that F.linear accepts.
 
-The truth is the formula in float64, on the operands that autocast rounds: beyond those, it may round nothing.
+The truth is the formula in float64, on the operands as autocast rounds them; nothing else may be rounded.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def truth(op: Op, case: Case, rounded: torch.dtype) -> tuple[tuple[Tensor, ...],
 @every_op
 @mixes
 def test_autocast_in_both_directions(op: Op, autocast: torch.dtype, hidden: torch.dtype, head: torch.dtype) -> None:
-    """Results in float32, gradients in the dtype of what they belong to."""
+    """Results in float32, gradients in the dtype of their tensors."""
     case = mixed(op, hidden, head)
     with inside(autocast):
         outputs, grads = outputs_and_grads(op.run, op, case, case.mask)
@@ -105,7 +105,7 @@ def test_what_autocast_leaves_alone(op: Op) -> None:
 
 
 def test_what_f_linear_and_log_softmax_give() -> None:
-    """On their own terms: a bfloat16 hidden state from a layer inside autocast, a float32 head that is trained."""
+    """As in a real trainer: a bfloat16 hidden state from a layer inside autocast, a float32 head that is trained."""
     generator = seeded(0)
     x, weight = torch.randn(3, 8, generator=generator), torch.randn(11, 8, generator=generator, requires_grad=True)
     layer, targets = torch.nn.Linear(8, 8), torch.tensor([1, 2, 3])

@@ -1,4 +1,4 @@
-"""Calls that are neither plain eager code nor torch.compile, and that a kernel's raw pointers must survive."""
+"""Calls outside plain eager code and torch.compile, which must not break kernels that take raw pointers."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def test_a_subclass_in_any_place(op: Op) -> None:
 
 @every_op
 def test_inference_tensors(op: Op) -> None:
-    """A rollout's log-probs and rewards come out of inference mode, and the loss takes them as constants."""
+    """Log-probs and rewards of a rollout are inference tensors; the loss accepts them as constants."""
     case = make(op)
     expected, true_grads = outputs_and_grads(op.run, op, case, case.mask)
     constants = [name for name in case.x if name not in op.grads]
@@ -147,7 +147,7 @@ def test_a_tensor_is_not_taken_for_a_number() -> None:
 
 
 def test_nan_of_any_bits_is_nan() -> None:
-    """Its payload must not be taken for digits."""
+    """The payload of a NaN must not be read as digits."""
     for bits in (0x7FC00001, 0x7F800001, -1):
         x = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
         zero = torch.zeros(1)

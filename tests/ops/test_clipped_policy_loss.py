@@ -54,7 +54,7 @@ def test_each_side_has_its_own_clip_by_hand() -> None:
 
 def test_dual_clip_by_hand() -> None:
     # c = 3.  A = -1, r = 5: max(5, 1.2) = 5 is held at 3, gradient 0.  A = -2, r = 2: 4 < 6 stays.
-    # A = 1, r = 5: -1.2, clipped as ever.  A = -1, r = 0.5: 0.8, clipped as ever.
+    # A = 1, r = 5: -1.2, clipped as usual.  A = -1, r = 0.5: 0.8, clipped as usual.
     result, gradient = loss_and_gradient([5.0, 2.0, 5.0, 0.5], [-1.0, -2.0, 1.0, -1.0], dual_clip=3.0)
     assert result.loss.item() == pytest.approx((3 + 4 - 1.2 + 0.8) / 4, rel=1e-6)
     torch.testing.assert_close(gradient, torch.tensor([0.0, 4.0, 0.0, 0.0]) / 4)

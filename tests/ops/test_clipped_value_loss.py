@@ -16,7 +16,7 @@ def sample(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[
 
 
 def test_by_hand() -> None:
-    # old 1, clip 0.2, so that a value counts as at least 0.8 and at most 1.2 in the clipped branch
+    # old 1, clip 0.2: the clipped branch limits a value to 0.8 .. 1.2
     # v:          1.5      1.5      1.1      0.5      0.5
     # R:          0        2        2        2        0
     # (v - R)^2:  2.25     0.25     0.81     2.25     0.25

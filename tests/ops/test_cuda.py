@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(why_not("cuda") is not None, reason=str(why_not("cuda"))),
 ]
 
-# the fixture only forces a backend, so that one set-up can serve every example
+# the fixture only forces a backend, so all examples can share it
 some_examples = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**32 - 1)
 # of a chunk, a warp's tokens and a tile of gae, and of a tile of the others: below, on and above
@@ -41,7 +41,7 @@ def tokens(seed: int, count: int, *shape: int, share: float = 1.0) -> tuple[list
 
 
 def misaligned(x: Tensor) -> Tensor:
-    """The same numbers, where no 16-byte access may begin."""
+    """The same numbers at an address that is not 16-byte aligned."""
     return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
 
 
@@ -68,7 +68,7 @@ def test_gae_is_bitwise_the_same_however_a_sequence_is_given(seed: int, sizes: l
 
 
 def test_gae_is_bitwise_the_same_at_sizes_of_every_kernel() -> None:
-    """Of the property above, what a machine without hypothesis checks too."""
+    """Fixed cases of the property above, for machines without hypothesis."""
     same_packed_and_padded(7, [100, 0, 2300, 1, 128, 1025], 0.8)
 
 
@@ -96,7 +96,7 @@ def test_gae_of_many_long_rows_goes_by_the_row() -> None:
 @given(bounds=st.lists(st.integers(-5, 300), min_size=1, max_size=5))
 @settings(some_examples, max_examples=40)
 def test_gae_keeps_within_the_tokens_of_wrong_bounds(bounds: list[int]) -> None:
-    """What a GPU's kernels do with bounds that nobody has checked."""
+    """GPU kernels with unchecked bounds."""
     count, guard = 200, 64
     memory = torch.full((4, count + 2 * guard), 7.0)
     rewards, values, advantages, returns = (row[guard:-guard] for row in memory)

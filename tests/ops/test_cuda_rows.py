@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(why_not("cuda") is not None, reason=str(why_not("cuda"))),
 ]
 
-# the fixture only forces a backend, so that one set-up can serve every example
+# the fixture only forces a backend, so all examples can share it
 some_examples = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -43,7 +43,7 @@ def placed(x: Tensor, lead: int, gap: int) -> Tensor:
 
 
 def around(x: Tensor) -> Tensor:
-    """What ``placed`` has around the rows."""
+    """The memory around the rows of ``placed``."""
     lead, (rows, columns) = x.storage_offset(), x.shape
     memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).clone()
     for row in range(rows):

@@ -86,7 +86,7 @@ def test_extreme_log_ratios_are_finite() -> None:
         chosen = torch.tensor([sign * 1e5], requires_grad=True)
         result = dpo_loss(chosen, torch.zeros(1), torch.zeros(1), torch.zeros(1), label_smoothing=0.1)
         result.loss.backward()
-        # beta h = +-1e4: the label that is wrong costs 1e4
+        # beta h = +-1e4: the wrong label costs 1e4
         assert result.loss.item() == pytest.approx(1e4 * (0.1 if sign > 0 else 0.9))
         assert torch.isfinite(chosen.grad).all()
 

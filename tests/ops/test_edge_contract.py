@@ -1,6 +1,6 @@
 """The edge contract, one table: every case here runs for every op of op_table.py on every backend.
 
-How exact the numbers are is in test_accuracy.py.
+Accuracy is tested in test_accuracy.py.
 """
 
 import itertools

@@ -35,7 +35,7 @@ def test_temperature_divides_both() -> None:
 
 @pytest.mark.parametrize("lead", [10.0, 16.0, 20.0])
 def test_a_confident_policy_keeps_the_digits_of_its_gradient(lead: float) -> None:
-    """Beside the 1 of the largest column, a float has none left for the others; the gradient there is their sum."""
+    """In float32 the small columns vanish next to the 1 of the largest; its gradient is their sum."""
     logits = torch.tensor([[lead, 0.0, 1.0, -0.5]], requires_grad=True)
     ref_logits = torch.tensor([[lead - 1, 0.5, 0.3, -0.5]])
     (grad,) = torch.autograd.grad(exact_kl(logits, ref_logits).sum(), logits)

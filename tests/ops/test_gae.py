@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 seeds = st.integers(0, 2**32 - 1)
 unit = st.sampled_from([0.0, 0.3, 0.95, 1.0])
-# the fixture only forces a backend, so that one set-up can serve every example
+# the fixture only forces a backend, so all examples can share it
 every_example = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 REWARDS = torch.tensor([[1.0, 2.0, 3.0]])

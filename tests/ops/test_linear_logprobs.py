@@ -1,4 +1,4 @@
-"""linear_logprobs: values done by hand, what is computed and what is not, and the head's gradients."""
+"""linear_logprobs: values worked by hand, the number of products, and the head's gradients."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""linear_policy_loss: a case done by hand, and that it is its parts put together."""
+"""linear_policy_loss: a case worked by hand, and equality with its parts."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""linear_policy_ref: values done by hand, and that the reference is a constant."""
+"""linear_policy_ref: values worked by hand, and no gradient for the reference."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""masked_logprobs: values done by hand, the numerics of extreme logits, and the in-place backward."""
+"""masked_logprobs: values worked by hand, the numerics of extreme logits, and the in-place backward."""
 
 import math
 from typing import Any
@@ -113,7 +113,7 @@ def test_large_logits(offset: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_minus_infinity_among_the_others(dtype: torch.dtype) -> None:
-    """Columns at -inf might as well not be there."""
+    """Columns at -inf have no effect."""
     logprobs, entropy, slope, entropy_slope = run([[0.3, -INF, 1.2, -INF]], [2], dtype)
     short = run([[0.3, 1.2]], [1], dtype)
     torch.testing.assert_close(logprobs, short[0])
@@ -254,7 +254,7 @@ def test_in_place_backward_writes_into_the_logits() -> None:
 
 
 def test_in_place_backward_of_shared_memory_is_right() -> None:
-    """An expanded row must not collect the gradients of all its rows in place."""
+    """In place, the gradients of an expanded row must not overwrite each other."""
     row = torch.randn(5, generator=seeded(0), requires_grad=True)
     targets = torch.tensor([0, 1, 4])
     (ours,) = torch.autograd.grad(masked_logprobs(row.expand(3, 5), targets, inplace_backward=True).sum(), row)

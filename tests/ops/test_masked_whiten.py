@@ -205,7 +205,7 @@ def test_a_group_shares_its_statistics(tmp_path: Path, arguments: dict[str, Any]
 
 
 def test_a_group_refuses_a_gradient() -> None:
-    # refused before the group is used, so that any object will do
+    # refused before the group is used, so any object works here
     with pytest.raises(ValueError, match=r"x without gradient when group is given.*Pass x.detach\(\)"):
         masked_whiten(X.clone().requires_grad_(), group=object())  # type: ignore[arg-type]
 

@@ -79,7 +79,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def check_against_the_parts(x: dict[str, Tensor], mask: Tensor | None, options: dict[str, Any]) -> None:
-    """The same numbers and gradients as the ops of the parts give."""
+    """The same numbers and gradients as the separate ops."""
     x = grown(x)
     result = ppo_loss(**x, mask=mask, **options)
 

@@ -44,7 +44,7 @@ def test_the_default_is_k1() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_k3_and_its_slope_keep_their_digits_from_tiny_to_large_differences(dtype: torch.dtype) -> None:
     sizes = torch.logspace(-12, 1.4, 200, dtype=dtype)
-    edge = torch.tensor([0.4999, 0.5, 0.5001], dtype=dtype)  # where the series hands over to expm1
+    edge = torch.tensor([0.4999, 0.5, 0.5001], dtype=dtype)  # where the code switches from the series to expm1
     difference = torch.cat((sizes, -sizes, edge, -edge)).requires_grad_()
     kl = token_kl(difference, torch.zeros_like(difference), estimator="k3")
     kl.sum().backward()
@@ -125,7 +125,7 @@ def test_infinite_and_nan_live_tokens() -> None:
         assert torch.isfinite(logprobs.grad[3])
         assert torch.isfinite(logprobs.grad[0]) == (estimator in ("k1", "abs"))
     big = token_kl(torch.tensor([-1e4, 0.0]), torch.tensor([0.0, -1e4]), estimator="k3")
-    assert big.tolist() == [inf, 9999.0]  # exp(1e4) is past float32; exp(-1e4) - 1 + 1e4
+    assert big.tolist() == [inf, 9999.0]  # exp(1e4) overflows float32; exp(-1e4) - 1 + 1e4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -153,7 +153,7 @@ def test_strides_and_position_change_no_bit(estimator: str) -> None:
 
 
 def test_nothing_is_kept_when_no_gradient_is_needed() -> None:
-    ref_logprobs = torch.zeros(2, requires_grad=True)  # a constant all the same
+    ref_logprobs = torch.zeros(2, requires_grad=True)  # still a constant
     assert not token_kl(torch.zeros(2), ref_logprobs).requires_grad
     with torch.no_grad():
         assert token_kl(ref_logprobs, ref_logprobs).grad_fn is None

@@ -1,4 +1,4 @@
-"""torch.func and meta tensors. The torch references are transformed; the kernels take no part, and that is said."""
+"""torch.func and meta tensors. torch.func transforms the torch references; a warning says that kernels are not used."""
 
 import warnings
 from collections.abc import Callable, Iterator

@@ -44,7 +44,7 @@ def test_expm1_and_k3() -> None:
 
 
 def test_exp_of_the_ratio() -> None:
-    """With an advantage of the other sign the unclipped branch is in force: the gradient is the ratio, 0 past +-20."""
+    """With an advantage of the other sign the unclipped branch applies: the gradient is the ratio, 0 past +-20."""
     x = magnitudes(1e-30, 20)
     leaf = torch.cat([x, x.new_tensor([-20.001, 20.001])])[None].requires_grad_()
     result = ops.clipped_policy_loss(leaf, torch.zeros_like(leaf), -leaf.detach().sign(), num_items=1)

@@ -1,4 +1,4 @@
-"""Reward functions in whole PPO runs: weights, abstaining, metrics, limits, exits, and what is said when."""
+"""Reward functions in whole PPO runs: weights, abstaining, metrics, limits, exits and messages."""
 
 import json
 import statistics
@@ -77,7 +77,7 @@ def steps(folder: Path) -> list[dict]:
 def test_each_function_has_its_mean_and_spread_and_weights_make_the_sum(functions_config, tmp_path):
     ppo.train(functions_config("length", "even", reward_weights=[0.5, -2.0]))
     for line in steps(tmp_path / "ppo"):
-        assert line["rewards/even/mean"] == 10 and line["rewards/even/std"] == 0  # what it abstained from is left out
+        assert line["rewards/even/mean"] == 10 and line["rewards/even/std"] == 0  # without abstentions
         assert line["rewards/length/std"] > 0
     samples = [row for row in lines(tmp_path / "ppo", "samples.jsonl") if row["split"] == "train"]
     assert len(samples) == 2 * 4

@@ -1,4 +1,4 @@
-"""PPO: the checklist's lines as assertions on real (tiny) runs."""
+"""PPO: its known pitfalls as assertions on real (tiny) runs."""
 
 import json
 import math
@@ -100,7 +100,7 @@ def test_a_policy_that_is_not_the_reference_is_refused(ppo_config, monkeypatch):
 
     def with_wrong_reference(stage):
         original(stage)
-        return None  # "adapter off", trl issue 495
+        return None  # not the same as the adapter switched off, see trl issue 495
 
     monkeypatch.setattr(ppo, "add_roles", with_wrong_reference)
     with pytest.raises(UserError, match="before the first update.*--sft_adapter"):
@@ -160,7 +160,7 @@ def test_metrics_are_consistent(ppo_config, tmp_path):
 
 
 def test_padding_and_micro_batches_change_no_experience(ppo_config):
-    """Log-probs, values and scores of an episode are those of the episode alone, unpadded."""
+    """Log-probs, values and scores of an episode equal those of the episode alone, unpadded."""
     config = ppo_config()
     stage, prompts = started(config)
     responses = ppo.roll_out(stage, prompts[:6])

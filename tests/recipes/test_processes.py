@@ -1,4 +1,4 @@
-"""Two processes: every recipe runs, and SFT's and the reward model's figures are those of one process.
+"""Two processes: every recipe runs, and SFT and reward model give the same figures as with one process.
 
 One process goes through `accelerate launch`. Two go through torchrun, whose variables accelerate reads: on a CPU,
 `accelerate launch` itself starts several processes through MPI alone.

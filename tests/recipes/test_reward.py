@@ -1,4 +1,4 @@
-"""The reward model: it learns, it is calibrated on the SFT model's samples, and its folder is what PPO loads."""
+"""The reward model: it learns, it is calibrated on the SFT model's samples, and PPO loads its folder."""
 
 import json
 

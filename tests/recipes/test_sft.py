@@ -102,13 +102,13 @@ def test_trackers_get_the_metrics_of_the_log(sft_config, tmp_path):
 
 
 def test_a_response_ends_where_the_chat_template_ends_it(sft_config, capsys):
-    """Chat templates on base models often close a turn with another token than the tokenizer's EOS."""
+    """Chat templates on base models often end a turn with a token other than the tokenizer's EOS."""
     template = "{% for message in messages %}{{ message['content'] + '<pad>' }}{% endfor %}"
     stage = Stage("sft", sft_config(chat_template=template))
     closing, eos = stage.base.tokenizer.convert_tokens_to_ids(["<pad>", "<end>"])
     assert stage.base.stop_ids == sorted([closing, eos])
     assert "responses also end at '<pad>'" in capsys.readouterr().err
     assert Stage("sft", sft_config("own")).base.stop_ids == [eos]
-    # a template that refuses an answer is of no concern to string columns
+    # string columns do not use the template, so it may reject answers
     strict = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0]['content'] }}"
     assert Stage("sft", sft_config("strict", chat_template=strict)).base.stop_ids == [eos]

@@ -1,4 +1,4 @@
-"""What a function is called with: TRL's keywords, our former two places, columns, copies."""
+"""Arguments of reward functions: TRL's keywords, two positional parameters, columns, copies."""
 
 import threading
 from collections.abc import Callable

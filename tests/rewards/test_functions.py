@@ -1,4 +1,4 @@
-"""Python functions as rewards: finding them, what they are called with, and every error told in one line."""
+"""Python functions as rewards: finding them, their arguments, and one line for each error."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A person's code in our process: exits, interruptions, limits, what it prints and what it leaves changed."""
+"""User code in our process: exits, interruptions, limits, output and side effects."""
 
 import asyncio
 import os
@@ -183,7 +183,7 @@ def test_a_hang_ends_at_the_limit(function: Callable[..., Any]) -> None:
     assert "--reward_timeout" in message and time.monotonic() - began < 5
     if not asyncio.iscoroutinefunction(function):
         assert f"({__file__}, line " in message
-    assert run(awaited(lambda p, c: [1.0]), timeout=5) == [1.0]  # and the next call is not held up
+    assert run(awaited(lambda p, c: [1.0]), timeout=5) == [1.0]  # and the next call is not blocked
     assert signal.getsignal(signal.SIGPROF) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 

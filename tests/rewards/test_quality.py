@@ -133,7 +133,7 @@ def test_length_accuracy_is_what_the_better_of_longer_and_shorter_would_reach() 
 
 
 def varied(right: int, wrong: int) -> Quality:
-    """Lengths that say nothing: equal."""
+    """Equal lengths carry no information."""
     return assessed([1.0] * right + [-1.0] * wrong)
 
 

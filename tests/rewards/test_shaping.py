@@ -1,4 +1,4 @@
-"""Hand-worked shaping: the score's place, the KL penalty, the missing-EOS rule, the controller, running moments."""
+"""Hand-worked shaping: position of the score, the KL penalty, the missing-EOS rule, the controller, running moments."""
 
 import math
 

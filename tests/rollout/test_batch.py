@@ -1,4 +1,4 @@
-"""Episodes as one batch: where prompts, responses and masks stand, worked by hand."""
+"""Episodes as one batch: positions of prompts, responses and masks, worked by hand."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Sampling: what is sampled from, where a response ends, and that neither padding nor batching bends it."""
+"""Sampling: the distribution, the end of a response, and independence of padding and batching."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def sample(base: SharedBase, rows: list[PromptRow], role: str | None = "policy",
 
 @pytest.fixture
 def forced(base: SharedBase, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[int]]], None]:
-    """``forced(rows)``: row i of a batch will say rows[i], whatever the model thinks."""
+    """``forced(rows)``: row i of a batch generates rows[i], whatever the model's logits are."""
 
     def force(rows: list[list[int]]) -> None:
         calls = iter(range(len(rows[0])))
@@ -42,7 +42,7 @@ def forced(base: SharedBase, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[
 
 
 def logprobs(base: SharedBase, role: str | None, responses: list[Response], temperature: float) -> torch.Tensor:
-    """As training scores them: (B, R), 0 where no token is."""
+    """As scored in training: (B, R), 0 at positions without a token."""
     episodes = collate_episodes(responses, base.pad_id, base.device)
     with torch.no_grad():
         hidden = episodes.before_response(base.hidden(role, episodes.input_ids, episodes.attention_mask))
@@ -145,7 +145,7 @@ def test_rows_of_the_embedding_that_are_no_tokens_are_never_sampled(base: Shared
     responses = sample(base, [row([40])] * 64, response_length=16, batch_size=64)
     tokens = [token for response in responses for token in response.token_ids]
     assert len(tokens) > 500 and max(tokens) < 258
-    assert len(set(tokens)) > 150  # and no top_k narrows the rest
+    assert len(set(tokens)) > 150  # and no top_k removes any
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
