@@ -57,15 +57,15 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# The documentation's site. A broken link is an error.
+# The documentation's site. A broken link is an error. The package is installed: pip adds what the extra needs.
 docs: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python -m pip install --quiet 'rlhf-fast[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "open build/site/index.html"
 
 # About seven minutes on a quiet machine; then the tables of the README and of docs/benchmarks.md are made again.
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m pip install --quiet 'rlhf-fast[bench]'
 	$(BIN)/rlhf-fast bench --json $(RESULTS).json --chart $(CHART)
 	$(BIN)/python bench/results.py $(RESULTS).json
 
