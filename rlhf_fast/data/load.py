@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from rlhf_fast.data.rows import Rows, join, open_file, read_csv, read_json
 from rlhf_fast.errors import UserError, nearest
 
-Table: TypeAlias = Rows | datasets.Dataset
+RowsOrDataset: TypeAlias = Rows | datasets.Dataset
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -34,7 +34,7 @@ def load_dataset(
     rename: dict[str, str] | None = None,
     limit: int | None = None,
     strict: bool = False,
-) -> Table:
+) -> RowsOrDataset:
     """The rows of one split, with columns renamed.
 
     ``name`` is a file (.jsonl, .json, .csv, .parquet, each also .gz; one file is one split, ``split`` is not looked
@@ -61,7 +61,7 @@ def load_dataset(
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
-def _load(name: str, split: str, strict: bool) -> Table:
+def _load(name: str, split: str, strict: bool) -> RowsOrDataset:
     if name.startswith("demo/") and not Path(name).exists():
         if name not in DEMO_NAMES:
             raise UserError(f"{name}: no such built-in data set{nearest(name, DEMO_NAMES)}; there are {DEMO_NAMES}")
@@ -94,7 +94,7 @@ def _neighbours(path: Path) -> str:
     return nearest(path.name, files + [entry.name for entry in entries if entry.is_dir()]) or listed
 
 
-def _load_file(path: Path, strict: bool) -> Table:
+def _load_file(path: Path, strict: bool) -> RowsOrDataset:
     reader = _reader(path)
     if reader is None:
         raise UserError(f"{path}: expected a file ending in {', '.join(READERS)}, each also with .gz")
@@ -127,7 +127,7 @@ def _read_parquet(path: Path) -> datasets.Dataset:
     return dataset
 
 
-def _load_folder(folder: Path, split: str, strict: bool) -> Table:
+def _load_folder(folder: Path, split: str, strict: bool) -> RowsOrDataset:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.Dataset):
@@ -147,7 +147,7 @@ def _load_folder(folder: Path, split: str, strict: bool) -> Table:
     return _join([_load_file(path, strict) for path in files], files, folder)
 
 
-def _join(parts: list[Table], files: list[Path], folder: Path) -> Table:
+def _join(parts: list[RowsOrDataset], files: list[Path], folder: Path) -> RowsOrDataset:
     if len(parts) == 1:
         return parts[0]
     formats = {tuple(name for name in FORMAT_COLUMNS if name in part.column_names) for part in parts}
@@ -223,7 +223,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _rename(dataset: Table, renames: dict[str, str], name: str) -> Table:
+def _rename(dataset: RowsOrDataset, renames: dict[str, str], name: str) -> RowsOrDataset:
     columns = dataset.column_names
     for old, new in renames.items():
         if old not in columns:
