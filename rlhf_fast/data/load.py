@@ -71,7 +71,7 @@ def _load(name: str, split: str, strict: bool) -> RowsOrDataset:
         return _load_folder(path, split, strict)
     if path.is_file():
         return _load_file(path, strict)
-    if path.is_symlink():
+    if path.is_symlink() and not path.exists():
         raise UserError(f"{name}: a link to {os.readlink(path)}, which is not there")
     if _reader(path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such file or folder{_neighbours(path)}")
@@ -107,35 +107,55 @@ def _load_file(path: Path, strict: bool) -> RowsOrDataset:
 
 
 def _read_parquet(path: Path) -> datasets.Dataset:
-    try:
+    with _arrow_faults(path, "parquet"):
         if path.suffix.lower() == ".gz":  # datasets reads gzip for text formats alone
             with open_file(path) as file:
-                dataset = datasets.Dataset(pyarrow.parquet.read_table(file))
-        else:
-            if pyarrow.parquet.read_metadata(path).num_rows == 0:
-                raise UserError(f"{path}: no rows in it; expected at least one")
-            with _quiet():
-                dataset = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
-        dataset.data.table.validate(full=True)  # text that is not UTF-8 fails rows later, with no name to it
+                return _checked(datasets.Dataset(pyarrow.parquet.read_table(file)), path)
+        if pyarrow.parquet.read_metadata(path).num_rows == 0:
+            raise UserError(f"{path}: no rows in it; expected at least one")
+        with _quiet():
+            loaded = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+        return _checked(loaded, path)
+
+
+def _checked(dataset: datasets.Dataset, path: Path) -> datasets.Dataset:
+    """Plain Python values, images and sounds left undecoded. Text that is not UTF-8 is an error here: it would fail
+    rows later, with no name to it."""
+    if len(dataset) == 0:
+        raise UserError(f"{path}: no rows in it; expected at least one")
+    dataset.data.table.validate(full=True)
+    dataset = dataset.with_format(None)
+    for name, kind in dataset.features.items():
+        if isinstance(kind, datasets.Image | datasets.Audio):
+            dataset = dataset.cast_column(name, type(kind)(decode=False))
+    return dataset
+
+
+@contextmanager
+def _arrow_faults(path: Path, reader: str) -> Iterator[None]:
+    try:
+        yield
     except (UserError, gzip.BadGzipFile, EOFError, zlib.error):
         raise
     except Exception as error:  # pyarrow and datasets each raise their own; the reason is passed on
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise UserError(f"{path}: cannot be read as parquet ({type(cause).__name__}: {_one_line(cause)})") from error
-    return dataset
+        raise UserError(f"{path}: cannot be read as {reader} ({type(cause).__name__}: {_one_line(cause)})") from error
 
 
 def _load_folder(folder: Path, split: str, strict: bool) -> RowsOrDataset:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        saved = datasets.load_from_disk(str(folder))
-        if isinstance(saved, datasets.Dataset):
-            return saved
-        if split not in saved:
-            raise UserError(f"{folder}: no split {split!r}{nearest(split, list(saved))}; there are {list(saved)}")
-        return saved[split]
-    found = sorted(path for path in folder.iterdir() if path.is_file() and _reader(path))
+        with _arrow_faults(folder, "a data set of save_to_disk"):
+            saved = datasets.load_from_disk(str(folder))
+            if not isinstance(saved, datasets.Dataset):
+                if split not in saved:
+                    raise UserError(
+                        f"{folder}: no split {split!r}{nearest(split, list(saved))}; there are {list(saved)}"
+                    )
+                saved = saved[split]
+            return _checked(saved, folder)
+    found = sorted(path for path in folder.iterdir() if path.is_file() and _reader(path) and path.name[0] != ".")
     if not found:
         raise UserError(f"{folder}: no data file in this folder; expected {', '.join(READERS)}, each also with .gz")
     files = [path for path in found if _is_split(path, split)]
