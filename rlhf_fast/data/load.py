@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import json
 import os
 import zlib
 from collections.abc import Iterator
@@ -147,6 +148,9 @@ def _arrow_faults(path: Path, reader: str) -> Iterator[None]:
 def _load_folder(folder: Path, split: str, strict: bool) -> RowsOrDataset:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         with _arrow_faults(folder, "a data set of save_to_disk"):
+            state = folder / "state.json"
+            if state.exists() and not json.loads(state.read_bytes())["_data_files"]:
+                raise UserError(f"{folder}: no rows in it; expected at least one")
             saved = datasets.load_from_disk(str(folder))
             if not isinstance(saved, datasets.Dataset):
                 if split not in saved:
