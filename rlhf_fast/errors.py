@@ -8,6 +8,19 @@ class UserError(Exception):
     """
 
 
+class OutOfMemory(UserError):
+    """The machine's memory does not hold what a setting asks for; the message names the setting."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch raises where a GPU or this process gets no more memory, and for Python's own MemoryError.
+
+    torch has a class for the GPU (known by its name, so that torch is not imported here) and a text for the CPU.
+    """
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu
+
+
 class Interrupted(Exception):
     """A person stopped the run. The message says where it stands and how to go on; it is printed as it is."""
 

@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "text": set(),
     "errors": set(),
     "signals": {"text"},
-    "config": {"errors", "text"},
+    "metrics": set(),
+    "config": {"errors", "text", "metrics"},
     "checkpoint": {"errors", "text"},
     "kernels": set(),
     "ops": {"kernels"},
@@ -32,11 +33,11 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "text", "config", "ops", "data"},
     "rewards": {"errors", "text", "config", "ops", "data", "models"},
     "rollout": {"errors", "text", "config", "ops", "data", "models", "rewards"},
-    "monitor": {"errors", "text", "config"},
+    "monitor": {"errors", "text", "config", "metrics"},
     "bench": {"errors", "ops"},
 }
 ALLOWED["recipes"] = {*WORKERS, "ops", "errors", "text", "signals", "checkpoint"}
-ALLOWED["recipes"] |= {"config", "config_load", "config_yaml"}
+ALLOWED["recipes"] |= {"config", "config_load", "config_yaml", "metrics"}
 
 
 def imports(source: str, path: str) -> Iterator[tuple[str, str | None]]:

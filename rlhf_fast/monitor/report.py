@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.metrics import stage_of
 from rlhf_fast.monitor.axes import format_number, number
 from rlhf_fast.monitor.files import encode, write_atomic
 from rlhf_fast.monitor.log import read_steps
@@ -67,18 +68,11 @@ def _read_stage(folder: Path, name: str | None) -> Stage:
     metrics = read_steps(folder / "metrics.jsonl")
     samples = folder / "samples.jsonl"
     summary = read_summary(folder) or {}
-    name = name or summary.get("stage") or _stage_of(metrics)
+    # a stage on its own has no summary.json until it ends; its metrics tell which it is
+    name = name or summary.get("stage") or stage_of({key for row in metrics for key in row})
     if name not in STAGES:
         raise UserError(f"{folder / 'summary.json'}: expected stage to be one of {', '.join(STAGES)}, came {name!r}")
     return Stage(name, metrics, read_steps(samples) if samples.exists() else [], summary)
-
-
-def _stage_of(metrics: Sequence[Row]) -> str:
-    """A stage on its own has no summary.json until it ends; its metrics tell which it is."""
-    names = {name for row in metrics for name in row}
-    if any(name.startswith("objective/") for name in names):
-        return "ppo"
-    return "reward" if "eval_accuracy" in names else "sft"
 
 
 def _page(title: str, stages: Sequence[Stage], settings: str | None) -> str:

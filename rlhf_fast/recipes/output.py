@@ -23,10 +23,10 @@ from rlhf_fast.recipes import lock
 from rlhf_fast.text import one_line, shown
 
 MARKER = ".rlhf-fast.json"
-CONFIG, RESOLVED, REPORT = "config.yaml", "config.resolved.yaml", "report.html"
+CONFIG, RESOLVED, REPORT, ERROR = "config.yaml", "config.resolved.yaml", "report.html", "error.txt"
 RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json")  # a folder with one of them holds a run
 ADAPTERS = ("adapter", "best", "policy", "critic")
-NAMES = {CONFIG, RESOLVED, REPORT, *RECORDS, *ADAPTERS, "runs"}
+NAMES = {CONFIG, RESOLVED, REPORT, ERROR, *RECORDS, *ADAPTERS, "runs"}
 WHOLE_RUN = "run"
 SETTINGS_OF_A_RUN = 30  # a config.yaml with as many is one that a run wrote: people write a few
 
@@ -145,6 +145,7 @@ def open_output(config: StageConfig, kind: str, say: Callable[[str], None]) -> t
             say(f"{output.path} has no whole checkpoint yet: starting from the first step")
     if resumed is None:
         output.clear()
+    output.remove(ERROR)  # of the run before
     return output, resumed
 
 
