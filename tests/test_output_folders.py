@@ -19,6 +19,7 @@ OTHERS = {
     "checkpoint-7/p.txt": "mine",
     "report.html": "mine",
     "metrics.jsonl": "mine",
+    "error.txt": "mine",
     "config.yaml": "# mine",
     "config.yaml.part": "mine",
     "adapter.writing/p.txt": "mine",
