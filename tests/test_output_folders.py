@@ -21,7 +21,7 @@ OTHERS = {
     "metrics.jsonl": "mine",
     "error.txt": "mine",
     "config.yaml": "# mine",
-    "config.yaml.part": "mine",
+    ".config.yaml.tmp": "mine",
     "adapter.writing/p.txt": "mine",
 }
 

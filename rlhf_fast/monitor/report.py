@@ -10,9 +10,9 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.files import write_atomic
 from rlhf_fast.metrics import stage_of
 from rlhf_fast.monitor.axes import format_number, number
-from rlhf_fast.monitor.files import encode, write_atomic
 from rlhf_fast.monitor.log import read_steps
 from rlhf_fast.monitor.panels import stage_panels
 from rlhf_fast.monitor.summary import read_summary
@@ -71,7 +71,7 @@ def write_report(run_folder: Path) -> Path:
     config = resolved if resolved.exists() else folder / "config.yaml"
     settings = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
     path = folder / "report.html"
-    write_atomic(path, encode(_page(folder.resolve().name, stages, settings)))
+    write_atomic(path, _page(folder.resolve().name, stages, settings))
     return path
 
 

@@ -11,7 +11,7 @@ import torch
 
 import rlhf_fast
 from rlhf_fast.errors import Interrupted, UserError
-from rlhf_fast.monitor.files import encode, write_atomic
+from rlhf_fast.files import write_atomic
 from rlhf_fast.recipes.output import ERROR, OutputFolder
 from rlhf_fast.text import traceback_text
 
@@ -29,7 +29,7 @@ def failure_kept(folder: str) -> Iterator[None]:
         if output.kind and os.environ.get("RANK", "0") == "0":  # of several processes one writes
             try:
                 path = output.claim(ERROR)
-                write_atomic(path, encode(_report(error)))
+                write_atomic(path, _report(error))
                 error.add_note(f"This traceback is in {path}.")
             except UserError as problem:
                 error.add_note(f"This traceback could not be kept: {problem}")

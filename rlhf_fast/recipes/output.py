@@ -18,7 +18,7 @@ from rlhf_fast import checkpoint
 from rlhf_fast.config import RunConfig, StageConfig
 from rlhf_fast.config_yaml import read_yaml
 from rlhf_fast.errors import UserError
-from rlhf_fast.monitor.files import write_atomic
+from rlhf_fast.files import write_atomic
 from rlhf_fast.recipes import lock
 from rlhf_fast.text import one_line, shown
 
@@ -121,7 +121,7 @@ class OutputFolder:
 
     def _note(self) -> None:
         note = {"made_by": f"rlhf-fast {rlhf_fast.__version__}", "kind": self.kind, "names": sorted(self._made)}
-        write_atomic(self.path / MARKER, json.dumps(note, indent=1).encode())
+        write_atomic(self.path / MARKER, json.dumps(note, indent=1))
 
 
 def open_output(config: StageConfig, kind: str, say: Callable[[str], None]) -> tuple[OutputFolder, Path | None]:
@@ -286,7 +286,7 @@ def _starts_with(path: Path, beginning: bytes) -> bool:
 
 def _unfinished(name: str) -> tuple[str, ...]:
     """Names under which ``name`` is written, until it is whole."""
-    return f"{name}.writing", f"{name}.replaced", f"{name}.part", f".{name}.tmp"
+    return f"{name}.writing", f"{name}.replaced", f".{name}.tmp"
 
 
 def _delete(path: Path) -> None:
