@@ -75,7 +75,7 @@ SECONDS_STEP = Metric("perf/seconds_step", "seconds", "Duration of the step, wit
 TOKENS_PER_SECOND = Metric(
     "perf/tokens_per_second",
     "tokens per second",
-    "Response tokens of the step (reward: tokens of both sides) a second.",
+    "Response tokens (reward: tokens of both sides) per second.",
 )
 PEAK_MEMORY = Metric("perf/peak_memory", "GB", "Most memory so far: of the GPU, without one of the process.")
 TRAINING = [LEARNING_RATE, GRAD_NORM, SECONDS_STEP, TOKENS_PER_SECOND, PEAK_MEMORY]
@@ -110,10 +110,10 @@ EVAL_ACCURACY = Metric(
     "eval_accuracy", "share", "Held-out pairs of which the preferred side scores higher.", _ACCURACY, "accuracy"
 )
 EVAL_ACCURACY_LOW = Metric(
-    "eval_accuracy_low", "share", "Lower end of its 95% interval (Wilson).", _ACCURACY, drawn="low"
+    "eval_accuracy_low", "share", "Lower end of the accuracy's 95% interval (Wilson).", _ACCURACY, drawn="low"
 )
 EVAL_ACCURACY_HIGH = Metric(
-    "eval_accuracy_high", "share", "Upper end of its 95% interval (Wilson).", _ACCURACY, drawn="high"
+    "eval_accuracy_high", "share", "Upper end of the accuracy's 95% interval (Wilson).", _ACCURACY, drawn="high"
 )
 NOISE_CEILING = Metric(
     "label_noise_ceiling",
@@ -129,7 +129,9 @@ EVAL_PAIR_LOSS = Metric(
 )
 ACCURACY = Metric("accuracy", "share", "Pairs of the batch of which the preferred side scores higher.")
 MARGIN = Metric("margin", "score", "Score of the preferred side minus that of the other, mean over the batch.")
-EVAL_MARGIN = Metric("eval_margin", "score", "The same over the held-out pairs.")
+EVAL_MARGIN = Metric(
+    "eval_margin", "score", "Score of the preferred side minus that of the other, mean over the held-out pairs."
+)
 EVAL_PAIRS = Metric("eval_pairs", "pairs", "Number of held-out pairs.")
 EVAL_LENGTH_CORRELATION = Metric(
     "eval_length_correlation", "-1 to 1", "Correlation of the score difference with the difference in length."
@@ -157,7 +159,7 @@ SCORES = Metric(
 EVAL_SCORES = Metric(
     "eval/scores",
     "score",
-    "The same on the held-out prompts, without the missing-EOS rule.",
+    "Mean score on the held-out prompts, without the missing-EOS rule.",
     Chart(
         "Score on held-out prompts",
         "Rises with the score on the training prompts; one that stays behind is overfitting to those prompts.",
@@ -252,13 +254,17 @@ _SECONDS = Chart(
     bars=True,
 )
 SECONDS_ROLLOUT = Metric("perf/seconds_rollout", "seconds", "Time to sample the responses.", _SECONDS, "rollout")
-SECONDS_SCORE = Metric("perf/seconds_score", "seconds", "Time to score them.", _SECONDS, "score")
-SECONDS_UPDATE = Metric("perf/seconds_update", "seconds", "Time to train on them.", _SECONDS, "update")
+SECONDS_SCORE = Metric("perf/seconds_score", "seconds", "Time to score the responses.", _SECONDS, "score")
+SECONDS_UPDATE = Metric("perf/seconds_update", "seconds", "Time to train on the responses.", _SECONDS, "update")
 REWARD_MODEL = Metric("objective/reward_model", "score", "Mean score of the reward model, where there is one.")
-NON_SCORE_REWARD = Metric("objective/non_score_reward", "score", "Minus the KL penalty, mean over the rollout.")
+NON_SCORE_REWARD = Metric(
+    "objective/non_score_reward",
+    "score",
+    "The KL penalty as a reward: minus coefficient times KL, mean over the rollout.",
+)
 RLHF_REWARD = Metric("objective/rlhf_reward", "score", "objective/scores plus objective/non_score_reward.")
 REWARD_MEAN = Metric("rewards/{name}/mean", "score", "Mean of a reward function, unweighted, where it did not abstain.")
-REWARD_STD = Metric("rewards/{name}/std", "score", "Its standard deviation.")
+REWARD_STD = Metric("rewards/{name}/std", "score", "Standard deviation of a reward function over the rollout.")
 ABSTAINED = Metric(
     "rewards/abstained", "share", "Responses from which all reward functions abstained; without a reward model."
 )
@@ -273,7 +279,7 @@ APPROX_KL = Metric(
 TOKEN_ENTROPY = Metric("policy/entropy_avg", "nats per token", "The policy's entropy, mean over the updates.")
 VALUE_CLIP_FRACTION = Metric("val/clipfrac_avg", "share", "Tokens whose value loss is clipped.")
 RATIO = Metric("val/ratio", "", "Probability ratio of the policy to that of the rollout, mean over the updates.")
-RATIO_VAR = Metric("val/ratio_var", "", "Variance of that ratio over the updates.")
+RATIO_VAR = Metric("val/ratio_var", "", "Variance of val/ratio over the updates.")
 
 METRICS: dict[str, list[Metric]] = {
     "sft": [SFT_LOSS, SFT_EVAL_LOSS, *TRAINING],
@@ -374,7 +380,7 @@ def markdown() -> str:
     for stage, declared in METRICS.items():
         lines += ["", f"## {stage}", "", "| name | unit | what | chart of the report |", "| --- | --- | --- | --- |"]
         for metric in declared:
-            chart = metric.chart.title if metric.chart else ""
+            chart = (metric.chart.card or metric.chart.title) if metric.chart else ""
             lines.append(f"| `{metric.name}` | {metric.unit} | {metric.help} | {chart} |")
     return "\n".join(lines) + "\n"
 

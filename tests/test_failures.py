@@ -12,6 +12,7 @@ import torch
 from command_lines import arguments, write_data
 
 from rlhf_fast.checkpoint import damage, list_checkpoints
+from rlhf_fast.errors import is_out_of_memory
 from rlhf_fast.models import SharedBase
 from rlhf_fast.recipes.stage import Stage
 from rlhf_fast.text import LONGEST_TRACEBACK
@@ -150,6 +151,13 @@ def test_out_of_memory_names_step_work_batch_and_setting(stage, method, place, c
     assert f"at a time: lower {lower}" in last and "--lora_layers N" in last
     assert str(OUT_OF_MEMORY[place])[:40] in last
     assert not (tmp_path / "out" / "error.txt").exists()
+
+
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling", CPU])
+def test_plain_runtime_errors_of_full_memory_are_known(text):
+    assert is_out_of_memory(RuntimeError(f"x {text} x")) and not is_out_of_memory(ValueError(text))
+    assert is_out_of_memory(torch.OutOfMemoryError("")) and is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("memory format option is only supported by strided tensors"))
 
 
 def test_out_of_memory_in_an_update_keeps_the_last_step(command, failing, tmp_path):

@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-
 from rlhf_fast.config import StageConfig
 from rlhf_fast.data import PromptRow
 from rlhf_fast.errors import OutOfMemory, is_out_of_memory
@@ -25,7 +23,7 @@ def memory_for(stage: Stage[StageConfig], work: str, lengths: Sequence[int], *se
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        place = "GPU" if isinstance(error, torch.OutOfMemoryError) else "computer"
+        place = "computer" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else "GPU"
         values = {name: getattr(stage.config, name) for name in settings}
         lower = ", then ".join(f"--{name} (now {value})" for name, value in values.items() if value != 1)
         layers = "" if stage.config.lora_layers else "; --lora_layers N trains the top N layers alone, which takes less"

@@ -3,6 +3,7 @@
 import importlib.util
 import resource
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,9 @@ class Records:
     """The files and lines of one stage. Process 0 alone writes; the trackers ask every process."""
 
     def __init__(self, name: str, config: StageConfig, processes: Processes) -> None:
+        self._opened = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         self._name, self._config, self._processes = name, config, processes
         self._folder = Path(config.output_dir)
         self._output: OutputFolder | None = None
@@ -32,7 +36,7 @@ class Records:
     def open(self, output: OutputFolder | None, resume_step: int | None) -> None:
         """Begins metrics and samples, or goes on with them after ``resume_step``; writes the settings. ``output``: the
         stage's folder in process 0, else None."""
-        self._output = output
+        self._output, self._resumed = output, resume_step is not None
         if output is not None:
             output.claim("metrics.jsonl"), output.claim("samples.jsonl")
             self._log = RunLog(self._folder, resume_step=resume_step)
@@ -87,19 +91,26 @@ class Records:
             self._output.claim(REPORT)
             write_report(self._folder)
 
-    def close(self, figures: dict[str, Any]) -> None:
-        """Summary, report, and the end of the trackers."""
+    def close(self, figures: Mapping[str, Any], rows: Sequence[tuple[str, str, str]], steps: int) -> dict[str, Any]:
+        """Writes summary and report, ends the trackers, and prints ``rows`` as a table. Returns the summary's figures:
+        ``figures``, steps, time and memory."""
+        seconds, memory = time.perf_counter() - self._opened, peak_memory()
+        whole = {**figures, "steps": steps, "seconds": round(seconds, 1), "peak_memory_gb": round(memory, 2)}
         if self._output is not None:
-            write_summary(self._output.claim("summary.json").parent, self._name, figures)
+            write_summary(self._output.claim("summary.json").parent, self._name, whole)
         self.report()
         # not accelerate's end_training: that ends the process group too, which the next stage of a run needs
         for tracker in self._processes.accelerator.trackers:
             tracker.finish()
-
-    def table(self, rows: list[tuple[str, str, str]]) -> None:
-        """The closing table on standard output."""
+        resumed = ", since it was resumed" if self._resumed else ""
+        place = "GPU" if torch.cuda.is_available() else "process"
+        last = [
+            ("time", f"{seconds / 60:.1f} min", f"set-up and evaluations included{resumed}"),
+            ("peak memory", f"{memory:.1f} GB", f"of the {place}"),
+        ]
         if self._processes.main:
-            print_summary(f"{self._name}: {self._folder}", rows)
+            print_summary(f"{self._name}: {self._folder}", [*rows, *last])
+        return whole
 
 
 def check_trackers(config: StageConfig) -> None:

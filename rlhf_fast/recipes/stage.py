@@ -55,9 +55,6 @@ class Stage(Processes, Generic[Config]):
     def __init__(self, name: str, config: Config, resume_from_checkpoint: str | None = None) -> None:
         config.validate()
         check_trackers(config)
-        self._opened = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         self.config = config = copy.copy(config)
         config.resume_from_checkpoint = resume_from_checkpoint or config.resume_from_checkpoint
         self.name, self.folder = name, Path(config.output_dir)
@@ -262,20 +259,10 @@ class Stage(Processes, Generic[Config]):
         self, figures: dict[str, Any], rows: list[tuple[str, str, str]], roles: dict[str, str]
     ) -> dict[str, Any]:
         """Writes the final adapters (role -> folder name), summary and report, and prints the table."""
-        seconds, memory = time.perf_counter() - self._opened, peak_memory()
-        figures |= {"steps": self.step, "seconds": round(seconds, 1), "peak_memory_gb": round(memory, 2)}
-        resumed = ", since it was resumed" if self._resume_path is not None else ""
-        place = "GPU" if torch.cuda.is_available() else "process"
-        rows = [
-            *rows,
-            ("time", f"{seconds / 60:.1f} min", f"set-up and evaluations included{resumed}"),
-            ("peak memory", f"{memory:.1f} GB", f"of the {place}"),
-        ]
         for role, name in roles.items():
             self._save_adapter(role, name)
-        self._records.close(figures)
+        figures = self._records.close(figures, rows, self.step)
         self._release()
-        self._records.table(rows)
         return figures
 
     def keep_best(self) -> None:
