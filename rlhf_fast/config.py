@@ -153,6 +153,7 @@ class StageConfig:
         positive += ["micro_batch_size", "num_train_epochs", "max_length", "logging_steps", "save_total_limit"]
         for name in positive:
             require(self, name, getattr(self, name) > 0, "above 0")
+        require(self, "lora_target_modules", bool(self.lora_target_modules), f"names of modules, or {ALL_LINEAR}")
         for name in ("lora_layers", "max_steps", "eval_steps", "save_steps", "max_samples"):
             require(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0, or unset")
         require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "from 0 to below 1")
@@ -161,7 +162,6 @@ class StageConfig:
         require(self, "eval_size", self.eval_size >= 0, "0 or above")
         require(self, "max_unusable_rows", 0 <= self.max_unusable_rows < 1, "from 0 to below 1")
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
-        require(self, "lora_target_modules", bool(self.lora_target_modules), f"names of modules, or {ALL_LINEAR}")
         require(self, "dataset_name", bool(self.dataset_name), "set: a file, a folder, a hub name or demo/NAME")
         require(self, "output_dir", bool(self.output_dir), "set: the folder to write to")
         for tracker in self.report_to:
