@@ -179,6 +179,9 @@ def test_out_of_memory_while_sampling(command, monkeypatch):
     assert re.search(r"ppo step 1, rollout: the GPU has no memory for 3 rows of up to \d\d tokens at a time", last)
     assert "lower --rollout_batch_size (now 3), then --response_length (now 8), then --max_length (now 64)" in last
     monkeypatch.setattr("rlhf_fast.recipes.ppo_report.generate", refuse)
+    monkeypatch.setattr("rlhf_fast.recipes.reward.generate", refuse)
+    last = command("reward", "--output_dir reward").err.splitlines()[-1]
+    assert "reward step 2, calibration: the GPU has no memory for 4 rows" in last
     outcome = command("ppo", "--overwrite_output_dir true")
     assert "ppo step 1, evaluation: the GPU has no memory for 1 rows" in outcome.err.splitlines()[-1]
 

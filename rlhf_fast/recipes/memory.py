@@ -24,11 +24,12 @@ def memory_for(stage: Stage[StageConfig], work: str, lengths: Sequence[int], *se
         if not is_out_of_memory(error):
             raise
         place = "computer" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else "GPU"
+        step = min(stage.step + 1, stage.total)
         values = {name: getattr(stage.config, name) for name in settings}
         lower = ", then ".join(f"--{name} (now {value})" for name, value in values.items() if value != 1)
         layers = "" if stage.config.lora_layers else "; --lora_layers N trains the top N layers alone, which takes less"
         raise OutOfMemory(
-            f"{stage.name} step {stage.step + 1}, {work}: the {place} has no memory for {len(lengths)} rows of up to "
+            f"{stage.name} step {step}, {work}: the {place} has no memory for {len(lengths)} rows of up to "
             f"{max(lengths, default=0)} tokens at a time: lower {lower}{layers} ({one_line(str(error), 200)})"
         ) from error
 

@@ -135,7 +135,7 @@ def calibrate(stage: Stage[RewardConfig], sft: str | None, prompts: Sequence[Pro
     longest = sampling_lengths(own, config.response_length, batch_size)
     with (
         seeded(config.seed + stage.accelerator.process_index),
-        memory_for(stage, "calibration", longest, "micro_batch_size", "response_length"),
+        memory_for(stage, "calibration", longest, "micro_batch_size", "response_length", "max_length"),
     ):
         responses = generate(
             stage.base,
