@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.metrics import RESERVED
 from rlhf_fast.text import shown
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -311,19 +312,9 @@ class PPOConfig(StageConfig):
         super().validate()
         positive = ["num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length"]
         positive += ["temperature", "kl_horizon", "value_clip", "eval_prompts"]
-        reserved = {
-            "kl",
-            "kl_coef",
-            "kl_target",
-            "entropy",
-            "scores",
-            "reward_model",
-            "non_score_reward",
-            "rlhf_reward",
-        }
         for name in self.eval_functions:
             short = name.rpartition(":")[2]
-            require(self, "eval_functions", short not in reserved, f"named otherwise: {short!r} is a metric of its own")
+            require(self, "eval_functions", short not in RESERVED, f"named otherwise: {short!r} is a metric of its own")
         if self.reward_weights:
             count = len(self.reward_functions)
             fits = len(self.reward_weights) == count

@@ -13,10 +13,10 @@ from typing import TypeAlias
 import datasets
 import huggingface_hub
 import pyarrow.parquet  # type: ignore[import-untyped]
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from rlhf_fast.data.rows import Rows, join, open_file, read_csv, read_json
 from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.hub import reached
 
 RowsOrDataset: TypeAlias = Rows | datasets.Dataset
 
@@ -25,7 +25,6 @@ SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 FORMAT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_NAMES = ["demo/sft", "demo/preferences", "demo/prompts", "demo/prompts-eval"]
-HUB_TIMEOUT_S = 5
 
 
 def load_dataset(
@@ -195,38 +194,18 @@ def _is_split(path: Path, split: str) -> bool:
 
 def _load_hub(name: str, split: str) -> datasets.Dataset:
     repository, _, config = name.partition(":")
-    unreachable: Exception | None = None
-    try:
-        # Asked first because datasets itself retries an unreachable hub for half a minute.
-        huggingface_hub.HfApi().dataset_info(repository, timeout=HUB_TIMEOUT_S)
-    except GatedRepoError as error:
-        raise UserError(f"{name}: a gated data set; ask for access on its page, then run `hf auth login`") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        reason = "no such file, folder or public hub data set"
-        raise UserError(f"{name}: {reason}{_neighbours(Path(name))}") from error
-    except Exception as error:  # DNS, proxy, TLS, time-out, offline mode, a server fault: all mean "use the cache"
-        unreachable = error
-    try:
-        with _quiet(), _offline(unreachable is not None):
+    ask, unknown = huggingface_hub.HfApi().dataset_info, "no such file, folder or public hub data set"
+    message = f"{name}: {unknown}{_neighbours(Path(name))}"
+    with reached(repository, ask, kind="data set", unknown=message, flags=(datasets.config,)) as unreachable, _quiet():
+        try:
             return datasets.load_dataset(repository, config or None, split=split)
-    except Exception as error:
-        if unreachable is not None and isinstance(error, ConnectionError):
-            raise UserError(
-                f"{name}: not a file or folder here, not in the local cache, and the hub can't be reached "
-                f"({_one_line(unreachable)})"
-            ) from unreachable
-        raise UserError(f"{name}, split {split!r}: {_one_line(error)}") from error
-
-
-@contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
-    """datasets reads HF_HUB_OFFLINE once, at import; this sets what it read, for one load."""
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or wanted
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
+        except Exception as error:
+            if unreachable is not None and isinstance(error, ConnectionError):
+                raise UserError(
+                    f"{name}: not a file or folder here, not in the local cache, and the hub can't be reached "
+                    f"({_one_line(unreachable)})"
+                ) from unreachable
+            raise UserError(f"{name}, split {split!r}: {_one_line(error)}") from error
 
 
 @contextmanager
