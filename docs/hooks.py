@@ -1,6 +1,7 @@
 """MkDocs: the README is the home page; CONTRIBUTING and CHANGELOG are pages too. Their links are written for the
 repository, so they are rewritten for the site. `::: rlhf_fast.NAME` is resolved to the file that defines NAME."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
 
 def definition(name: re.Match[str]) -> str:
-    """mkdocstrings reads sources, where `rlhf_fast.ops.gae` is a file before it is a function."""
+    """mkdocstrings reads sources, where `rlhf_fast.ops.gae` is a file before it is a function. A result class is shown
+    with its source, whose comments explain the fields."""
     found = getattr(rlhf_fast, name[1])
-    return f"::: {found.__module__}.{found.__qualname__}"
+    directive = f"::: {found.__module__}.{found.__qualname__}"
+    if not inspect.isclass(found):
+        return directive
+    return f"{directive}\n    options: {{ members: false }}\n\n```python\n{inspect.getsource(found)}```\n"

@@ -73,7 +73,7 @@ def backends(device: str | torch.device | None = None) -> dict[str, dict[str, An
         device: where the tensors would be; the default is CUDA where there is one, else the CPU.
 
     Returns:
-        ``{op: {"chosen": name, "available": [names], "unavailable": {name: reason}}}``. "chosen" is None when
+        dict: op to ``{"chosen": name, "available": [names], "unavailable": {name: reason}}``. "chosen" is None when
         RLHF_FAST_BACKEND or ``use_backend`` forces a backend that cannot run, or where there is no such device.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

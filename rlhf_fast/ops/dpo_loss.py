@@ -30,12 +30,13 @@ def dpo_loss(
 ) -> DPOLoss:
     """The mean preference loss over N pairs, with h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected).
 
-    ========  =================================================================================================
-    sigmoid   -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), e = label_smoothing: DPO, arXiv 2305.18290;
-              with e > 0 cDPO (Mitchell, "A note on DPO with noisy preferences", 2023)
-    ipo       (h - 1 / (2 beta))^2: IPO, arXiv 2310.12036, eq. 17
-    hinge     max(0, 1 - beta h): SLiC, arXiv 2305.10425, in the form of arXiv 2309.06657
-    ========  =================================================================================================
+    | loss_type | the loss of a pair                                                                                  |
+    |-----------|-----------------------------------------------------------------------------------------------------|
+    | sigmoid   | -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), e = label_smoothing (DPO, arXiv 2305.18290)  |
+    | ipo       | (h - 1 / (2 beta))^2 (IPO, arXiv 2310.12036, eq. 17)                                                |
+    | hinge     | max(0, 1 - beta h) (SLiC, arXiv 2305.10425, in the form of arXiv 2309.06657)                        |
+
+    With e > 0, sigmoid is cDPO (Mitchell, "A note on DPO with noisy preferences", 2023).
 
     Args:
         policy_chosen, policy_rejected: (N,) sequence log-probs under the policy, float: the sum over response tokens

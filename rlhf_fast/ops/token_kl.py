@@ -16,15 +16,13 @@ def token_kl(
 ) -> torch.Tensor:
     """One KL estimate a token, with d = logprobs - ref_logprobs (Schulman, "Approximating KL Divergence", 2020).
 
-    ====  ==================  ============================  ================================================
-    name  value               slope (d value / d logprobs)
-    ====  ==================  ============================  ================================================
-    k1    d                   1                             unbiased value, high variance, may be negative
-    k2    d^2 / 2             d                             biased value, low variance
-    k3    exp(-d) - 1 + d     1 - exp(-d)                   unbiased value, low variance, never negative
-    abs   abs(d)              sign(d)                       distance, not a divergence; offered by TRL and verl
-    x+    that of x           d                             straight-through: x's value, k2's slope
-    ====  ==================  ============================  ================================================
+    | name | value           | slope (d value / d logprobs) |                                                         |
+    |------|-----------------|------------------------------|---------------------------------------------------------|
+    | k1   | d               | 1                            | unbiased value, high variance, may be negative          |
+    | k2   | d^2 / 2         | d                            | biased value, low variance                              |
+    | k3   | exp(-d) - 1 + d | 1 - exp(-d)                  | unbiased value, low variance, never negative            |
+    | abs  | abs(d)          | sign(d)                      | distance, not a divergence; offered by TRL and verl     |
+    | x+   | that of x       | d                            | straight-through: the value of x with the slope of k2   |
 
     Use a "+" form where the estimate itself is a loss term. Over samples of the policy, the gradient of KL is
     E[d * grad logprob]: k2's slope exactly. k1's slope has expectation 0 and k3's is that of the reverse KL, so
