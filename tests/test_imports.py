@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": {"ops"},
     "data": {"errors", "text", "config", "ops"},
     "models": {"errors", "text", "config", "ops", "data"},
-    "rewards": {"errors", "text", "config", "ops", "data", "models"},
+    "rewards": {"errors", "text", "signals", "config", "ops", "data", "models"},
     "rollout": {"errors", "text", "config", "ops", "data", "models", "rewards"},
     "monitor": {"errors", "text", "config"},
     "bench": {"errors", "ops"},
