@@ -22,9 +22,10 @@ WORKERS = {"rollout", "models", "rewards", "data", "monitor"}
 ALLOWED: dict[str, set[str]] = {
     "text": set(),
     "errors": set(),
+    "files": set(),
     "signals": {"text"},
     "config": {"errors", "text"},
-    "checkpoint": {"errors", "text"},
+    "checkpoint": {"errors", "files", "text"},
     "kernels": set(),
     "ops": {"kernels"},
     "integrations": {"ops"},
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "monitor": {"errors", "text", "config"},
     "bench": {"errors", "ops"},
 }
-ALLOWED["recipes"] = {*WORKERS, "ops", "errors", "text", "signals", "checkpoint"}
+ALLOWED["recipes"] = {*WORKERS, "ops", "errors", "files", "text", "signals", "checkpoint"}
 ALLOWED["recipes"] |= {"config", "config_load", "config_yaml"}
 
 
