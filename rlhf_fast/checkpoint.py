@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from rlhf_fast import folders
 from rlhf_fast.errors import UserError
 from rlhf_fast.text import one_line, shown
 
@@ -51,12 +52,12 @@ def save(folder: Path, state: State, *, also: Callable[[Path], None], keep: int)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}, work / TENSORS)
         (work / VALUES).write_text(json.dumps({"step": state.step, **state.values}))
         also(work)
-        files = [path for path in sorted(work.rglob("*")) if path.is_file()]
+        written = [path for path in sorted(work.rglob("*")) if path.is_file()]
         manifest = {
-            str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+            str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in written
         }
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in [*files, work / MANIFEST, work]:
+        for path in [*written, work / MANIFEST, work]:
             _flush(path)
     _flush(folder)
     there = list_checkpoints(folder)
@@ -91,7 +92,14 @@ def is_ours(path: Path) -> bool:
 
 def _delete(path: Path) -> None:
     if is_ours(path):
-        shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted takes room and harms nothing
+        with contextlib.suppress(OSError):  # what cannot be deleted takes room and harms nothing
+            folders.delete(path, listed(path))
+
+
+def listed(path: Path) -> dict[str, Any]:
+    """The files that a checkpoint's manifest lists; none where it has none that can be read."""
+    manifest = _manifest(path)
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -122,8 +130,7 @@ def damage(path: Path) -> str | None:
 def _manifest(path: Path) -> dict[str, Any] | str:
     """The manifest's entries, or what is wrong with it."""
     try:
-        with (path / MANIFEST).open("rb") as file:
-            manifest = json.loads(file.read(LARGEST_MANIFEST))
+        manifest = json.loads(folders.read_plain(path / MANIFEST, LARGEST_MANIFEST))
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
@@ -250,10 +257,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _clear_up(target: Path, work: Path, before: Path) -> None:
-    """Nothing half-written stays, and what ``target`` was comes back where nothing has taken its place."""
+    """Nothing half-written stays. What ``target`` was comes back where nothing has taken its place; else what others
+    have put into it does."""
     shutil.rmtree(work, ignore_errors=True)
     if before.is_dir() and not target.exists():
         before.replace(target)
+    if before.is_dir():
+        folders.carry(before, target, listed(before))
     shutil.rmtree(before, ignore_errors=True)
 
 

@@ -1,8 +1,14 @@
-"""Ctrl-C, SIGTERM and SIGHUP, all alike: the first ends the run where it stands, and its last finished step is kept."""
+"""Ctrl-C, SIGTERM and SIGHUP, all alike: the first ends the run where it stands, and its last finished step is kept.
 
+Handlers are of this process alone: one that is forked from it gets those that were there before ours.
+"""
+
+import contextlib
+import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,6 +18,52 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 SAME_PRESS_SECONDS = 1.0  # a terminal and a parent process often signal the same thing twice
 
 _active = False
+_replaced: list[Mapping[int, Any]] = []  # the handlers that were there before ours, the innermost last
+_forking = threading.local()  # the mask of a thread that forks at this moment
+
+
+@contextlib.contextmanager
+def handling(ours: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    """Inside, ``ours`` handle their signals; in the main thread alone. A process forked inside has those of before."""
+    before = _replace(ours)
+    try:
+        yield
+    finally:
+        _put_back(before, before)
+
+
+def _replace(ours: Mapping[int, Callable[[int, FrameType | None], None]]) -> Mapping[int, Any]:
+    before = {number: signal.getsignal(number) for number in ours}
+    _replaced.append(before)  # first: no fork may come between
+    for number, handler in ours.items():
+        signal.signal(number, handler)
+    return before
+
+
+def _put_back(before: Mapping[int, Any], handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None:  # one that C installed cannot be put back
+            signal.signal(number, handler)
+    _replaced[:] = [other for other in _replaced if other is not before]
+
+
+def _before_fork() -> None:
+    """Signals wait while a child has our handlers still: one that came then would be lost."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _in_forked_child() -> None:
+    for before in _replaced[::-1]:
+        _put_back(before, before)
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_forked_child)
 
 
 class Interruptible:
@@ -28,18 +80,15 @@ class Interruptible:
 
     def __init__(self, *, whole_process: bool = False) -> None:
         self._whole_process = whole_process
-        self._before: dict[int, Any] = {}
+        self._before: Mapping[int, Any] = {}
         self._first: float | None = None
 
     def __enter__(self) -> "Interruptible":
         global _active
         if _active or threading.current_thread() is not threading.main_thread():
             return self
-        for number in SIGNALS:
-            before = signal.getsignal(number)
-            if before not in (signal.SIG_IGN, None):
-                self._before[number] = before
-                signal.signal(number, self._handle)
+        heard = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        self._before = _replace(dict.fromkeys(heard, self._handle))
         _active = bool(self._before)
         return self
 
@@ -48,9 +97,8 @@ class Interruptible:
     ) -> None:
         global _active
         ending = self._whole_process and self._first is not None
-        for number, before in self._before.items():
-            signal.signal(number, signal.SIG_IGN if ending else before)
         if self._before:
+            _put_back(self._before, dict.fromkeys(self._before, signal.SIG_IGN) if ending else self._before)
             _active = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -163,8 +163,11 @@ def test_a_checkpoint_written_again_is_replaced_only_when_whole(tmp_path: Path) 
     with pytest.raises(ValueError, match="no"):
         save(tmp_path, 1, fail)
     assert checkpoint.damage(path) is None
-    (path / "stale.txt").write_text("")
-    assert "stale.txt" not in names(save(tmp_path, 1)) and checkpoint.damage(path) is None
+    stale = path / "policy" / "tokenizer.json"  # of a run that saved more
+    stale.write_text("")
+    (path / "notes.txt").write_text("mine")
+    assert "notes.txt" in names(save(tmp_path, 1)) and checkpoint.damage(path) is None
+    assert not stale.exists()
 
 
 def test_what_a_killed_run_left_half_written_is_ignored_and_cleared(tmp_path: Path) -> None:

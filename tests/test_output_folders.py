@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_fast.errors import UserError
+from rlhf_fast.recipes import lock as folder_lock
+
 OTHERS = {
     "adapter/weights.txt": "mine",
     "best/weights.txt": "mine",
@@ -180,3 +183,137 @@ def test_a_marker_cannot_name_what_lies_elsewhere(command, tmp_path):
     notes = put(tmp_path / "out", "notes")
     assert command("sft", "--overwrite_output_dir true").code == 0
     assert mine.read_text() == notes.read_text() == "mine"
+
+
+def test_files_of_others_in_folders_of_a_run_stay(command, tmp_path):
+    assert command("sft", "--save_steps 1 --save_total_limit 1").code == 0
+    out = tmp_path / "out"
+    places = [
+        f"{name}/{file}"
+        for name in ("adapter", "best", "checkpoint-2", "checkpoint-2/sft")
+        for file in ("notes", "a/b")
+    ]
+    kept = [put(out, name) for name in places]
+    (out / "adapter" / "link").symlink_to("nowhere")
+    for flags in ("--resume_from_checkpoint auto --max_steps 4 --save_total_limit 1", "--overwrite_output_dir true"):
+        assert command("sft", flags).code == 0
+        assert [path.read_text() for path in kept] == ["mine"] * len(kept)
+        assert (out / "adapter" / "link").is_symlink()
+    assert not (out / "checkpoint-4").exists()  # nobody has put anything into it
+
+
+def test_a_folder_that_a_run_replaces_holds_no_other_run(command):
+    assert command("sft").code == 0
+    for place in ("out/adapter", "out/adapter/new", "out/checkpoint-2/new"):
+        outcome = command("sft", f"--output_dir {place}")
+        assert outcome.code == 2 and "which a run made and may replace or delete" in outcome.err
+
+
+def test_no_run_begins_anew_over_checkpoints_that_are_all_damaged(command, tmp_path):
+    assert command("sft", "--save_steps 1").code == 0
+    out = tmp_path / "out"
+    (out / "summary.json").unlink()
+    for path in out.glob("checkpoint-*/state.json"):
+        path.write_text("{")
+    (out / ".rlhf-fast.lock").unlink()  # it holds the time
+    before = contents(out).keys()
+    outcome = command("sft", "--resume_from_checkpoint auto")
+    assert outcome.code == 2 and "holds checkpoints and none is whole (checkpoint-1, checkpoint-2)" in outcome.err
+    assert contents(out).keys() - {".rlhf-fast.lock"} == before
+
+
+def test_the_folder_of_a_run_of_another_kind_is_left_as_it_is(command, tmp_path):
+    small = "--model_name_or_path tiny-random --batch_size 4 --max_steps 1 --max_length 64 --stages sft"
+    assert command("run", f"{small} --sft.dataset_name sft.jsonl --output_dir w").code == 0
+    before = contents(tmp_path / "w")
+    for flags in ("", "--resume_from_checkpoint auto"):
+        outcome = command("sft", f"--output_dir w {flags}")
+        assert outcome.code == 2 and "w is the folder of `rlhf-fast run`, and this is `rlhf-fast sft`" in outcome.err
+        outcome = command("reward", "--output_dir w/sft --resume_from_checkpoint auto")
+        assert (
+            outcome.code == 2
+            and "w/sft is the folder of `rlhf-fast sft`, and this is `rlhf-fast reward`" in outcome.err
+        )
+        (tmp_path / "w" / "sft" / ".rlhf-fast.json").rename(tmp_path / "marker")  # as before there were any
+        outcome = command("reward", "--output_dir w/sft --resume_from_checkpoint auto")
+        assert (
+            outcome.code == 2
+            and "w/sft is the folder of `rlhf-fast sft`, and this is `rlhf-fast reward`" in outcome.err
+        )
+        (tmp_path / "marker").rename(tmp_path / "w" / "sft" / ".rlhf-fast.json")
+        outcome = command("run", f"{small} --sft.dataset_name sft.jsonl --output_dir w/sft {flags}")
+        assert (
+            outcome.code == 2 and "w/sft is the folder of `rlhf-fast sft`, and this is `rlhf-fast run`" in outcome.err
+        )
+    assert contents(tmp_path / "w") == before
+
+
+def test_the_folder_of_the_data_is_no_output_folder(command, tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copy(tmp_path / "sft.jsonl", tmp_path / "data" / "sft.jsonl")
+    outcome = command("sft", "--dataset_name data --output_dir ./data")
+    assert outcome.code == 2 and "--dataset_name data is --output_dir itself" in outcome.err
+    assert os.listdir(tmp_path / "data") == ["sft.jsonl"]
+
+
+@pytest.mark.parametrize("name", [".rlhf-fast.json", ".rlhf-fast.lock"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_a_name_that_runs_keep_files_under_and_is_none(name, make, command, tmp_path):
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / name)
+    outcome = command("sft")
+    assert outcome.code == 2 and f"out/{name} is no plain file" in outcome.err and "move it away" in outcome.err
+
+
+def test_a_pipe_where_a_file_should_be_is_not_waited_for(command, tmp_path):
+    assert command("sft", "--save_steps 1").code == 0
+    out = tmp_path / "out"
+    (out / "checkpoint-2" / "manifest.json").unlink()
+    os.mkfifo(out / "checkpoint-2" / "manifest.json")
+    outcome = command("sft", "--resume_from_checkpoint auto")
+    assert outcome.code == 0 and "manifest.json cannot be read: it is no plain file" in outcome.err
+    (out / ".rlhf-fast.json").unlink()
+    (out / "config.yaml").unlink()
+    os.mkfifo(out / "config.yaml")
+    outcome = command("sft", "--resume_from_checkpoint auto")
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
+
+
+def test_a_lock_file_that_is_somebody_elses_is_not_written(command, tmp_path):
+    lock = put(tmp_path / "out", ".rlhf-fast.lock")
+    assert "is no lock file that a run made" in command("sft").err and lock.read_text() == "mine"
+    lock.unlink()
+    mine = put(tmp_path, "mine.txt", "")
+    os.link(mine, lock)
+    assert command("sft").code == 2 and mine.read_text() == ""
+
+
+def test_a_lock_does_not_outlive_its_run_in_a_child(tmp_path):
+    script = (
+        "import os, pathlib, time; from rlhf_fast.recipes import lock;"
+        "held = lock.hold(pathlib.Path('.'), print);"
+        "child = os.fork() or time.sleep(600); print(child, flush=True); os._exit(0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    )
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        process.wait()
+        folder_lock.check_free(tmp_path)
+    finally:
+        os.kill(child, 9)
+
+
+def test_a_lock_that_a_child_holds_names_it(tmp_path, monkeypatch):
+    def gone(process: int, number: int) -> None:
+        raise ProcessLookupError
+
+    held = folder_lock.hold(tmp_path, print)
+    monkeypatch.setattr(folder_lock, "_held", {})
+    monkeypatch.setattr(os, "kill", gone)
+    with pytest.raises(UserError, match=f"a child of process {os.getpid()} on .*, which has ended itself"):
+        folder_lock.check_free(tmp_path)
+    held.release()

@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from command_lines import write_jsonl
 from safetensors.torch import load_file
 from test_checkpoint import seal
+
+from rlhf_fast.recipes.identity import base_digest, tokenizer_digest
 
 AUTO = "--resume_from_checkpoint auto --max_steps 4"
 
@@ -98,6 +101,57 @@ def test_another_base_of_the_same_shape_is_named(begun, command, tmp_path):
     outcome = command("sft", f"{AUTO} --eval_size 2 --model_name_or_path ./other")
     assert outcome.code == 2 and "is of another run: base (" in outcome.err
     assert command("sft", f"{AUTO} --eval_size 2 --model_name_or_path ./same").code == 0
+
+
+def test_what_ends_a_response_is_part_of_the_run(command, tmp_path):
+    from rlhf_fast.models.builtin import tiny_model
+
+    shutil.copytree(tiny_model(), tmp_path / "model")
+    flags = "--eval_size 2 --save_steps 1 --model_name_or_path ./model"
+    assert command("ppo", f"{flags}").code == 0
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [0, 1]}))
+    outcome = command("ppo", f"{AUTO} {flags}")
+    assert outcome.code == 2 and "is of another run: stop tokens ([1] -> [0, 1])" in outcome.err
+
+
+def test_modules_in_another_order_are_the_same(begun, command):
+    assert command("sft", "--save_steps 1 --eval_size 2 --lora_target_modules q_proj,up_proj").code == 0
+    assert command("sft", f"{AUTO} --eval_size 2 --lora_target_modules up_proj,q_proj").code == 0
+
+
+def test_how_a_tokenizer_splits_and_joins_is_part_of_it():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"a": 0, "b": 1, "ab": 2}
+
+    def digest(merges=(), normalizer=None, decoder=None, padding=False) -> str:
+        backend = Tokenizer(models.BPE(vocabulary, list(merges)))
+        backend.normalizer, backend.decoder = normalizer or backend.normalizer, decoder or backend.decoder
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="a")
+        tokenizer(["a", "ab"], padding=padding)
+        return tokenizer_digest(tokenizer)
+
+    other = [{"merges": [("a", "b")]}, {"normalizer": normalizers.Lowercase()}, {"decoder": decoders.Fuse()}]
+    assert len({digest(), *(digest(**change) for change in other)}) == 4
+    assert digest(padding=True) == digest()
+
+
+def test_buffers_that_are_saved_are_part_of_the_base():
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_fast.models.builtin import tiny_model
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model())
+    digests = []
+    for value in (0.0, 1.0):
+        model.register_buffer("bias_of_a_router", torch.full((3,), value))
+        model.register_buffer("scratch", torch.rand(3), persistent=False)
+        digests.append(base_digest(model))
+    assert digests[0] != digests[1]
+    model.register_buffer("scratch", torch.rand(3), persistent=False)
+    assert base_digest(model) == digests[1]
 
 
 def test_another_version_is_named(begun, command, monkeypatch):

@@ -21,6 +21,14 @@ from rlhf_fast.models.heads import ScoreHead
 from rlhf_fast.models.shared import SharedBase
 
 CONFIG, WEIGHTS, CALIBRATION = "adapter_config.json", "adapter_model.safetensors", "calibration.json"
+OVER_THE_SAME_BASE = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # initialisations that leave the base as it is
 PREFIX = "base_model.model."  # PEFT's name for the wrapped transformers model
 
 
@@ -74,7 +82,7 @@ def load_role(base: SharedBase, role: str, folder: str | Path, *, want_head: boo
         raise UserError(f"{folder} holds a reward model (it has a score head); expected an adapter without one")
     lora.task_type, lora.modules_to_save = "CAUSAL_LM", None  # type: ignore[assignment]
     try:
-        base.load_role(role, lora, state)
+        base.load_role(role, lora, state, same_base=identity.proven(Path(folder), base.fingerprint))
     except UserError as error:
         raise UserError(f"{error} (in {folder})") from error
     if want_head and head is not None:
@@ -90,9 +98,16 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
         if not (path / name).is_file():
             raise UserError(f"{path / name} is missing: expected an adapter folder in PEFT's format")
     try:
+        start = LoraConfig.from_json_file(str(path / CONFIG)).get("init_lora_weights", True)
+        if start not in OVER_THE_SAME_BASE:
+            raise UserError(
+                f"{path / CONFIG}: init_lora_weights is {start!r}: such an adapter stands on a base that its "
+                "initialisation changed, not on the model it names; save it once more as a plain LoRA adapter (PEFT's "
+                "save_pretrained with path_initial_model_for_weight_conversion)"
+            )
         lora = LoraConfig.from_pretrained(str(path))
         state = load_file(path / WEIGHTS)
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
     for name, tensor in state.items():
         if not tensor.isfinite().all():
@@ -104,6 +119,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
             kind = "whole" if kinds is int else "finite"
             raise UserError(f"{path / CONFIG}: {name} must be a {kind} number from {least} on; got {value!r}")
+    lora.init_lora_weights = True  # the tensors are here; PEFT would compute others first
     if not lora.target_modules:
         raise UserError(f"{path / CONFIG}: target_modules names no module, so this adapter changes nothing")
     return lora, state

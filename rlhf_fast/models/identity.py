@@ -54,6 +54,11 @@ def check(who: str, folder: Path, named: str | None, own: Mapping[str, str], own
     return f"{who}: made on {named}, and this base is {own_name}; nothing shows that the two are the same model"
 
 
+def proven(folder: Path, own: Mapping[str, str]) -> bool:
+    """True where the digest in ``folder`` shows that its adapter was made for these very weights."""
+    return _read(folder / FILE) == own
+
+
 def source(name: str) -> str:
     """A folder by its whole path, any other name as it is."""
     return os.path.realpath(name) if os.path.isdir(name) else name

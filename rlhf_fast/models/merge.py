@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import adapters, identity, layers, pretrained, targets
+from rlhf_fast.models import adapters, folder, identity, layers, pretrained, targets
 
 
 def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
@@ -27,6 +27,7 @@ def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
         raise UserError(f"--output_dir {output_dir} is a file; name a folder")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"--output_dir {output_dir} is not empty; name a new folder")
+    folder.check_files(adapter)
     with pretrained.located(lora.base_model_name_or_path or "") as source:
         try:
             tokenizer = pretrained.load_tokenizer(adapter)
@@ -51,7 +52,10 @@ def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
 def _load_base(source: str, lora: LoraConfig, adapter: Path, pad_id: int, dtype: str | None) -> PreTrainedModel:
     """The base with its pad token and, for a reward model, one label. Raises UserError where it is not the one that the
     adapter was made for, or where transformers has no classifier of this architecture."""
-    config = AutoConfig.from_pretrained(source)
+    folder.check_files(source)
+    with pretrained.loading(source, source, "config.json"):
+        config = AutoConfig.from_pretrained(source)
+    folder.check_sizes(source, config)
     config.pad_token_id = config.get_text_config(decoder=True).pad_token_id = pad_id
     chosen = "auto" if dtype is None else pretrained.DTYPES[dtype]
     kind, fresh = pretrained.auto_class(config), tuple[str, ...]()
@@ -62,10 +66,12 @@ def _load_base(source: str, lora: LoraConfig, adapter: Path, pad_id: int, dtype:
         if constants.is_file():
             values = json.loads(constants.read_text())
             config.score_mean, config.score_std = values["mean"], values["std"]
-    try:
-        model = pretrained.load_weights(kind, source, fresh=fresh, config=config, dtype=chosen)
-    except ValueError as error:  # no such class for this config
-        raise UserError(f"transformers has no {kind.__name__} for a {config.model_type}, so it cannot merge") from error
+    with pretrained.loading(source, source, "the model that config.json describes"):
+        try:
+            model = pretrained.load_weights(kind, source, fresh=fresh, config=config, dtype=chosen)
+        except ValueError as error:  # no such class for this config
+            reason = f"transformers has no {kind.__name__} for a {config.model_type}, so it cannot merge"
+            raise UserError(reason) from error
     decoder = layers.find_decoder(model)
     linear = targets.inside(decoder, targets.find_targets(decoder).linear)
     identity.check(str(adapter), adapter, lora.base_model_name_or_path, identity.fingerprint(linear), source)

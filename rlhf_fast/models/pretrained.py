@@ -24,7 +24,7 @@ from transformers import (
 from rlhf_fast.config import StageConfig
 from rlhf_fast.errors import UserError, nearest
 from rlhf_fast.hub import reached
-from rlhf_fast.models import tokens
+from rlhf_fast.models import folder, tokens
 from rlhf_fast.models.builtin import BUILT_IN
 
 LOADING_NOTES = "rlhf_fast_notes"  # an attribute of a model: what ``SharedBase.notes`` says of its weights
@@ -40,21 +40,26 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
     name = config.model_name_or_path
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     extra: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    with located(name) as source, _loading(name, source):
-        model_config = AutoConfig.from_pretrained(source, **common)
+    with located(name) as source:
+        folder.check_files(source)
+        with loading(name, source, "config.json"):
+            model_config = AutoConfig.from_pretrained(source, **common)
         check_config(name, model_config)
-        tokenizer = load_tokenizer(source, **common)
-        tokens.check_ids(tokenizer, model_config.get_text_config(decoder=True).vocab_size)
-        # config.json says which dtype the weights are stored in; what they are computed in is our setting's alone
-        model = load_weights(
-            auto_class(model_config),
-            source,
-            config=model_config,
-            dtype=choose_dtype(config.dtype, device),
-            use_safetensors=None if config.allow_pickle_weights else True,
-            **common,
-            **extra,
-        )
+        folder.check_sizes(name, model_config)
+        with loading(name, source, "the tokenizer"):
+            tokenizer = load_tokenizer(source, **common)
+            tokens.check_ids(tokenizer, model_config.get_text_config(decoder=True).vocab_size)
+        with loading(name, source, "the model that config.json describes"):
+            # config.json says which dtype the weights are stored in; what they are computed in is our setting's alone
+            model = load_weights(
+                auto_class(model_config),
+                source,
+                config=model_config,
+                dtype=choose_dtype(config.dtype, device),
+                use_safetensors=None if config.allow_pickle_weights else True,
+                **common,
+                **extra,
+            )
     model.requires_grad_(False)
     # generate() fills what a call leaves unset from here: a top_k or a penalty of the model's own would bend the
     # distribution that is sampled away from the one that is trained
@@ -109,6 +114,7 @@ def load_weights(kind: Any, source: str, *, fresh: tuple[str, ...] = (), **extra
             f"{source}: no weights for {_some(missing)}, which would be random; save the whole model, or copy it again"
         )
     unexpected = sorted(found["unexpected_keys"])
+    folder.check_tensors(source, model, unexpected)
     if unexpected:
         note = f"{source}: weights that a {type(model).__name__} has no place for are not used: {_some(unexpected)}"
         setattr(model, LOADING_NOTES, [note])
@@ -120,11 +126,14 @@ def _some(names: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _loading(name: str, source: str) -> Iterator[None]:
+def loading(name: str, source: str, what: str) -> Iterator[None]:
+    """Inside, transformers reads ``what`` of other people's files, and may raise anything: a UserError of one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the model {name}: {_advice(source, error)}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot load the model {name}: {_advice(source, what, error)}") from error
 
 
 def check_window(model: PreTrainedModel, max_length: int) -> None:
@@ -185,19 +194,23 @@ def _is_cached(name: str) -> bool:
     return isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
 
 
-def _advice(source: str, error: Exception) -> str:
+def _advice(source: str, what: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return "it brings Python code of its own; read that code, then set --trust_remote_code true to run it"
-    folder = Path(source)
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        if list(folder.glob("*.bin")):
+    place = Path(source)
+    if place.is_dir() and not list(place.glob("*.safetensors")):
+        if list(place.glob("*.bin")):
             return "it has no safetensors, only pickle files (.bin); set --allow_pickle_weights true if you trust them"
-        return f"no *.safetensors in {folder}"
+        return f"no *.safetensors in {place}"
     if isinstance(error, SafetensorError):
         return f"a *.safetensors file in it is damaged ({text}); download or copy it again"
     if "for this kind of AutoModel" in text:
         return "it is no causal language model"
-    if folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("*.model")]:
-        return f"no tokenizer in {folder} (tokenizer.json, tokenizer_config.json); copy the one it was trained with"
-    return text[:300]
+    if place.is_dir() and not [*place.glob("tokenizer*"), *place.glob("vocab*"), *place.glob("*.model")]:
+        return f"no tokenizer in {place} (tokenizer.json, tokenizer_config.json); copy the one it was trained with"
+    if isinstance(error, KeyError):
+        return f"{what}: a name that transformers does not know: {text[:300]}"
+    if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
+        text = f"transformers cannot use it ({type(error).__name__}: {text})"
+    return f"{what}: {text[:300]}"

@@ -62,7 +62,8 @@ class SharedBase:
         self._adaptable = Adaptable(model, self._decoder, found, targets.left_out(model, found, called))
         self._linear_names = self._adaptable.names  # what all-linear means for this model
         self._splits: dict[int, bool] = {}
-        self.fingerprint = identity.fingerprint(targets.inside(self._decoder, found.linear))
+        self._linear = targets.inside(self._decoder, found.linear)
+        self.fingerprint = identity.fingerprint(self._linear)
         if config.lora_target_modules == [ALL_LINEAR]:
             self.notes += self._adaptable.notes()
 
@@ -121,8 +122,13 @@ class SharedBase:
                 self.heads[name].load_state_dict(self.heads[copy_of].state_dict())
         self._mark(name, trainable)
 
-    def load_role(self, name: str, lora: LoraConfig, state: dict[str, torch.Tensor]) -> None:
-        """A role from PEFT's own config and tensors (see ``adapters.load_role``), not trainable."""
+    def load_role(
+        self, name: str, lora: LoraConfig, state: dict[str, torch.Tensor], *, same_base: bool = False
+    ) -> None:
+        """A role from PEFT's own config and tensors (see ``adapters.load_role``), not trainable.
+
+        ``same_base``: they are known to be made for this base, so that what does not fit is their own fault."""
+        fault = "damaged, or its config is not the one it was trained with" if same_base else "made for another base"
         for key in state:
             if not LORA_IN_A_LAYER.search(key):
                 raise UserError(
@@ -134,14 +140,14 @@ class SharedBase:
             assert self.peft is not None
             result = set_peft_model_state_dict(self.peft, state, adapter_name=name)
         except (RuntimeError, ValueError) as error:  # other shapes; no module of the names it adapts
-            raise UserError(f"adapter {name}: made for another base; {str(error).splitlines()[-1].strip()}") from error
+            raise UserError(f"adapter {name}: {fault}; {str(error).splitlines()[-1].strip()}") from error
         except (TypeError, AttributeError, LookupError, re.error) as error:
             reason = " ".join(f"{type(error).__name__} {error}".split())
             raise UserError(f"adapter {name}: PEFT cannot use its adapter_config.json: {reason}") from error
         missing = [key for key in result.missing_keys if f".{name}." in key]
         if missing or result.unexpected_keys:
             raise UserError(
-                f"adapter {name}: made for another base; {len(missing)} tensors are missing and "
+                f"adapter {name}: {fault}; {len(missing)} tensors are missing and "
                 f"{len(result.unexpected_keys)} are unknown, such as {(missing + result.unexpected_keys)[0]}"
             )
         gates = sorted({key.split(".lora_")[0].split(".")[-1] for key in state if targets.in_gate(key)})
@@ -274,6 +280,8 @@ class SharedBase:
                 self.peft = get_peft_model(self.model, lora, adapter_name=name)  # type: ignore[assignment]
             else:
                 self.peft.add_adapter(name, lora)
+        if identity.fingerprint(self._linear) != self.fingerprint:
+            raise UserError(f"adapter {name}: PEFT changes the base to make it (init_lora_weights), which roles share")
         self.model.eval()
         self._check_split()
 

@@ -94,6 +94,8 @@ def in_full_precision(head: Head, dtype: torch.dtype) -> Head:
 def project(hidden: Tensor, head: Head, softcap: float | None) -> Tensor:
     """Capped logits (n, V) of hidden (n, H), multiplied, summed and returned in the accumulation dtype."""
     dtype = accumulation_dtype(hidden.dtype)
+    if torch.is_grad_enabled() and not _checks.under_torch_func() and not torch.compiler.is_compiling():
+        hidden, head = _differentiable_once(hidden, head)
     hidden = hidden.to(dtype)
     logits = _Product.apply(hidden, head.weight.to(dtype))
     if head.lora is not None:
@@ -102,6 +104,34 @@ def project(hidden: Tensor, head: Head, softcap: float | None) -> Tensor:
     if head.bias is not None:
         logits = logits + head.bias
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _differentiable_once(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    down, up, scale = head.lora or (None, None, 0.0)
+    hidden, weight, bias, down, up = _Once.apply(hidden, head.weight, head.bias, down, up)
+    return hidden, Head(weight, bias, None if head.lora is None else (down, up, scale))
+
+
+class _Once(torch.autograd.Function):
+    """Its inputs. A second derivative is refused: the checkpoint of a chunk would leave part of it out."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        outputs = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in inputs)
+        frozen = [
+            out for out, wanted in zip(outputs, ctx.needs_input_grad, strict=True) if out is not None and not wanted
+        ]
+        ctx.mark_non_differentiable(*frozen)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return grads
+        refuse: Any = torch._C._functions.DelayedError(
+            "the operations with a head have no second derivative", len(grads)
+        )
+        return refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in grads))
 
 
 class _Product(torch.autograd.Function):

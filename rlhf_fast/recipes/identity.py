@@ -59,6 +59,7 @@ def identity(
         "base": base_digest,
         "dtype of the base": str(base.dtype).removeprefix("torch."),
         "tokenizer or chat template": tokenizer_digest(base.tokenizer),
+        "stop tokens": base.stop_ids,
         **{f"{role} adapter": role_digest(base, role) for role in frozen},
         **rows,
     }
@@ -70,6 +71,7 @@ def _settings(config: StageConfig) -> dict[str, Any]:
     for name in ("reward_functions", "eval_functions"):
         if name in settings:  # found from wherever the run is started
             settings[name] = [os.path.basename(function) for function in settings[name]]
+    settings["lora_target_modules"] = sorted(set(config.lora_target_modules))
     return settings
 
 
@@ -129,9 +131,12 @@ def _without_address(value: Any) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Vocabulary, special tokens and chat template."""
+    """Vocabulary, special tokens, chat template and, where it is a fast one, how it splits text and joins it again."""
     ends = [tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id]
-    return _digest([sorted(tokenizer.get_vocab().items()), ends, tokenizer.chat_template])
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    for name in ("padding", "truncation"):  # left by the last call
+        backend.pop(name, None)
+    return _digest([sorted(tokenizer.get_vocab().items()), ends, tokenizer.chat_template, backend])
 
 
 def base_digest(model: PreTrainedModel) -> str:
@@ -140,7 +145,7 @@ def base_digest(model: PreTrainedModel) -> str:
     for name in ("transformers_version", "dtype", "torch_dtype"):
         settings.pop(name, None)
     samples = {}
-    for name, weight in model.named_parameters():
+    for name, weight in model.state_dict().items():  # with the buffers that are saved, such as a router's bias
         flat = weight.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
         samples[name] = [list(weight.shape), picked.float().cpu().tolist()]

@@ -1,8 +1,10 @@
 """One run a folder: a lock that the system lets go of when the process that holds it ends, however it ends."""
 
+import errno
 import json
 import os
 import socket
+import stat
 import weakref
 from collections.abc import Callable
 from datetime import datetime
@@ -43,6 +45,16 @@ class FolderLock:
 _held: "weakref.WeakValueDictionary[str, FolderLock]" = weakref.WeakValueDictionary()
 
 
+def _in_forked_child() -> None:
+    """A child shares the lock, and would keep it when the run has ended."""
+    for held in list(_held.values()):
+        held.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)
+
+
 def hold(folder: Path, say: Callable[[str], None]) -> FolderLock | None:
     """Locks a folder that is there. None, said aloud, where the file system has no locks.
 
@@ -57,7 +69,8 @@ def hold(folder: Path, say: Callable[[str], None]) -> FolderLock | None:
     try:
         return FolderLock(os.path.realpath(folder), handle)
     except OSError as error:
-        raise UserError(f"cannot write {folder / LOCK}: {error.strerror}; make room, or name another folder") from error
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        raise UserError(f"cannot write {folder / LOCK}: {error.strerror}; {advice}, or name another folder") from error
 
 
 def check_free(folder: Path) -> None:
@@ -75,9 +88,12 @@ def _try(folder: Path, flags: int, say: Callable[[str], None]) -> int | None:
         say(f"{folder}: this system has no file locks; see to it yourself that no second run writes there")
         return None
     try:
-        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise UserError(f"cannot open the lock file {path}: {error.strerror}; mend that, or remove it") from error
+        raise UserError(f"cannot open the lock file {path}: {error.strerror}; mend that, or move it away") from error
+    if not _is_lock(handle):
+        os.close(handle)
+        raise UserError(f"{path} is no lock file that a run made, and runs keep one of that name: move it away")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -93,9 +109,36 @@ def _try(folder: Path, flags: int, say: Callable[[str], None]) -> int | None:
     return handle
 
 
-def _holder(handle: int) -> str:
+def _is_lock(handle: int) -> bool:
+    """An empty file or one with a holder in it, under no other name: anything else would be overwritten."""
+    status = os.fstat(handle)
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and (status.st_size == 0 or _read(handle) is not None)
+
+
+def _read(handle: int) -> dict[str, Any] | None:
     try:
-        found: Any = json.loads(os.pread(handle, 1000, 0))
-        return one_line(f"process {found['process']} on {found['host']}, since {found['since']}", 200)
-    except (ValueError, TypeError, KeyError):
+        found = json.loads(os.pread(handle, 1000, 0))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.keys() == {"process", "host", "since"} else None
+
+
+def _holder(handle: int) -> str:
+    found = _read(handle)
+    if found is None:
         return "a process that has just begun"
+    who = f"process {found['process']} on {found['host']}, since {found['since']}"
+    return one_line(who if _alive(found) else f"a child of {who}, which has ended itself", 200)
+
+
+def _alive(found: dict[str, Any]) -> bool:
+    """False where the process was of this machine and is gone: a child that it forked shares the lock."""
+    if found["host"] != socket.gethostname() or not isinstance(found["process"], int):
+        return True
+    try:
+        os.kill(found["process"], 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True

@@ -8,14 +8,13 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import rlhf_fast
-from rlhf_fast import checkpoint
-from rlhf_fast.config import RunConfig, StageConfig
+from rlhf_fast import checkpoint, folders
+from rlhf_fast.config import STAGES, RunConfig, StageConfig
 from rlhf_fast.config_yaml import read_yaml
 from rlhf_fast.errors import UserError
 from rlhf_fast.files import write_atomic
@@ -105,7 +104,7 @@ class OutputFolder:
         return name in self._made
 
     def clear(self) -> None:
-        """Deletes what runs have made here."""
+        """Deletes what runs have made here; files that others have put into their folders stay."""
         for name in self._there():
             with _writing(self.path / name):
                 for part in (name, *_unfinished(name)):
@@ -130,12 +129,26 @@ def open_output(config: StageConfig, kind: str, say: Callable[[str], None]) -> t
     Raises UserError where the folder holds another run and neither resuming nor overwriting was asked for, where it
     holds what no run made and this one would replace, or where the named checkpoint is not there.
     """
-    check_output(config)
+    check_output(config, kind)
     output = OutputFolder(Path(config.output_dir), config.config_file)
     resumed = None if config.resume_from_checkpoint in (None, "auto") else _named_checkpoint(config)
     output.open(kind, say)
     if config.resume_from_checkpoint == "auto":
         resumed = checkpoint.newest(output.path, say)
+        damaged = (
+            []
+            if resumed
+            else [
+                path.name
+                for path in checkpoint.list_checkpoints(output.path)
+                if any((path / name).exists() for name in (checkpoint.MANIFEST, checkpoint.TENSORS, checkpoint.VALUES))
+            ]
+        )
+        if damaged:
+            raise UserError(
+                f"{output.path} holds checkpoints and none is whole ({', '.join(damaged[-4:])}): bring one back from a "
+                "copy, start again in this folder (--overwrite_output_dir true), or name another --output_dir"
+            )
         if resumed is None and output.finished():
             raise UserError(
                 f"{output.path} holds a finished run and no whole checkpoint to go on from; name another --output_dir, "
@@ -164,7 +177,7 @@ def _named_checkpoint(config: StageConfig) -> Path:
     return Path(wanted)
 
 
-def check_output(config: StageConfig) -> None:
+def check_output(config: StageConfig, kind: str) -> None:
     """Raises UserError where ``open_output`` would, without touching anything."""
     folder = Path(config.output_dir)
     check_place(folder)
@@ -178,8 +191,18 @@ def check_output(config: StageConfig) -> None:
             f"{folder} holds another run ({', '.join(held[:4])}): go on with it (--resume_from_checkpoint auto), "
             "delete it (--overwrite_output_dir true), or name another --output_dir"
         )
+    if not config.overwrite_output_dir:
+        _check_kind(output, kind)
     output.check_way([*NAMES, *_checkpoint_names(folder)], linked=config.resume_from_checkpoint is not None)
     _check_inputs(config, folder)
+
+
+def _check_kind(output: OutputFolder, kind: str) -> None:
+    if output.kind in (*STAGES, WHOLE_RUN) and output.kind != kind:
+        raise UserError(
+            f"{output.path} is the folder of `rlhf-fast {output.kind}`, and this is `rlhf-fast {kind}`: name another "
+            "--output_dir"
+        )
 
 
 def _checkpoint_names(folder: Path) -> list[str]:
@@ -197,6 +220,7 @@ def check_run_output(config: RunConfig) -> OutputFolder:
     check_place(folder)
     lock.check_free(folder)
     output = OutputFolder(folder, config.config_file)
+    _check_kind(output, WHOLE_RUN)
     output.check_way({CONFIG, RESOLVED, REPORT})
     return output
 
@@ -215,6 +239,14 @@ def check_place(folder: Path) -> None:
         raise UserError(f"--output_dir {name}: {error.strerror}; name another folder") from None
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {name} is a file; name a folder")
+    for path in (folder / MARKER, folder / lock.LOCK):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise UserError(f"{path} is no plain file, and runs keep a file of that name: move it away")
+    for path in (Path(os.path.realpath(folder)), *Path(os.path.realpath(folder)).parents):
+        if (path.parent / MARKER).is_file() and OutputFolder(path.parent).made(path.name):
+            raise UserError(
+                f"--output_dir {name} is in {path}, which a run made and may replace or delete: name another folder"
+            )
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if there.is_symlink() and not there.exists():
         where = shown(os.readlink(there))
@@ -235,6 +267,8 @@ def _check_inputs(config: StageConfig, folder: Path) -> None:
             if not os.path.exists(path):
                 continue
             inside = os.path.relpath(os.path.realpath(path), os.path.realpath(folder)).split(os.sep)[0]
+            if inside == os.curdir and "dataset" in item.name:
+                raise UserError(f"--{item.name} {name} is --output_dir itself: name another --output_dir")
             if inside in NAMES or checkpoint.step_of(inside) >= 0:
                 raise UserError(
                     f"--{item.name} {name} is among what a run in {folder} replaces ({inside}): name another "
@@ -245,7 +279,7 @@ def _check_inputs(config: StageConfig, folder: Path) -> None:
 def _read_marker(folder: Path) -> tuple[str, set[str]]:
     """Kind and names; of a folder without a marker, what a run before there were markers surely made."""
     try:
-        note = json.loads((folder / MARKER).read_bytes()[:1_000_000])
+        note = json.loads(folders.read_plain(folder / MARKER, 1_000_000))
         names = {name for name in note["names"] if name in NAMES or checkpoint.step_of(name) >= 0}
         return str(note["kind"]), names
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -263,7 +297,11 @@ def _unmarked_run(folder: Path) -> tuple[str, set[str]]:
     names = {name for name in (CONFIG, REPORT, *RECORDS) if (folder / name).is_file()}
     names |= {name for name in ADAPTERS if (folder / name / "adapter_config.json").is_file()}
     names |= {"runs"} if next((folder / "runs").rglob("events.out.tfevents*"), None) else set()
-    return "", names | {path.name for path in checkpoint.list_checkpoints(folder)}
+    return _stage_of(settings), names | {path.name for path in checkpoint.list_checkpoints(folder)}
+
+
+def _stage_of(settings: dict[str, Any]) -> str:
+    return max(STAGES, key=lambda name: len(settings.keys() & {item.name for item in dataclasses.fields(STAGES[name])}))
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -278,8 +316,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _starts_with(path: Path, beginning: bytes) -> bool:
     try:
-        with path.open("rb") as file:
-            return file.read(len(beginning)) == beginning
+        return folders.read_plain(path, len(beginning)) == beginning
     except OSError:
         return False
 
@@ -291,7 +328,7 @@ def _unfinished(name: str) -> tuple[str, ...]:
 
 def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        folders.delete(path, checkpoint.listed(path))
     elif os.path.lexists(path):
         path.unlink()
 

@@ -33,8 +33,8 @@ def run(config: RunConfig) -> dict[str, dict[str, Any]]:
         Functions(names)
     if os.environ.get("RANK", "0") != "0":  # of several processes one writes; no process group is there yet
         return _train(stages)
-    for stage in stages.values():
-        check_output(stage)
+    for name, stage in stages.items():
+        check_output(stage, name)
     output = check_run_output(config)
     output.open(WHOLE_RUN, say=tell)
     try:

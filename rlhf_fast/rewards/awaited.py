@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
+from rlhf_fast.rewards.guard import this_process
 from rlhf_fast.rewards.returned import plain
 
 
@@ -41,10 +42,11 @@ async def _all(waiting: Mapping[str, Any], count: int) -> dict[str, tuple[Any, A
 
 async def _one(name: str, awaited: Any, count: int) -> tuple[str, Any, Any]:
     try:
-        returned = awaited if isinstance(awaited, AsyncIterator) else await awaited
-        if isinstance(returned, AsyncIterator):
-            returned = await _first(returned, count + 1)
-        return name, returned, plain(returned, count)
+        with this_process():
+            returned = awaited if isinstance(awaited, AsyncIterator) else await awaited
+            if isinstance(returned, AsyncIterator):
+                returned = await _first(returned, count + 1)
+            return name, returned, plain(returned, count)
     except BaseException as error:  # SystemExit too: it would end the event loop
         return name, None, error
 

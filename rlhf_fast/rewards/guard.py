@@ -14,12 +14,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 import torch
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.signals import handling
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_SIGNALS = 0.1
@@ -31,6 +32,10 @@ LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", 
 
 class TimedOut(BaseException):
     """Raised in code that runs past its limit. No Exception: ``except Exception`` in that code lets it pass."""
+
+
+class ProcessExit(BaseException):
+    """``os._exit`` in a person's code, which nothing there catches."""
 
 
 def print_error(line: str) -> None:
@@ -51,7 +56,8 @@ def guarded(what: str, *, failed: str = "raised", say: Say = print_error, limit:
     lines = Lines(say, sys.stdout)
     try:
         with redirect_stdout(lines), unchanged(), stops_noted(stopped), time_limit(limit):  # type: ignore[type-var]
-            yield
+            with no_way_out(), this_process():
+                yield
     except BaseException as error:
         if not stopped:
             raise UserError(_message(error, what, failed, limit)) from error
@@ -59,6 +65,48 @@ def guarded(what: str, *, failed: str = "raised", say: Say = print_error, limit:
         lines.end()
     if stopped:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def this_process() -> Iterator[None]:
+    """A process that the block forks ends where the block does, as a script would: it is not the run."""
+    process, code = os.getpid(), 0
+    try:
+        yield
+    except BaseException as error:
+        if os.getpid() == process:
+            raise
+        code = _exit_code(error)
+    if os.getpid() != process:
+        os._exit(code)
+
+
+@contextmanager
+def no_way_out() -> Iterator[None]:
+    """``os._exit`` raises in the block, but for processes that it forks: the run would end without a word."""
+    process, leave = os.getpid(), os._exit
+
+    def refuse(status: int) -> NoReturn:
+        if os.getpid() != process:
+            leave(status)
+        raise ProcessExit(f"it called os._exit({status})")
+
+    os._exit = refuse
+    try:
+        yield
+    finally:
+        os._exit = leave
+
+
+def _exit_code(error: BaseException) -> int:
+    """What Python ends a process with, and prints, for an exception that nobody caught."""
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+        return 1
+    if error.code is None or isinstance(error.code, int):
+        return (error.code or 0) & 0xFF
+    print(error.code, file=sys.stderr)
+    return 1
 
 
 def _message(error: BaseException, what: str, failed: str, limit: float | None) -> str:
@@ -167,13 +215,8 @@ def stops_noted(stopped: list[int]) -> Iterator[None]:
         stopped.append(number)
         old[number](number, frame)
 
-    for number in old:
-        signal.signal(number, noted)
-    try:
+    with handling(dict.fromkeys(old, noted)):
         yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -204,16 +247,14 @@ def time_limit(seconds: float | None) -> Iterator[None]:
             signal.pthread_kill(main, signal.SIGPROF)
             wait = SECONDS_BETWEEN_SIGNALS
 
-    old_handler = signal.signal(signal.SIGPROF, check)
-    old_timer = signal.setitimer(signal.ITIMER_PROF, seconds)
-    thread = threading.Thread(target=remind, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended = True  # before any call: from here on a late signal does nothing
-        over.set()
-        thread.join()
-        signal.setitimer(signal.ITIMER_PROF, *old_timer)
-        if old_handler is not None:  # one that C installed cannot be put back
-            signal.signal(signal.SIGPROF, old_handler)
+    with handling({signal.SIGPROF: check}):
+        old_timer = signal.setitimer(signal.ITIMER_PROF, seconds)
+        thread = threading.Thread(target=remind, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended = True  # before any call: from here on a late signal does nothing
+            over.set()
+            thread.join()
+            signal.setitimer(signal.ITIMER_PROF, *old_timer)

@@ -201,6 +201,33 @@ def test_an_adapter_with_trained_biases_is_refused(loaded: Callable[..., SharedB
     assert torch.equal(base.model.transformer.h[0].attn.c_attn.bias, before)
 
 
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora", "loftq", "orthogonal", "eva", "gaussian", False])
+def test_the_base_is_the_same_whatever_initialised_an_adapter(
+    loaded: Callable[..., SharedBase], tmp_path: Path, kind: Any
+) -> None:
+    """PEFT writes another base for some when it makes the adapter, before the adapter's tensors are read."""
+    plain_peft(loaded(), tmp_path, target_modules=["q_proj"])
+    change_config(tmp_path, init_lora_weights=kind, r=3)
+    base, folder = loaded(), tmp_path
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    if kind in adapters.OVER_THE_SAME_BASE:
+        adapters.load_role(base, "sft", folder)
+        base.add_role("policy", copy_of="sft")
+    else:
+        with pytest.raises(UserError) as error:
+            adapters.load_role(base, "sft", folder)
+        assert f"init_lora_weights is {kind!r}" in one_line(error)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in base.model.state_dict().items()}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_base_that_peft_changes_is_noticed(loaded: Callable[..., SharedBase]) -> None:
+    base = loaded()
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="olora", task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="PEFT changes the base"):
+        base.load_role("sft", lora, {})
+
+
 # ---- folders that are wrong ----------------------------------------------------------------------------------------
 
 
@@ -227,6 +254,12 @@ def change_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def drop_tensor(folder: Path) -> None:
+    state = load_file(folder / adapters.WEIGHTS)
+    state.pop(next(name for name in state if "lora_A" in name))
+    save_file(state, folder / adapters.WEIGHTS)
+
+
 DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
     (lambda folder: (folder / adapters.CONFIG).unlink(), "adapter_config.json is missing"),
     (lambda folder: (folder / adapters.WEIGHTS).unlink(), "adapter_model.safetensors is missing"),
@@ -247,7 +280,11 @@ DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
     (lambda folder: change_config(folder, target_modules="q_proj["), "PEFT cannot use its adapter_config.json"),
     (lambda folder: change_config(folder, rank_pattern="x"), "PEFT cannot use its adapter_config.json"),
     (lambda folder: change_config(folder, layers_to_transform="x"), "PEFT cannot use its adapter_config.json"),
-    (lambda folder: change_config(folder, layers_to_transform=[99]), "made for another base"),
+    (lambda folder: change_config(folder, layers_to_transform=[99]), "its config is not the one"),
+    (lambda folder: change_config(folder, use_dora=True), "its config is not the one it was trained with"),
+    (lambda folder: change_config(folder, rank_pattern={"q_proj": 2}), "its config is not the one it was trained with"),
+    (lambda folder: drop_tensor(folder), "damaged, or its config"),
+    (lambda folder: change_config(folder, init_lora_weights="olora"), "init_lora_weights is 'olora'"),
     (lambda folder: change_config(folder, lora_dropout=None), "lora_dropout must be a finite number"),
     (lambda folder: change_config(folder, target_modules=[]), "target_modules names no module"),
     (lambda folder: (folder / identity.FILE).write_text("{"), "base_model.json is damaged"),

@@ -206,6 +206,77 @@ def test_what_the_config_shows_is_said_before_any_weight_is_read(folder: Path) -
     assert "it is no causal language model: the config of a vit has no vocab_size" in refusal(folder)
 
 
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("quantization", [None, {"quant_method": "nope"}])
+def test_quantised_weights_that_nothing_says_how_to_read_are_refused(
+    folder: Path, dtype: Any, quantization: Any
+) -> None:
+    rewrite_weights(folder, lambda tensors: tensors.update({Q: tensors[Q].to(dtype)}))
+    change_json(folder / "config.json", **({"quantization_config": quantization} if quantization else {}))
+    assert f"it holds quantised weights ({Q} (" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["_scale_inv", "_scale", ".absmax"])
+def test_scales_without_a_place_are_refused(folder: Path, name: str) -> None:
+    rewrite_weights(folder, lambda tensors: tensors.update({Q + name: torch.ones(1)}))
+    assert f"it holds quantised weights ({Q}{name})" in refusal(folder)
+
+
+def test_what_only_looks_like_quantised_weights_is_said_and_no_more(folder: Path) -> None:
+    extra = {"vision.logit_scale": torch.ones(1), "vision.layers.9.position_ids": torch.arange(3)}
+    rewrite_weights(folder, lambda tensors: tensors.update({**extra, Q: tensors[Q].to(torch.float16)}))
+    notes = SharedBase(*load(folder), settings()).notes
+    assert len(notes) == 1 and "vision.layers.9.position_ids, vision.logit_scale" in notes[0]
+
+
+def test_a_config_with_fewer_layers_than_the_weights_is_refused(folder: Path) -> None:
+    change_json(folder / "config.json", num_hidden_layers=2)
+    assert "it holds weights of model.layers.2, beyond those of its config.json" in refusal(folder)
+    change_json(folder / "config.json", num_nextn_predict_layers=2)
+    assert any("model.layers.2" in note for note in SharedBase(*load(folder), settings()).notes)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '"x"', "", "{", "\xff"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "special_tokens_map.json"])
+def test_a_json_file_that_holds_no_object_is_named(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_bytes(content.encode("latin1"))
+    assert refusal(folder).startswith(f"{folder / name}: ")
+
+
+def test_an_index_is_read_where_there_are_shards(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    index.write_text("{}")
+    load(folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert f"{index}: expected a weight_map" in refusal(folder)
+    index.unlink()
+    assert "model.safetensors.index.json is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": "4"}, "'num_hidden_layers' expected int, got str"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be 1 or more; got 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be 1 or more; got -1"),
+        ({"vocab_size": -5}, "vocab_size must be 1 or more; got -5"),
+        ({"num_attention_heads": 0}, "config.json: "),
+        ({"rope_parameters": []}, "config.json: "),
+        ({"pad_token_id": 999}, "Padding_idx must be within num_embeddings"),
+        ({"id2label": 3}, "config.json: "),
+        ({"quantization_config": "x"}, "config.json: "),
+        ({"hidden_act": "nope"}, "a name that transformers does not know: 'nope'"),
+    ],
+)
+def test_a_value_in_the_config_that_cannot_be_is_told(folder: Path, changes: dict[str, Any], message: str) -> None:
+    change_json(folder / "config.json", **changes)
+    told = refusal(folder)
+    assert told.startswith(f"cannot load the model {folder}: ") and message in told
+
+
 # ---- built-in models -----------------------------------------------------------------------------------------------
 
 

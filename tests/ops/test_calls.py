@@ -90,6 +90,14 @@ def test_a_second_derivative_is_right_or_refused(backend: str) -> None:
     torch.testing.assert_close(mine, 2 * (2 * x).exp() / 9)  # the gradient is -e^x / 3
 
 
+def test_a_second_derivative_through_a_head_is_refused(backend: str) -> None:
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    logprobs = ops.linear_logprobs(hidden, weight, torch.tensor([0, 3, 6]))
+    for grad in torch.autograd.grad(logprobs.square().sum(), (hidden, weight), create_graph=True):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            grad.square().sum().backward()
+
+
 def test_the_loss_may_be_changed_in_place() -> None:
     """As ``loss /= accumulation_steps`` does."""
     op = next(op for op in OPS if op.name == "linear_policy_loss")

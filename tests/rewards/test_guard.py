@@ -1,12 +1,14 @@
 """User code in our process: exits, interruptions, limits, output and side effects."""
 
 import asyncio
+import multiprocessing
 import os
 import random
 import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import torch
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import RunView
 from rlhf_fast.rewards.functions import Functions, call
+from rlhf_fast.signals import Interruptible
 
 
 def run(function: Callable[..., Any], timeout: float | None = None) -> Any:
@@ -109,6 +112,78 @@ def test_an_interruption_by_a_person_stays_one_also_where_the_function_catches_i
         assert signal.getsignal(number) is interrupt
     finally:
         signal.signal(number, before)
+
+
+def forking(in_child: Callable[[], Any]) -> Callable[..., Any]:
+    """Scores are the child's exit status."""
+
+    def f(prompts: Any, completions: Any) -> list[float]:
+        child = os.fork()
+        if child == 0:
+            in_child()
+            return [0.0]
+        return [float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))]
+
+    return f
+
+
+@pytest.mark.parametrize("wrapped", [lambda f: f, awaited], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    ("in_child", "status"),
+    [
+        (lambda: sys.exit(0), 0),
+        (lambda: sys.exit(7), 7),
+        (lambda: sys.exit("bye"), 1),
+        (lambda: 1 / 0, 1),
+        (lambda: None, 0),
+        (lambda: os._exit(5), 5),
+    ],
+)
+def test_a_process_that_a_function_forks_ends_as_a_script_would(
+    in_child: Callable[[], Any], status: int, wrapped: Callable[..., Any]
+) -> None:
+    parent = os.getpid()
+    try:
+        scores = run(wrapped(forking(in_child)))
+    finally:
+        if os.getpid() != parent:  # the child has become the run
+            os._exit(99)
+    assert scores == [float(status)]
+
+
+@pytest.mark.parametrize("wrapped", [lambda f: f, awaited], ids=["sync", "async"])
+def test_a_hard_exit_is_told_and_ends_no_run(wrapped: Callable[..., Any]) -> None:
+    leave = os._exit
+    assert "called os._exit(0)" in refusal(wrapped(lambda p, c: os._exit(0)))
+    assert os._exit is leave
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_forked_process_has_the_handlers_of_before(number: int) -> None:
+    def f(prompts: Any, completions: Any) -> list[float]:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        child.start()
+        os.kill(child.pid, number)
+        child.join(10)
+        return [float(child.exitcode)]
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with Interruptible():
+            assert run(f, timeout=60) == [-float(number)]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_pool_of_processes_ends_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    def f(prompts: Any, completions: Any) -> list[float]:
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            return pool.map(float, [3])
+
+    with Interruptible():
+        assert [run(f, timeout=60) for _ in range(5)] == [[3.0]] * 5
+    assert capfd.readouterr().err == ""
 
 
 # ---- limits --------------------------------------------------------------------------------------------------------
