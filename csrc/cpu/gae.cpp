@@ -23,16 +23,16 @@ void run_sequence(const Gae& a, int64_t start, int64_t stop) {
 
 }  // namespace
 
-void gae(const Gae& a) {
+void gae(const Gae& a, int threads) {
   const int64_t* bounds = a.cu_seqlens;
   const int64_t tokens = bounds ? bounds[a.sequences] : a.sequences * a.length;
   if (tokens == 0) return;
-  parallel_for(a.sequences, tokens / a.sequences, a.threads, [&](int64_t i) {
+  parallel_for(a.sequences, tokens / a.sequences, threads, [&](int64_t i) {
     run_sequence(a, bounds ? bounds[i] : i * a.length, bounds ? bounds[i + 1] : (i + 1) * a.length);
   });
   if (a.whiten) {
     double statistics[3];
-    masked_whiten({tokens, a.advantages, a.live, true, true, false, statistics, a.advantages, a.threads});
+    masked_whiten({tokens, a.advantages, a.live, true, true, false, statistics, a.advantages}, threads);
   }
 }
 

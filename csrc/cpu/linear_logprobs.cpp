@@ -4,9 +4,9 @@
 
 namespace rlhf_fast::RLHF_FAST_PATH {
 
-void linear_logprobs(const LinearLogprobs& a) {
-  parallel_for(a.rows.count, a.rows.vocab, a.rows.threads, [&](int64_t i) {
-    float* data = a.logits + i * a.row_stride;
+void linear_logprobs(const LinearLogprobs& a, int threads) {
+  parallel_for(a.rows.length, a.rows.vocab, threads, [&](int64_t i) {
+    float* data = row_of<float>(a.logits, i);
     const Row row(data, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
     const float inverse_temperature = inverse_temperature_of(a.rows, i);
     const float target_logit = row.target_logit();

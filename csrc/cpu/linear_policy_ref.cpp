@@ -21,12 +21,12 @@ float kl_slope_at_target(float log_p, float log_r, float kl) {
 
 }  // namespace
 
-void linear_policy_ref(const LinearPolicyRef& a) {
-  parallel_for(a.rows.count, 2 * a.rows.vocab, a.rows.threads, [&](int64_t i) {
-    float* data = a.logits + i * a.row_stride;
+void linear_policy_ref(const LinearPolicyRef& a, int threads) {
+  parallel_for(a.rows.length, 2 * a.rows.vocab, threads, [&](int64_t i) {
+    float* data = row_of<float>(a.logits, i);
     const int64_t target = a.rows.targets[i];
     const Row policy(data, a.rows.vocab, target, a.rows.softcap);
-    const Row reference(a.ref_logits + i * a.ref_row_stride, a.rows.vocab, target, a.rows.softcap);
+    const Row reference(row_of<float>(a.ref_logits, i), a.rows.vocab, target, a.rows.softcap);
     const float inverse_temperature = inverse_temperature_of(a.rows, i);
     const float target_logit = policy.target_logit();
     const RowResult p = evaluate_row(policy, inverse_temperature, true);

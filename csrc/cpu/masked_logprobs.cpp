@@ -4,9 +4,9 @@
 
 namespace rlhf_fast::RLHF_FAST_PATH {
 
-void masked_logprobs(const MaskedLogprobs& a) {
+void masked_logprobs(const MaskedLogprobs& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
-    parallel_for(a.rows.count, a.rows.vocab, a.rows.threads, [&](int64_t i) {
+    parallel_for(a.rows.length, a.rows.vocab, threads, [&](int64_t i) {
       RowResult result{};
       if (is_live(a.rows, i)) {
         const Row row(logits + i * a.logits.row_stride, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
@@ -19,10 +19,10 @@ void masked_logprobs(const MaskedLogprobs& a) {
   });
 }
 
-void masked_logprobs_backward(const MaskedLogprobsBackward& a) {
+void masked_logprobs_backward(const MaskedLogprobsBackward& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
     auto* grads = (decltype(logits))a.grad.data;
-    parallel_for(a.rows.count, a.columns, a.rows.threads, [&](int64_t i) {
+    parallel_for(a.rows.length, a.columns, threads, [&](int64_t i) {
       auto* grad = grads + i * a.grad.row_stride;
       if (!is_live(a.rows, i)) return zero(grad, a.columns);
       zero(grad + a.rows.vocab, a.columns - a.rows.vocab);

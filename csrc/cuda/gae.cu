@@ -233,7 +233,7 @@ const char* gae(const Gae& a, Scratch& scratch, void* stream) {
   if (error || !a.whiten) return error;
   Scratch rest{(char*)scratch.data + kStatistics, scratch.size - kStatistics, 0};
   return masked_whiten(
-      {tokens, a.advantages, a.live, true, true, false, (double*)scratch.data, a.advantages, 0}, rest, stream);
+      {tokens, a.advantages, a.live, true, true, false, (double*)scratch.data, a.advantages}, rest, stream);
 }
 
 }  // namespace rlhf_fast::cuda

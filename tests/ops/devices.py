@@ -7,7 +7,7 @@ import sys
 import emulation
 import torch
 
-from rlhf_fast.ops import _cuda
+from rlhf_fast.ops._dispatch import ENGINES, Engine
 
 GPU = torch.cuda.is_available()
 GPU_BACKENDS = ("triton", "cuda") if sys.platform == "linux" else ()  # which is where they are
@@ -31,4 +31,13 @@ def why_not(backend: str) -> str | None:
     """Why it cannot be tested on this machine."""
     if backend != "cuda":
         return None
-    return _cuda._probe(torch.device("cuda")) if GPU else emulation.missing()
+    return ENGINES["cuda"]["cuda"].why_not(torch.device("cuda")) if GPU else emulation.missing()
+
+
+def stand_in(backend: str) -> Engine:
+    """What runs a GPU's kernels on CPU tensors."""
+    if backend == "cuda":
+        return emulation.engine()
+    from interpreter import Interpreted  # Triton is not everywhere
+
+    return Interpreted()

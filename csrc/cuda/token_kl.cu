@@ -6,13 +6,13 @@ namespace rlhf_fast::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) evaluate(TokenKl a) {
-  const Place place(a.live, a.count);
+  const Place place(a.live, a.tokens);
   const Four x = place.load(a.logprobs), y = place.load(a.ref_logprobs);
   place.store(a.kl, [&](int k) { return kl_value(a.estimator, x.at[k] - y.at[k]); });
 }
 
 __global__ void __launch_bounds__(kThreads) differentiate(TokenKlBackward a) {
-  const Place place(a.live, a.count);
+  const Place place(a.live, a.tokens);
   const Four x = place.load(a.logprobs), y = place.load(a.ref_logprobs), upstream = place.load(a.grad_kl);
   place.store(a.grad, [&](int k) { return upstream.at[k] * kl_slope(a.slope, x.at[k] - y.at[k]); });
 }
@@ -20,11 +20,11 @@ __global__ void __launch_bounds__(kThreads) differentiate(TokenKlBackward a) {
 }  // namespace
 
 const char* token_kl(const TokenKl& a, Scratch&, void* stream) {
-  return launch(evaluate, ceil_div(a.count, kTile), kThreads, 0, stream, a);
+  return launch(evaluate, ceil_div(a.tokens, kTile), kThreads, 0, stream, a);
 }
 
 const char* token_kl_backward(const TokenKlBackward& a, Scratch&, void* stream) {
-  return launch(differentiate, ceil_div(a.count, kTile), kThreads, 0, stream, a);
+  return launch(differentiate, ceil_div(a.tokens, kTile), kThreads, 0, stream, a);
 }
 
 const char* cannot_run() {
