@@ -6,6 +6,11 @@ what follows it, rate * later + gain, and stretches join associatively. A masked
 A program takes one long sequence or several short ones, in blocks from the end chained by a carry. A padded sequence
 past SPLIT tokens goes to a program a block: a first kernel finds each block's function, and the second begins with the
 carry that they give. How a sequence is cut depends on its own length alone.
+
+    formula         A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, over the live tokens
+    bytes a token   8 read, 1 more where there is a mask; 8 written
+    passes          one; a long sequence that is split among blocks is read twice; whitening follows
+    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 """
 
 import torch

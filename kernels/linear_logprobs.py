@@ -1,5 +1,10 @@
 """The fold of linear_logprobs and linear_cross_entropy: float32 logits, fresh from their matrix product, give their
 log-probs and become their gradient in place.
+
+    formula         as masked_logprobs; its gradient, p_j times a factor of the row, and the target set apart
+    bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
+    passes          one, and one more for the gradient
+    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 """
 
 import triton

@@ -1,5 +1,10 @@
 """The fold of linear_policy_loss: float32 logits give their log-probs and entropies and become, in place, the gradient
 of the clipped policy loss, the KL to the reference and the entropy bonus together.
+
+    formula         share * (max(-A r, -A clip(r)) + kl_coef KL - entropy_coef H), by logit (policy_token, kl_slope)
+    bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
+    passes          one, and one more for the gradient
+    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 """
 
 import triton

@@ -2,6 +2,11 @@
 
 Nothing but the few numbers that come of the sums is float64: a mean far from 0 costs no digits, because deviations are
 taken from a mean of two floats, and the moments of a tile are about its own mean.
+
+    formula         (x - mean) / sqrt(variance + 1e-8)
+    bytes a value   forward 8 read, 4 written; backward 16 read, 4 written; half as much in one tile
+    passes          two each way; one where all is one tile
+    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 """
 
 import torch

@@ -4,6 +4,11 @@ other's data is not given.
 A program reads each input of its tile once, and writes the gradients as if the divisor of the loss were 1: how many
 tokens count is known only to the last program. That one adds the parts, and writes 1 / divisor as the scale of them.
 Ratios by the sequence, and divisors that count sequences, take a launch before it.
+
+    formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
+    bytes a token   4 read of each tensor that is given and 1 of a mask; 4 written of each gradient that is wanted
+    passes          one; one before it over what ratios by the sequence, or a count of sequences, take
+    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 """
 
 import torch

@@ -1,5 +1,10 @@
 // KL(policy || reference) over the whole vocabulary. The forward reads both rows for their normalisers, and again, out
 // of the cache, for the terms; the backward reads them once more.
+//
+//   formula         sum_j p_j log(p_j / r_j) - p_j + r_j, no term of which is negative
+//   bytes a row     of V columns of b bytes: forward 4 V b read, 20 written; backward 2 V b read, V b written
+//   passes          forward two, backward one
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "pairs.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {

@@ -1,5 +1,10 @@
 // Whitening: mean 0 and variance 1 over the live elements. All arithmetic is double, so that a mean far from 0 costs no
 // digits. `whitened` may be `x` itself.
+//
+//   formula         (x - mean) / sqrt(variance + 1e-8)
+//   bytes a value   forward 12 read, 4 written; backward 16 read, 4 written
+//   passes          forward three (mean, deviations, result), backward two
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include <cmath>
 
 #include "tokens.h"

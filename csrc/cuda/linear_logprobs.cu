@@ -1,5 +1,10 @@
 // The fold of linear_logprobs and linear_cross_entropy: log-probs, entropy and their gradient. Two launches: the sums
 // read the tile once, the gradient reads it again and writes it once.
+//
+//   formula         as masked_logprobs; its gradient, p_j times a factor of the row, and the target set apart
+//   bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
+//   passes          one, and one more for the gradient
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "fold.h"
 
 namespace rlhf_fast::cuda {

@@ -1,6 +1,11 @@
 // The fold of linear_policy_loss: log-probs and entropies, and the gradient of the clipped policy loss, the KL to the
 // reference and the entropy bonus together. Two launches: the sums read the tile once, the gradient reads it again and
 // writes it once.
+//
+//   formula         share * (max(-A r, -A clip(r)) + kl_coef KL - entropy_coef H), by logit (policy_token, kl_slope)
+//   bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
+//   passes          one, and one more for the gradient
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "fold.h"
 
 namespace rlhf_fast::cuda {
@@ -25,8 +30,8 @@ struct FoldPolicyLoss {
   __device__ float logprob_slope(int64_t row, float logprob) const {
     const float log_ratio = logprob - a.old_logprobs[row];
     const float ratio = expf(bounded_log_ratio(log_ratio));
-    float slope =
-        policy_token(log_ratio, ratio, a.advantages[row], lowest_ratio(a.terms), highest_ratio(a.terms), a.terms.dual_clip).slope;
+    const float low = lowest_ratio(a.terms), high = highest_ratio(a.terms);
+    float slope = policy_token(log_ratio, ratio, a.advantages[row], low, high, a.terms.dual_clip).slope;
     if (a.terms.kl_coef != 0) slope += a.terms.kl_coef * kl_slope(a.terms.kl_slope, logprob - a.ref_logprobs[row]);
     return slope;
   }

@@ -263,10 +263,8 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    rows, device = inputs.logits.shape[0], inputs.logits.device
-    logprobs = torch.empty(rows, dtype=torch.float32, device=device)
-    entropy = torch.empty(rows if inputs.return_entropy else 0, dtype=torch.float32, device=device)
-    return logprobs, entropy, torch.empty(rows, records.STATISTICS, dtype=torch.float32, device=device)
+    rows, empty = inputs.logits.shape[0], inputs.tokens.temperature.new_empty  # float32 here
+    return empty(rows), empty(rows if inputs.return_entropy else 0), empty(rows, records.STATISTICS)
 
 
 class _Backward(NamedTuple):

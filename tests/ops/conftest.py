@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from devices import GPU, GPU_BACKENDS, device_of, interpreted, stand_in, why_not
+from devices import GPU, GPU_BACKENDS, device_of, interpreted, stand_in, why_not, without_a_launcher
 
 from rlhf_fast.ops import _native, _products, _sweep
 from rlhf_fast.ops._dispatch import ENGINES, use_backend
+
+if lacking := without_a_launcher():
+    raise pytest.UsageError("every engine has every launcher of kernels/records.py: " + ", ".join(lacking))
 
 BACKENDS = ["torch", "native", *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS)]
 
