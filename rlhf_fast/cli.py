@@ -1,7 +1,7 @@
 """The command line: `rlhf-fast sft | reward | ppo | run | merge | bench`. The stages' flags are their config's fields.
 
 Nothing heavy (torch, transformers) is imported before the flags and the YAML are read, so that help and mistakes answer
-at once. Exit codes: 0 done, 1 a defect in rlhf-fast, 2 a mistake that the message names, 130 interrupted (Ctrl-C,
+at once. Exit codes: 0 done, 1 an unexpected exception, 2 a mistake that the message names, 130 interrupted (Ctrl-C,
 SIGTERM, SIGHUP).
 """
 
@@ -9,16 +9,15 @@ import argparse
 import dataclasses
 import importlib.metadata
 import sys
-import traceback
 import typing
 from typing import Any, NoReturn
 
 from rlhf_fast.config import STAGES, RunConfig, StageConfig
 from rlhf_fast.config_load import find_home, load_run, load_stage
 from rlhf_fast.config_values import field_kinds, split_optional
-from rlhf_fast.errors import Interrupted, UserError, nearest
+from rlhf_fast.errors import Interrupted, UserError, is_out_of_memory, nearest
 from rlhf_fast.signals import Interruptible
-from rlhf_fast.text import one_line, safe_streams, shown, tell
+from rlhf_fast.text import one_line, safe_streams, shown, tell, traceback_text
 
 OVERVIEW = """\
 rlhf-fast: SFT, reward model and PPO on one frozen base.
@@ -67,7 +66,9 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
         )
         self.flags: list[str] = ["--help"]
-        self.flag(self, "debug", "On an error, print the traceback.", action="store_true")
+        self.flag(
+            self, "debug", "Print the traceback of every error, not of unexpected ones alone.", action="store_true"
+        )
 
     def flag(self, group: Any, name: str, help: str, **settings: Any) -> None:
         self.flags.append(f"--{name}")
@@ -99,14 +100,14 @@ def main(argv: list[str] | None = None) -> int:
             run_command(argv)
             return 0
         except BaseException as error:  # also what other people's code raises to end its process, such as sys.exit(0)
-            if debug:
-                tell("".join(traceback.format_exception(error)).rstrip())
-            message, code = explain(error, debug)
+            message, code = explain(error)
+            if debug or code == 1:
+                tell(traceback_text(error))
             tell(one_line(message))
             return code
 
 
-def explain(error: BaseException, debug: bool) -> tuple[str, int]:
+def explain(error: BaseException) -> tuple[str, int]:
     """The line for a person, and the exit code."""
     if isinstance(error, UserError):
         return f"rlhf-fast: error: {error}", 2
@@ -118,8 +119,10 @@ def explain(error: BaseException, debug: bool) -> tuple[str, int]:
         code = shown(error.code)
         return f"rlhf-fast: error: code that the command ran called sys.exit({code}): it has not finished", 2
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    hint = "" if debug else " (run again with --debug for the traceback)"
-    return f"rlhf-fast: internal error: {text}{hint}", 1
+    if is_out_of_memory(error):
+        advice = "lower --micro_batch_size or --max_length, or take a smaller model"
+        return f"rlhf-fast: error: out of memory: {advice} ({text}; --debug shows where)", 2
+    return f"rlhf-fast: internal error: {text} (the traceback is above)", 1
 
 
 def run_command(argv: list[str]) -> None:
@@ -158,8 +161,10 @@ def run_command(argv: list[str]) -> None:
     else:
         config: Any = load_stage(command, flags.pop("config", None), flags)
         from rlhf_fast.recipes import ppo, reward, sft
+        from rlhf_fast.recipes.failure import failure_kept
 
-        {"sft": sft, "reward": reward, "ppo": ppo}[command].train(config)
+        with failure_kept(config.output_dir):
+            {"sft": sft, "reward": reward, "ppo": ppo}[command].train(config)
 
 
 def installed_version() -> str:

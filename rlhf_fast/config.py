@@ -5,11 +5,11 @@ reading YAML and flags is in ``config_load.py``.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.metrics import RESERVED
 from rlhf_fast.text import shown
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -153,7 +153,6 @@ class StageConfig:
         positive += ["micro_batch_size", "num_train_epochs", "max_length", "logging_steps", "save_total_limit"]
         for name in positive:
             require(self, name, getattr(self, name) > 0, "above 0")
-        require(self, "lora_alpha", math.isfinite(self.lora_alpha), "finite")
         require(self, "lora_target_modules", bool(self.lora_target_modules), f"names of modules, or {ALL_LINEAR}")
         for name in ("lora_layers", "max_steps", "eval_steps", "save_steps", "max_samples"):
             require(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0, or unset")
@@ -163,7 +162,6 @@ class StageConfig:
         require(self, "eval_size", self.eval_size >= 0, "0 or above")
         require(self, "max_unusable_rows", 0 <= self.max_unusable_rows < 1, "from 0 to below 1")
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
-        require(self, "lora_target_modules", bool(self.lora_target_modules), "names of modules, or all-linear")
         require(self, "dataset_name", bool(self.dataset_name), "set: a file, a folder, a hub name or demo/NAME")
         require(self, "output_dir", bool(self.output_dir), "set: the folder to write to")
         for tracker in self.report_to:
@@ -314,19 +312,9 @@ class PPOConfig(StageConfig):
         super().validate()
         positive = ["num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length"]
         positive += ["temperature", "kl_horizon", "value_clip", "eval_prompts"]
-        reserved = {
-            "kl",
-            "kl_coef",
-            "kl_target",
-            "entropy",
-            "scores",
-            "reward_model",
-            "non_score_reward",
-            "rlhf_reward",
-        }
         for name in self.eval_functions:
             short = name.rpartition(":")[2]
-            require(self, "eval_functions", short not in reserved, f"named otherwise: {short!r} is a metric of its own")
+            require(self, "eval_functions", short not in RESERVED, f"named otherwise: {short!r} is a metric of its own")
         if self.reward_weights:
             count = len(self.reward_functions)
             fits = len(self.reward_weights) == count

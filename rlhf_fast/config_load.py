@@ -9,6 +9,7 @@ these sections, or `stages`, makes a file a run YAML. A run YAML serves `rlhf-fa
 import dataclasses
 import os
 from collections.abc import Callable, Set
+from pathlib import Path
 
 import yaml
 
@@ -16,6 +17,7 @@ from rlhf_fast.config import DEFAULT_MODEL, STAGES, RunConfig, StageConfig
 from rlhf_fast.config_values import Settings, field_kinds, read_settings, show
 from rlhf_fast.config_yaml import read_yaml
 from rlhf_fast.errors import UserError
+from rlhf_fast.files import write_atomic
 from rlhf_fast.text import shown
 
 STAGE_OUTPUT_ADAPTER = "adapter"
@@ -120,13 +122,7 @@ def dump_yaml(config: StageConfig | RunConfig, path: str | os.PathLike[str]) -> 
         for section in sections.values():
             del section["output_dir"]  # follows from the run's
         document |= sections
-    part = f"{os.fspath(path)}.part"
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            yaml.safe_dump(document, file, sort_keys=False, allow_unicode=True)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"could not write {os.fspath(path)}: {error.strerror or error}; name another folder") from error
+    write_atomic(Path(path), yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 
 def build(stage: str, settings: Settings) -> StageConfig:

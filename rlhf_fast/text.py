@@ -6,6 +6,7 @@ import os
 import re
 import reprlib
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -13,7 +14,7 @@ from typing import Any, TextIO
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-LONGEST_LINE, LONGEST_VALUE = 2000, 200
+LONGEST_LINE, LONGEST_VALUE, LONGEST_TRACEBACK = 2000, 200, 50_000
 
 
 def printable(text: str) -> str:
@@ -53,6 +54,15 @@ def shown(value: Any) -> str:
     """A value as error messages show it: its repr, at most 200 characters of it."""
     text = printable(_Short().repr(value))
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]} ..."
+
+
+def traceback_text(error: BaseException) -> str:
+    """Its traceback, ``printable``; of one longer than LONGEST_TRACEBACK characters the middle is left out."""
+    text = "".join(traceback.format_exception(error)).rstrip()
+    half = LONGEST_TRACEBACK // 2
+    if len(text) > LONGEST_TRACEBACK:
+        text = f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+    return printable(text)
 
 
 def tell(text: str, file: TextIO | None = None) -> None:

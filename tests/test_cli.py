@@ -168,9 +168,10 @@ TRAIN = ["sft", "--output_dir", "out"]
     [
         (UserError("no column 'prompt'"), 2, "rlhf-fast: error: no column 'prompt'\n"),
         (
-            RuntimeError("two\nlines"),
-            1,
-            "rlhf-fast: internal error: RuntimeError: two lines (run again with --debug for the traceback)\n",
+            MemoryError("full"),
+            2,
+            "rlhf-fast: error: out of memory: lower --micro_batch_size or --max_length, or take a smaller model "
+            "(MemoryError: full; --debug shows where)\n",
         ),
         (Interrupted("Stopped at step 3. Go on with ..."), 130, "Stopped at step 3. Go on with ...\n"),
         (KeyboardInterrupt(), 130, "rlhf-fast: interrupted\n"),
@@ -184,13 +185,25 @@ def test_errors_of_a_recipe(
     assert capsys.readouterr() == ("", expected)
 
 
-@pytest.mark.parametrize("error", [UserError("wrong"), RuntimeError("wrong")])
-def test_debug_shows_the_traceback(error: Exception, recipes: Recipes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_error_prints_its_traceback_and_ends_with_one_line(
+    recipes: Recipes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipes.error = RuntimeError("two\nlines")
+    assert main(TRAIN) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback (most recent call last)") and "in __call__" in text
+    assert text.splitlines()[-1] == ("rlhf-fast: internal error: RuntimeError: two lines (the traceback is above)")
+
+
+@pytest.mark.parametrize("error", [UserError("it is wrong"), MemoryError("it is wrong")])
+def test_debug_shows_the_traceback_of_a_mistake(
+    error: Exception, recipes: Recipes, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipes.error = error
-    assert main([*TRAIN, "--debug"]) in (1, 2)
+    assert main([*TRAIN, "--debug"]) == 2
     text = capsys.readouterr().err
     assert text.startswith("Traceback (most recent call last)")
-    assert text.splitlines()[-1].endswith("wrong")
+    assert "it is wrong" in text.splitlines()[-1]
 
 
 def test_debug_reaches_no_config(recipes: Recipes) -> None:

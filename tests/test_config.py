@@ -429,8 +429,8 @@ def test_one_stage_checks_the_other_sections_too() -> None:
     ("field", "value", "expected"),
     [
         ("lora_target_modules", [], "names of modules, or all-linear; got []"),
-        ("lora_alpha", math.inf, "finite; got inf"),
-        ("lora_alpha", math.nan, "above 0; got nan"),
+        ("lora_alpha", math.inf, "a finite number of float32; got inf"),
+        ("lora_alpha", math.nan, "a finite number of float32; got nan"),
     ],
 )
 def test_adapter_settings_that_no_adapter_can_have_are_refused(field: str, value: Any, expected: str) -> None:

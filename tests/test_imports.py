@@ -23,20 +23,23 @@ ALLOWED: dict[str, set[str]] = {
     "text": set(),
     "errors": set(),
     "signals": {"text"},
-    "config": {"errors", "text"},
+    "metrics": set(),
+    "files": {"errors"},
+    "hub": {"errors"},
+    "config": {"errors", "text", "metrics"},
     "checkpoint": {"errors", "text"},
     "kernels": set(),
     "ops": {"kernels"},
     "integrations": {"ops"},
-    "data": {"errors", "text", "config", "ops"},
-    "models": {"errors", "text", "config", "ops", "data"},
+    "data": {"errors", "text", "config", "hub", "ops"},
+    "models": {"errors", "text", "config", "hub", "ops", "data"},
     "rewards": {"errors", "text", "config", "ops", "data", "models"},
     "rollout": {"errors", "text", "config", "ops", "data", "models", "rewards"},
-    "monitor": {"errors", "text", "config"},
+    "monitor": {"errors", "text", "config", "files", "metrics"},
     "bench": {"errors", "ops"},
 }
 ALLOWED["recipes"] = {*WORKERS, "ops", "errors", "text", "signals", "checkpoint"}
-ALLOWED["recipes"] |= {"config", "config_load", "config_yaml"}
+ALLOWED["recipes"] |= {"config", "config_load", "config_yaml", "files", "metrics"}
 
 
 def imports(source: str, path: str) -> Iterator[tuple[str, str | None]]:

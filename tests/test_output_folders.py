@@ -19,8 +19,9 @@ OTHERS = {
     "checkpoint-7/p.txt": "mine",
     "report.html": "mine",
     "metrics.jsonl": "mine",
+    "error.txt": "mine",
     "config.yaml": "# mine",
-    "config.yaml.part": "mine",
+    ".config.yaml.tmp": "mine",
     "adapter.writing/p.txt": "mine",
 }
 

@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.special import MARK
 from rlhf_fast.data.turns import Turn
+from rlhf_fast.errors import UserError
+from rlhf_fast.text import one_line
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -30,31 +32,68 @@ class TurnEnd:
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer."""
+    """One chat template of a tokenizer; ``text`` None: it has none, and EOS ends a response.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self.marks_assistant = bool(GENERATION_MARK.search(str(tokenizer.chat_template or "")))
-        names = sorted({token.content for token in tokenizer.added_tokens_decoder.values()} - {""}, key=len)
-        self._token = re.compile("|".join(map(re.escape, reversed(names))) or r"(?!)")
+    ``end`` is what ends an assistant's turn. ``role_marks``: added tokens that the template writes between turns and
+    that the tokenizer does not call special; tags that open and close a block, such as ``<think>``, are none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None) -> None:
+        self._tokenizer, self._text = tokenizer, text
+        self.marks_assistant = bool(GENERATION_MARK.search(text or ""))
+        added = list(tokenizer.added_tokens_decoder.values())
+        names = sorted({token.content for token in added} - {""}, key=len, reverse=True)
+        self._token = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._wants_parts = False
+        self._wants_parts = text is not None and not self._writes_content() and self._writes_content(parts=True)
         self.end = self._turn_end()
+        self.role_marks = self._role_marks({token.content for token in added if not token.special})
+
+    def _writes_content(self, *, parts: bool = False) -> bool:
+        """Whether a user's text, as a string or as a list of parts, stands in what the template makes of it."""
+        self._wants_parts = parts
+        try:
+            return MARK in self.render([{"role": "user", "content": MARK}], {}, answer_next=True)
+        except Refused:
+            return False
+
+    def _role_marks(self, ordinary: set[str]) -> frozenset[str]:
+        try:
+            skeleton = self.render([*ASKED, ASKED[0]], {}, answer_next=True) if self._text is not None else ""
+        except Refused:
+            skeleton = ""
+        written = set(self._token.findall(skeleton)) & ordinary
+        return frozenset(name for name in written if f"{name[0]}/{name[1:]}" not in ordinary and name[1:2] != "/")
+
+    def prepared(self, turns: list[Turn]) -> list[Turn]:
+        """The turns as the template takes them: their content a string, or a list of parts."""
+        if not self._wants_parts:
+            return turns
+        return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
     def render(self, turns: list[Turn], arguments: dict[str, Any], *, answer_next: bool = False) -> str:
         """The text that the template makes of turns; ``answer_next`` ends it where the assistant speaks.
 
         Raises Refused with the template's own reason.
         """
+        options = {**arguments, "add_generation_prompt": answer_next, "chat_template": self._text}
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    turns, tokenize=False, **{**arguments, "add_generation_prompt": answer_next}
-                )
-            )
+            return str(self._tokenizer.apply_chat_template(self.prepared(turns), tokenize=False, **options))
         except jinja2.TemplateError as error:
             raise Refused(" ".join(str(error).split())) from error
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
-            # a template's Python expressions on turns that they do not expect, such as a missing key
+        except Exception as error:  # Python's errors in a template's expressions, such as a missing key or 1 / 0
             raise Refused(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+    def tokens_and_marks(self, turns: list[Turn], arguments: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Token ids, and 1 where the template's {% generation %} marks say that the assistant wrote them."""
+        encoded: Any = self._tokenizer.apply_chat_template(
+            self.prepared(turns),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **{**arguments, "chat_template": self._text},
+        )
+        return list(encoded["input_ids"]), list(encoded["assistant_masks"])
 
     def render_marked(
         self, turns: list[Turn], place: int, arguments: dict[str, Any], *, answer_next: bool = False
@@ -86,7 +125,7 @@ class ChatTemplate:
     def _turn_end(self) -> TurnEnd:
         """What stands after the assistant's content where its turn is the last."""
         eos = TurnEnd(int(self._tokenizer.eos_token_id), str(self._tokenizer.eos_token), "", added=True)
-        if self._tokenizer.chat_template is None:
+        if self._text is None:
             return eos
         try:
             text, end = self.render_marked(ASKED, 1, {})
@@ -100,10 +139,23 @@ class ChatTemplate:
         return TurnEnd(token, name, text[end:][: found.end()], added=False)
 
 
+def template_text(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str | None:
+    """The template that transformers takes for a conversation with ``tools``; None where the tokenizer has none."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        return str(tokenizer.get_chat_template(tools=tools))
+    except ValueError as error:
+        raise UserError(
+            "the tokenizer has several chat templates and none is called 'default' "
+            f"({one_line(str(error), 200)}); give one with --chat_template FILE"
+        ) from error
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token with which the chat template closes an assistant's turn; None without template or token.
 
     Chat templates on base models often close with another token than the tokenizer's EOS; a response ends there too.
     """
-    end = ChatTemplate(tokenizer).end
+    end = ChatTemplate(tokenizer, template_text(tokenizer)).end
     return None if end.added else end.token

@@ -1,29 +1,15 @@
-"""A prompt and its response as token ids, with the tokens to train on marked.
+"""A prompt and its response as token ids: through the chat template (answers.py), or as plain text."""
 
-Every assistant turn that is trained ends in a token that sampling stops at, whatever the chat template: the template's
-own where it writes one after the turn, else the tokenizer's EOS. The tokens before the first trained turn are those
-that sampling starts from (``prompt``). Where a template writes a turn in another way once others follow it (it drops a
-think block, it closes the turn with another token), or opens a think block for sampling that it leaves out of a
-finished turn, each turn is trained as it is written when it is the last one, after what sampling would start from.
-"""
-
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import pairwise
-from os.path import commonprefix
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_fast.data.chat import ChatTemplate, Refused
+from rlhf_fast.data.answers import Encoded, TurnWriter
+from rlhf_fast.data.chat import template_text
 from rlhf_fast.data.formats import Example
-from rlhf_fast.data.special import TextEncoder
-from rlhf_fast.data.turns import Text, Turn, Wrong, format_transcript
+from rlhf_fast.data.turns import Text, format_transcript
 from rlhf_fast.errors import UserError
 
-OPENING_TAG = re.compile(r"\s*(<[^<>/\s][^<>]*>|\[[^\[\]/\s][^\[\]]*\])\n?")
-CLOSING_TAG = re.compile(r"</[^<>]*>|\[/[^\[\]]*\]|<\|[^<>|]*\|>")
 EOS_ADDED = "the chat template writes no token after an assistant's turn: {!r} is added, and sampling stops there"
 REWRITTEN = (
     "conversations in the training form of the chat template, which writes their turns in more ways than one: each "
@@ -33,18 +19,6 @@ CHAT = "chat turns, written by the chat template"
 AS_TEXT = "turns written as plain text, since the tokenizer has no chat template"
 PLAIN = "plain text"
 PLAIN_BESIDE_TEMPLATE = "plain text, and the chat template is not used; give messages to use it"
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """``input_ids`` and, of the same length, ``response_mask``: 1 on every token of an assistant turn to train on,
-    its end-of-turn token included. The ids end with the last such token. ``prompt_length`` counts the ids before the
-    first response token. ``rewritten``: the turns are not those of one rendering of the template."""
-
-    input_ids: list[int]
-    response_mask: list[int]
-    prompt_length: int
-    rewritten: bool = False
 
 
 class ConversationEncoder:
@@ -58,10 +32,17 @@ class ConversationEncoder:
         self, tokenizer: PreTrainedTokenizerBase, source: str, *, special_tokens_in_data: bool = False
     ) -> None:
         self.tokenizer, self.source = tokenizer, source
-        self.texts = TextEncoder(tokenizer, special_tokens_in_data=special_tokens_in_data)
-        self.template = ChatTemplate(tokenizer)
-        self.end = self.template.end
         self.eos = str(tokenizer.eos_token)
+        self._special_tokens_in_data = special_tokens_in_data
+        self._writers: dict[str | None, TurnWriter] = {}
+        self._default = self._writer(None)
+
+    def _writer(self, tools: object) -> TurnWriter:
+        """For the template of a row: a tokenizer may have another one for rows with tools."""
+        text = template_text(self.tokenizer, tools)
+        if text not in self._writers:
+            self._writers[text] = TurnWriter(self.tokenizer, text, special_tokens_in_data=self._special_tokens_in_data)
+        return self._writers[text]
 
     def form(self, example: Example) -> str:
         """How the prompt is written, in words."""
@@ -71,36 +52,31 @@ class ConversationEncoder:
 
     def facts(self, forms: Iterable[str]) -> list[str]:
         """What a person should know of the template, where some prompts went through it."""
-        return [EOS_ADDED.format(self.end.name)] if CHAT in forms and self.end.added else []
+        end = self._default.end
+        return [EOS_ADDED.format(end.name)] if CHAT in forms and end.added else []
 
     def special_text(self, example: Example) -> str | None:
         """The first special token that the row's own text spells (other than EOS at the end of a string)."""
         responses = [self._without_eos(text) if isinstance(text, str) else text for text in example.responses]
-        return self.texts.first([example.prompt, *responses, example.template])
+        texts = self._writer(example.template.get("tools")).texts
+        return texts.first([example.prompt, *responses, example.template])
 
     def prompt(self, example: Example) -> list[int]:
         """The prompt's tokens, up to and with the mark after which the assistant speaks."""
-        prompt = self.texts.hide(self._plain(example, example.prompt, answer_next=True))
+        prompt = self._plain(example, example.prompt, answer_next=True)
         if isinstance(prompt, str):
-            return self.texts.encode_prompt(prompt)
-        return self.texts.encode(self._render(prompt, example, answer_next=True))
+            return self._default.texts.encode_prompt(self._default.texts.hide(prompt))
+        return self._writer(example.template.get("tools")).prompt(prompt, example.template)
 
     def response(self, example: Example, response: Text) -> Encoded:
         """The prompt and one response to it; every assistant turn of the response is marked, none of the prompt."""
-        prompt = self.texts.hide(self._plain(example, example.prompt, answer_next=True))
+        prompt = self._plain(example, example.prompt, answer_next=True)
         if isinstance(prompt, str):
             text = self._plain(example, response, answer_next=False)
-            assert isinstance(text, str), (
-                "a string prompt with a chat list as its response: formats.py lets none through"
-            )
-            return self._strings(prompt, self.texts.hide(self._without_eos(text)))
-        assert isinstance(response, list), "a chat list as prompt with a string as its response"
-        turns = self.texts.hide(response)
-        if self.template.marks_assistant and self.special_text(example) is None:
-            encoded = self._by_marks(example, prompt, turns)
-            if encoded is not None:
-                return encoded
-        return self._by_turns(example, prompt, turns)
+            assert isinstance(text, str), "formats.py lets no chat list answer a string"
+            return self._strings(prompt, self._without_eos(text))
+        assert isinstance(response, list), "formats.py lets no string answer a chat list"
+        return self._writer(example.template.get("tools")).response(prompt, response, example.template)
 
     def _plain(self, example: Example, text: Text, *, answer_next: bool) -> Text:
         """The transcript form, where the turns come from a transcript and there is no chat template; else as it is."""
@@ -123,168 +99,8 @@ class ConversationEncoder:
         return response.removesuffix(self.eos)
 
     def _strings(self, prompt: str, response: str) -> Encoded:
-        prompt_ids = self.texts.encode_prompt(prompt)
-        response_ids = [*self.texts.encode(response), int(self.tokenizer.eos_token_id)]
+        texts = self._default.texts
+        prompt_ids = texts.encode_prompt(texts.hide(prompt))
+        response_ids = [*texts.encode(texts.hide(response)), int(self.tokenizer.eos_token_id)]
         mask = [0] * len(prompt_ids) + [1] * len(response_ids)
         return Encoded(prompt_ids + response_ids, mask, len(prompt_ids))
-
-    def _render(self, turns: list[Turn], example: Example, *, answer_next: bool = False) -> str:
-        try:
-            return self.template.render(turns, self.texts.hide(example.template), answer_next=answer_next)
-        except Refused as refusal:
-            raise _refused(turns, refusal) from refusal
-
-    def _marked(
-        self, turns: list[Turn], place: int, example: Example, *, answer_next: bool = False
-    ) -> tuple[str, int | None]:
-        try:
-            return self.template.render_marked(turns, place, self.texts.hide(example.template), answer_next=answer_next)
-        except Refused as refusal:
-            raise _refused(turns, refusal) from refusal
-
-    # ---- the template's own marks ------------------------------------------------------------------------------
-
-    def _by_marks(self, example: Example, prompt: list[Turn], response: list[Turn]) -> Encoded | None:
-        """The template says itself, with {% generation %}, what the assistant wrote. None where what it writes does
-        not begin with what sampling starts from."""
-        prompt_ids = self.texts.encode(self._render(prompt, example, answer_next=True))
-        self._render(prompt + response, example)  # a template that refuses the turns is told by row
-        encoded: Any = self.tokenizer.apply_chat_template(
-            prompt + response, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **example.template
-        )
-        ids, marks = list(encoded["input_ids"]), list(encoded["assistant_masks"])
-        if ids[: len(prompt_ids)] != prompt_ids:
-            return None
-        mask = [int(mark) if place >= len(prompt_ids) else 0 for place, mark in enumerate(marks)]
-        ends = [place for place, (this, following) in enumerate(pairwise([*mask, 0])) if this and not following]
-        if not ends:
-            raise Wrong("the chat template leaves the response out; mend it")
-        if len(ends) != sum(turn["role"] == "assistant" for turn in response):
-            ends = ends[-1:]  # several marks in one turn: which of them end it cannot be told
-        for place in reversed(ends):
-            self._end_marked_turn(ids, mask, place)
-        last = max(place for place, marked in enumerate(mask) if marked) + 1
-        return Encoded(ids[:last], mask[:last], len(prompt_ids))
-
-    def _end_marked_turn(self, ids: list[int], mask: list[int], place: int) -> None:
-        """Marks the token that ends the turn whose last marked token stands at ``place``, or puts EOS there."""
-
-        def blank(token: int) -> bool:
-            return not str(self.tokenizer.decode([token])).strip()
-
-        while mask[place] and blank(ids[place]):  # white space after the token, inside the marks
-            mask[place] = 0
-            place -= 1
-        if ids[place] == self.end.token:
-            return
-        after = place + 1
-        while after < len(ids) and blank(ids[after]):
-            after += 1
-        if not self.end.added and after < len(ids) and ids[after] == self.end.token:
-            mask[place + 1 : after + 1] = [1] * (after - place)
-        else:
-            ids.insert(place + 1, self.end.token)
-            mask.insert(place + 1, 1)
-
-    # ---- one turn after the other ------------------------------------------------------------------------------
-
-    def _by_turns(self, example: Example, prompt: list[Turn], response: list[Turn]) -> Encoded:
-        turns, text = prompt + response, ""
-        ids: list[int] = []
-        mask: list[int] = []
-        prompt_length, rewritten = 0, False
-        previous: int | None = None  # the assistant's turn before this one, which ``text`` ends with
-        for place in range(len(prompt), len(turns)):
-            if turns[place]["role"] != "assistant":
-                continue
-            asked, start, same_start = self._start(example, turns, place, previous, text)
-            answer, same_answer = self._answer(example, turns, place, asked)
-            rewritten = rewritten or not (same_start and same_answer)
-            text = self._extend(ids, mask, text, start, trained=0)
-            prompt_length = prompt_length or len(ids)
-            text = self._extend(ids, mask, text, text + answer, trained=1)
-            if ids[-1] != self.end.token:
-                ids.append(self.end.token)
-                mask.append(1)
-                text += self.end.name
-            previous = place
-        return Encoded(ids, mask, prompt_length, rewritten)
-
-    def _start(
-        self, example: Example, turns: list[Turn], place: int, previous: int | None, text: str
-    ) -> tuple[str, str, bool]:
-        """What sampling the answer of turn ``place`` would start from; what it is trained after: ``text`` and what
-        stands between the two answers; and whether these are the same (but for an EOS that was added)."""
-        if previous is None:
-            asked = self._render(turns[:place], example, answer_next=True)
-            return asked, asked, True
-        asked, end = self._marked(turns[:place], previous, example, answer_next=True)
-        if asked.startswith(text):
-            return asked, asked, True
-        if end is None:
-            raise _no_prefix(place)
-        between = asked[end:]
-        found = self.template.first_token(between)
-        if found is not None and not between[: found.start()].strip():
-            if found.group() == self.end.name or self.template.closes_turns(found.group()):
-                between = between[found.end() :]  # the turn is ended already
-        return asked, text + between, self.end.added and text.replace(self.eos, "") == asked[:end]
-
-    def _answer(self, example: Example, turns: list[Turn], place: int, asked: str) -> tuple[str, bool]:
-        """The text of turn ``place`` from where sampling would start, its end included; and whether the template
-        writes just that after ``asked`` where the turn is the last."""
-        whole, end = self._marked(turns[: place + 1], place, example)
-        same = commonprefix([asked, whole])
-        if same != asked:  # allowed in the mark for an answer alone
-            before = self._render(turns[:place], example)
-            if not same.startswith(before):
-                raise _no_prefix(place)
-        written = whole[len(same) :]
-        if end is not None and end >= len(same):
-            body, tail = written[: end - len(same)], whole[end:]
-        else:
-            cut = -1 if self.end.added else written.rfind(self.end.name)
-            body, tail = (written, "") if cut < 0 else (written[:cut], written[cut:])
-        content = turns[place]["content"]
-        opening = OPENING_TAG.match(content)
-        if opening is not None and asked.rstrip().endswith(opening.group(1)):
-            # The mark for an answer opens the think block that the answer opens too. Sampling goes on inside it.
-            said = content[opening.end() :] + self.end.text
-            return said, whole.startswith(asked + said)
-        if _squeezed(content) not in _squeezed(written) or not body.strip():
-            after_tags = _squeezed(CLOSING_TAG.split(content)[-1])
-            if end is None or not body.strip():
-                raise Wrong("the chat template leaves the response out; mend it")
-            if after_tags and _squeezed(body).endswith(after_tags):
-                # The template drops what stands before, a think block. Sampling would write it, so it is trained.
-                return content + self.end.text, False
-        found = None if self.end.added else self.template.first_token(tail)
-        ended = found is not None and found.group() == self.end.name
-        return (body + tail[: found.end()] if found is not None and ended else body), same == asked
-
-    def _extend(self, ids: list[int], mask: list[int], text: str, longer: str, *, trained: int) -> str:
-        """Adds the tokens of what ``longer`` has after ``text``, whose tokens ``ids`` stay as they are.
-
-        Where a token would reach over the boundary the rest is tokenised by itself: generation, too, starts from the
-        prompt's tokens and cannot merge into them.
-        """
-        whole = self.texts.encode(longer)
-        more = whole[len(ids) :] if whole[: len(ids)] == ids else self.texts.encode(longer[len(text) :])
-        ids += more
-        mask += [trained] * len(more)
-        return longer
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
-def _refused(turns: list[Turn], refusal: Refused) -> Wrong:
-    return Wrong(f"the chat template refuses these turns ({', '.join(turn['role'] for turn in turns)})", f": {refusal}")
-
-
-def _no_prefix(place: int) -> Wrong:
-    return Wrong(
-        f"the chat template writes the turns before turn {place + 1} differently once that turn is added, so its "
-        "tokens cannot be told apart; give a template with {% generation %} marks (--chat_template FILE)"
-    )

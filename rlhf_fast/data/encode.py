@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_fast.data.conversation import REWRITTEN, ConversationEncoder, Encoded
+from rlhf_fast.data.answers import Encoded
+from rlhf_fast.data.conversation import REWRITTEN, ConversationEncoder
 from rlhf_fast.data.formats import EMPTY_PROMPT, Example, Table, preference_examples, prompt_examples, sft_examples
 from rlhf_fast.data.report import MAX_UNUSABLE, DataReport
 from rlhf_fast.data.turns import Text, Wrong

@@ -9,7 +9,6 @@ of the wrong structure is rejected and counted (see DataReport).
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,16 +17,25 @@ from rlhf_fast.data.report import DataReport
 from rlhf_fast.data.rows import Rows
 from rlhf_fast.data.turns import Text, Turn, Wrong, is_transcript, parse_transcript, read_text, read_turns, without_none
 from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.text import one_line, shown
 
 Row = dict[str, Any]
 
 FORMAT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
 FOREIGN_COLUMNS = ("conversations", "instruction")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+# Alpaca's names, and Dolly's and others' for the same.
+INPUT_COLUMNS, OUTPUT_COLUMNS = ("input", "context"), ("output", "response", "completion")
+
+LARGEST_MARGIN = 1e12  # float32 holds its square
 
 EMPTY_PROMPT = "empty prompt"
 EMPTY_RESPONSE = "empty response"
+NOT_TRAINED = "every answer has weight 0"
 SAME_SIDES = "chosen and rejected are the same"
 NO_COMMON_PROMPT = "chosen and rejected share no prompt"
+SYSTEM_UNUSED = "rows have a system column, which prompts of plain text do not use"
+SHORT = "rows have fewer fields than the header: the missing ones are empty"
 CUT = "conversations go on after the assistant's last turn: cut there"
 
 
@@ -36,6 +44,8 @@ class Table(Protocol):
 
     @property
     def column_names(self) -> list[str]: ...
+
+    def select(self, indices: Any) -> Any: ...
 
     def __len__(self) -> int: ...
 
@@ -87,7 +97,7 @@ def sft_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
     elif "chosen" in columns:
         read = _sft_chosen
     else:
-        raise _missing(report, columns, "messages, or prompt and completion, or chosen (and rejected)")
+        raise _missing(report, dataset.column_names, "messages, or prompt and completion, or chosen (and rejected)")
     return _examples(dataset, report, known, read)
 
 
@@ -99,7 +109,7 @@ def preference_examples(dataset: Table, report: DataReport) -> Iterator[Example]
     """
     columns, known = _known_columns(dataset)
     if "chosen" not in columns or "rejected" not in columns:
-        raise _missing(report, columns, "chosen and rejected (with or without prompt)")
+        raise _missing(report, dataset.column_names, "chosen and rejected (with or without prompt)")
     return _examples(dataset, report, known, _pair)
 
 
@@ -110,7 +120,7 @@ def prompt_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
     """
     columns, known = _known_columns(dataset)
     if not {"prompt", "messages", "chosen"} & set(columns):
-        raise _missing(report, columns, "prompt, or messages, or chosen")
+        raise _missing(report, dataset.column_names, "prompt, or messages, or chosen")
     return _examples(dataset, report, known, _prompt)
 
 
@@ -121,10 +131,15 @@ def _examples(
         report.file_lines = dataset.lines
         for fault in dataset.faults:
             report.fault(fault)
-    for index, row in enumerate(dataset, start=1):
+        for line in dataset.short:
+            report.note(SHORT, 0, f"line {line}")
+    for index, row in enumerate(_rows(dataset), start=1):
         try:
+            if isinstance(row, Wrong):
+                raise row
             found = read(known(row))
-            notes: Iterable[str] = found.pop("notes", ())
+            _add_system(found, row)
+            notes: Iterable[str] = found.pop("notes")
             template = _template_arguments(row) if isinstance(found["prompt"], list) else {}
             if read is _prompt:
                 found["columns"] = {name: value for name, value in row.items() if name not in FORMAT_COLUMNS}
@@ -144,6 +159,32 @@ def _examples(
     report.require_usable(len(dataset) + (len(dataset.faults) if isinstance(dataset, Rows) else 0))
 
 
+def _rows(dataset: Table) -> Iterator[Row | Wrong]:
+    """Each row, or why it cannot be had: one value that Arrow cannot turn into Python's ends its whole iterator."""
+    start, total = 0, len(dataset)
+    while start < total:
+        rest = dataset if start == 0 else dataset.select(range(start, total))
+        try:
+            for row in rest:
+                yield row
+                start += 1
+        except (ValueError, OverflowError, TypeError, ImportError, OSError) as error:
+            start += 1
+            yield Wrong("a value that cannot be read", f" ({type(error).__name__}: {one_line(str(error), 80)})")
+
+
+def _add_system(found: dict[str, Any], row: Row) -> None:
+    """A ``system`` or ``system_prompt`` column is the first turn of a chat that has none."""
+    system = next((row[name] for name in SYSTEM_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
+    if system is None:
+        return
+    prompt = found["prompt"]
+    if isinstance(prompt, str) or found["transcript"]:
+        found["notes"] = (*found["notes"], SYSTEM_UNUSED)
+    elif not any(turn["role"] == "system" for turn in prompt):
+        found["prompt"] = [*_system(system), *prompt]
+
+
 def _missing(report: DataReport, columns: list[str], needed: str) -> UserError:
     known = [*FORMAT_COLUMNS, *FOREIGN_COLUMNS]
     unknown = [column for column in columns if column not in known]
@@ -158,34 +199,29 @@ def _missing(report: DataReport, columns: list[str], needed: str) -> UserError:
 def _known_columns(dataset: Table) -> tuple[list[str], Callable[[Row], Row]]:
     """The columns with ShareGPT's and Alpaca's under our names, and the function that gives a row these."""
     columns = list(dataset.column_names)
-    if not {"messages", "prompt"} & set(columns):
-        if "conversations" in columns:
-            target = "prompt" if "chosen" in columns else "messages"
-            return [*columns, target], lambda row: _from_sharegpt(row, target)
-        if "instruction" in columns:
-            made = ["prompt", *(["completion"] if "output" in columns else [])]
-            return [*columns, *made], _from_alpaca
+    if "messages" not in columns and "conversations" in columns:
+        target = "prompt" if "chosen" in columns else "messages"
+        return [*columns, target], lambda row: {**row, target: read_turns(row["conversations"], "conversations")}
+    if not {"messages", "prompt"} & set(columns) and "instruction" in columns:
+        output = next((name for name in OUTPUT_COLUMNS if name in columns), None)
+        return [*columns, "prompt", *(["completion"] if output else [])], _from_alpaca
     return columns, lambda row: row
 
 
-def _from_sharegpt(row: Row, target: str) -> Row:
-    system = _words(row.get("system"), "system")
-    turns = read_turns(row["conversations"], "conversations")
-    return {**row, target: [*_system(system), *turns]}
-
-
 def _from_alpaca(row: Row) -> Row:
-    """Source: the Stanford Alpaca data, and its ``system`` and ``history`` (pairs of question and answer) of later."""
-    system, *asked = (_words(row.get(name), name) for name in ("system", "instruction", "input"))
-    turns = _system(system)
+    """Source: the Stanford Alpaca data, with ``history`` (pairs of question and answer) of later, and Dolly."""
+    turns: list[Turn] = []
     history = row.get("history") or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Wrong("history: expected pairs of question and answer", f", got {pair!r:.60}")
+            raise Wrong("history: expected pairs of question and answer", f", got {shown(pair)}")
         turns += [_user(_words(pair[0], "history")), _assistant(_words(pair[1], "history"))]
+    given = next((name for name in INPUT_COLUMNS if row.get(name)), "input")
+    asked = [_words(row.get(name), name) for name in ("instruction", given)]
     made: Row = {"prompt": [*turns, _user("\n\n".join(text for text in asked if text.strip()))]}
-    if "output" in row:
-        made["completion"] = [_assistant(_words(row["output"], "output"))]
+    output = next((name for name in OUTPUT_COLUMNS if name in row), None)
+    if output is not None:
+        made["completion"] = [_assistant(_words(row[output], output))]
     for side in ("chosen", "rejected"):
         if isinstance(row.get(side), str):
             made[side] = [_assistant(row[side])]
@@ -194,7 +230,7 @@ def _from_alpaca(row: Row) -> Row:
 
 def _words(value: Any, column: str) -> str:
     if not isinstance(value, str | None):
-        raise Wrong(f"{column}: expected text, got {type(value).__name__}", f" {value!r:.60}")
+        raise Wrong(f"{column}: expected text, got {type(value).__name__}", f" {shown(value)}")
     return value or ""
 
 
@@ -214,14 +250,14 @@ def _template_arguments(row: Row) -> dict[str, Any]:
     """``tools`` (a list, or its JSON text) and ``chat_template_kwargs``, as TRL's and transformers' data have them."""
     arguments = row.get("chat_template_kwargs")
     if arguments is not None and not isinstance(arguments, dict):
-        raise Wrong("chat_template_kwargs: expected a mapping", f", got {arguments!r:.60}")
+        raise Wrong("chat_template_kwargs: expected a mapping", f", got {shown(arguments)}")
     found = without_none(arguments or {})
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         tools = _json(tools, "tools")
     if tools:
         if not isinstance(tools, list):
-            raise Wrong("tools: expected a list of function descriptions", f", got {tools!r:.60}")
+            raise Wrong("tools: expected a list of function descriptions", f", got {shown(tools)}")
         found["tools"] = without_none([_json(tool, "tools") if isinstance(tool, str) else tool for tool in tools])
     return found
 
@@ -231,7 +267,7 @@ def _json(text: str, column: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise Wrong(f"{column}: expected JSON", f", got {text!r:.60}") from error
+        raise Wrong(f"{column}: expected JSON", f", got {shown(text)}") from error
 
 
 # One row to the fields of an Example.
@@ -242,7 +278,10 @@ def _sft_messages(row: Row) -> dict[str, Any]:
     side = _answered(turns, "messages")
     # A greeting before the first question is context, not an answer.
     asked = next((place for place, turn in enumerate(side.turns) if turn["role"] == "user"), 0)
-    first = next(place for place, turn in enumerate(side.turns) if place >= asked and turn["role"] == "assistant")
+    answers = [place for place, turn in enumerate(side.turns) if turn["role"] == "assistant"]
+    if all(side.turns[place].get("weight") == 0 for place in answers):
+        raise _Drop(NOT_TRAINED)
+    first = next((place for place in answers if place >= asked), answers[-1])
     return _found(side.turns[:first], side.turns[first:], cut=side.cut)
 
 
@@ -282,15 +321,16 @@ def _pair(row: Row) -> dict[str, Any]:
 
 
 def _margin(value: Any) -> float | None:
-    """A finite number, or the text of one, as CSV has it; None where there is none."""
+    """A number of at most LARGEST_MARGIN, or the text of one, as CSV has it; None where there is none."""
     if value is None or value == "":
         return None
     try:
-        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
-    except (ValueError, OverflowError):
+        number = None if isinstance(value, bool | list | dict) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = None
-    if number is None or not math.isfinite(number):
-        raise Wrong("margin must be a number, got " + type(value).__name__, f" {value!r:.40}")
+    if number is None or not abs(number) <= LARGEST_MARGIN:
+        kind = type(value).__name__
+        raise Wrong(f"margin must be a number, got {kind}", f" {shown(value)}; at most {LARGEST_MARGIN:g} in size")
     return value if isinstance(value, int) else number
 
 

@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import json
 import os
 import zlib
 from collections.abc import Iterator
@@ -12,19 +13,18 @@ from typing import TypeAlias
 import datasets
 import huggingface_hub
 import pyarrow.parquet  # type: ignore[import-untyped]
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from rlhf_fast.data.rows import Rows, join, open_file, read_csv, read_json
 from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.hub import reached
 
-Table: TypeAlias = Rows | datasets.Dataset
+RowsOrDataset: TypeAlias = Rows | datasets.Dataset
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 FORMAT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_NAMES = ["demo/sft", "demo/preferences", "demo/prompts", "demo/prompts-eval"]
-HUB_TIMEOUT_S = 5
 
 
 def load_dataset(
@@ -34,7 +34,7 @@ def load_dataset(
     rename: dict[str, str] | None = None,
     limit: int | None = None,
     strict: bool = False,
-) -> Table:
+) -> RowsOrDataset:
     """The rows of one split, with columns renamed.
 
     ``name`` is a file (.jsonl, .json, .csv, .parquet, each also .gz; one file is one split, ``split`` is not looked
@@ -61,7 +61,7 @@ def load_dataset(
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
-def _load(name: str, split: str, strict: bool) -> Table:
+def _load(name: str, split: str, strict: bool) -> RowsOrDataset:
     if name.startswith("demo/") and not Path(name).exists():
         if name not in DEMO_NAMES:
             raise UserError(f"{name}: no such built-in data set{nearest(name, DEMO_NAMES)}; there are {DEMO_NAMES}")
@@ -71,7 +71,7 @@ def _load(name: str, split: str, strict: bool) -> Table:
         return _load_folder(path, split, strict)
     if path.is_file():
         return _load_file(path, strict)
-    if path.is_symlink():
+    if path.is_symlink() and not path.exists():
         raise UserError(f"{name}: a link to {os.readlink(path)}, which is not there")
     if _reader(path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such file or folder{_neighbours(path)}")
@@ -94,7 +94,7 @@ def _neighbours(path: Path) -> str:
     return nearest(path.name, files + [entry.name for entry in entries if entry.is_dir()]) or listed
 
 
-def _load_file(path: Path, strict: bool) -> Table:
+def _load_file(path: Path, strict: bool) -> RowsOrDataset:
     reader = _reader(path)
     if reader is None:
         raise UserError(f"{path}: expected a file ending in {', '.join(READERS)}, each also with .gz")
@@ -107,35 +107,58 @@ def _load_file(path: Path, strict: bool) -> Table:
 
 
 def _read_parquet(path: Path) -> datasets.Dataset:
-    try:
+    with _arrow_faults(path, "parquet"):
         if path.suffix.lower() == ".gz":  # datasets reads gzip for text formats alone
             with open_file(path) as file:
-                dataset = datasets.Dataset(pyarrow.parquet.read_table(file))
-        else:
-            if pyarrow.parquet.read_metadata(path).num_rows == 0:
-                raise UserError(f"{path}: no rows in it; expected at least one")
-            with _quiet():
-                dataset = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
-        dataset.data.table.validate(full=True)  # text that is not UTF-8 fails rows later, with no name to it
+                return _checked(datasets.Dataset(pyarrow.parquet.read_table(file)), path)
+        if pyarrow.parquet.read_metadata(path).num_rows == 0:
+            raise UserError(f"{path}: no rows in it; expected at least one")
+        with _quiet():
+            loaded = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+        return _checked(loaded, path)
+
+
+def _checked(dataset: datasets.Dataset, path: Path) -> datasets.Dataset:
+    """Plain Python values, images and sounds left undecoded. Text that is not UTF-8 is an error here: it would fail
+    rows later, with no name to it."""
+    if len(dataset) == 0:
+        raise UserError(f"{path}: no rows in it; expected at least one")
+    dataset.data.table.validate(full=True)
+    dataset = dataset.with_format(None)
+    for name, kind in dataset.features.items():
+        if isinstance(kind, datasets.Image | datasets.Audio):
+            dataset = dataset.cast_column(name, type(kind)(decode=False))
+    return dataset
+
+
+@contextmanager
+def _arrow_faults(path: Path, reader: str) -> Iterator[None]:
+    try:
+        yield
     except (UserError, gzip.BadGzipFile, EOFError, zlib.error):
         raise
     except Exception as error:  # pyarrow and datasets each raise their own; the reason is passed on
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise UserError(f"{path}: cannot be read as parquet ({type(cause).__name__}: {_one_line(cause)})") from error
-    return dataset
+        raise UserError(f"{path}: cannot be read as {reader} ({type(cause).__name__}: {_one_line(cause)})") from error
 
 
-def _load_folder(folder: Path, split: str, strict: bool) -> Table:
+def _load_folder(folder: Path, split: str, strict: bool) -> RowsOrDataset:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        saved = datasets.load_from_disk(str(folder))
-        if isinstance(saved, datasets.Dataset):
-            return saved
-        if split not in saved:
-            raise UserError(f"{folder}: no split {split!r}{nearest(split, list(saved))}; there are {list(saved)}")
-        return saved[split]
-    found = sorted(path for path in folder.iterdir() if path.is_file() and _reader(path))
+        with _arrow_faults(folder, "a data set of save_to_disk"):
+            state = folder / "state.json"
+            if state.exists() and not json.loads(state.read_bytes())["_data_files"]:
+                raise UserError(f"{folder}: no rows in it; expected at least one")
+            saved = datasets.load_from_disk(str(folder))
+            if not isinstance(saved, datasets.Dataset):
+                if split not in saved:
+                    raise UserError(
+                        f"{folder}: no split {split!r}{nearest(split, list(saved))}; there are {list(saved)}"
+                    )
+                saved = saved[split]
+            return _checked(saved, folder)
+    found = sorted(path for path in folder.iterdir() if path.is_file() and _reader(path) and path.name[0] != ".")
     if not found:
         raise UserError(f"{folder}: no data file in this folder; expected {', '.join(READERS)}, each also with .gz")
     files = [path for path in found if _is_split(path, split)]
@@ -147,7 +170,7 @@ def _load_folder(folder: Path, split: str, strict: bool) -> Table:
     return _join([_load_file(path, strict) for path in files], files, folder)
 
 
-def _join(parts: list[Table], files: list[Path], folder: Path) -> Table:
+def _join(parts: list[RowsOrDataset], files: list[Path], folder: Path) -> RowsOrDataset:
     if len(parts) == 1:
         return parts[0]
     formats = {tuple(name for name in FORMAT_COLUMNS if name in part.column_names) for part in parts}
@@ -171,38 +194,18 @@ def _is_split(path: Path, split: str) -> bool:
 
 def _load_hub(name: str, split: str) -> datasets.Dataset:
     repository, _, config = name.partition(":")
-    unreachable: Exception | None = None
-    try:
-        # Asked first because datasets itself retries an unreachable hub for half a minute.
-        huggingface_hub.HfApi().dataset_info(repository, timeout=HUB_TIMEOUT_S)
-    except GatedRepoError as error:
-        raise UserError(f"{name}: a gated data set; ask for access on its page, then run `hf auth login`") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        reason = "no such file, folder or public hub data set"
-        raise UserError(f"{name}: {reason}{_neighbours(Path(name))}") from error
-    except Exception as error:  # DNS, proxy, TLS, time-out, offline mode, a server fault: all mean "use the cache"
-        unreachable = error
-    try:
-        with _quiet(), _offline(unreachable is not None):
+    ask, unknown = huggingface_hub.HfApi().dataset_info, "no such file, folder or public hub data set"
+    message = f"{name}: {unknown}{_neighbours(Path(name))}"
+    with reached(repository, ask, kind="data set", unknown=message, flags=(datasets.config,)) as unreachable, _quiet():
+        try:
             return datasets.load_dataset(repository, config or None, split=split)
-    except Exception as error:
-        if unreachable is not None and isinstance(error, ConnectionError):
-            raise UserError(
-                f"{name}: not a file or folder here, not in the local cache, and the hub can't be reached "
-                f"({_one_line(unreachable)})"
-            ) from unreachable
-        raise UserError(f"{name}, split {split!r}: {_one_line(error)}") from error
-
-
-@contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
-    """datasets reads HF_HUB_OFFLINE once, at import; this sets what it read, for one load."""
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or wanted
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
+        except Exception as error:
+            if unreachable is not None and isinstance(error, ConnectionError):
+                raise UserError(
+                    f"{name}: not a file or folder here, not in the local cache, and the hub can't be reached "
+                    f"({_one_line(unreachable)})"
+                ) from unreachable
+            raise UserError(f"{name}, split {split!r}: {_one_line(error)}") from error
 
 
 @contextmanager
@@ -223,7 +226,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _rename(dataset: Table, renames: dict[str, str], name: str) -> Table:
+def _rename(dataset: RowsOrDataset, renames: dict[str, str], name: str) -> RowsOrDataset:
     columns = dataset.column_names
     for old, new in renames.items():
         if old not in columns:

@@ -52,8 +52,8 @@ class DataReport:
         self._unusable(fault.reason, fault.number, f"{fault.unit} {fault.number}", detail)
 
     def note(self, what: str, row: int, detail: str = "") -> None:
-        """Count one kept row of which something is to be said."""
-        count, first = self.notes.get(what, (0, f"{self.place(row)}{detail}"))
+        """Count one kept row of which something is to be said; ``row`` 0: ``detail`` tells the place."""
+        count, first = self.notes.get(what, (0, f"{self.place(row)}{detail}" if row else detail))
         self.notes[what] = count + 1, first
 
     def place(self, row: int) -> str:

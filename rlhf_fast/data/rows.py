@@ -4,9 +4,11 @@ Arrow and pandas guess a type for each column, so that a date becomes a timestam
 readers guess nothing: a CSV field is text, a JSON value is what JSON says it is. They cannot crash on what they read.
 """
 
+import contextlib
 import csv
 import gzip
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +24,16 @@ Row = dict[str, Any]
 MAX_UNREADABLE = 0.1  # share of lines that cannot be read, above which the file is refused
 MAX_LINE = 64 * 2**20  # bytes
 MAX_DEPTH = 100  # lists and objects inside one another
+MAX_DIGITS = 4300  # Python reads no longer integer
+LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+SURROGATE = re.compile("[\ud800-\udfff]")
 JSON_NAMES = {type(None): "null", bool: "true or false", str: "text", int: "a number", float: "a number"}
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A line, or an item of a JSON array, that could not be read. ``number`` counts ``unit`` from 1."""
+    """A line that could not be read. ``number`` counts ``unit`` from 1: lines of a text file, rows of a table."""
 
     number: int
     reason: str
@@ -43,12 +49,14 @@ class Rows(Sequence[Row]):
     """Rows in the order of the file. A row that lacks a column has None there.
 
     ``lines``: where each row begins in its file, from 1; empty where that is not known. ``faults``: lines left out.
+    ``short``: lines of rows with fewer fields than the header.
     """
 
     rows: list[Row]
     column_names: list[str]
     lines: list[int] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    short: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,18 +75,18 @@ class Rows(Sequence[Row]):
 
     def select(self, indices: Sequence[int]) -> "Rows":
         lines = [self.lines[place] for place in indices] if self.lines else []
-        return Rows([self.rows[place] for place in indices], self.column_names, lines, self.faults)
+        return Rows([self.rows[place] for place in indices], self.column_names, lines, self.faults, self.short)
 
     def rename_columns(self, renames: dict[str, str]) -> "Rows":
         rows = [{renames.get(name, name): value for name, value in row.items()} for row in self.rows]
-        return Rows(rows, [renames.get(name, name) for name in self.column_names], self.lines, self.faults)
+        return Rows(rows, [renames.get(name, name) for name in self.column_names], self.lines, self.faults, self.short)
 
 
 def join(parts: Sequence[Rows]) -> Rows:
     """Several files as one. Line numbers would be ambiguous and are left out."""
     names = list(dict.fromkeys(chain.from_iterable(part.column_names for part in parts)))
-    faults = list(chain.from_iterable(part.faults for part in parts))
-    return Rows(list(chain.from_iterable(part.rows for part in parts)), names, [], faults)
+    faults, short = ([*chain.from_iterable(lists)] for lists in zip(*((p.faults, p.short) for p in parts), strict=True))
+    return Rows(list(chain.from_iterable(part.rows for part in parts)), names, [], faults, short)
 
 
 def open_file(path: Path) -> IO[bytes]:
@@ -86,66 +94,94 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def read_json(path: Path, *, strict: bool = False) -> Rows:
-    """One JSON object a line or, where the file begins with ``[``, an array of objects; also one object alone.
+    """JSON objects: one a line, an array of them, or one after another.
 
     Raises UserError for an empty file and for one of which more than MAX_UNREADABLE cannot be read (``strict``: any).
     """
     with open_file(path) as file:
         beginning = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     if beginning == b"[":
-        return _array(path, strict)
+        return _documents(path, strict)
     lines = _Lines(path, strict)
     with open_file(path) as file:
         for number, line in _numbered(file):
             lines.add(number, partial(_json_line, line))
-    if lines.faults and not lines.rows and (whole := _one_object(path)) is not None:
-        return Rows([whole], list(whole), [1])
+    if len(lines.faults) > MAX_UNREADABLE * (len(lines.rows) + len(lines.faults)):
+        with contextlib.suppress(UserError):  # else the faults of the lines say more
+            return _documents(path, strict=True)
     return lines.finished()
 
 
 def read_csv(path: Path, *, strict: bool = False) -> Rows:
-    """Comma-separated fields under a header, each as text (RFC 4180). A row with another number of fields than the
-    header is a fault: a comma outside quotes would shift its columns.
+    """Comma-separated fields under a header, each as text (RFC 4180). A row with more fields than the header is a
+    fault: a comma outside quotes would shift its columns. Fields that are missing at the end of a row are empty.
 
-    Raises UserError for an empty file, bytes that are not UTF-8, a header that names a column twice, an unclosed quote,
-    and for a file of which more than MAX_UNREADABLE cannot be read (``strict``: any).
+    Raises UserError for an empty file, a header that names a column twice, a quote that is never closed, and for a file
+    of which more than MAX_UNREADABLE cannot be read (``strict``: any).
     """
     csv.field_size_limit(sys.maxsize)
-    texts = _csv_lines(path)
-    reader = csv.reader(texts)
-    header = next((fields for fields in reader if any(fields)), None)
-    if header is None:
-        raise UserError(f"{path}: the file is empty; expected at least one row")
-    names = [name or f"Unnamed: {place}" for place, name in enumerate(header)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(
-            f"{path}, line {reader.line_num}: the header names the column {twice!r} twice; rename one of them"
-        )
-    lines = _Lines(path, strict, names)
-    start, end = 0, reader.line_num  # of the latest record, in lines
-    try:
-        for fields in reader:
-            start, end = end, reader.line_num
-            if fields:
+    with open_file(path) as file:
+        text = file.read().removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
+    texts = LINE.findall(text)  # an iterator of lines, since the reader counts them
+    reader = csv.reader(texts, strict=True)
+    lines: _Lines | None = None
+    names: list[str] = []
+    end = 0
+    while True:
+        start, end = end, reader.line_num
+        try:
+            fields = next(reader, None)
+            end = reader.line_num
+            if fields is None:
+                break
+            if not any(fields) and (lines is None or len(fields) < 2):
+                continue
+            if lines is None:
+                names = _csv_header(path, fields, end)
+                lines = _Lines(path, strict, names)
+            else:
                 lines.add(start + 1, partial(_csv_row, names, fields))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: cannot be read as CSV ({error})") from error
-    _check_closed(path, start, texts[start:end])
+                if len(fields) < len(names):
+                    lines.short.append(start + 1)
+        except csv.Error as error:
+            end = reader.line_num
+            if "unexpected end of data" in str(error):
+                raise UserError(
+                    f"{path}, line {start + 1}: a double quote is opened there and never closed; close it"
+                ) from error
+            if lines is None:
+                raise UserError(f"{path}, line {end}: the header cannot be read as CSV ({error})") from error
+            lines.add(start + 1, partial(_csv_fault, str(error)))
+    if lines is None:
+        raise UserError(f"{path}: the file is empty; expected at least one row")
     return lines.finished()
 
 
-def _csv_lines(path: Path) -> list[str]:
-    with open_file(path) as file:
-        content = file.read().removeprefix(b"\xef\xbb\xbf")
-    if b"\n" not in content:  # the line ends of old Macs
-        content = content.replace(b"\r", b"\n")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    return [line + "\n" for line in text.removesuffix("\n").split("\n")]
+def _csv_header(path: Path, fields: list[str], line: int) -> list[str]:
+    names = [name or f"Unnamed: {place}" for place, name in enumerate(fields)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}, line {line}: the header names the column {twice!r} twice; rename one of them")
+    if any(SURROGATE.search(name) for name in names):
+        raise UserError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8")
+    return names
+
+
+def _csv_row(names: list[str], fields: list[str]) -> Row:
+    if any(SURROGATE.search(text) for text in fields):
+        raise _Unreadable("not UTF-8 text; save it as UTF-8")
+    while len(fields) > len(names) and not fields[-1]:
+        fields = fields[:-1]
+    if len(fields) > len(names):
+        advice = "put text that holds a comma or a line break in double quotes"
+        raise _Unreadable(f"more fields than the header; {advice}", f"{len(fields)} where the header has {len(names)}")
+    return dict(zip(names, fields + [""] * (len(names) - len(fields)), strict=True))
+
+
+def _csv_fault(reason: str) -> Row:
+    if "expected after" in reason:
+        reason = "text goes on after a closing double quote; write a quote inside quotes as two"
+    raise _Unreadable(reason)
 
 
 class _Unreadable(Exception):
@@ -159,18 +195,19 @@ class _Unreadable(Exception):
 class _Lines:
     """Collects rows and faults of one file, and refuses it where the faults are too many."""
 
-    def __init__(self, path: Path, strict: bool, names: Sequence[str] = (), unit: str = "line") -> None:
-        self._path, self._strict, self._unit = path, strict, unit
+    def __init__(self, path: Path, strict: bool, names: Sequence[str] = ()) -> None:
+        self._path, self._strict = path, strict
         self.rows: list[Row] = []
         self.numbers: list[int] = []
         self.faults: list[Fault] = []
+        self.short: list[int] = []
         self._names = dict.fromkeys(names)
 
     def add(self, number: int, read: Callable[[], Row]) -> None:
         try:
             row = read()
         except _Unreadable as error:
-            self.faults.append(Fault(number, error.reason, error.detail, self._unit))
+            self.faults.append(Fault(number, error.reason, error.detail))
             return
         self._names.update(dict.fromkeys(row))
         self.rows.append(row)
@@ -185,7 +222,7 @@ class _Lines:
             more = f"; {len(self.faults)} of {total} rows cannot be read" if len(self.faults) > 1 else ""
             separator = "," if self.faults[0].reason.startswith("not UTF-8") else ":"
             raise UserError(f"{self._path}{separator} {self.faults[0]}{more}; mend {'them' if more else 'it'}")
-        return Rows(self.rows, list(self._names), self.numbers, self.faults)
+        return Rows(self.rows, list(self._names), self.numbers, self.faults, self.short)
 
 
 def _numbered(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -199,36 +236,45 @@ def _numbered(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
+class _Reading:
+    """A decoder that reads one value, and notes what no row may hold instead of failing in the middle of it."""
+
+    def __init__(self) -> None:
+        self.fault: _Unreadable | None = None
+        self.decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._integer)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> Row:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            self.fault = _Unreadable("a JSON object with a key twice", repr(twice))
+        return row
+
+    def _integer(self, digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            self.fault = _Unreadable(f"a number of more than {MAX_DIGITS} digits")
+            return 0
+        return int(digits)
+
+
 def _json_line(line: bytes) -> Row:
+    reading = _Reading()
     try:
-        return _json_object(line.decode())
+        text = line.decode()
+        return _checked(reading.decoder.decode(text), text, reading)
     except UnicodeDecodeError as error:
         raise _Unreadable(f"not UTF-8 text ({error.reason}); save it as UTF-8") from error
-
-
-def _json_object(text: str) -> Row:
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise _Unreadable("broken JSON", f"{error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise _Unreadable(f"JSON nested over {MAX_DEPTH} deep") from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise _Unreadable("a number that cannot be read", str(error)) from error
-    return _checked(value, text)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _Unreadable("a JSON object with a key twice", repr(twice))
-    return row
-
-
-def _checked(value: Any, text: str) -> Row:
+def _checked(value: Any, text: str, reading: _Reading) -> Row:
     """``value`` where it is an object of bounded depth, all of whose text can be encoded."""
+    if reading.fault is not None:
+        raise reading.fault
     if not isinstance(value, dict):
         got = JSON_NAMES.get(type(value), type(value).__name__)
         raise _Unreadable(f"expected a JSON object (columns and values), got {got}")
@@ -256,58 +302,42 @@ def _deeper(value: Any, depth: int) -> bool:
     return any(isinstance(item, dict | list) for item in level)
 
 
-def _array(path: Path, strict: bool) -> Rows:
-    """A JSON array of objects. Its rows are known by their number, not by a line."""
+def _documents(path: Path, strict: bool) -> Rows:
+    """The items of a JSON array, or JSON objects one after another, each known by the line where it begins."""
     with open_file(path) as file:
-        try:
-            text = file.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = error.object.count(b"\n", 0, error.start) + 1
-            raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+        content = file.read()
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and "\n" in text.strip():  # lines that are arrays
-            first = text.lstrip().split("\n", 1)[0]
-            raise UserError(f"{path}: line 1: expected a JSON object, got a list: {first[:60]}") from error
-        detail = f"broken JSON ({error.msg} at column {error.colno}); mend that line"
-        raise UserError(f"{path}: line {error.lineno}: {detail}") from error
-    except (RecursionError, ValueError) as error:
-        reason = "JSON nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{path}: cannot be read as JSON: {reason}") from error
-    if not values:
-        raise UserError(f"{path}: no rows in it; expected at least one row")
-    lines = _Lines(path, strict, unit="row")
-    for number, value in enumerate(values, start=1):
-        lines.add(number, partial(_checked, value, json.dumps(value)))
-    rows = lines.finished()
-    rows.lines = []
-    return rows
-
-
-def _one_object(path: Path) -> Row | None:
-    """A file that is one JSON object over several lines; None where it is not."""
-    with open_file(path) as file:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    place = _skip(text, 0)
+    array = text[place : place + 1] == "["
+    place = _skip(text, place + array)
+    lines, line, counted = _Lines(path, strict), 1, 0
+    while place < len(text) and not (array and text[place] == "]"):
+        line, counted = line + text.count("\n", counted, place), place
+        reading = _Reading()
         try:
-            return _json_object(file.read().decode("utf-8-sig"))
-        except (_Unreadable, UnicodeDecodeError):
-            return None
+            value, end = reading.decoder.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            fault = f"broken JSON ({error.msg} at column {error.colno}); mend that line"
+            raise UserError(f"{path}: line {error.lineno}: {fault}") from error
+        except RecursionError as error:
+            raise UserError(f"{path}: line {line}: JSON nested over {MAX_DEPTH} deep") from error
+        lines.add(line, partial(_checked, value, text[place:end], reading))
+        place = _skip(text, end)
+        if array and text[place : place + 1] not in (",", "]"):
+            line = text.count("\n", 0, place) + 1
+            expected = "a comma or the end of the array"
+            raise UserError(f"{path}: line {line}: broken JSON (expected {expected} after an item); mend that line")
+        if array and text[place] == ",":
+            place = _skip(text, place + 1)
+    if array and not lines.rows and not lines.faults:
+        raise UserError(f"{path}: no rows in it; expected at least one")
+    return lines.finished()
 
 
-def _csv_row(names: list[str], fields: list[str]) -> Row:
-    if len(fields) != len(names):
-        count = f"{len(fields)} field{'s' if len(fields) > 1 else ''} where the header has {len(names)}"
-        advice = "put text that holds a comma or a line break in double quotes"
-        raise _Unreadable(f"another number of fields than the header; {advice}", count)
-    return dict(zip(names, fields, strict=True))
-
-
-def _check_closed(path: Path, start: int, record: list[str]) -> None:
-    """A quote that is never closed takes the rest of the file into one field of the last record."""
-    try:
-        list(csv.reader([line.rstrip("\r\n") if line is record[-1] else line for line in record], strict=True))
-    except csv.Error as error:
-        if "unexpected end of data" in str(error):
-            raise UserError(
-                f"{path}, line {start + 1}: a double quote is opened there and never closed; close it"
-            ) from error
+def _skip(text: str, place: int) -> int:
+    found = WHITE_SPACE.match(text, place)
+    return found.end() if found else place

@@ -6,29 +6,40 @@ for.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# Noncharacters: Unicode keeps them out of text for uses such as this one.
+# Noncharacters: Unicode keeps them out of text for uses such as this one. In the data they are hidden too.
 STAND_IN = re.compile("\ufdd0([0-9]+)\ufdd1")
 MARK = "\ufdd2"  # put at the end of a turn's content, to find it in what a template makes of it
+OWN = ("\ufdd0", "\ufdd1", MARK)
 
 
 class TextEncoder:
-    """Text to token ids with one tokenizer. ``names``: its special tokens, which the data's text must not become; none
-    where ``special_tokens_in_data`` says that the data means them."""
+    """Text to token ids with one tokenizer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, special_tokens_in_data: bool = False) -> None:
+    ``names``: its special tokens and ``marks``, which the data's text must not become; none where
+    ``special_tokens_in_data`` says that the data means them.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, special_tokens_in_data: bool = False, marks: Iterable[str] = ()
+    ) -> None:
         self._tokenizer = tokenizer
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self.names = [] if special_tokens_in_data else sorted(special - {""}, key=lambda name: (-len(name), name))
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {""}
+        control = set() if special_tokens_in_data else special | set(marks)
+        self.names = sorted(control, key=lambda name: (-len(name), name))
+        self._hidden = [*self.names, *OWN]
         self._name = re.compile("|".join(map(re.escape, self.names)) or r"(?!)")
-        self._places = {name: place for place, name in enumerate(self.names)}
-        whole, inside = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._any = re.compile("|".join(map(re.escape, self._hidden)))
+        self._places = {name: place for place, name in enumerate(self._hidden)}
+        whole, inside = tokenizer("a")["input_ids"], self._ids("a")
         starts = range(len(whole) - len(inside) + 1)
         start = next((place for place in starts if whole[place : place + len(inside)] == inside), 0)
         self._before, self._after = list(whole[:start]), len(whole) - start - len(inside)
+        self._begins_with_space = str(tokenizer.convert_ids_to_tokens(inside)[0]).startswith("\u2581")
 
     def first(self, value: Any) -> str | None:
         """The first special token that a text, or a text inside lists and mappings, spells."""
@@ -41,7 +52,7 @@ class TextEncoder:
     def hide(self, value: Any) -> Any:
         """The same text, lists and mappings with stand-ins in place of special tokens."""
         if isinstance(value, str):
-            return self._name.sub(lambda found: f"\ufdd0{self._places[found.group()]}\ufdd1", value)
+            return self._any.sub(lambda found: f"\ufdd0{self._places[found.group()]}\ufdd1", value)
         if isinstance(value, dict):
             return {key: self.hide(item) for key, item in value.items()}
         return [self.hide(item) for item in value] if isinstance(value, list) else value
@@ -49,14 +60,13 @@ class TextEncoder:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, which may hold stand-ins, without BOS and EOS of the tokenizer's own."""
         if "\ufdd0" not in text:
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            return self._ids(text)
         ids: list[int] = []
         for place, piece in enumerate(STAND_IN.split(text)):
             if place % 2:
-                name = self.names[int(piece)]
-                ids += self._tokenizer(name, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                ids += self._plain(self._hidden[int(piece)], inside=bool(ids))
             elif piece:
-                ids += self._tokenizer(piece, add_special_tokens=False)["input_ids"]
+                ids += self._piece(piece, inside=bool(ids))
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -65,3 +75,22 @@ class TextEncoder:
             return self._before + self.encode(text)
         ids = list(self._tokenizer(text)["input_ids"])
         return ids[: len(ids) - self._after]
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+
+    def _plain(self, name: str, *, inside: bool) -> list[int]:
+        """The ordinary tokens of a special token's name."""
+        ids = self._piece(name, inside=inside, split_special_tokens=True)
+        if self._tokenizer.convert_tokens_to_ids(name) not in ids:
+            return ids
+        return self._piece(name[0], inside=inside) + self._piece(name[1:], inside=True)  # an added token all the same
+
+    def _piece(self, text: str, *, inside: bool, **options: Any) -> list[int]:
+        """The tokens of a part of a text. SentencePiece begins a text with a space, which a part inside has not."""
+        if inside and self._begins_with_space:
+            for anchor in ("\n", ".", "a"):
+                before, whole = self._ids(anchor, **options), self._ids(anchor + text, **options)
+                if whole[: len(before)] == before:
+                    return whole[len(before) :]
+        return self._ids(text, **options)

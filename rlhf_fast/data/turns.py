@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from rlhf_fast.errors import nearest
+from rlhf_fast.text import shown
 
 Turn = dict[str, Any]
 Text = str | list[Turn]
@@ -40,7 +41,7 @@ def read_text(value: Any, column: str) -> Text:
     if value is None:
         return ""
     if not isinstance(value, str | list | dict):
-        raise Wrong(f"{column}: expected a string or a list of chat turns, got {_kind(value)}", f" {value!r:.60}")
+        raise Wrong(f"{column}: expected a string or a list of chat turns, got {_kind(value)}", f" {shown(value)}")
     return value if isinstance(value, str) else read_turns(value, column)
 
 
@@ -51,22 +52,28 @@ def read_turns(value: Any, column: str) -> list[Turn]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise Wrong(f"{column}: expected a list of chat turns, got {_kind(value)}", f" {value!r:.60}")
+        raise Wrong(f"{column}: expected a list of chat turns, got {_kind(value)}", f" {shown(value)}")
     return [_turn(item, column) for item in value]
 
 
 def _turn(item: Any, column: str) -> Turn:
     if isinstance(item, dict) and {"from", "value"} <= item.keys() and item.get("role") is None:
         item = {**item, "role": item["from"], "content": item["value"]}
-    if not isinstance(item, dict) or not ("role" in item and ("content" in item or item.get("tool_calls"))):
-        raise Wrong(f"{column}: a turn must have 'role' and 'content' (or 'from' and 'value')", f", got {item!r:.80}")
+    if not isinstance(item, dict) or not (
+        "role" in item and ("content" in item or item.get("tool_calls") or item.get("function_call"))
+    ):
+        raise Wrong(f"{column}: a turn must have 'role' and 'content' (or 'from' and 'value')", f", got {shown(item)}")
     name = item["role"]
     role = ROLE_NAMES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         hint = nearest(str(name), list(ROLES))
-        raise Wrong(f"{column}: unknown role", f" {name!r:.40}{hint}; expected one of {', '.join(ROLES)}")
-    turn = {"role": role, "content": _content(item.get("content"), role, column)}
+        raise Wrong(f"{column}: unknown role", f" {shown(name)}{hint}; expected one of {', '.join(ROLES)}")
+    turn: Turn = {"role": role, "content": _content(item.get("content"), role, column)}
     turn |= {key: item[key] for key in FURTHER_KEYS if item.get(key) not in (None, "", [])}
+    if role == "assistant" and item.get("weight") == 0:  # OpenAI's mark of a turn that is not trained
+        turn["weight"] = 0
+    if item.get("function_call"):  # OpenAI's older form of a call
+        turn.setdefault("tool_calls", [{"type": "function", "function": item["function_call"]}])
     if "tool_calls" in turn:
         turn["tool_calls"] = without_none([_read_arguments(call) for call in _listed(turn["tool_calls"])])
     return turn
@@ -81,7 +88,7 @@ def _content(value: Any, role: str, column: str) -> str:
         return value
     if role == "tool":  # what a function returned, as JSON
         return json.dumps(without_none(value), ensure_ascii=False, default=str)
-    raise Wrong(f"{column}: the {role}'s content must be a string, got {_kind(value)}", f" {value!r:.60}")
+    raise Wrong(f"{column}: the {role}'s content must be a string, got {_kind(value)}", f" {shown(value)}")
 
 
 def _part(part: str | dict[str, Any], role: str, column: str) -> str:
@@ -90,7 +97,7 @@ def _part(part: str | dict[str, Any], role: str, column: str) -> str:
     kind = part.get("type") or ("text" if "text" in part else "unknown")
     text = part.get("text")
     if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-        raise Wrong(f"{column}: the {role}'s content must be text", f", got a part of type {kind!r:.40}")
+        raise Wrong(f"{column}: the {role}'s content must be text", f", got a part of type {shown(kind)}")
     return text
 
 
@@ -136,7 +143,7 @@ def parse_transcript(text: str) -> list[Turn]:
     if before.strip() or not parts:
         raise Wrong(
             "expected a prompt column, a list of chat turns, or a transcript that begins with '\\n\\nHuman:'",
-            f", got {text!r:.60}",
+            f", got {shown(text)}",
         )
     turns: list[Turn] = []
     for speaker, said in zip(parts[::2], parts[1::2], strict=True):

@@ -27,12 +27,12 @@ def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
         raise UserError(f"--output_dir {output_dir} is a file; name a folder")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"--output_dir {output_dir} is not empty; name a new folder")
-    source = pretrained.resolve(lora.base_model_name_or_path or "")
-    try:
-        tokenizer = pretrained.load_tokenizer(adapter)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer in {adapter}; copy the one it was trained with there") from error
-    model = _load_base(source, lora, Path(adapter), tokenizer.pad_token_id, dtype)
+    with pretrained.located(lora.base_model_name_or_path or "") as source:
+        try:
+            tokenizer = pretrained.load_tokenizer(adapter)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no tokenizer in {adapter}; copy the one it was trained with there") from error
+        model = _load_base(source, lora, Path(adapter), tokenizer.pad_token_id, dtype)
     with layers.quiet_peft():
         peft = PeftModel.from_pretrained(model, adapter)
         lost = sorted(state.keys() - get_peft_model_state_dict(peft).keys())

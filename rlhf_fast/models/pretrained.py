@@ -1,11 +1,11 @@
 """Finding and loading the frozen base: a folder, a built-in name, or a hub name that never hangs offline."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -23,10 +23,10 @@ from transformers import (
 
 from rlhf_fast.config import StageConfig
 from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.hub import reached
 from rlhf_fast.models import tokens
 from rlhf_fast.models.builtin import BUILT_IN
 
-HUB_SECONDS = 5.0
 LOADING_NOTES = "rlhf_fast_notes"  # an attribute of a model: what ``SharedBase.notes`` says of its weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,10 +37,10 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
     Raises UserError for an unknown folder or name, missing safetensors, a model that is no causal language model,
     or code that would have to be trusted.
     """
-    name, source = config.model_name_or_path, resolve(config.model_name_or_path)
+    name = config.model_name_or_path
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     extra: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    with _loading(name, source):
+    with located(name) as source, _loading(name, source):
         model_config = AutoConfig.from_pretrained(source, **common)
         check_config(name, model_config)
         tokenizer = load_tokenizer(source, **common)
@@ -148,48 +148,41 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve(name: str) -> str:
-    """A folder for a built-in name, the folder itself, or a hub name known to be reachable or cached.
+@contextlib.contextmanager
+def located(name: str) -> Iterator[str]:
+    """What to load ``name`` from, inside the block: a folder for a built-in name, the folder itself, or a hub name, in
+    offline mode where the hub can't be reached and the cache has it.
 
     Raises UserError: no such folder (with the nearest beside it), or a hub name that neither the cache nor the hub has.
     """
-    if name in BUILT_IN:
-        return str(BUILT_IN[name]())
     path = Path(name)
-    if path.is_dir():
+    if name in BUILT_IN:
+        yield str(BUILT_IN[name]())
+    elif path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{name} is a folder without config.json: expected a model as save_pretrained writes it")
-        return name
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.parent.is_dir() and "/" in name:
+        yield name
+    elif (
+        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "/" in name and path.parent.is_dir()
+    ):
         folders = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         raise UserError(f"no model folder {name}{nearest(path.name, folders)}")
-    return _hub_name(name)
+    else:
+        near = nearest(name, list(BUILT_IN))
+        places = f"neither a folder here, built in ({', '.join(BUILT_IN)}), nor a public model of the hub"
+        ask, unknown = huggingface_hub.HfApi().model_info, f"no model {name!r}: {places}{near}"
+        with reached(name, ask, kind="model", unknown=unknown) as unreachable:
+            if unreachable is not None and not _is_cached(name):
+                reason = str(unreachable).splitlines()[0] if str(unreachable) else type(unreachable).__name__
+                raise UserError(
+                    f"no model {name!r}: not a folder here, not in the hub's cache, and the hub can't be reached "
+                    f"({reason}){near}"
+                ) from unreachable
+            yield name
 
 
-def _hub_name(name: str) -> str:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-        HfApi().model_info(name, timeout=HUB_SECONDS)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"no model {name!r}: neither a folder here, built in ({', '.join(BUILT_IN)}), nor a public model of the hub"
-            f"{nearest(name, list(BUILT_IN))}"
-        ) from error
-    except Exception as error:  # every way in which a network can fail
-        if not cached:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"no model {name!r}: not a folder here, not in the hub's cache, and the hub can't be reached ({reason})"
-                f"{nearest(name, list(BUILT_IN))}"
-            ) from error
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        import huggingface_hub.constants
-
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # read at import time, so the variable alone comes too late
-    return name
+def _is_cached(name: str) -> bool:
+    return isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
 
 
 def _advice(source: str, error: Exception) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.monitor.files import cannot_write, encode, to_json, write_atomic
+from rlhf_fast.files import cannot_write, encode, to_json, write_atomic
 from rlhf_fast.text import one_line, shown
 
 
@@ -115,4 +115,4 @@ def _append(path: Path, lines: Sequence[str]) -> None:
 
 def _drop_after(path: Path, last_step: int) -> None:
     kept = [f"{to_json(row)}\n" for row in read_steps(path) if row["step"] <= last_step]
-    write_atomic(path, encode("".join(kept)))
+    write_atomic(path, "".join(kept))

@@ -1,16 +1,17 @@
-"""Which charts each stage has, and what good looks like in each. A chart without data is left out."""
+"""The charts of each stage: those that ``rlhf_fast.metrics`` declares, and two of the reward model's summary. A chart
+without data is left out."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from rlhf_fast.metrics import FIXED_OF_PPO, Chart, Metric, charts
 from rlhf_fast.monitor.axes import Point, format_number, number
 from rlhf_fast.monitor.charts import Series, bar_chart, line_chart, reliability_chart, stacked_bars
 
 MAX_POINTS = 400  # a line wider than its pixels says no more
 MAX_BARS = 40
-TALL, SMALL = 172, 112  # two charts in one card, hardly taller than one
 
 Row = Mapping[str, Any]
 
@@ -31,158 +32,52 @@ def stage_panels(stage: str, rows: Sequence[Row], summary: Row) -> list[Panel]:
         rows: the lines of metrics.jsonl, each with a ``step``.
         summary: summary.json, or an empty mapping while the stage runs.
     """
-    makers: dict[str, Callable[[Sequence[Row], Row], list[Panel | None]]] = {
-        "sft": _sft,
-        "reward": _reward,
-        "ppo": _ppo,
-    }
-    return [panel for panel in makers[stage](rows, summary) if panel is not None]
+    panels: dict[Chart, Panel] = {}
+    for family, members in charts(stage).items():
+        for chart, metrics in _members(family, members, rows):
+            panel = _bars(chart, metrics, rows) if chart.bars else _lines(chart, metrics, rows, summary)
+            if panel is None:
+                continue
+            if chart.below is None:
+                panels[chart] = panel
+            elif chart.below in panels:
+                above = panels[chart.below]
+                explanation = f"{above.explanation} {panel.explanation}"
+                panels[chart.below] = Panel(above.title, explanation, [*above.charts, *panel.charts])
+    last = [_reliability(summary), _margins(summary)]
+    return [*panels.values(), *(panel for panel in last if panel is not None)]
 
 
-def _sft(rows: Sequence[Row], summary: Row) -> list[Panel | None]:
-    return [
-        _lines(
-            rows,
-            "Loss",
-            "Both lines fall and flatten together; a validation loss that turns upwards is overfitting.",
-            {"training": "loss", "validation": "eval_loss"},
-            "loss (nats per token)",
-        )
-    ]
+def _members(chart: Chart, metrics: Sequence[Metric], rows: Sequence[Row]) -> Iterator[tuple[Chart, Sequence[Metric]]]:
+    """The chart itself; for families, a chart for each function that the first of them was logged for."""
+    first = metrics[0]
+    if not first.is_family:
+        yield chart, metrics
+        return
+    logged = {key for row in rows for key in row} - FIXED_OF_PPO
+    for name in sorted({name for key in logged if (name := first.named_by(key)) is not None}):
+        yield replace(chart, title=chart.title.format(name=name)), [metric.of(name) for metric in metrics]
 
 
-def _reward(rows: Sequence[Row], summary: Row) -> list[Panel | None]:
-    ceiling = _constant("label_noise_ceiling", rows, summary)
-    accuracy = _lines(
-        rows,
-        "Accuracy on held-out pairs",
-        "Rises from 0.5 (a coin) towards 0.7 to 0.8 on human preferences; far above suggests a leak or a shortcut."
-        if ceiling is None
-        else "Rises from 0.5 (a coin) towards the noise ceiling, the best that labels this noisy allow; "
-        "above it suggests a leak.",
-        {"accuracy": "eval_accuracy"},
-        "pairs ranked right (share)",
-        reference=None if ceiling is None else (ceiling, f"noise ceiling {format_number(ceiling)}"),
-        band=_band(rows, "eval_accuracy_low", "eval_accuracy_high"),
-    )
-    loss = _lines(
-        rows,
-        "Pairwise loss",
-        "Falls from 0.69 (a coin) and flattens; a validation loss that turns upwards is overfitting.",
-        {"training": "loss", "validation": "eval_loss"},
-        "loss (nats per pair)",
-    )
-    return [accuracy, loss, _reliability(summary), _margins(summary)]
-
-
-def _ppo(rows: Sequence[Row], summary: Row) -> list[Panel | None]:
-    target = _constant("objective/kl_target", rows, summary)
-    gold = sorted({name for row in rows for name in row if name.startswith("eval/")} - {"eval/scores"})
-    panels = [
-        _lines(
-            rows,
-            "Score",
-            "Rises, then levels off; it is only a stand-in for what is wanted, so read it beside the gold scores.",
-            {"score": "objective/scores"},
-            "mean score",
-        ),
-        _lines(
-            rows,
-            "Score on held-out prompts",
-            "Rises with the score on the training prompts; one that stays behind is overfitting to those prompts.",
-            {"score": "eval/scores"},
-            "mean score",
-        ),
-        *(
-            _lines(
-                rows,
-                f"Gold score: {name.removeprefix('eval/')}",
-                "Rises with the score that is trained on; one that falls while that score climbs is reward hacking.",
-                {"held-out prompts": name, "training prompts": name.replace("eval/", "objective/", 1)},
-                "mean score",
-            )
-            for name in gold
-        ),
-        _kl(rows, target),
-    ]
-    singles = [
-        (
-            "Entropy",
-            "Falls slowly; a drop to near zero is a policy that has collapsed.",
-            "objective/entropy",
-            "nats per response",
-        ),
-        (
-            "Response length",
-            "Stays near where it began; a steady climb means that length is being rewarded.",
-            "response/length_mean",
-            "tokens per response",
-        ),
-        (
-            "Diversity (distinct-2)",
-            "Stays level; a fall means that responses repeat themselves or one another.",
-            "response/distinct_2",
-            "distinct token pairs (share)",
-        ),
-        (
-            "Critic: explained variance",
-            "Climbs above 0 after warm-up, towards 1; at 0 or below the critic helps no more than a constant.",
-            "critic/explained_variance",
-            "share of variance",
-        ),
-        (
-            "Clipped policy updates",
-            "Stays small, about 0.05 to 0.2; much more means that updates are too large for the clip range.",
-            "policy/clipfrac_avg",
-            "clipped tokens (share)",
-        ),
-    ]
-    panels += [_lines(rows, title, good, {title.lower(): key}, unit) for title, good, key, unit in singles]
-    return [*panels, _seconds(rows)]
-
-
-def _kl(rows: Sequence[Row], target: float | None) -> Panel | None:
-    kl = _lines(
-        rows,
-        "KL from the reference",
-        "Grows, then stays near its target; a sudden multiple of it means that the policy is running away."
-        if target is not None
-        else "Grows slowly and levels off; a sudden jump means that the policy is running away.",
-        {"KL": "objective/kl"},
-        "KL (nats per response)",
-        TALL,
-        reference=None if target is None else (target, f"target {format_number(target)}"),
-    )
-    coefficient = _lines(
-        rows, "KL coefficient", "The controller's answer.", {"coefficient": "objective/kl_coef"}, "coefficient", SMALL
-    )
-    if kl is None or coefficient is None:
-        return kl
-    return Panel(kl.title, f"{kl.explanation} Below: the penalty's coefficient.", [*kl.charts, *coefficient.charts])
-
-
-def _lines(
-    rows: Sequence[Row],
-    title: str,
-    good: str,
-    keys: Mapping[str, str],
-    y_label: str,
-    height: int | None = None,
-    *,
-    reference: tuple[float, str] | None = None,
-    band: Sequence[tuple[float, float | None, float | None]] = (),
-) -> Panel | None:
-    """A line for each of ``keys`` (legend -> metric) that has a value somewhere."""
-    found = {name: _points(rows, key) for name, key in keys.items()}
-    found = {name: points for name, points in found.items() if any(number(y) is not None for _, y in points)}
+def _lines(chart: Chart, metrics: Sequence[Metric], rows: Sequence[Row], summary: Row) -> Panel | None:
+    """A line for each metric that has a value somewhere, the level line and the interval where they are known."""
+    drawn = {kind: [metric for metric in metrics if metric.drawn == kind] for kind in ("line", "low", "high", "level")}
+    found = {metric.label: _points(rows, metric.name) for metric in drawn["line"]}
+    found = {label: points for label, points in found.items() if any(number(y) is not None for _, y in points)}
     if not found:
         return None
+    levels = [(value, level) for level in drawn["level"] if (value := _constant(level.name, rows, summary)) is not None]
     each = max(math.ceil(len(points) / MAX_POINTS) for points in found.values())
-    series = [Series(name, _thinned(points)) for name, points in found.items()]
-    x_label = "step" if each == 1 else f"step (each point the mean of {each} or fewer)"
-    size = {} if height is None else {"height": height}
-    chart = line_chart(series, title=title, x_label=x_label, y_label=y_label, reference=reference, band=band, **size)
-    return Panel(title, good, [chart])
+    svg = line_chart(
+        [Series(label, _thinned(points)) for label, points in found.items()],
+        title=chart.title,
+        x_label="step" if each == 1 else f"step (each point the mean of {each} or fewer)",
+        y_label=chart.y_label,
+        reference=next(((value, f"{level.label} {format_number(value)}") for value, level in levels), None),
+        band=[point for low, high in zip(drawn["low"], drawn["high"], strict=True) for point in _band(rows, low, high)],
+        height=chart.height,
+    )
+    return Panel(chart.card or chart.title, chart.reading_with_level if levels else chart.reading, [svg])
 
 
 def _reliability(summary: Row) -> Panel | None:
@@ -222,24 +117,22 @@ def _margins(summary: Row) -> Panel | None:
     return Panel(title, good, [chart])
 
 
-def _seconds(rows: Sequence[Row]) -> Panel | None:
-    keys = {"rollout": "perf/seconds_rollout", "score": "perf/seconds_score", "update": "perf/seconds_update"}
-    keys = {name: key for name, key in keys.items() if any(number(row.get(key)) is not None for row in rows)}
-    whole = [row for row in rows if keys and all(number(row.get(key)) is not None for key in keys.values())]
+def _bars(chart: Chart, metrics: Sequence[Metric], rows: Sequence[Row]) -> Panel | None:
+    """A stacked bar for each step, or for some steps in a row, that has a value of every metric that has any."""
+    parts = [metric for metric in metrics if any(number(row.get(metric.name)) is not None for row in rows)]
+    whole = [row for row in rows if parts and all(number(row.get(part.name)) is not None for part in parts)]
     if not whole:
         return None
     each = math.ceil(len(whole) / MAX_BARS)
     groups = [whole[start : start + each] for start in range(0, len(whole), each)]
-    layers = [(name, [sum(row[key] for row in group) / len(group) for group in groups]) for name, key in keys.items()]
-    chart = stacked_bars(
+    svg = stacked_bars(
         [group[-1]["step"] for group in groups],
-        layers,
-        title="Seconds per step",
+        [(part.label, [sum(row[part.name] for row in group) / len(group) for group in groups]) for part in parts],
+        title=chart.title,
         x_label="step" if each == 1 else f"step (each bar the mean of {each} or fewer)",
-        y_label="seconds per step",
+        y_label=chart.y_label,
     )
-    good = "Level from step to step; the tallest part is the one worth making faster."
-    return Panel("Where the time goes", good, [chart])
+    return Panel(chart.card or chart.title, chart.reading, [svg])
 
 
 def _points(rows: Sequence[Row], key: str) -> list[Point]:
@@ -258,8 +151,9 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
     return thinned
 
 
-def _band(rows: Sequence[Row], low: str, high: str) -> list[tuple[float, float | None, float | None]]:
-    return [(row["step"], number(row[low]), number(row[high])) for row in rows if low in row and high in row]
+def _band(rows: Sequence[Row], low: Metric, high: Metric) -> list[tuple[float, float | None, float | None]]:
+    whole = [row for row in rows if low.name in row and high.name in row]
+    return [(row["step"], number(row[low.name]), number(row[high.name])) for row in whole]
 
 
 def _constant(name: str, rows: Sequence[Row], summary: Row) -> float | None:

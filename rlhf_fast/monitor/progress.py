@@ -9,7 +9,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from rlhf_fast.monitor.files import Terminal
+from rlhf_fast.monitor.terminal import Terminal
 from rlhf_fast.text import one_line, printable, unread_allowed
 
 SECONDS_BETWEEN_LINES = 10.0

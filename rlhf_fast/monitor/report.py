@@ -3,21 +3,39 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
 from rlhf_fast.errors import UserError
+from rlhf_fast.files import write_atomic
+from rlhf_fast.metrics import stage_of
 from rlhf_fast.monitor.axes import format_number, number
-from rlhf_fast.monitor.files import encode, write_atomic
 from rlhf_fast.monitor.log import read_steps
-from rlhf_fast.monitor.panels import Panel, stage_panels
-from rlhf_fast.monitor.style import CSS
+from rlhf_fast.monitor.panels import stage_panels
 from rlhf_fast.monitor.summary import read_summary
 from rlhf_fast.text import printable
 
 STAGES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 MAX_SAMPLES = 12
+
+
+def _shown(value: Any) -> Any:
+    """What the page shows of a text: characters that hide or turn text as escapes."""
+    return value if isinstance(value, Markup) else printable(str(value))
+
+
+# Everything that a template puts into a page goes through ``_shown`` and is then escaped for HTML.
+PAGES = Environment(
+    loader=PackageLoader("rlhf_fast.monitor", "page"),
+    autoescape=True,
+    finalize=_shown,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 
 Row = Mapping[str, Any]
 
@@ -53,7 +71,7 @@ def write_report(run_folder: Path) -> Path:
     config = resolved if resolved.exists() else folder / "config.yaml"
     settings = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
     path = folder / "report.html"
-    write_atomic(path, encode(_page(folder.resolve().name, stages, settings)))
+    write_atomic(path, _page(folder.resolve().name, stages, settings))
     return path
 
 
@@ -67,109 +85,68 @@ def _read_stage(folder: Path, name: str | None) -> Stage:
     metrics = read_steps(folder / "metrics.jsonl")
     samples = folder / "samples.jsonl"
     summary = read_summary(folder) or {}
-    name = name or summary.get("stage") or _stage_of(metrics)
+    # a stage on its own has no summary.json until it ends; its metrics tell which it is
+    name = name or summary.get("stage") or stage_of({key for row in metrics for key in row})
     if name not in STAGES:
         raise UserError(f"{folder / 'summary.json'}: expected stage to be one of {', '.join(STAGES)}, came {name!r}")
     return Stage(name, metrics, read_steps(samples) if samples.exists() else [], summary)
 
 
-def _stage_of(metrics: Sequence[Row]) -> str:
-    """A stage on its own has no summary.json until it ends; its metrics tell which it is."""
-    names = {name for row in metrics for name in row}
-    if any(name.startswith("objective/") for name in names):
-        return "ppo"
-    return "reward" if "eval_accuracy" in names else "sft"
-
-
 def _page(title: str, stages: Sequence[Stage], settings: str | None) -> str:
-    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    links = "".join(f'<a href="#{stage.name}">{STAGES[stage.name]}</a>' for stage in stages)
-    config = (
-        f'<details class="card"><summary>Configuration</summary><pre>{_text(settings)}</pre></details>'
-        if settings is not None
-        else ""
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        # the page asks for nothing from outside; this makes the browser hold it to that
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}: run report</title><style>{CSS}</style></head><body><main>"
-        f"<header><h1>{_text(title)}</h1><p>Run report, written {written}</p><nav>{links}</nav></header>"
-        f"{''.join(map(_stage_html, stages))}{config}</main></body></html>\n"
+    return PAGES.get_template("report.html.jinja").render(
+        title=title,
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        stages=[_section(stage) for stage in stages],
+        settings=settings,
     )
 
 
-def _stage_html(stage: Stage) -> str:
-    last = f" <small>up to step {max(row['step'] for row in stage.metrics):,}</small>" if stage.metrics else ""
-    panels = "".join(map(_panel, stage_panels(stage.name, stage.metrics, stage.summary)))
-    grid = f'<div class="grid">{panels}</div>' if panels else ""
-    return (
-        f'<section id="{stage.name}"><h2>{STAGES[stage.name]}{last}</h2>'
-        f"{_headline(stage.summary.get('figures') or {})}"
-        f"{grid}{_samples(stage)}</section>"
-    )
+def _section(stage: Stage) -> dict[str, Any]:
+    return {
+        "id": stage.name,
+        "title": STAGES[stage.name],
+        "last_step": f"{max(row['step'] for row in stage.metrics):,}" if stage.metrics else "",
+        "headline": _headline(stage.summary.get("figures") or {}),
+        "panels": stage_panels(stage.name, stage.metrics, stage.summary),
+        "samples": _samples(stage),
+    }
 
 
-def _panel(panel: Panel) -> str:
-    return (
-        f'<figure class="card"><h3>{escape(panel.title)}</h3><p>{escape(panel.explanation)}</p>'
-        f"{''.join(panel.charts)}</figure>"
-    )
-
-
-def _headline(figures: Row) -> str:
+def _headline(figures: Row) -> dict[str, Any]:
     """The stage's figures; the interval and note columns are there when some figure has one."""
-    entries = {name: value if isinstance(value, Mapping) else {"value": value} for name, value in figures.items()}
-    if not entries:
-        return ""
-    intervals = any(entry.get("low") is not None and entry.get("high") is not None for entry in entries.values())
-    notes = any(entry.get("note") for entry in entries.values())
-    head = '<th scope="col">Figure</th><th scope="col" class="number">Value</th>'
-    head += '<th scope="col" class="number">95% interval</th>' if intervals else ""
-    head += '<th scope="col">Note</th>' if notes else ""
-    body = []
-    for name, entry in entries.items():
+    rows = []
+    for name, figure in figures.items():
+        entry = figure if isinstance(figure, Mapping) else {"value": figure}
         value, low, high = entry.get("value"), entry.get("low"), entry.get("high")
-        kind = "words" if isinstance(value, str) else "number"
-        interval = "" if low is None or high is None else f"{_value(low)} to {_value(high)}"
-        cells = f'<th scope="row">{_text(name)}</th><td class="{kind}">{_value(value)}</td>'
-        cells += f'<td class="number">{interval}</td>' if intervals else ""
-        cells += f'<td class="note">{_text(entry.get("note") or "")}</td>' if notes else ""
-        body.append(f"<tr>{cells}</tr>")
-    return (
-        f'<div class="card headline"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-    )
+        rows.append(
+            {
+                "name": name,
+                "value": _value(value),
+                "kind": "words" if isinstance(value, str) else "number",
+                "interval": "" if low is None or high is None else f"{_value(low)} to {_value(high)}",
+                "note": entry.get("note") or "",
+            }
+        )
+    return {"rows": rows, "intervals": any(row["interval"] for row in rows), "notes": any(row["note"] for row in rows)}
 
 
-def _samples(stage: Stage) -> str:
+def _samples(stage: Stage) -> dict[str, Any]:
     """Held-out prompts with the response at the first evaluation and at the last, paired by index."""
     rows = [row for row in stage.samples if row.get("split") == "eval" and "response" in row and "index" in row]
-    if not rows:
-        return ""
-    steps = sorted({row["step"] for row in rows} & {min(row["step"] for row in rows), max(row["step"] for row in rows)})
-    responses = {step: {row["index"]: row for row in rows if row["step"] == step} for step in steps}
-    shared = sorted(set.intersection(*(set(by_index) for by_index in responses.values())))[:MAX_SAMPLES]
-    if not shared:
-        return ""
-    labels = {step: _sample_label(stage.name, step) for step in steps}
-    head = "".join(f'<th scope="col">{label}</th>' for label in ["Prompt", *labels.values()])
-    title = "Held-out prompts" if len(steps) == 1 else "The same held-out prompts, before and after"
-    body = []
-    for index in shared:
-        prompt = _text(responses[steps[0]][index].get("prompt", ""))
-        cells = f'<td data-label="Prompt"><div class="text">{prompt}</div></td>'
-        for step in steps:
-            row = responses[step][index]
-            cells += (
-                f'<td data-label="{labels[step]}"><div class="text">{_text(row["response"])}</div>'
-                f'<div class="scores">{_scores(row)}</div></td>'
-            )
-        body.append(f"<tr>{cells}</tr>")
-    return (
-        f'<div class="card samples"><h3>{title}</h3><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+    steps = sorted({min(row["step"] for row in rows), max(row["step"] for row in rows)}) if rows else []
+    at = [{row["index"]: row for row in rows if row["step"] == step} for step in steps]
+    shared = sorted(set(at[0]).intersection(*at[1:]))[:MAX_SAMPLES] if at else []
+    return {
+        "title": "Held-out prompts" if len(steps) == 1 else "The same held-out prompts, before and after",
+        "labels": [_sample_label(stage.name, step) for step in steps],
+        "rows": [
+            {
+                "prompt": at[0][index].get("prompt", ""),
+                "responses": [{"text": one[index]["response"], "scores": _scores(one[index])} for one in at],
+            }
+            for index in shared
+        ],
+    }
 
 
 def _sample_label(stage: str, step: int) -> str:
@@ -191,9 +168,4 @@ def _value(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int | float):
         return "–" if number(value) is None else format_number(value)
-    return _text(value)
-
-
-def _text(value: Any) -> str:
-    """Escaped for HTML; characters that hide or turn text are shown as escapes."""
-    return escape(printable(str(value)))
+    return str(value)

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.monitor.files import Terminal, encode, to_json, write_atomic
+from rlhf_fast.files import to_json, write_atomic
+from rlhf_fast.monitor.terminal import Terminal
 from rlhf_fast.text import one_line, printable, unread_allowed
 
 
@@ -43,7 +44,7 @@ def write_summary(folder: Path, stage: str, figures: Mapping[str, Any]) -> Path:
     headline = {name: value for name, value in figures.items() if name not in curves}
     path = Path(folder) / "summary.json"
     text = to_json({**curves, "stage": stage, "figures": headline}, indent=2, sort_keys=True)
-    write_atomic(path, encode(f"{text}\n"))
+    write_atomic(path, f"{text}\n")
     return path
 
 

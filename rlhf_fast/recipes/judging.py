@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from transformers import TrainerState
 
+from rlhf_fast.config import StageConfig
 from rlhf_fast.data import PromptRow
 from rlhf_fast.errors import UserError
+from rlhf_fast.metrics import ABSTAINED, FIXED_OF_PPO, FUNCTION, REWARD_MEAN, REWARD_STD, Metric
 from rlhf_fast.recipes.stage import Stage
 from rlhf_fast.rewards import Functions, Numbers, RunView
 from rlhf_fast.rewards.guard import print_error
@@ -30,7 +32,9 @@ def check_columns(rows: Sequence[PromptRow], *functions: Functions) -> None:
         group.check(columns)
 
 
-def judge(stage: Stage, functions: Functions, responses: Sequence[Response], epoch: float | None = None) -> Judged:
+def judge(
+    stage: Stage[StageConfig], functions: Functions, responses: Sequence[Response], epoch: float | None = None
+) -> Judged:
     """What each function says of ``responses``. Its prints stand above the progress bar."""
     state = TrainerState(global_step=stage.step, max_steps=stage.total, epoch=epoch)
     view = RunView(len(responses), state, stage.say if stage.main else print_error)
@@ -44,29 +48,23 @@ def judge(stage: Stage, functions: Functions, responses: Sequence[Response], epo
     return Judged(each, view)
 
 
-def metrics(
-    stage: Stage, rewarders: Judged, scorers: Judged, taken: Collection[str], *, model: bool
-) -> dict[str, float]:
+def metrics(stage: Stage[StageConfig], rewarders: Judged, scorers: Judged, *, model: bool) -> dict[Metric, float]:
     """Over the responses of all processes; what a function abstained from is left out of its figures.
 
-    ``rewards/NAME/mean`` and ``rewards/NAME/std`` of each reward function, ``objective/NAME`` of each eval function,
-    and the means of what ``log_metric`` was given. Without a reward ``model`` also ``rewards/abstained``, the share of
-    responses that no reward function judged: their reward is 0.
-
-    Raises UserError where ``log_metric`` was given a name of ``taken`` or of these.
+    Without a reward ``model`` the share of responses that no reward function judged is one of them: their reward is 0.
     """
     found = {}
     for name, numbers in rewarders.each.items():
         values = present(stage.gather(numbers))
-        found[f"rewards/{name}/mean"] = mean(values)
-        found[f"rewards/{name}/std"] = statistics.stdev(values) if len(values) > 1 else math.nan
-    found |= {f"objective/{name}": mean(present(stage.gather(numbers))) for name, numbers in scorers.each.items()}
+        found[REWARD_MEAN.of(name)] = mean(values)
+        found[REWARD_STD.of(name)] = statistics.stdev(values) if len(values) > 1 else math.nan
+    found |= {FUNCTION.of(name): mean(present(stage.gather(numbers))) for name, numbers in scorers.each.items()}
     if not model:
-        found["rewards/abstained"] = _abstained(stage, rewarders)
-    return found | _logged(stage, (rewarders, scorers), {"step", "episode", "lr", *taken, *found})
+        found[ABSTAINED] = _abstained(stage, rewarders)
+    return found
 
 
-def _abstained(stage: Stage, rewarders: Judged) -> float:
+def _abstained(stage: Stage[StageConfig], rewarders: Judged) -> float:
     own = [set(numbers) == {None} for numbers in zip(*rewarders.each.values(), strict=True)]
     abstained = stage.gather(own)
     if any(abstained) and not stage.values.get("abstained"):
@@ -78,7 +76,12 @@ def _abstained(stage: Stage, rewarders: Judged) -> float:
     return mean(abstained)
 
 
-def _logged(stage: Stage, judged: Sequence[Judged], taken: Collection[str]) -> dict[str, float]:
+def logged(stage: Stage[StageConfig], judged: Sequence[Judged], metrics: Collection[Metric]) -> dict[str, float]:
+    """The means of what functions gave to ``log_metric``, over the responses of all processes.
+
+    Raises UserError where a name is one of ``metrics`` or of those that every run has.
+    """
+    taken = FIXED_OF_PPO | {metric.name for metric in metrics}
     own = [(name, value) for one in judged for name, values in one.view.metrics.items() for value in values]
     found: dict[str, list[float]] = {}
     for name, value in stage.gather(own):

@@ -18,15 +18,15 @@ from rlhf_fast import checkpoint
 from rlhf_fast.config import RunConfig, StageConfig
 from rlhf_fast.config_yaml import read_yaml
 from rlhf_fast.errors import UserError
-from rlhf_fast.monitor.files import write_atomic
+from rlhf_fast.files import write_atomic
 from rlhf_fast.recipes import lock
 from rlhf_fast.text import one_line, shown
 
 MARKER = ".rlhf-fast.json"
-CONFIG, RESOLVED, REPORT = "config.yaml", "config.resolved.yaml", "report.html"
+CONFIG, RESOLVED, REPORT, ERROR = "config.yaml", "config.resolved.yaml", "report.html", "error.txt"
 RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json")  # a folder with one of them holds a run
 ADAPTERS = ("adapter", "best", "policy", "critic")
-NAMES = {CONFIG, RESOLVED, REPORT, *RECORDS, *ADAPTERS, "runs"}
+NAMES = {CONFIG, RESOLVED, REPORT, ERROR, *RECORDS, *ADAPTERS, "runs"}
 WHOLE_RUN = "run"
 SETTINGS_OF_A_RUN = 30  # a config.yaml with as many is one that a run wrote: people write a few
 
@@ -121,7 +121,7 @@ class OutputFolder:
 
     def _note(self) -> None:
         note = {"made_by": f"rlhf-fast {rlhf_fast.__version__}", "kind": self.kind, "names": sorted(self._made)}
-        write_atomic(self.path / MARKER, json.dumps(note, indent=1).encode())
+        write_atomic(self.path / MARKER, json.dumps(note, indent=1))
 
 
 def open_output(config: StageConfig, kind: str, say: Callable[[str], None]) -> tuple[OutputFolder, Path | None]:
@@ -145,6 +145,7 @@ def open_output(config: StageConfig, kind: str, say: Callable[[str], None]) -> t
             say(f"{output.path} has no whole checkpoint yet: starting from the first step")
     if resumed is None:
         output.clear()
+    output.remove(ERROR)  # of the run before
     return output, resumed
 
 
@@ -285,7 +286,7 @@ def _starts_with(path: Path, beginning: bytes) -> bool:
 
 def _unfinished(name: str) -> tuple[str, ...]:
     """Names under which ``name`` is written, until it is whole."""
-    return f"{name}.writing", f"{name}.replaced", f"{name}.part", f".{name}.tmp"
+    return f"{name}.writing", f"{name}.replaced", f".{name}.tmp"
 
 
 def _delete(path: Path) -> None:

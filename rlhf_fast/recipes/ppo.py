@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from rlhf_fast import metrics
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import PromptRow, batch_indices, epoch_order, prompt_rows
 from rlhf_fast.errors import UserError
+from rlhf_fast.metrics import Metric
 from rlhf_fast.models import adapters
 from rlhf_fast.ops import clipped_value_loss, linear_policy_loss
 from rlhf_fast.recipes import judging, ppo_report
@@ -28,10 +30,13 @@ from rlhf_fast.recipes.experience import (
     set_advantages,
     values_of,
 )
+from rlhf_fast.recipes.memory import memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.rows import load_rows
 from rlhf_fast.recipes.stage import Stage
 from rlhf_fast.rewards import Functions, KLController, RunningMoments, apply_missing_eos
 from rlhf_fast.rollout import Response, collate_episodes, generate
+
+MEMORY = ("micro_batch_size", "batch_size", "max_length")  # settings that memory grows with, the first to lower first
 
 
 def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
@@ -39,10 +44,9 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
 
     Returns the figures of ``summary.json``. ``resume_from_checkpoint`` overrides the config's ("auto" or a folder).
     """
-    config.resume_from_checkpoint = resume_from_checkpoint or config.resume_from_checkpoint
     rewarders = Functions(config.reward_functions, weights=config.reward_weights, timeout=config.reward_timeout)
     scorers = Functions(config.eval_functions, timeout=config.reward_timeout)
-    stage = Stage("ppo", config)
+    stage = Stage("ppo", config, resume_from_checkpoint)
     prompts, held_out = load_rows(stage, prompt_rows, config.max_length - config.response_length)
     held_out = held_out[: config.eval_prompts]
     for rows in (prompts, held_out):
@@ -75,10 +79,7 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             responses = roll_out(stage, stage.share(batch))
             clock.append(time.perf_counter())
 
-            experiences = [
-                score(stage.base, config, collate_episodes(part, stage.base.pad_id, stage.base.device), reference)
-                for part in stage.micro_batches(responses)
-            ]
+            experiences = [scored(stage, part, reference) for part in stage.micro_batches(responses)]
             if step == 1:
                 check_start(experiences, stage.base.dtype)
             judged = judging.judge(stage, rewarders, responses, epoch=(step - 1) * config.batch_size / len(prompts))
@@ -93,26 +94,27 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             statistics = update(stage, experiences, step)
             clock.append(time.perf_counter())
 
-            metrics = ppo_report.rollout_metrics(stage, experiences, scores, kl_coef) | statistics
+            values = ppo_report.rollout_metrics(stage, experiences, scores, kl_coef) | statistics
             gold = judging.judge(stage, scorers, responses)
-            metrics |= judging.metrics(stage, judged, gold, metrics.keys(), model=REWARD in stage.base.roles)
-            metrics |= ppo_report.phase_seconds(clock)
-            controller.update(metrics["objective/kl"], config.batch_size)
+            values |= judging.metrics(stage, judged, gold, model=REWARD in stage.base.roles)
+            values |= ppo_report.phase_seconds(clock)
+            logged = judging.logged(stage, (judged, gold), values)
+            controller.update(values[metrics.KL], config.batch_size)
             stage.values.update(kl_coef=controller.kl_coef, moments=asdict(moments))
-            stage.values["kl_history"].append(metrics["objective/kl"])
-            ppo_report.log_step(stage, step, metrics, responses, scores, judged.view.extras)
+            stage.values["kl_history"].append(values[metrics.KL])
+            ppo_report.log_step(stage, step, values, logged, responses, scores, judged.view.extras)
             if held_out and stage.evaluation_due(step, times=1):
                 ppo_report.evaluate(stage, held_out, rewarders, scorers, step=step)
 
     return ppo_report.finish(stage, scorers)
 
 
-def add_roles(stage: Stage) -> str | None:
+def add_roles(stage: Stage[PPOConfig]) -> str | None:
     """Policy, critic and reward model on the base; returns the role that is the reference.
 
     The policy starts as the SFT model, the critic as the reward model where there is one.
     """
-    config: PPOConfig = stage.config  # type: ignore[assignment]
+    config = stage.config
     reference = None
     if config.sft_adapter is not None:
         adapters.load_role(stage.base, SFT, config.sft_adapter)
@@ -132,17 +134,26 @@ def add_roles(stage: Stage) -> str | None:
     return reference
 
 
-def roll_out(stage: Stage, rows: Sequence[PromptRow]) -> list[Response]:
-    config: PPOConfig = stage.config  # type: ignore[assignment]
-    return generate(
-        stage.base,
-        POLICY,
-        rows,
-        response_length=config.response_length,
-        temperature=config.temperature,
-        batch_size=config.rollout_batch_size,
-        skip_special_tokens=config.reward_skip_special_tokens,
-    )
+def roll_out(stage: Stage[PPOConfig], rows: Sequence[PromptRow]) -> list[Response]:
+    config = stage.config
+    lengths = sampling_lengths(rows, config.response_length, config.rollout_batch_size)
+    with memory_for(stage, "rollout", lengths, "rollout_batch_size", "response_length", "max_length"):
+        return generate(
+            stage.base,
+            POLICY,
+            rows,
+            response_length=config.response_length,
+            temperature=config.temperature,
+            batch_size=config.rollout_batch_size,
+            skip_special_tokens=config.reward_skip_special_tokens,
+        )
+
+
+def scored(stage: Stage[PPOConfig], responses: Sequence[Response], reference: str | None) -> Experience:
+    """One micro-batch of responses with what the roles say of it."""
+    with memory_for(stage, "scoring", response_lengths(responses), *MEMORY):
+        episodes = collate_episodes(responses, stage.base.pad_id, stage.base.device)
+        return score(stage.base, stage.config, episodes, reference)
 
 
 def total_scores(config: PPOConfig, experiences: Sequence[Experience], rewards: Sequence[float]) -> torch.Tensor:
@@ -153,10 +164,10 @@ def total_scores(config: PPOConfig, experiences: Sequence[Experience], rewards: 
     return apply_missing_eos(scores, stopped, penalty=config.missing_eos_penalty, fixed_score=config.missing_eos_score)
 
 
-def update(stage: Stage, experiences: Sequence[Experience], step: int) -> dict[str, float]:
+def update(stage: Stage[PPOConfig], experiences: Sequence[Experience], step: int) -> dict[Metric, float]:
     """num_ppo_epochs passes over the rollout. Micro-batches keep their rows, so that on the first pass scoring and
     training see the same shapes and the ratio is exactly 1; later passes shuffle the micro-batches."""
-    config: PPOConfig = stage.config  # type: ignore[assignment]
+    config = stage.config
     records: list[dict[str, float]] = []
     for epoch in range(config.num_ppo_epochs):
         count = len(experiences)
@@ -166,7 +177,10 @@ def update(stage: Stage, experiences: Sequence[Experience], step: int) -> dict[s
             mini_batch = [experiences[i] for i in order[start:end]]
             own_tokens = torch.stack([experience.mask.sum() for experience in mini_batch]).sum()
             tokens = stage.accelerator.reduce(own_tokens, reduction="sum")
-            parts = [losses(stage, experience, tokens) for experience in mini_batch]
+            parts = []
+            for experience in mini_batch:
+                with memory_for(stage, "update", response_lengths(experience.episodes.responses), *MEMORY):
+                    parts.append(losses(stage, experience, tokens))
             if not records:
                 check_first_ratio(parts, stage.base.dtype)
             record = stage.sum({name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]})
@@ -175,24 +189,24 @@ def update(stage: Stage, experiences: Sequence[Experience], step: int) -> dict[s
             records.append(record | {"grad_norm": stage.update(loss, rows)})
     mean = {name: sum(record[name] for record in records) / len(records) for name in records[0]}
     return {
-        "loss/policy_avg": mean["policy"],
-        "loss/value_avg": mean["value"],
-        "policy/approxkl_avg": mean["approx_kl"],
-        "policy/clipfrac_avg": mean["clip_fraction"],
-        "policy/entropy_avg": mean["entropy"],
-        "val/clipfrac_avg": mean["value_clip_fraction"],
-        "val/ratio": mean["ratio"],
-        "val/ratio_var": sum((record["ratio"] - mean["ratio"]) ** 2 for record in records) / len(records),
-        "grad_norm": mean["grad_norm"],
+        metrics.POLICY_LOSS: mean["policy"],
+        metrics.VALUE_LOSS: mean["value"],
+        metrics.APPROX_KL: mean["approx_kl"],
+        metrics.CLIP_FRACTION: mean["clip_fraction"],
+        metrics.TOKEN_ENTROPY: mean["entropy"],
+        metrics.VALUE_CLIP_FRACTION: mean["value_clip_fraction"],
+        metrics.RATIO: mean["ratio"],
+        metrics.RATIO_VAR: sum((record["ratio"] - mean["ratio"]) ** 2 for record in records) / len(records),
+        metrics.GRAD_NORM: mean["grad_norm"],
     }
 
 
-def losses(stage: Stage, experience: Experience, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+def losses(stage: Stage[PPOConfig], experience: Experience, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """Adds one micro-batch's gradients; returns its part of the mini-batch's statistics, so that parts add up.
 
     ``tokens``: the mini-batch's live response tokens, over all processes.
     """
-    config: PPOConfig = stage.config  # type: ignore[assignment]
+    config = stage.config
     episodes, vocabulary = experience.episodes, stage.base.vocabulary
     policy = linear_policy_loss(
         policy_hidden(stage.base, POLICY, episodes, experience.trunk),

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from rlhf_fast import metrics
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import PromptRow
+from rlhf_fast.metrics import Metric
 from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, Experience
 from rlhf_fast.recipes.judging import judge, mean, present
+from rlhf_fast.recipes.memory import memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.stage import Stage, seeded
 from rlhf_fast.rewards import Functions, Numbers
 from rlhf_fast.rollout import Response, collate_episodes, generate
@@ -21,10 +24,10 @@ PATIENCE_NEGATIVE_KL = 5
 
 
 def rollout_metrics(
-    stage: Stage, experiences: Sequence[Experience], scores: torch.Tensor, kl_coef: float
-) -> dict[str, float]:
-    """Means over the episodes of all processes, under TRL's names."""
-    config: PPOConfig = stage.config  # type: ignore[assignment]
+    stage: Stage[PPOConfig], experiences: Sequence[Experience], scores: torch.Tensor, kl_coef: float
+) -> dict[Metric, float]:
+    """Means over the episodes of all processes."""
+    config = stage.config
     responses = [response for experience in experiences for response in experience.episodes.responses]
     lengths = torch.cat([experience.mask.sum(dim=1) for experience in experiences])
     kl = torch.cat([experience.kl for experience in experiences])
@@ -54,20 +57,19 @@ def rollout_metrics(
             "(temperature, padding, dtype), or the reference is not the model that the policy started from"
         )
     return {
-        "objective/kl": total["kl"] / episodes,
-        "objective/kl_coef": kl_coef,
-        **({"objective/kl_target": config.kl_target} if config.kl_target is not None else {}),
-        "objective/entropy": total["entropy"] / episodes,
-        "objective/non_score_reward": total["penalty"] / episodes,
-        "objective/rlhf_reward": (total["penalty"] + total["scores"]) / episodes,
-        "objective/scores": total["scores"] / episodes,
-        **({"objective/reward_model": total["model"] / episodes} if REWARD in stage.base.roles else {}),
-        "critic/explained_variance": _explained_variance(total, tokens),
-        "response/length_mean": tokens / episodes,
-        "response/truncated": 1 - total["stopped"] / episodes,
-        "response/distinct_2": distinct_2(stage.gather([response.token_ids for response in responses])),
-        "val/num_eos_tokens": total["stopped"],
-        "tokens": tokens,
+        metrics.KL: total["kl"] / episodes,
+        metrics.KL_COEF: kl_coef,
+        **({metrics.KL_TARGET: config.kl_target} if config.kl_target is not None else {}),
+        metrics.ENTROPY: total["entropy"] / episodes,
+        metrics.NON_SCORE_REWARD: total["penalty"] / episodes,
+        metrics.RLHF_REWARD: (total["penalty"] + total["scores"]) / episodes,
+        metrics.SCORES: total["scores"] / episodes,
+        **({metrics.REWARD_MODEL: total["model"] / episodes} if REWARD in stage.base.roles else {}),
+        metrics.EXPLAINED_VARIANCE: _explained_variance(total, tokens),
+        metrics.LENGTH_MEAN: tokens / episodes,
+        metrics.TRUNCATED: 1 - total["stopped"] / episodes,
+        metrics.DISTINCT_2: distinct_2(stage.gather([response.token_ids for response in responses])),
+        metrics.EOS_TOKENS: total["stopped"],
     }
 
 
@@ -83,28 +85,29 @@ def distinct_2(token_ids: Sequence[Sequence[int]]) -> float:
     return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
 
 
-def phase_seconds(clock: Sequence[float]) -> dict[str, float]:
+def phase_seconds(clock: Sequence[float]) -> dict[Metric, float]:
     """``clock``: readings before and after rollout, scoring and update."""
-    names = ("perf/seconds_rollout", "perf/seconds_score", "perf/seconds_update")
-    return {name: end - start for name, (start, end) in zip(names, pairwise(clock), strict=True)}
+    phases = (metrics.SECONDS_ROLLOUT, metrics.SECONDS_SCORE, metrics.SECONDS_UPDATE)
+    return {phase: end - start for phase, (start, end) in zip(phases, pairwise(clock), strict=True)}
 
 
 def log_step(
-    stage: Stage,
+    stage: Stage[PPOConfig],
     step: int,
-    metrics: dict[str, float],
+    values: Mapping[Metric, float],
+    logged: Mapping[str, float],
     responses: Sequence[Response],
     scores: torch.Tensor,
     extras: Mapping[str, Sequence[Any]],
 ) -> None:
-    tokens = int(metrics.pop("tokens"))
-    metrics["episode"] = step * stage.config.batch_size
-    shown = {"score": f"{metrics['objective/scores']:+.2f}", "KL": f"{metrics['objective/kl']:.2f}"}
-    stage.log(step, metrics, tokens=tokens, shown=shown)
+    episodes = step * stage.config.batch_size
+    tokens = round(values[metrics.LENGTH_MEAN] * stage.config.batch_size)
+    shown = {"score": f"{values[metrics.SCORES]:+.2f}", "KL": f"{values[metrics.KL]:.2f}"}
+    stage.log(step, {**values, metrics.EPISODES: episodes}, tokens=tokens, shown=shown, logged=logged)
     samples = []
     for index, (response, number) in enumerate(list(zip(responses, scores.tolist(), strict=True))[:SHOWN_SAMPLES]):
-        logged = {name: _cell(values[index]) for name, values in extras.items()}
-        samples.append({"split": "train", **_sample(response, number), **({"extra": logged} if logged else {})})
+        extra = {name: _cell(each[index]) for name, each in extras.items()}
+        samples.append({"split": "train", **_sample(response, number), **({"extra": extra} if extra else {})})
     stage.log_samples(step, samples)
 
 
@@ -125,12 +128,18 @@ def _cell(value: Any) -> Any:
 
 
 @torch.no_grad()
-def evaluate(stage: Stage, rows: Sequence[PromptRow], rewarders: Functions, scorers: Functions, *, step: int) -> None:
+def evaluate(
+    stage: Stage[PPOConfig], rows: Sequence[PromptRow], rewarders: Functions, scorers: Functions, *, step: int
+) -> None:
     """One sampled response per held-out prompt, scored by the reward and by every eval function. The random draws are
     the same at every evaluation, so a difference between two of them is paired by prompt."""
-    config: PPOConfig = stage.config  # type: ignore[assignment]
+    config = stage.config
     own = stage.share(rows)
-    with seeded(config.seed + 1 + stage.accelerator.process_index):
+    lengths = sampling_lengths(own, config.response_length, config.rollout_batch_size)
+    with (
+        seeded(config.seed + 1 + stage.accelerator.process_index),
+        memory_for(stage, "evaluation", lengths, "rollout_batch_size", "response_length", "max_length"),
+    ):
         responses = generate(
             stage.base,
             POLICY,
@@ -145,16 +154,18 @@ def evaluate(stage: Stage, rows: Sequence[PromptRow], rewarders: Functions, scor
     if REWARD in stage.base.roles:
         model: list[float] = []
         for part in stage.micro_batches(responses):
-            episodes = collate_episodes(part, stage.base.pad_id, stage.base.device)
-            model += stage.base.scores(REWARD, episodes.input_ids, episodes.attention_mask).tolist()
+            with memory_for(stage, "evaluation", response_lengths(part), "micro_batch_size", "max_length"):
+                episodes = collate_episodes(part, stage.base.pad_id, stage.base.device)
+                model += stage.base.scores(REWARD, episodes.input_ids, episodes.attention_mask).tolist()
         scores = [a + b for a, b in zip(scores, model, strict=True)]
     gathered: dict[str, Numbers] = {"scores": stage.gather(scores)}
     gathered |= {name: stage.gather(values) for name, values in gold.each.items()}
     if step == 0:
         stage.values["baseline"] = gathered
     stage.values["latest"] = gathered
-    means = {f"eval/{name}": mean(present(values)) for name, values in gathered.items()}
-    stage.log(step, means, shown={name: f"{value:+.2f}" for name, value in means.items()})
+    means = {name: mean(present(values)) for name, values in gathered.items()}
+    line = {metrics.EVAL_FUNCTION.of(name) if name in gold.each else metrics.EVAL_SCORES: means[name] for name in means}
+    stage.log(step, line, shown={metric.name: f"{value:+.2f}" for metric, value in line.items()})
     true_scores = gold.each[scorers.names[0]] if scorers.names else [None] * len(responses)
     samples = [
         {"split": "eval", **_sample(response, number), "gold": true_score}
@@ -175,9 +186,9 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
     return difference.mean().item(), low, high
 
 
-def finish(stage: Stage, scorers: Functions) -> dict[str, Any]:
+def finish(stage: Stage[PPOConfig], scorers: Functions) -> dict[str, Any]:
     """The closing table: reward and gold against the SFT model on the held-out prompts, KL against its target."""
-    config: PPOConfig = stage.config  # type: ignore[assignment]
+    config = stage.config
     figures: dict[str, Any] = {}
     table = [("steps", str(stage.step), f"{stage.step * config.batch_size} episodes")]
     before, after = stage.values["baseline"], stage.values["latest"]

@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 
+from rlhf_fast import metrics
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.data import PairRow, PromptRow, batch_indices, collate_pairs, epoch_order, preference_rows
+from rlhf_fast.metrics import Metric
 from rlhf_fast.models import adapters
 from rlhf_fast.ops import pairwise_loss
+from rlhf_fast.recipes.memory import memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.rows import load_prompts, load_rows
 from rlhf_fast.recipes.stage import Stage, seeded
 from rlhf_fast.rewards.quality import Quality, assess
 from rlhf_fast.rollout import collate_episodes, generate
 
 ROLE, SFT = "reward", "sft"
+MEMORY = ("micro_batch_size", "max_length")  # settings that memory grows with, the first to lower first
 
 
 def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
@@ -24,8 +28,7 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
 
     Returns the figures of ``summary.json``. ``resume_from_checkpoint`` overrides the config's ("auto" or a folder).
     """
-    config.resume_from_checkpoint = resume_from_checkpoint or config.resume_from_checkpoint
-    stage = Stage("reward", config)
+    stage = Stage("reward", config, resume_from_checkpoint)
     rows, held_out = load_rows(stage, preference_rows, config.max_length)
     window = config.max_length - config.response_length
     prompts = load_prompts(stage, config.dataset_name, config.dataset_split, window)
@@ -47,18 +50,24 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
             by_length = sorted(stage.share(batch), key=lambda row: len(row.chosen_ids))  # fewer pads, the same sum
             totals = torch.zeros(3, device=stage.base.device)  # loss, pairs ranked right, margin; summed over pairs
             for micro_batch in stage.micro_batches(by_length):
-                with stage.base.dropout(ROLE):
-                    chosen, rejected, margin = score_pairs(stage, micro_batch)
-                ranking = pairwise_loss(chosen, rejected, margin) * len(micro_batch)
-                centring = config.centre_coef * (chosen + rejected).square().sum()
-                stage.backward((ranking + centring) / len(batch))
+                with memory_for(stage, "update", pair_lengths(micro_batch), *MEMORY):
+                    with stage.base.dropout(ROLE):
+                        chosen, rejected, margin = score_pairs(stage, micro_batch)
+                    ranking = pairwise_loss(chosen, rejected, margin) * len(micro_batch)
+                    centring = config.centre_coef * (chosen + rejected).square().sum()
+                    stage.backward((ranking + centring) / len(batch))
                 right = (chosen > rejected).sum()
                 totals += torch.stack([ranking.detach(), right.float(), (chosen - rejected).detach().sum()])
             loss, accuracy, mean_margin = (stage.accelerator.reduce(totals, reduction="sum") / len(batch)).tolist()
             norm = stage.update(loss, [row.index for row in batch])
-            metrics = {"loss": loss, "accuracy": accuracy, "margin": mean_margin, "grad_norm": norm}
+            values = {
+                metrics.PAIR_LOSS: loss,
+                metrics.ACCURACY: accuracy,
+                metrics.MARGIN: mean_margin,
+                metrics.GRAD_NORM: norm,
+            }
             tokens = sum(len(row.chosen_ids) + len(row.rejected_ids) for row in batch)
-            stage.log(step, metrics, tokens=tokens, shown={"loss": f"{loss:.3f}"})
+            stage.log(step, values, tokens=tokens, shown={"loss": f"{loss:.3f}"})
             if held_out and stage.evaluation_due(step):
                 quality = evaluate(stage, held_out, step=step)
 
@@ -67,7 +76,14 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
     return finish(stage, quality, calibrate(stage, sft, prompts))
 
 
-def score_pairs(stage: Stage, rows: Sequence[PairRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def pair_lengths(rows: Sequence[PairRow]) -> list[int]:
+    """Of both sides, which are scored together."""
+    return [len(ids) for row in rows for ids in (row.chosen_ids, row.rejected_ids)]
+
+
+def score_pairs(
+    stage: Stage[RewardConfig], rows: Sequence[PairRow]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Scores of the chosen and the rejected side, (N,) each, and the data's margins (N,) or None."""
     batch = collate_pairs(rows, stage.base.pad_id)
     device = stage.base.device
@@ -78,44 +94,62 @@ def score_pairs(stage: Stage, rows: Sequence[PairRow]) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def evaluate(stage: Stage, rows: Sequence[PairRow], *, step: int | None) -> Quality:
+def evaluate(stage: Stage[RewardConfig], rows: Sequence[PairRow], *, step: int | None) -> Quality:
     """Quality on held-out pairs; logged under ``step`` unless that is None."""
     found: list[tuple[float, float, int]] = []
     for part in stage.micro_batches(sorted(stage.share(rows), key=lambda row: len(row.chosen_ids))):
-        chosen, rejected, _ = score_pairs(stage, part)
+        with memory_for(stage, "evaluation", pair_lengths(part), *MEMORY):
+            chosen, rejected, _ = score_pairs(stage, part)
         lengths = [row.chosen_response_length - row.rejected_response_length for row in part]
         found += zip(chosen.tolist(), rejected.tolist(), lengths, strict=True)
     quality = assess(*torch.tensor(stage.gather(found), dtype=torch.float64).unbind(dim=1))
     if step is not None:
-        line = {f"eval_{name}": value for name, value in asdict(quality).items() if not isinstance(value, list)}
-        if stage.config.label_noise_ceiling is not None:  # type: ignore[attr-defined]
-            line["label_noise_ceiling"] = stage.config.label_noise_ceiling  # type: ignore[attr-defined]
+        line: dict[Metric, float] = {
+            metrics.EVAL_PAIRS: quality.pairs,
+            metrics.EVAL_PAIR_LOSS: quality.loss,
+            metrics.EVAL_ACCURACY: quality.accuracy,
+            metrics.EVAL_ACCURACY_LOW: quality.accuracy_low,
+            metrics.EVAL_ACCURACY_HIGH: quality.accuracy_high,
+            metrics.EVAL_MARGIN: quality.margin,
+            metrics.EVAL_LENGTH_CORRELATION: quality.length_correlation,
+            metrics.EVAL_LENGTH_ACCURACY: quality.length_accuracy,
+            metrics.EVAL_CALIBRATION_ERROR: quality.calibration_error,
+        }
+        if stage.config.label_noise_ceiling is not None:
+            line[metrics.NOISE_CEILING] = stage.config.label_noise_ceiling
         stage.log(step, line, shown={"accuracy": f"{quality.accuracy:.1%}"})
         stage.report()
     return quality
 
 
 @torch.no_grad()
-def calibrate(stage: Stage, sft: str | None, prompts: Sequence[PromptRow]) -> tuple[float, float]:
+def calibrate(stage: Stage[RewardConfig], sft: str | None, prompts: Sequence[PromptRow]) -> tuple[float, float]:
     """Mean and standard deviation of the raw scores on the SFT model's own samples; the head is set to remove them."""
-    config: RewardConfig = stage.config  # type: ignore[assignment]
+    config = stage.config
     chosen = [prompts[i] for i in epoch_order(len(prompts), config.seed, 0)]
     distinct = list({row.prompt_key: row for row in chosen}.values())[: config.calibration_prompts]
     head = stage.base.heads[ROLE]
     head.calibrate(0.0, 1.0)
-    with seeded(config.seed + stage.accelerator.process_index):
+    own = stage.share(distinct)
+    batch_size = 2 * config.micro_batch_size
+    longest = sampling_lengths(own, config.response_length, batch_size)
+    with (
+        seeded(config.seed + stage.accelerator.process_index),
+        memory_for(stage, "calibration", longest, "micro_batch_size", "response_length", "max_length"),
+    ):
         responses = generate(
             stage.base,
             sft,
-            stage.share(distinct),
+            own,
             response_length=config.response_length,
             temperature=config.temperature,
-            batch_size=2 * config.micro_batch_size,
+            batch_size=batch_size,
         )
     scores: list[float] = []
     for part in stage.micro_batches(responses):
-        batch = collate_episodes(part, stage.base.pad_id, stage.base.device)
-        scores += stage.base.scores(ROLE, batch.input_ids, batch.attention_mask).tolist()
+        with memory_for(stage, "calibration", response_lengths(part), *MEMORY):
+            batch = collate_episodes(part, stage.base.pad_id, stage.base.device)
+            scores += stage.base.scores(ROLE, batch.input_ids, batch.attention_mask).tolist()
     all_scores = torch.tensor(stage.gather(scores), dtype=torch.float64)
     mean = all_scores.mean().item()
     std = all_scores.std().item() if len(all_scores) > 1 else 0.0
@@ -126,8 +160,8 @@ def calibrate(stage: Stage, sft: str | None, prompts: Sequence[PromptRow]) -> tu
     return mean, std
 
 
-def finish(stage: Stage, quality: Quality | None, constants: tuple[float, float]) -> dict[str, Any]:
-    config: RewardConfig = stage.config  # type: ignore[assignment]
+def finish(stage: Stage[RewardConfig], quality: Quality | None, constants: tuple[float, float]) -> dict[str, Any]:
+    config = stage.config
     mean, std = constants
     figures: dict[str, Any] = {
         "dataset": config.dataset_name,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from rlhf_fast.config import StageConfig
 from rlhf_fast.data import (
     DataReport,
     PairRow,
@@ -22,7 +23,7 @@ Row = TypeVar("Row", SFTRow, PairRow, PromptRow)
 
 
 def load_rows(
-    stage: Stage, encode: Callable[..., tuple[list[Row], DataReport]], max_length: int
+    stage: Stage[StageConfig], encode: Callable[..., tuple[list[Row], DataReport]], max_length: int
 ) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows) of the stage's data sets, encoded to at most ``max_length`` tokens.
 
@@ -39,7 +40,7 @@ def load_rows(
 
 
 def _split_rows(
-    stage: Stage, encode: Callable[..., tuple[list[Row], DataReport]], max_length: int
+    stage: Stage[StageConfig], encode: Callable[..., tuple[list[Row], DataReport]], max_length: int
 ) -> tuple[list[Row], list[Row]]:
     config = stage.config
     read = partial(_read, stage, encode, max_length)
@@ -62,13 +63,13 @@ def _split_rows(
     return train, held_out
 
 
-def load_prompts(stage: Stage, name: str, split: str, max_length: int) -> list[PromptRow]:
+def load_prompts(stage: Stage[StageConfig], name: str, split: str, max_length: int) -> list[PromptRow]:
     """The prompts of any data set, for sampling."""
     return _read(stage, prompt_rows, max_length, name, split, None, purpose=", prompts to sample from")
 
 
 def _read(
-    stage: Stage,
+    stage: Stage[StageConfig],
     encode: Callable[..., Any],
     max_length: int,
     name: str,

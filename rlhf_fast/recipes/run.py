@@ -1,6 +1,5 @@
 """The three stages in a row, each in its own folder of the run's, with one report."""
 
-import copy
 import gc
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from rlhf_fast.config_load import dump_yaml
 from rlhf_fast.errors import UserError
 from rlhf_fast.monitor import read_summary
 from rlhf_fast.recipes import ppo, reward, sft
+from rlhf_fast.recipes.failure import failure_kept
 from rlhf_fast.recipes.identity import setting_changes, told
 from rlhf_fast.recipes.output import REPORT, WHOLE_RUN, check_output, check_run_output
 from rlhf_fast.rewards import Functions
@@ -53,7 +53,8 @@ def _train(stages: dict[str, StageConfig]) -> dict[str, dict[str, Any]]:
             _check_finished(name, stage)
             figures[name] = finished["figures"]
             continue
-        figures[name] = TRAIN[name](copy.copy(stage))  # type: ignore[operator]
+        with failure_kept(stage.output_dir):
+            figures[name] = TRAIN[name](stage)  # type: ignore[operator]
         gc.collect()  # the stage's base and optimizer, before the next one loads its own
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 
+from rlhf_fast import metrics
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.data import SFTRow, batch_indices, collate_sft, sft_rows
 from rlhf_fast.ops import linear_cross_entropy
+from rlhf_fast.recipes.memory import memory_for
 from rlhf_fast.recipes.rows import load_rows
 from rlhf_fast.recipes.stage import Stage
 
 ROLE = "sft"
+MEMORY = ("micro_batch_size", "max_length")  # settings that memory grows with, the first to lower first
 
 
 def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
@@ -20,8 +23,7 @@ def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[
 
     Returns the figures of ``summary.json``. ``resume_from_checkpoint`` overrides the config's ("auto" or a folder).
     """
-    config.resume_from_checkpoint = resume_from_checkpoint or config.resume_from_checkpoint
-    stage = Stage("sft", config)
+    stage = Stage("sft", config, resume_from_checkpoint)
     rows, held_out = load_rows(stage, sft_rows, config.max_length)
     stage.base.add_role(ROLE)
     total = config.max_steps or math.ceil(len(rows) * config.num_train_epochs / config.batch_size)
@@ -37,20 +39,22 @@ def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[
             summed = torch.zeros((), device=stage.base.device)
             by_length = sorted(stage.share(batch), key=lambda row: len(row.input_ids))  # fewer pads, the same sum
             for micro_batch in stage.micro_batches(by_length):
-                with stage.base.dropout(ROLE):
-                    loss = loss_sum(stage, micro_batch) / tokens
-                stage.backward(loss)
+                with memory_for(stage, "update", row_lengths(micro_batch), *MEMORY):
+                    with stage.base.dropout(ROLE):
+                        loss = loss_sum(stage, micro_batch) / tokens
+                    stage.backward(loss)
                 summed += loss.detach()
             loss_value = stage.accelerator.reduce(summed, reduction="sum").item()
             norm = stage.update(loss_value, [row.index for row in batch])
-            stage.log(step, {"loss": loss_value, "grad_norm": norm}, tokens=tokens, shown={"loss": f"{loss_value:.3f}"})
+            values = {metrics.SFT_LOSS: loss_value, metrics.GRAD_NORM: norm}
+            stage.log(step, values, tokens=tokens, shown={"loss": f"{loss_value:.3f}"})
             if held_out and stage.evaluation_due(step):
                 stage.stopped_early = not validate(stage, held_out, step=step)
 
     return finish(stage)
 
 
-def loss_sum(stage: Stage, rows: Sequence[SFTRow]) -> torch.Tensor:
+def loss_sum(stage: Stage[SFTConfig], rows: Sequence[SFTRow]) -> torch.Tensor:
     """Cross-entropy summed over the rows' response tokens."""
     batch = collate_sft(rows, stage.base.pad_id)
     device, vocabulary = stage.base.device, stage.base.vocabulary
@@ -65,19 +69,25 @@ def loss_sum(stage: Stage, rows: Sequence[SFTRow]) -> torch.Tensor:
     )
 
 
+def row_lengths(rows: Sequence[SFTRow]) -> list[int]:
+    return [len(row.input_ids) for row in rows]
+
+
 def target_count(row: SFTRow) -> int:
     """Response tokens that have a token before them, so that they are predicted."""
     return sum(row.response_mask[1:])
 
 
 @torch.no_grad()
-def validate(stage: Stage, rows: Sequence[SFTRow], *, step: int) -> bool:
+def validate(stage: Stage[SFTConfig], rows: Sequence[SFTRow], *, step: int) -> bool:
     """Logs the validation loss and keeps the best adapter; False when patience has run out."""
-    own = sorted(stage.share(rows), key=lambda row: len(row.input_ids))
-    summed = sum(loss_sum(stage, part) for part in stage.micro_batches(own))
+    summed = torch.zeros((), device=stage.base.device)
+    for part in stage.micro_batches(sorted(stage.share(rows), key=lambda row: len(row.input_ids))):
+        with memory_for(stage, "evaluation", row_lengths(part), *MEMORY):
+            summed += loss_sum(stage, part)
     losses = stage.gather([float(summed)])
     loss = sum(losses) / sum(target_count(row) for row in rows)
-    stage.log(step, {"eval_loss": loss}, shown={"eval_loss": f"{loss:.3f}"})
+    stage.log(step, {metrics.SFT_EVAL_LOSS: loss}, shown={"eval_loss": f"{loss:.3f}"})
     values = stage.values
     if step == 0:
         values["first_loss"] = loss
@@ -87,13 +97,13 @@ def validate(stage: Stage, rows: Sequence[SFTRow], *, step: int) -> bool:
     else:
         values["worse"] += 1
     stage.report()
-    patience = stage.config.patience  # type: ignore[attr-defined]
+    patience = stage.config.patience
     if values["worse"] >= patience:
         stage.say(f"sft: validation loss has not improved for {patience} evaluations; stopping at step {step}")
     return values["worse"] < patience
 
 
-def finish(stage: Stage) -> dict[str, Any]:
+def finish(stage: Stage[SFTConfig]) -> dict[str, Any]:
     """The best adapter becomes ``adapter``; without held-out rows, the last one."""
     values = stage.values
     figures: dict[str, Any] = {}

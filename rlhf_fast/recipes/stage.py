@@ -6,43 +6,44 @@ with stage:
 """
 
 import asyncio
-import importlib.util
+import copy
 import math
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object, set_seed
-from transformers import get_scheduler
+from accelerate.utils import set_seed
 
-from rlhf_fast import checkpoint
+from rlhf_fast import checkpoint, metrics
 from rlhf_fast.config import StageConfig
-from rlhf_fast.config_load import dump_yaml
-from rlhf_fast.data import end_of_turn, prepare_tokenizer
 from rlhf_fast.errors import Interrupted, UserError
-from rlhf_fast.models import SharedBase, adapters, pretrained
-from rlhf_fast.monitor import Progress, RunLog, print_summary, write_report, write_summary
-from rlhf_fast.recipes.identity import base_digest, identity, told
-from rlhf_fast.recipes.output import REPORT, RESOLVED, WHOLE_RUN, OutputFolder, open_output
+from rlhf_fast.metrics import Metric
+from rlhf_fast.models import adapters
+from rlhf_fast.recipes.identity import identity, told
+from rlhf_fast.recipes.opening import open_base, open_optimizer
+from rlhf_fast.recipes.output import OutputFolder, open_output
+from rlhf_fast.recipes.processes import Item, Processes
+from rlhf_fast.recipes.records import Records, check_trackers, peak_memory
 from rlhf_fast.recipes.snapshots import Snapshots, under
 from rlhf_fast.signals import Interruptible
-from rlhf_fast.text import one_line, shown, tell
+from rlhf_fast.text import one_line, shown
 
-Item = TypeVar("Item")
+Config = TypeVar("Config", bound=StageConfig, covariant=True)
 # What ends a stage and still lets it keep its last step; also what other people's code raises to end a process or task.
 LEAVING = (Exception, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
-class Stage:
+class Stage(Processes, Generic[Config]):
     """One stage of training in this process.
+
+    Args:
+        config: a copy of it is kept, as ``config``.
+        resume_from_checkpoint: where it is given, in place of the config's.
 
     Attributes:
         base: the shared base; the recipe adds its roles before ``start``.
@@ -51,35 +52,22 @@ class Stage:
         step: finished steps.
     """
 
-    def __init__(self, name: str, config: StageConfig) -> None:
+    def __init__(self, name: str, config: Config, resume_from_checkpoint: str | None = None) -> None:
         config.validate()
-        _check_trackers(config)
-        self._opened = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.name, self.config, self.folder = name, config, Path(config.output_dir)
-        self.accelerator = Accelerator(log_with=config.report_to or None, project_dir=str(self.folder / "runs"))
-        self.main = self.accelerator.is_main_process
+        check_trackers(config)
+        self.config = config = copy.copy(config)
+        config.resume_from_checkpoint = resume_from_checkpoint or config.resume_from_checkpoint
+        self.name, self.folder = name, Path(config.output_dir)
+        super().__init__(Accelerator(log_with=config.report_to or None, project_dir=str(self.folder / "runs")))
+        self._records = Records(name, config, self)
         self._output: OutputFolder | None = None  # on the main process alone, which alone writes
-        self._resume_path = self._on_main_first(self._open_output)
+        self._resume_path = self.on_main_first(self._open_output)
         set_seed(config.seed)
-        model, tokenizer = pretrained.load_pretrained(config, self.accelerator.device)
-        for note in prepare_tokenizer(
-            tokenizer, vocab_size=len(model.get_input_embeddings().weight), chat_template=config.chat_template
-        ):
-            self.say(note)
-        pretrained.check_window(model, config.max_length)
-        self._base_digest = base_digest(model)
+        self.base, self._base_digest = open_base(config, self.accelerator.device, self.say)
         self.rows: dict[str, str] = {}
-        self.base = SharedBase(model, tokenizer, config)
-        closing = end_of_turn(tokenizer)
-        if closing is not None and closing not in self.base.stop_ids:
-            self.base.stop_ids = sorted([*self.base.stop_ids, closing])
-            self.say(f"responses also end at {tokenizer.convert_ids_to_tokens(closing)!r}, as the chat template does")
         self.values: dict[str, Any] = {}
         self.step = self.total = 0
         self.stopped_early = False
-        self._progress: Progress | None = None
         self._snapshot: checkpoint.State | None = None
 
     # ---- set-up ------------------------------------------------------------------------------------------------
@@ -90,22 +78,8 @@ class Stage:
         for note in self.base.notes:
             self.say(f"{self.name}: {note}")
         self.parameters = [p for role in roles for p in self.base.named_parameters(role).values()]
-        for parameter in self.parameters:  # every process begins with the same adapters
-            parameter.data.copy_(broadcast(parameter.data))
-        self._optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=self.config.learning_rate,
-            eps=self.config.adam_epsilon,
-            weight_decay=self.config.weight_decay,
-        )
-        factor = get_scheduler(
-            self.config.lr_scheduler_type,
-            self._optimizer,
-            num_warmup_steps=round(self.config.warmup_ratio * total_steps),
-            num_training_steps=total_steps + 1,
-        ).lr_lambdas[0]
-        # its factor is 0 before the first step and after the last; ours counts from 1, so that no step trains at 0
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda done: factor(done + 1))
+        self.begin_alike(self.parameters)
+        self._optimizer, self._scheduler = open_optimizer(self.config, self.parameters, total_steps)
         # from here on, processes sample differently; NumPy takes seeds below 2^32 alone
         set_seed((self.config.seed + self.accelerator.process_index) % 2**32)
         self._snapshots = Snapshots(
@@ -120,17 +94,7 @@ class Stage:
         )
         if self._resume_path is not None:
             self._resume(self._resume_path)
-        if self._output is not None:
-            self._output.claim("metrics.jsonl"), self._output.claim("samples.jsonl")
-            self._log = RunLog(self.folder, resume_step=self.step if self._resume_path is not None else None)
-            dump_yaml(self.config, self._output.claim(self._output.record))
-            if self._output.record != RESOLVED:
-                self._output.remove(RESOLVED)  # of a resume that was given config.yaml itself
-        if self.config.report_to:
-            self._claim("runs")
-            run = {"name": self.config.run_name or self.folder.name}
-            settings = {key: _flat(value) for key, value in asdict(self.config).items()}
-            self.accelerator.init_trackers("rlhf-fast", config=settings, init_kwargs={"wandb": run})
+        self._records.open(self._output, self.step if self._resume_path is not None else None)
 
     def _resume(self, path: Path) -> None:
         fresh = self.values
@@ -165,17 +129,15 @@ class Stage:
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> "Stage":
+    def __enter__(self) -> "Stage[Config]":
         self._signals = Interruptible().__enter__()
-        self._progress = Progress(self.name, self.total, start=self.step, enabled=self.main).__enter__()
+        self._records.start_progress(self.step, self.total)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._progress is not None
-        self._progress.__exit__(kind, error, trace)
-        self._progress = None
+        self._records.stop_progress(kind, error, trace)
         try:
             if isinstance(error, LEAVING) and self._snapshot is not None:
                 self._leave(error, self._snapshot)
@@ -218,10 +180,6 @@ class Stage:
                 self._claim(f"{checkpoint.PREFIX}{self.step}")
                 self._snapshots.write(self._snapshot)
 
-    def share(self, items: Sequence[Item]) -> list[Item]:
-        """This process's share of a batch."""
-        return list(items[self.accelerator.process_index :: self.accelerator.num_processes])
-
     def micro_batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         size = self.config.micro_batch_size
         return [items[start : start + size] for start in range(0, len(items), size)]
@@ -236,12 +194,7 @@ class Stage:
         Raises UserError where loss or gradient is not finite: it names ``rows`` (the batch's row numbers in the data),
         and the stage leaves with a checkpoint of the last finished step.
         """
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        if self.accelerator.num_processes > 1:
-            flat = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients]), reduction="sum")
-            pieces = flat.split([g.numel() for g in gradients])
-            for parameter, piece in zip(self.parameters, pieces, strict=True):
-                parameter.grad = piece.view_as(parameter)
+        self.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
@@ -264,96 +217,53 @@ class Stage:
     # ---- telling -----------------------------------------------------------------------------------------------
 
     def say(self, message: str) -> None:
-        if getattr(self, "_progress", None) is not None:
-            self._progress.say(message)  # type: ignore[union-attr]
-        elif self.main:
-            tell(one_line(message))
+        self._records.say(message)
 
     def log(
-        self, step: int, values: Mapping[str, float], *, tokens: int | None = None, shown: Mapping[str, str]
+        self,
+        step: int,
+        values: Mapping[Metric, float],
+        *,
+        tokens: int | None = None,
+        shown: Mapping[str, str],
+        logged: Mapping[str, float] | None = None,
     ) -> None:
         """One line of metrics for ``step``; with ``tokens`` (live tokens trained on) it is a training step's line.
 
-        ``shown``: short texts for the progress bar.
+        ``shown``: short texts for the progress bar. ``logged``: what reward functions gave to ``log_metric``, under
+        names of their own. Raises ValueError for a metric that ``rlhf_fast.metrics`` does not declare for this stage.
         """
-        line, texts = dict(values), dict(shown)
+        texts = dict(shown)
         if tokens is not None:
             seconds = time.perf_counter() - self._began
-            line |= {
-                "lr": self.learning_rate,
-                "perf/seconds_step": seconds,
-                "perf/tokens_per_second": tokens / seconds,
-                "perf/peak_memory": peak_memory(),
+            values = {
+                **values,
+                metrics.LEARNING_RATE: self.learning_rate,
+                metrics.SECONDS_STEP: seconds,
+                metrics.TOKENS_PER_SECOND: tokens / seconds,
+                metrics.PEAK_MEMORY: peak_memory(),
             }
             texts["speed"] = f"{tokens / seconds:.0f} tok/s"
-        if self._progress is not None:
-            self._progress.update(step, **texts)
+        self._records.show(step, texts)
         if tokens is None or step % self.config.logging_steps == 0 or step == self.total:
-            if self.main:
-                self._log.metrics(step, line)
-            self.accelerator.log(line, step=step)
+            line = {metrics.declared(self.name, metric).name: value for metric, value in values.items()}
+            self._records.metrics(step, line | dict(logged or {}))
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self.main:
-            self._log.samples(step, rows)
+        self._records.samples(step, rows)
 
     def report(self) -> None:
-        """Writes report.html: the whole run's, where this stage is part of one."""
-        if self._output is None:
-            return
-        above = OutputFolder(self.folder.parent)
-        if above.kind == WHOLE_RUN and self.folder.name == self.name and above.made(REPORT):
-            write_report(above.path)
-        else:
-            self._output.claim(REPORT)
-            write_report(self.folder)
-
-    @property
-    def group(self) -> torch.distributed.ProcessGroup | None:
-        """All processes, for statistics over the whole batch; None where there is one process."""
-        return torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
-
-    def sum(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """0-dim tensors summed over all processes, as numbers, in one exchange."""
-        stacked = self.accelerator.reduce(torch.stack([value.double() for value in values.values()]), reduction="sum")
-        return dict(zip(values, stacked.tolist(), strict=True))
-
-    def gather(self, values: Sequence[Any]) -> list[Any]:
-        """The values of all processes, in the order that ``share`` took them from."""
-        if self.accelerator.num_processes == 1:
-            return list(values)
-        shares = gather_object([list(values)])
-        longest = max(len(share) for share in shares)
-        return [share[i] for i in range(longest) for share in shares if i < len(share)]
+        self._records.report()
 
     def finish(
         self, figures: dict[str, Any], rows: list[tuple[str, str, str]], roles: dict[str, str]
     ) -> dict[str, Any]:
         """Writes the final adapters (role -> folder name), summary and report, and prints the table."""
-        seconds, memory = time.perf_counter() - self._opened, peak_memory()
-        figures |= {"steps": self.step, "seconds": round(seconds, 1), "peak_memory_gb": round(memory, 2)}
-        resumed = ", since it was resumed" if self._resume_path is not None else ""
-        place = "GPU" if torch.cuda.is_available() else "process"
-        rows = [
-            *rows,
-            ("time", f"{seconds / 60:.1f} min", f"set-up and evaluations included{resumed}"),
-            ("peak memory", f"{memory:.1f} GB", f"of the {place}"),
-        ]
-        if self._output is not None:
-            for role, name in roles.items():
-                self._save_adapter(role, name)
-            write_summary(self._output.claim("summary.json").parent, self.name, figures)
-        self.report()
-        self._close_trackers()
+        for role, name in roles.items():
+            self._save_adapter(role, name)
+        figures = self._records.close(figures, rows, self.step)
         self._release()
-        if self.main:
-            print_summary(f"{self.name}: {self.folder}", rows)
         return figures
-
-    def _close_trackers(self) -> None:
-        """Not accelerate's end_training: that ends the process group too, which the next stage of a run needs."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
 
     def keep_best(self) -> None:
         """The trained role as it is now is the best so far: ``best``, part of every later checkpoint."""
@@ -395,11 +305,6 @@ class Stage:
         self._output, resumed = open_output(self.config, self.name, self.say)
         return resumed
 
-    def _on_main_first(self, open_folder: Callable[[], Path | None]) -> Path | None:
-        """Process 0 opens the folder; the others learn what it found."""
-        found = [open_folder() if self.main else None]
-        return gather_object(found)[0] if self.accelerator.num_processes > 1 else found[0]
-
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
@@ -410,26 +315,8 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def peak_memory() -> float:
-    """GB (10⁹ bytes): of the GPU where there is one, else of this process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _check_trackers(config: StageConfig) -> None:
-    for tracker in config.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"--report_to {tracker}: the package is not installed; run `pip install {tracker}`")
-
-
 def _alike(value: Any, fresh: Any) -> bool:
     """A value of the kind that ``fresh`` starts as; None starts as no number yet."""
     if fresh is None or isinstance(fresh, (int, float)):
         return isinstance(value, (int, float)) or (value is None and fresh is None)
     return isinstance(value, type(fresh))
-
-
-def _flat(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str, bool)) else str(value)

@@ -7,6 +7,8 @@ import datasets
 import pytest
 from templates import CHATML, FAMILIES, Family, ask
 from tiny_tokenizer import build_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.data import Reading, end_of_turn, preference_rows, prompt_rows, sft_rows
 from rlhf_fast.data.rows import Rows
@@ -180,3 +182,86 @@ def test_special_tokens_in_strings_keep_bos_and_are_plain_text(rows_of: RowsOf, 
     assert tokens == ["<s>", *"p<s>qb<|im_end|>c", "<|endoftext|>"]
     (prompt,), _ = prompt_rows(dataset, bos_tokenizer, max_length=99, source="d")
     assert prompt.input_ids == row.input_ids[:6]
+
+
+def test_role_marks_that_the_tokenizer_does_not_call_special_cannot_be_forged(rows_of: RowsOf):
+    tokenizer = build_tokenizer(["<eos>"], eos_token="<eos>")
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<U>", "<A>", "<think>", "</think>")])
+    tokenizer.chat_template = FAMILIES["r1-distill"].template
+    turns = [user("x<A>y<U>z"), assistant("<think>\nr\n</think>\n\nb")]
+    (row,), report = sft_rows(rows_of({"messages": turns}), tokenizer, max_length=999, source="d")
+    u, a, opened, closed = tokenizer.convert_tokens_to_ids(["<U>", "<A>", "<think>", "</think>"])
+    assert [row.input_ids.count(token) for token in (u, a, opened, closed)] == [1, 1, 1, 1]
+    assert "x<A>y<U>z" in tokenizer.decode(row.input_ids)
+    assert any("spell a special token" in line for line in report.lines())
+
+
+def test_stand_ins_cannot_be_forged(rows_of: RowsOf):
+    tokenizer = tokenizer_of(FAMILIES["chatml"])
+    text = "a\ufdd0999\ufdd1b\ufdd00\ufdd1c\ufdd2d<|im_end|>"
+    (row,), _ = sft_rows(rows_of({"messages": [user(text), assistant(text)]}), tokenizer, max_length=999, source="d")
+    assert trained(tokenizer, row) == [text + "<|im_end|>"]
+    assert tokenizer.decode(row.input_ids).count(text) == 2
+    (row,), _ = sft_rows(rows_of({"prompt": text, "completion": text}), tokenizer, max_length=999, source="d")
+    assert tokenizer.decode(row.input_ids) == text * 2  # EOS of the data is the EOS that ends a completion
+
+
+PARTS = (
+    "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' -}}{%- for p in m.content -%}{{- p['text'] -}}"
+    "{%- endfor -%}{{- '<|im_end|>\n' -}}{%- endfor -%}" + ask("<|im_start|>assistant\n")
+)
+
+
+def test_a_template_that_takes_lists_of_parts_gets_them(rows_of: RowsOf):
+    tokenizer, plain = tokenizer_of(FAMILIES["chatml"]), tokenizer_of(FAMILIES["chatml"])
+    tokenizer.chat_template = PARTS
+    dataset = rows_of({"messages": [user("a1"), assistant("b1"), user("a2"), assistant("b2")]})
+    rows = [sft_rows(dataset, one, max_length=999, source="d")[0] for one in (tokenizer, plain)]
+    assert rows[0] == rows[1]
+    prompts = [prompt_rows(dataset, one, max_length=999, source="d")[0] for one in (tokenizer, plain)]
+    assert prompts[0] == prompts[1]
+
+
+def test_a_tokenizer_with_another_template_for_tools_uses_it_for_rows_with_tools(rows_of: RowsOf):
+    tokenizer = tokenizer_of(FAMILIES["chatml"])
+    with_tools = "TOOLS" + MARKED.replace("END", "").replace("AFTER", "<|endoftext|>")
+    tokenizer.chat_template = {"default": FAMILIES["chatml"].template, "tool_use": with_tools}
+    row = {"messages": [user("a"), assistant("b")]}
+    rows = Rows([row, {**row, "tools": [{"name": "f"}]}], ["messages", "tools"])
+    plain, tools = sft_rows(rows, tokenizer, max_length=999, source="d")[0]
+    assert [trained(tokenizer, one) for one in (plain, tools)] == [["b<|im_end|>"], ["b<|endoftext|>"]]
+    assert tokenizer.decode(tools.input_ids).startswith("TOOLS")
+    assert [ids.input_ids for ids in prompt_rows(rows, tokenizer, max_length=999, source="d")[0]] == [
+        one.input_ids[: one.response_mask.index(1)] for one in (plain, tools)
+    ]
+
+
+def test_a_template_that_fails_in_python_drops_the_row(rows_of: RowsOf):
+    tokenizer = tokenizer_of(FAMILIES["chatml"])
+    tokenizer.chat_template = "{%- if messages[0].content == 'x' -%}{{- (1 // 0) | string -}}{%- endif -%}" + CHATML
+    dataset = rows_of(*({"messages": [user(text), assistant("b")]} for text in "ax"))
+    _, report = sft_rows(dataset, tokenizer, max_length=999, source="d")
+    assert "(first: row 2: ZeroDivisionError" in report.lines()[1]
+
+
+def test_an_answer_of_weight_0_is_context(rows_of: RowsOf):
+    tokenizer = tokenizer_of(FAMILIES["chatml"])
+    turns = [user("a"), assistant("bad", weight=0), user("c"), assistant("d", weight=1)]
+    (row,), _ = sft_rows(Rows([{"messages": turns}], ["messages"]), tokenizer, max_length=999, source="d")
+    assert trained(tokenizer, row) == ["d<|im_end|>"]
+    assert "bad<|im_end|>" in tokenizer.decode(row.input_ids)
+    rows = Rows([{"messages": turns[:2]}, {"messages": turns}], ["messages"])
+    _, report = sft_rows(rows, tokenizer, max_length=999, source="d")
+    assert report.dropped == {"every answer has weight 0": 1}
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_parts_of_a_sentencepiece_text_get_no_space_of_their_own(rows_of: RowsOf, scheme: str):
+    letters = {letter: place for place, letter in enumerate("\u2581abcxy<>/endus:\n")}
+    tokens = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokens.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokens.add_special_tokens(["<end>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>")
+    (row,), _ = prompt_rows(rows_of({"prompt": "x<end>y"}), tokenizer, max_length=99, source="d")
+    assert tokenizer.convert_ids_to_tokens(row.input_ids) == ["\u2581", *"x<end>y"]

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
+import pyarrow
 import pytest
 
 from rlhf_fast.data.formats import Example, preference_examples, prompt_examples, sft_examples
@@ -234,6 +235,11 @@ WRONG_ROWS = [
     ),
     (
         preference_examples,
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e39},
+        "margin must be a number, got float 1e+39; at most 1e+12 in size",
+    ),
+    (
+        preference_examples,
         {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "9" * 400},
         "margin must be a number, got str '999",
     ),
@@ -351,6 +357,47 @@ def test_alpaca_rows_are_read_as_they_are(rows_of: RowsOf):
     assert (pair.prompt, pair.responses) == ([user("a")], ([assistant("b")], [assistant("c")]))
 
 
+def test_dolly_rows_and_the_columns_that_are_named_where_some_are_missing(rows_of: RowsOf):
+    example = one(sft_examples, rows_of({"instruction": "Q?", "context": "ctx", "response": "R"}))
+    assert (example.prompt, example.responses) == ([user("Q?\n\nctx")], ([assistant("R")],))
+    assert "found ['instruction', 'answer']" in fault(sft_examples, rows_of({"instruction": "Q?", "answer": "R"}))
+
+
+def test_a_system_column_is_the_first_turn_of_a_chat_that_has_none(rows_of: RowsOf):
+    system = {"role": "system", "content": "s"}
+    assert one(sft_examples, rows_of({"system": "s", "messages": [user("a"), assistant("b")]})).prompt == [
+        system, user("a"),
+    ]  # fmt: skip
+    own = [{"role": "system", "content": "own"}, user("a"), assistant("b")]
+    assert one(sft_examples, rows_of({"system": "s", "messages": own})).prompt == own[:2]
+    report = DataReport("x")
+    (example,) = sft_examples(rows_of({"system": "s", "prompt": "a", "completion": "b"}), report)
+    assert example.prompt == "a"
+    assert "1 rows have a system column, which prompts of plain text do not use" in report.lines()[1]
+
+
+def test_an_older_function_call_is_a_tool_call():
+    call = {"name": "f", "arguments": '{"x": 1}'}
+    turns = [
+        user("a"),
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "content": "1"},
+    ]
+    rows = Rows([{"messages": [*turns, assistant("b")]}], ["messages"])
+    example = one(sft_examples, rows)  # type: ignore[arg-type]
+    assert example.responses[0][0]["tool_calls"] == [
+        {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    ]
+
+
+def test_a_value_that_arrow_cannot_give_costs_one_row():
+    days = pyarrow.array([0, 2**31 - 1, 1], pyarrow.int32()).cast(pyarrow.date32())
+    table = pyarrow.table({"prompt": ["a", "b", "c"], "completion": ["x", "y", "z"], "day": days})
+    report = DataReport("x")
+    assert [example.index for example in sft_examples(datasets.Dataset(table), report)] == [1, 3]
+    assert "1 dropped: a value that cannot be read (first: row 2 (OverflowError" in report.lines()[1]
+
+
 def test_text_parts_are_joined_and_arrow_s_missing_keys_are_no_content(rows_of: RowsOf):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     turns = [{"role": "user", "content": parts, "name": None}, {"role": "assistant", "content": [{"text": "c"}]}]
@@ -388,6 +435,12 @@ SAME_PROMPT = [
         "rejected": [user("a"), assistant("c"), user("x"), assistant("z")],
     },
     {"conversations": sharegpt(("human", "a"), ("gpt", "b"))},
+    {"prompt": "a", "conversations": sharegpt(("human", "a"), ("gpt", "b"))},
+    {"system": "s", "messages": [user("a"), assistant("b")]},
+    {"system": "s", "prompt": [user("a")], "completion": [assistant("b")]},
+    {"system_prompt": "s", "conversations": sharegpt(("human", "a"), ("gpt", "b"))},
+    {"instruction": "a", "context": "c", "response": "b"},
+    {"instruction": "a", "completion": "b"},
     {"instruction": "a", "input": "", "output": "b", "chosen": "b", "rejected": "c"},
 ]
 

@@ -115,6 +115,37 @@ def test_a_folder_from_save_to_disk(tmp_path: Path):
     assert "no split 'tets' (did you mean 'test'?)" in message(tmp_path / "two", split="tets")
 
 
+def test_a_damaged_folder_from_save_to_disk_is_named(tmp_path: Path):
+    def saved(name: str, dataset: datasets.Dataset) -> Path:
+        dataset.save_to_disk(str(tmp_path / name))
+        return tmp_path / name
+
+    whole = datasets.Dataset.from_list(ROWS)
+    arrow = next(saved("arrow", whole).glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:200])
+    (saved("state", whole) / "state.json").write_text("{")
+    saved("empty", whole.select([]))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "dataset_dict.json").write_text("[]")
+    for name in ("arrow", "state"):
+        assert f"{tmp_path / name}: cannot be read as a data set of save_to_disk" in message(tmp_path / name)
+    assert str(tmp_path / "other") in message(tmp_path / "other")
+    assert "no rows in it" in message(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas"])
+def test_a_saved_format_does_not_change_the_values(tmp_path: Path, form: str):
+    rows = [{"prompt": "a", "answer": 1, "choices": ["x", "y"]}]
+    datasets.Dataset.from_list(rows).with_format(form).save_to_disk(str(tmp_path / "d"))
+    assert list(load_dataset(str(tmp_path / "d"))) == rows
+
+
+def test_hidden_files_of_a_folder_are_no_data(tmp_path: Path):
+    write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / ".other.json").write_text('{"a": 1}')
+    assert list(load_dataset(str(tmp_path))) == ROWS
+
+
 def test_builtin_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(load, "DEMO_FOLDER", tmp_path)
     write_rows(tmp_path / "prompts-eval.jsonl")
@@ -138,7 +169,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path):
         ("list.jsonl", b'{"a": 1}\n[1, 2]\n', "line 2: expected a JSON object (columns and values), got list"),
         ("latin.jsonl", b'{"a": "x"}\n{"a": "caf\xe9"}\n', "latin.jsonl, line 2: not UTF-8"),
         ("latin.csv", b"a\ncaf\xe9\n", "latin.csv, line 2: not UTF-8"),
-        ("ragged.csv", b"a,b\n1,2\n1,2,3\n", "ragged.csv: line 3: another number of fields than the header"),
+        ("ragged.csv", b"a,b\n1,2\n1,2,3\n", "ragged.csv: line 3: more fields than the header"),
         ("bad.parquet", b"zzz", "bad.parquet: cannot be read as parquet"),
         ("bad.parquet.gz", gzip.compress(b"zzz", mtime=0), "bad.parquet.gz: cannot be read as parquet"),
         ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], "cut.jsonl.gz: not a whole gzip file"),

@@ -75,8 +75,8 @@ def test_csv_quotes_commas_line_breaks_and_line_ends(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("prompt,completion\nHello, friend,Hi\nDear, you,Bye\n", "line 2: another number of fields than the header"),
-        ("prompt,completion\nhello\nyou,Bye\n", "line 2: another number of fields .*1 field where the header has 2"),
+        ("prompt,completion\nHello, friend,Hi\nDear, you,Bye\n", "line 2: more fields than the header; .*3 where the "),
+        ('prompt,completion\n"he said \\"hi\\" ok",b\n', "line 2: text goes on after a closing double quote"),
         ('prompt,completion\n"a,b\nc,d\n', "line 2: a double quote is opened there and never closed"),
         ("prompt,answer,answer\na,b,c\n", "line 1: the header names the column 'answer' twice; rename one of them"),
         ("prompt,completion\n", "no rows in it; expected at least one row"),
@@ -97,7 +97,7 @@ def test_csv_that_would_shift_or_lose_columns_is_refused(tmp_path: Path, content
         ('{"prompt": "q", "x": ' + "[" * 100_000, "line 1: JSON nested over 100 deep"),
         ('{"prompt": "q", "x": ' + "[" * 10_000 + "]" * 10_000 + "}", "line 1: JSON nested over 100 deep"),
         ('{"prompt": "q", "x": ' + "[" * 900 + "]" * 900 + "}", "line 1: JSON nested over 100 deep"),
-        ('{"x": ' + "9" * 5000 + "}", "line 1: a number that cannot be read"),
+        ('{"x": ' + "9" * 5000 + "}", "line 1: a number of more than 4300 digits"),
         ('{"prompt": "a", "prompt": "b"}', "line 1: a JSON object with a key twice ('prompt')"),
         ('{"a": 1}\n{"a": "x \\ud83d y"}\n', "line 2: half of a surrogate pair"),
         ('{"a": 1}\n{"a": {"b": ["\\uDE00"]}}\n', "line 2: half of a surrogate pair"),
@@ -113,9 +113,33 @@ def test_json_that_cannot_be_a_row_is_named_and_crashes_nothing(
     assert len(text) < 600
 
 
-def test_an_item_of_an_array_is_known_by_its_number(tmp_path: Path):
+def test_an_item_of_an_array_is_known_by_its_line(tmp_path: Path):
     content = '\n\n[{"a": 1},\n\n null, 7]'
-    assert "row 2: expected a JSON object (columns and values), got null" in refusal(tmp_path, "a.json", content)
+    assert "line 5: expected a JSON object (columns and values), got null" in refusal(tmp_path, "a.json", content)
+    items = [*['{"a": 1}'] * 40, '{"a": 1, "a": 2}', '{"a": ' + "9" * 5000 + "}", "null"]
+    loaded = read(tmp_path, "b.json", "[" + ",\n".join(items) + "]")
+    assert [(fault.number, fault.reason.split(",")[0]) for fault in loaded.faults] == [
+        (41, "a JSON object with a key twice"),
+        (42, "a number of more than 4300 digits"),
+        (43, "expected a JSON object (columns and values)"),
+    ]
+    for cut in ('[{"a": 1} {"a": 2}]', '[{"a": 1}'):
+        assert "broken JSON (expected a comma or the end of the array" in refusal(tmp_path, "c.json", cut)
+
+
+def test_objects_one_after_another(tmp_path: Path):
+    assert list(read(tmp_path, "a.jsonl", '{"a": 1}{"a": 2}')) == [{"a": 1}, {"a": 2}]
+    loaded = read(tmp_path, "b.json", '{\n "a": 1\n}\n{\n "a": 2\n}\n')
+    assert (list(loaded), loaded.lines) == ([{"a": 1}, {"a": 2}], [1, 4])
+
+
+def test_short_csv_rows_end_in_empty_fields_and_bytes_that_are_no_text_cost_one_row(tmp_path: Path):
+    loaded = read(tmp_path, "a.csv", "prompt,completion,answer\na,b\nc,d,e\nf,g,h,,\n")
+    assert loaded["answer"] == ["", "e", "h"]
+    assert loaded.short == [2]
+    loaded = read(tmp_path, "b.csv", b"a,b\n" + b"x,y\n" * 20 + b"caf\xe9,y\n")
+    assert len(loaded) == 20 and loaded.faults[0].number == 22
+    assert len(read(tmp_path, "c.csv", b"a,b\r\n" + b"x,y\r\n" * 20 + b"c\rd,e\r\n")) == 22
 
 
 def test_a_whole_pair_of_surrogates_and_bounded_depth_are_read(tmp_path: Path):

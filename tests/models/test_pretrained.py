@@ -1,7 +1,6 @@
 """Finding and loading the base: folders, built-in names, hub names without a network, what is refused and why."""
 
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +10,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model, settings, tiny_model
 from transformers import AutoConfig, PreTrainedModel
 
+from rlhf_fast import hub
 from rlhf_fast.data import PromptRow
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase, builtin, load_pretrained, pretrained
@@ -26,6 +26,11 @@ CPU = torch.device("cpu")
 
 def load(folder: str | Path, **changes: Any) -> tuple[PreTrainedModel, Any]:
     return load_pretrained(settings(model_name_or_path=str(folder), **changes), CPU)
+
+
+def located(name: str) -> Path:
+    with pretrained.located(name) as source:
+        return Path(source)
 
 
 def refusal(folder: str | Path, **changes: Any) -> str:
@@ -206,10 +211,10 @@ def test_what_the_config_shows_is_said_before_any_weight_is_read(folder: Path) -
 
 def test_the_tiny_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_FAST_CACHE", str(tmp_path / "cache"))
-    first = Path(pretrained.resolve("tiny-random"))
+    first = located("tiny-random")
     stamps = {path: path.stat().st_mtime_ns for path in first.iterdir()}
     monkeypatch.setattr(builtin, "_make_tiny", lambda folder: pytest.fail("made a second time"))
-    assert Path(pretrained.resolve("tiny-random")) == first
+    assert located("tiny-random") == first
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == stamps
     assert [path.name for path in first.parent.iterdir()] == [first.name]
     model, tokenizer = load("tiny-random")
@@ -245,9 +250,8 @@ def test_a_model_half_made_is_no_model(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.fixture(autouse=True)
 def offline_setting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What resolve() sets for the process is put back."""
+    """Whatever this machine's own setting is."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     yield
 
 
@@ -271,7 +275,7 @@ def test_an_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(pretrained, "HUB_SECONDS", 0.2)
+    monkeypatch.setattr(hub, "SECONDS", 0.2)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -291,6 +295,16 @@ def test_a_name_that_the_hub_does_not_know_is_said_so(no_hub: None, monkeypatch:
     assert "nor a public model of the hub" in message and "(did you mean 'smollm2-135m-instruct'?)" in message
 
 
+def test_a_gated_model_says_what_to_do(no_hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(self: Any, name: str, **kwargs: Any) -> None:
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", gated)
+    assert refusal("someone/secret") == (
+        "someone/secret: a gated model; ask for access on its page, then run `hf auth login`"
+    )
+
+
 @pytest.mark.usefixtures("no_hub")
 def test_a_name_that_no_hub_model_can_have_is_refused() -> None:
     assert "nor a public model of the hub" in refusal("no spaces allowed")
@@ -307,4 +321,4 @@ def test_a_cached_model_loads_without_the_hub(folder: Path, tmp_path: Path) -> N
     model, tokenizer = load("someone/some-model")
     assert time.monotonic() - began < 10
     assert torch.equal(model.lm_head.weight, tiny_model("llama").lm_head.weight) and len(tokenizer) == 258
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # the next name is asked for again

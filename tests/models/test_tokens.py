@@ -84,5 +84,6 @@ def test_the_command_line_names_the_row_that_holds_such_a_token(
     rows = [{"prompt": "q", "completion": f"see {end}"} for end in ("this", "<image>", "that")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = f"--model_name_or_path {tmp_path / 'model'} --dataset_name rows.jsonl --eval_size 0"
+    flags += " --special_tokens_in_data true"  # else it is ordinary text
     outcome = command("sft", flags)
     assert outcome.code == 2 and "rows.jsonl, row 2: the token '<image>' (id 258)" in outcome.err

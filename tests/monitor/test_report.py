@@ -85,7 +85,7 @@ def test_a_whole_run_has_every_chart_and_nothing_broken(run_folder: Path) -> Non
 
 def test_texts_from_the_run_are_escaped(run_folder: Path) -> None:
     text = report(run_folder)
-    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp; friends" in text
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; friends" in text
     assert "&lt;b&gt;bold&lt;/b&gt;" in text and "<b>" not in text
     assert "\x1b" not in text and r"It is wide \x1b[0m and" in text
 

@@ -1,5 +1,6 @@
 """A run killed at any step and resumed is bitwise the run never killed; a damaged checkpoint is passed over."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -136,3 +137,12 @@ def test_a_named_checkpoint_is_resumed_even_where_a_newer_one_is_there(sft_confi
     sft.train(config, resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-2"))
     assert "going on after step 2" in capsys.readouterr().err
     assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
+@pytest.mark.parametrize("stage", TRAIN)
+def test_train_leaves_its_config_as_it_was(stage, config_of):
+    config = config_of[stage](max_steps=2)
+    before = copy.deepcopy(config)
+    TRAIN[stage](config)
+    TRAIN[stage](config, resume_from_checkpoint="auto")
+    assert config == before

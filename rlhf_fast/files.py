@@ -1,4 +1,4 @@
-"""Writing files so that a killed run, or a full disk, never leaves half of one behind."""
+"""What a run writes: strict JSON and UTF-8, in files that a killed run or a full disk never leaves half-written."""
 
 import json
 import math
@@ -8,16 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from rlhf_fast.errors import UserError
-
-
-class Terminal(Console):
-    """rich's console without its own way of leaving: where nobody reads any more, the write fails as any other does."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
 
 
 def jsonable(value: Any) -> Any:
@@ -42,8 +33,8 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", errors="backslashreplace")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``: a reader sees the old file or the new one, never a part.
+def write_atomic(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``: a reader sees the old file or the new one, never a part.
 
     Raises:
         UserError: the folder cannot be written or the disk is full; the old file is then still there.
@@ -52,7 +43,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(encode(text))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,0 +1,44 @@
+"""Out of memory, told as what it is: in which work, on how many tokens, and which setting to lower."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rlhf_fast.config import StageConfig
+from rlhf_fast.data import PromptRow
+from rlhf_fast.errors import OutOfMemory, is_out_of_memory
+from rlhf_fast.recipes.stage import Stage
+from rlhf_fast.rollout import Response
+from rlhf_fast.text import one_line
+
+
+@contextmanager
+def memory_for(stage: Stage[StageConfig], work: str, lengths: Sequence[int], *settings: str) -> Iterator[None]:
+    """Around one pass of the model over sequences of ``lengths`` tokens, named ``work`` ("update").
+
+    Raises OutOfMemory in place of torch's error: the step, the work, the batch, and ``settings`` (names of the config's
+    fields, the first to lower first) with their values. One that is 1 cannot be lowered and is left out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        place = "computer" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else "GPU"
+        step = min(stage.step + 1, stage.total)
+        values = {name: getattr(stage.config, name) for name in settings}
+        lower = ", then ".join(f"--{name} (now {value})" for name, value in values.items() if value != 1)
+        layers = "" if stage.config.lora_layers else "; --lora_layers N trains the top N layers alone, which takes less"
+        raise OutOfMemory(
+            f"{stage.name} step {step}, {work}: the {place} has no memory for {len(lengths)} rows of up to "
+            f"{max(lengths, default=0)} tokens at a time: lower {lower}{layers} ({one_line(str(error), 200)})"
+        ) from error
+
+
+def sampling_lengths(rows: Sequence[PromptRow], response_length: int, batch_size: int) -> list[int]:
+    """The longest batch that sampling responses to ``rows`` can make: prompts and responses together, in tokens."""
+    return sorted(len(row.input_ids) + response_length for row in rows)[-batch_size:]
+
+
+def response_lengths(responses: Sequence[Response]) -> list[int]:
+    """Tokens of each prompt and its response together."""
+    return [len(response.row.input_ids) + len(response.token_ids) for response in responses]

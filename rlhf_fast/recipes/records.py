@@ -1,0 +1,131 @@
+"""What a stage tells: lines on the terminal, metrics, samples, trackers, the report, the closing table."""
+
+import importlib.util
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from rlhf_fast.config import StageConfig
+from rlhf_fast.config_load import dump_yaml
+from rlhf_fast.errors import UserError
+from rlhf_fast.monitor import Progress, RunLog, print_summary, write_report, write_summary
+from rlhf_fast.recipes.output import REPORT, RESOLVED, WHOLE_RUN, OutputFolder
+from rlhf_fast.recipes.processes import Processes
+from rlhf_fast.text import one_line, tell
+
+
+class Records:
+    """The files and lines of one stage. Process 0 alone writes; the trackers ask every process."""
+
+    def __init__(self, name: str, config: StageConfig, processes: Processes) -> None:
+        self._opened = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._name, self._config, self._processes = name, config, processes
+        self._folder = Path(config.output_dir)
+        self._output: OutputFolder | None = None
+        self._progress: Progress | None = None
+
+    def open(self, output: OutputFolder | None, resume_step: int | None) -> None:
+        """Begins metrics and samples, or goes on with them after ``resume_step``; writes the settings. ``output``: the
+        stage's folder in process 0, else None."""
+        self._output, self._resumed = output, resume_step is not None
+        if output is not None:
+            output.claim("metrics.jsonl"), output.claim("samples.jsonl")
+            self._log = RunLog(self._folder, resume_step=resume_step)
+            dump_yaml(self._config, output.claim(output.record))
+            if output.record != RESOLVED:
+                output.remove(RESOLVED)  # of a resume that was given config.yaml itself
+        if self._config.report_to:
+            if output is not None:
+                output.claim("runs")
+            run = {"name": self._config.run_name or self._folder.name}
+            settings = {key: _flat(value) for key, value in asdict(self._config).items()}
+            self._processes.accelerator.init_trackers("rlhf-fast", config=settings, init_kwargs={"wandb": run})
+
+    def start_progress(self, step: int, total: int) -> None:
+        self._progress = Progress(self._name, total, start=step, enabled=self._processes.main).__enter__()
+
+    def stop_progress(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._progress is not None
+        self._progress.__exit__(kind, error, trace)
+        self._progress = None
+
+    def show(self, step: int, texts: Mapping[str, str]) -> None:
+        """Short texts beside the progress bar."""
+        if self._progress is not None:
+            self._progress.update(step, **texts)
+
+    def say(self, message: str) -> None:
+        if self._progress is not None:
+            self._progress.say(message)
+        elif self._processes.main:
+            tell(one_line(message))
+
+    def metrics(self, step: int, line: Mapping[str, float]) -> None:
+        if self._output is not None:
+            self._log.metrics(step, line)
+        self._processes.accelerator.log(dict(line), step=step)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self._output is not None:
+            self._log.samples(step, rows)
+
+    def report(self) -> None:
+        """Writes report.html: the whole run's, where this stage is part of one."""
+        if self._output is None:
+            return
+        above = OutputFolder(self._folder.parent)
+        if above.kind == WHOLE_RUN and self._folder.name == self._name and above.made(REPORT):
+            write_report(above.path)
+        else:
+            self._output.claim(REPORT)
+            write_report(self._folder)
+
+    def close(self, figures: Mapping[str, Any], rows: Sequence[tuple[str, str, str]], steps: int) -> dict[str, Any]:
+        """Writes summary and report, ends the trackers, and prints ``rows`` as a table. Returns the summary's figures:
+        ``figures``, steps, time and memory."""
+        seconds, memory = time.perf_counter() - self._opened, peak_memory()
+        whole = {**figures, "steps": steps, "seconds": round(seconds, 1), "peak_memory_gb": round(memory, 2)}
+        if self._output is not None:
+            write_summary(self._output.claim("summary.json").parent, self._name, whole)
+        self.report()
+        # not accelerate's end_training: that ends the process group too, which the next stage of a run needs
+        for tracker in self._processes.accelerator.trackers:
+            tracker.finish()
+        resumed = ", since it was resumed" if self._resumed else ""
+        place = "GPU" if torch.cuda.is_available() else "process"
+        last = [
+            ("time", f"{seconds / 60:.1f} min", f"set-up and evaluations included{resumed}"),
+            ("peak memory", f"{memory:.1f} GB", f"of the {place}"),
+        ]
+        if self._processes.main:
+            print_summary(f"{self._name}: {self._folder}", [*rows, *last])
+        return whole
+
+
+def check_trackers(config: StageConfig) -> None:
+    for tracker in config.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"--report_to {tracker}: the package is not installed; run `pip install {tracker}`")
+
+
+def peak_memory() -> float:
+    """GB (10⁹ bytes): of the GPU where there is one, else of this process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _flat(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool)) else str(value)
