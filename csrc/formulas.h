@@ -25,6 +25,12 @@ RLHF_FAST_FORMULA F k3(F x) {
   return where(abs(x) < 0.5f, 0.5f * x * x * tail, expm1(x) - bounded);
 }
 
+// After a switch over all codes, one of which the compiler would miss (-Werror=switch): NaN for a code of another build.
+template <class F>
+RLHF_FAST_FORMULA F no_formula() {
+  return F{} + __builtin_nanf("");
+}
+
 // d = logprob - ref_logprob.
 template <class F>
 RLHF_FAST_FORMULA F kl_value(Kl estimator, F d) {
@@ -32,8 +38,9 @@ RLHF_FAST_FORMULA F kl_value(Kl estimator, F d) {
     case Kl::k1: return d;
     case Kl::k2: return 0.5f * d * d;
     case Kl::k3: return k3(-d);
-    default: return abs(d);
+    case Kl::abs: return abs(d);
   }
+  return no_formula<F>();
 }
 
 // d value / d logprob; that of abs is 0 at NaN, as torch.sign is.
@@ -43,8 +50,9 @@ RLHF_FAST_FORMULA F kl_slope(Kl estimator, F d) {
     case Kl::k1: return F{} + 1.0f;
     case Kl::k2: return d;
     case Kl::k3: return -expm1(-d);
-    default: return where(d > 0.0f, F{} + 1.0f, where(d < 0.0f, F{} - 1.0f, F{}));
+    case Kl::abs: return where(d > 0.0f, F{} + 1.0f, where(d < 0.0f, F{} - 1.0f, F{}));
   }
+  return no_formula<F>();
 }
 
 // The log ratio is held within +-20; NaN passes.
@@ -64,14 +72,12 @@ struct LossToken {
 };
 
 // The bounds of a ratio, each rounded once.
-template <class Loss>
-RLHF_FAST_FORMULA float lowest_ratio(const Loss& loss) {
-  return (float)(1 - (double)loss.clip_low);
+RLHF_FAST_FORMULA float lowest_ratio(const PolicyTerms& terms) {
+  return (float)(1 - (double)terms.clip_low);
 }
 
-template <class Loss>
-RLHF_FAST_FORMULA float highest_ratio(const Loss& loss) {
-  return (float)(1 + (double)loss.clip_high);
+RLHF_FAST_FORMULA float highest_ratio(const PolicyTerms& terms) {
+  return (float)(1 + (double)terms.clip_high);
 }
 
 // PPO's clipped loss of a token. `log_ratio` is its own and not yet bounded; `ratio` is that of its bounded log ratio, or

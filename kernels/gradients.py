@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .formulas import FUSED, exponential
 from .numbers import FAR, LOG2E, at_most, rounded
+from .records import Logits, Rows
 from .rows import (
     BLOCK,
     GENERAL,
     SEGMENT,
     WARPS,
-    Rows,
     block_columns,
     cap_slope,
     is_plain,
@@ -151,24 +151,23 @@ def write_segments(
 
 def write_gradient(
     rows: Rows,
-    logits: Tensor,
-    stride: int,
+    logits: Logits,
     slopes: Tensor,
-    grad: Tensor,
-    grad_stride: int,
+    grad: Logits,
     columns: int,
     *,
     sloped: bool,
-    reference: tuple[Tensor, int] | None = None,
+    reference: Logits | None = None,
 ) -> None:
     """Into ``columns`` columns of grad, 0 past the vocabulary and in dead rows. Without ``sloped`` the slopes are 0.
 
-    ``reference`` is the other row of a pair, with its stride.
+    ``reference`` is the other row of a pair.
     """
     segments = triton.cdiv(columns, SEGMENT.value)
-    ref_logits, ref_stride = reference or (None, 0)
-    width = vector((logits, stride), reference or (logits, stride), (grad, grad_stride))
+    ref_data, ref_stride = (None, 0) if reference is None else (reference.data, reference.row_stride)
+    width = vector(logits, reference or logits, grad)
     write_segments[(rows.length * segments,)](
-        *rows[1:], logits, stride, ref_logits, ref_stride, slopes, grad, grad_stride, columns, rows.length,
-        VECTOR=width if columns % width == 0 else 1, CAPPED=rows.softcap != 0, SLOPED=sloped, num_warps=WARPS, **FUSED,
+        *rows[1:], logits.data, logits.row_stride, ref_data, ref_stride, slopes, grad.data, grad.row_stride, columns,
+        rows.length, VECTOR=width if columns % width == 0 else 1, CAPPED=rows.softcap != 0, SLOPED=sloped,
+        num_warps=WARPS, **FUSED,
     )  # fmt: skip

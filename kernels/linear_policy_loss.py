@@ -1,14 +1,28 @@
 """The fold of linear_policy_loss: float32 logits give their log-probs and entropies and become, in place, the gradient
 of the clipped policy loss, the KL to the reference and the entropy bonus together.
+
+    formula         share * (max(-A r, -A clip(r)) + kl_coef KL - entropy_coef H), by logit (policy_token, kl_slope)
+    bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
+    passes          one, and one more for the gradient
+    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 """
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .formulas import FUSED, bounded_log_ratio, exponential, kl_slope, policy_token
 from .gradients import empty_slopes, store_row_slopes, write_gradient
-from .rows import GENERAL, Rows, inverse_temperatures, lane_rows, load_rows, store_rows, target_logits
+from .records import LinearPolicyLoss
+from .rows import (
+    GENERAL,
+    inverse_temperatures,
+    lane_rows,
+    lanes_of,
+    load_rows,
+    segments_of,
+    store_rows,
+    target_logits,
+)
 from .sums import finish_rows, join_segments, sum_rows
 
 
@@ -38,40 +52,15 @@ def _finish(
         )  # fmt: skip
 
 
-def linear_policy_loss(
-    count: int,
-    vocab: int,
-    targets: Tensor,
-    live: Tensor | None,
-    temperature: Tensor,
-    temperature_stride: int,
-    softcap: float,
-    threads: int,
-    logits: Tensor,
-    stride: int,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    share: Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    entropy_coef: float,
-    kl_slope_code: int,
-    grad: Tensor | None,
-    grad_dtype: int,
-    grad_stride: int,
-    logprobs: Tensor,
-    entropy: Tensor,
-) -> None:
-    rows = Rows(count, vocab, targets, live, temperature, temperature_stride, softcap)
-    parts = sum_rows(rows, logits, stride, weighted=True)
-    slopes = empty_slopes(rows, logits.device) if grad is not None else None
-    _finish[rows.lanes()](
-        *rows, logits, stride, parts, rows.segments(), old_logprobs, advantages,
-        ref_logprobs if kl_coef != 0 else None, share, 1 - clip_low, 1 + clip_high, dual_clip, kl_coef, entropy_coef,
-        logprobs, entropy, slopes, CAPPED=softcap != 0, KL=kl_slope_code, **FUSED,
+def linear_policy_loss(a: LinearPolicyLoss) -> None:
+    rows, logits, terms = a.rows, a.logits, a.terms
+    parts = sum_rows(rows, logits, weighted=True)
+    slopes = empty_slopes(rows, a.logprobs.device) if a.grad.data is not None else None
+    _finish[lanes_of(rows)](
+        *rows, logits.data, logits.row_stride, parts, segments_of(rows), a.old_logprobs, a.advantages,
+        a.ref_logprobs if terms.kl_coef != 0 else None, a.share, 1 - terms.clip_low, 1 + terms.clip_high,
+        terms.dual_clip, terms.kl_coef, terms.entropy_coef, a.logprobs, a.entropy, slopes,
+        CAPPED=rows.softcap != 0, KL=terms.kl_slope, **FUSED,
     )  # fmt: skip
-    if grad is not None and slopes is not None:
-        write_gradient(rows, logits, stride, slopes, grad, grad_stride, vocab, sloped=entropy_coef != 0)
+    if slopes is not None:
+        write_gradient(rows, logits, slopes, a.grad, rows.vocab, sloped=terms.entropy_coef != 0)

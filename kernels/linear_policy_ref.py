@@ -1,15 +1,30 @@
 """The fold of linear_policy_ref: float32 logits of the policy and of the reference give both log-probs, the policy's
 entropy and the exact KL; the policy's become the gradient of all of them together, in place.
+
+    formula         those of masked_logprobs and exact_kl, over two tiles side by side
+    bytes a row     of V columns: 8 V read for the sums, 8 V for the KL, 8 V read and 4 V written for the gradient
+    passes          two, and one more for the gradient
+    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 """
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .formulas import FUSED, exponential
 from .gradients import empty_slopes, store_pair_slopes, store_row_slopes, write_gradient
 from .pairs import empty_normalisers, join_terms, kl_parts, kl_terms, store_normalisers
-from .rows import GENERAL, Rows, cap_slope, inverse_temperatures, lane_rows, load_rows, store_rows, target_logits
+from .records import LinearPolicyRef
+from .rows import (
+    GENERAL,
+    cap_slope,
+    inverse_temperatures,
+    lane_rows,
+    lanes_of,
+    load_rows,
+    segments_of,
+    store_rows,
+    target_logits,
+)
 from .sums import finish_rows, join_segments, sum_rows
 
 
@@ -70,44 +85,22 @@ def _finish(
         store_pair_slopes(slopes, row, count, alive, ref_shift, offset, -scaled_pull)
 
 
-def linear_policy_ref(
-    count: int,
-    vocab: int,
-    targets: Tensor,
-    live: Tensor | None,
-    temperature: Tensor,
-    temperature_stride: int,
-    softcap: float,
-    threads: int,
-    logits: Tensor,
-    stride: int,
-    ref_logits: Tensor,
-    ref_stride: int,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    entropy: Tensor,
-    kl: Tensor,
-    grad: Tensor | None,
-    grad_dtype: int,
-    grad_stride: int,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_kl: Tensor | None,
-) -> None:
-    rows = Rows(count, vocab, targets, live, temperature, temperature_stride, softcap)
-    parts = sum_rows(rows, logits, stride, weighted=True)
-    ref_parts = sum_rows(rows, ref_logits, ref_stride, weighted=False)
-    normalisers = empty_normalisers(rows, logits.device)
-    slopes = empty_slopes(rows, logits.device) if grad is not None else None
-    _normalise[rows.lanes()](
-        *rows, logits, stride, ref_logits, ref_stride, parts, ref_parts, rows.segments(), logprobs, ref_logprobs,
-        entropy, grad_logprobs, grad_entropy, normalisers, slopes, CAPPED=softcap != 0, **FUSED,
+def linear_policy_ref(a: LinearPolicyRef) -> None:
+    rows, logits, ref_logits, capped = a.rows, a.logits, a.ref_logits, a.rows.softcap != 0
+    device = a.logprobs.device
+    parts = sum_rows(rows, logits, weighted=True)
+    ref_parts = sum_rows(rows, ref_logits, weighted=False)
+    normalisers = empty_normalisers(rows, device)
+    slopes = empty_slopes(rows, device) if a.grad.data is not None else None
+    _normalise[lanes_of(rows)](
+        *rows, logits.data, logits.row_stride, ref_logits.data, ref_logits.row_stride, parts, ref_parts,
+        segments_of(rows), a.logprobs, a.ref_logprobs, a.entropy, a.grad_logprobs, a.grad_entropy, normalisers, slopes,
+        CAPPED=capped, **FUSED,
     )  # fmt: skip
-    terms = kl_parts(rows, logits, stride, ref_logits, ref_stride, normalisers)
-    _finish[rows.lanes()](
-        *rows, logits, stride, terms, rows.segments(), logprobs, ref_logprobs, kl, grad_kl, normalisers, slopes,
-        CAPPED=softcap != 0, **FUSED,
+    terms = kl_parts(rows, logits, ref_logits, normalisers)
+    _finish[lanes_of(rows)](
+        *rows, logits.data, logits.row_stride, terms, segments_of(rows), a.logprobs, a.ref_logprobs, a.kl, a.grad_kl,
+        normalisers, slopes, CAPPED=capped, **FUSED,
     )  # fmt: skip
-    if grad is not None and slopes is not None:
-        reference = ref_logits, ref_stride
-        write_gradient(rows, logits, stride, slopes, grad, grad_stride, vocab, sloped=True, reference=reference)
+    if slopes is not None:
+        write_gradient(rows, logits, slopes, a.grad, rows.vocab, sloped=True, reference=ref_logits)

@@ -2,6 +2,11 @@
 
 Nothing but the few numbers that come of the sums is float64: a mean far from 0 costs no digits, because deviations are
 taken from a mean of two floats, and the moments of a tile are about its own mean.
+
+    formula         (x - mean) / sqrt(variance + 1e-8)
+    bytes a value   forward 8 read, 4 written; backward 16 read, 4 written; half as much in one tile
+    passes          two each way; one where all is one tile
+    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 """
 
 import torch
@@ -10,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formulas import FUSED
+from .records import MaskedMoments, MaskedWhiten, MaskedWhitenBackward
 from .tokens import (
     PARTS,
     TILE,
@@ -169,84 +175,42 @@ def _whiten_backward(
     tl.store(grad + index, tl.where(counted, result, 0.0), mask=inside)
 
 
-def masked_moments(
-    count: int, x: Tensor, live: Tensor | None, mean: Tensor | None, moments: Tensor, threads: int
-) -> None:
-    tiles = _tiles(count)
-    parts = _measured(count, x, live, tiles)
-    _add_moments[(1,)](parts, tiles, mean, moments, num_warps=4, **FUSED)
+def masked_moments(a: MaskedMoments) -> None:
+    tiles = _tiles(a.elements)
+    _add_moments[(1,)](_measured(a, tiles), tiles, a.mean, a.moments, num_warps=4, **FUSED)
 
 
-def masked_whiten(
-    count: int,
-    x: Tensor,
-    live: Tensor | None,
-    shift_mean: bool,
-    unbiased: bool,
-    given: bool,
-    statistics: Tensor,
-    whitened: Tensor,
-    threads: int,
-) -> None:
-    tiles = _tiles(count)
-    if tiles > 1 and not given:
-        parts = _measured(count, x, live, tiles)
-        _add_statistics[(1,)](parts, tiles, statistics, UNBIASED=unbiased, num_warps=4, **FUSED)
+def masked_whiten(a: MaskedWhiten) -> None:
+    tiles = _tiles(a.elements)
+    if tiles > 1 and not a.given:
+        _add_statistics[(1,)](
+            _measured(a, tiles), tiles, a.statistics, UNBIASED=a.unbiased, num_warps=4, **FUSED
+        )  # fmt: skip
     _whiten[(tiles,)](
-        x,
-        live,
-        count,
-        statistics,
-        whitened,
-        SHIFT_MEAN=shift_mean,
-        UNBIASED=unbiased,
-        MEASURE=tiles == 1 and not given,
-        TILE=TILE,
-        num_warps=WARPS,
-        **FUSED,
-    )
+        a.x, a.live, a.elements, a.statistics, a.whitened, SHIFT_MEAN=a.shift_mean, UNBIASED=a.unbiased,
+        MEASURE=tiles == 1 and not a.given, TILE=TILE, num_warps=WARPS, **FUSED,
+    )  # fmt: skip
 
 
-def masked_whiten_backward(
-    count: int,
-    x: Tensor,
-    live: Tensor | None,
-    shift_mean: bool,
-    unbiased: bool,
-    statistics: Tensor,
-    grad_whitened: Tensor,
-    grad: Tensor,
-    threads: int,
-) -> None:
-    tiles = _tiles(count)
+def masked_whiten_backward(a: MaskedWhitenBackward) -> None:
+    tiles = _tiles(a.elements)
     parts = None
     if tiles > 1:
-        parts = torch.empty((2, tiles), dtype=torch.float32, device=x.device)
+        parts = torch.empty((2, tiles), dtype=torch.float32, device=a.x.device)
         _measure_backward[(tiles,)](
-            x, live, count, statistics, grad_whitened, parts, TILE=TILE, num_warps=WARPS, **FUSED
+            a.x, a.live, a.elements, a.statistics, a.grad_whitened, parts, TILE=TILE, num_warps=WARPS, **FUSED
         )
     _whiten_backward[(tiles,)](
-        x,
-        live,
-        count,
-        statistics,
-        grad_whitened,
-        parts,
-        tiles,
-        grad,
-        SHIFT_MEAN=shift_mean,
-        UNBIASED=unbiased,
-        TILE=TILE,
-        num_warps=WARPS,
-        **FUSED,
-    )
+        a.x, a.live, a.elements, a.statistics, a.grad_whitened, parts, tiles, a.grad, SHIFT_MEAN=a.shift_mean,
+        UNBIASED=a.unbiased, TILE=TILE, num_warps=WARPS, **FUSED,
+    )  # fmt: skip
 
 
-def _tiles(count: int) -> int:
-    return max(triton.cdiv(count, TILE), 1)
+def _tiles(elements: int) -> int:
+    return max(triton.cdiv(elements, TILE), 1)
 
 
-def _measured(count: int, x: Tensor, live: Tensor | None, tiles: int) -> Tensor:
-    parts = torch.empty((4, tiles), dtype=torch.float32, device=x.device)
-    _measure[(tiles,)](x, live, count, parts, TILE=TILE, num_warps=WARPS, **FUSED)
+def _measured(a: MaskedMoments | MaskedWhiten, tiles: int) -> Tensor:
+    parts = torch.empty((4, tiles), dtype=torch.float32, device=a.x.device)
+    _measure[(tiles,)](a.x, a.live, a.elements, parts, TILE=TILE, num_warps=WARPS, **FUSED)
     return parts

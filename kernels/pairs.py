@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .formulas import FUSED, k3
 from .numbers import LOG2E
+from .records import Logits, Rows
 from .rows import (
     BLOCK,
     GENERAL,
@@ -19,12 +20,12 @@ from .rows import (
     ROWS,
     SEGMENT,
     WARPS,
-    Rows,
     block_columns,
     is_plain,
     load_block,
     row_and_segment,
     row_target,
+    segments_of,
     store_rows,
     thread_sum,
     vector,
@@ -94,15 +95,13 @@ def sum_terms(
     tl.store(terms + segment * field + row, tl.sum(total, axis=0))
 
 
-def kl_parts(
-    rows: Rows, logits: Tensor, stride: int, ref_logits: Tensor, ref_stride: int, normalisers: Tensor
-) -> Tensor:
+def kl_parts(rows: Rows, logits: Logits, ref_logits: Logits, normalisers: Tensor) -> Tensor:
     """The KL's terms over every segment of the live rows, (segments, count)."""
-    segments = rows.segments()
-    terms = torch.empty(segments, rows.length, dtype=torch.float32, device=logits.device)
+    segments = segments_of(rows)
+    terms = torch.empty(segments, rows.length, dtype=torch.float32, device=normalisers.device)
     sum_terms[(rows.length * segments,)](
-        *rows[1:], logits, stride, ref_logits, ref_stride, normalisers, terms, rows.length,
-        VECTOR=vector((logits, stride), (ref_logits, ref_stride)), CAPPED=rows.softcap != 0, num_warps=WARPS, **FUSED,
+        *rows[1:], logits.data, logits.row_stride, ref_logits.data, ref_logits.row_stride, normalisers, terms,
+        rows.length, VECTOR=vector(logits, ref_logits), CAPPED=rows.softcap != 0, num_warps=WARPS, **FUSED,
     )  # fmt: skip
     return terms
 

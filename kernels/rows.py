@@ -1,12 +1,10 @@
 """Rows of logits on a GPU: how their columns are read by programs, and how per-row numbers are read by lanes."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .numbers import tanh
+from .records import Logits, Rows
 
 # Columns that a program sums: long enough to pay for its start, short enough to spread 16 rows over 132 processors.
 SEGMENT: tl.constexpr = tl.constexpr(8192)
@@ -25,29 +23,20 @@ GENERAL = (
 ).split()
 
 
-class Rows(NamedTuple):
-    """The leading arguments of every launcher, as in csrc/rlhf_fast.h; ``softcap`` 0 stands for none."""
-
-    length: int
-    vocab: int
-    targets: Tensor | None
-    live: Tensor | None
-    temperature: Tensor
-    temperature_stride: int
-    softcap: float
-
-    def segments(self) -> int:
-        return triton.cdiv(self.vocab, SEGMENT.value)
-
-    def lanes(self) -> tuple[int]:
-        """The grid of a kernel that takes one row a lane."""
-        return (triton.cdiv(self.length, ROWS.value),)
+def segments_of(rows: Rows) -> int:
+    return triton.cdiv(rows.vocab, SEGMENT.value)
 
 
-def vector(*rows: tuple[Tensor, int]) -> int:
-    """Columns in a load of 16 bytes, or 1 where one of the (tensor, row stride) has rows that begin elsewhere."""
-    aligned = all(tensor.data_ptr() % 16 == 0 and stride * tensor.element_size() % 16 == 0 for tensor, stride in rows)
-    return 16 // rows[0][0].element_size() if aligned else 1
+def lanes_of(rows: Rows) -> tuple[int]:
+    """The grid of a kernel that takes one row a lane."""
+    return (triton.cdiv(rows.length, ROWS.value),)
+
+
+def vector(*logits: Logits) -> int:
+    """Columns in a load of 16 bytes, or 1 where one of them has rows that begin elsewhere."""
+    given = [(each.data, each.row_stride) for each in logits if each.data is not None]
+    aligned = all(data.data_ptr() % 16 == 0 and stride * data.element_size() % 16 == 0 for data, stride in given)
+    return 16 // given[0][0].element_size() if aligned else 1
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .formulas import FUSED, exponential
 from .numbers import FAR, LOG2E, at_most, log1p
+from .records import Logits, Rows
 from .rows import (
     BLOCK,
     GENERAL,
@@ -26,12 +27,12 @@ from .rows import (
     ROWS,
     SEGMENT,
     WARPS,
-    Rows,
     block_columns,
     is_plain,
     load_block,
     row_and_segment,
     row_target,
+    segments_of,
     thread_sum,
     vector,
 )
@@ -101,13 +102,13 @@ def sum_segments(
         tl.store(part + 3 * field, tl.sum(weighted, axis=0))
 
 
-def sum_rows(rows: Rows, logits: Tensor, stride: int, weighted: bool) -> Tensor:
+def sum_rows(rows: Rows, logits: Logits, weighted: bool) -> Tensor:
     """The sums of every segment of the live rows, (4, segments, count); ``weighted`` is what an entropy needs."""
-    segments = rows.segments()
-    parts = torch.empty(4, segments, rows.length, dtype=torch.float32, device=logits.device)
+    segments = segments_of(rows)
+    parts = torch.empty(4, segments, rows.length, dtype=torch.float32, device=rows.temperature.device)
     sum_segments[(rows.length * segments,)](
-        *rows[1:], logits, stride, parts, rows.length, VECTOR=vector((logits, stride)),
-        CAPPED=rows.softcap != 0, WEIGHTED=weighted, num_warps=WARPS, **FUSED,
+        *rows[1:], logits.data, logits.row_stride, parts, rows.length, VECTOR=vector(logits), CAPPED=rows.softcap != 0,
+        WEIGHTED=weighted, num_warps=WARPS, **FUSED,
     )  # fmt: skip
     return parts
 

@@ -1,10 +1,17 @@
-"""Estimates of the KL from two log-probs a token: one sweep forward, one backward."""
+"""Estimates of the KL from two log-probs a token: one sweep forward, one backward.
+
+formula         value and slope of the table in rlhf_fast/ops/token_kl.py, d = logprob - ref_logprob
+bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read where there is a mask
+passes          one each way
+error           1 ulp of the difference; k3 to a few ulps, by its series where exp(x) - 1 - x would cancel
+"""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .formulas import FUSED, kl_slope, kl_value
+from .records import TokenKl, TokenKlBackward
 from .tokens import TILE, WARPS, live_at, tile_of_tokens
 
 
@@ -24,37 +31,18 @@ def _sweep(logprobs, ref_logprobs, live, grad_kl, out, tokens, ESTIMATOR: tl.con
     tl.store(out + index, result, mask=inside)
 
 
-def token_kl(
-    count: int, logprobs: Tensor, ref_logprobs: Tensor, live: Tensor | None, estimator: int, kl: Tensor, threads: int
-) -> None:
-    _launch(count, logprobs, ref_logprobs, live, None, kl, estimator)
+def token_kl(a: TokenKl) -> None:
+    _launch(a, None, a.kl, a.estimator)
 
 
-def token_kl_backward(
-    count: int,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    live: Tensor | None,
-    slope: int,
-    grad_kl: Tensor,
-    grad: Tensor,
-    threads: int,
-) -> None:
-    _launch(count, logprobs, ref_logprobs, live, grad_kl, grad, slope)
+def token_kl_backward(a: TokenKlBackward) -> None:
+    _launch(a, a.grad_kl, a.grad, a.slope)
 
 
-def _launch(
-    count: int,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    live: Tensor | None,
-    grad_kl: Tensor | None,
-    out: Tensor,
-    estimator: int,
-) -> None:
-    if count == 0:
+def _launch(a: TokenKl | TokenKlBackward, grad_kl: Tensor | None, out: Tensor, estimator: int) -> None:
+    if a.tokens == 0:
         return
-    grid = (triton.cdiv(count, TILE),)
-    _sweep[grid](
-        logprobs, ref_logprobs, live, grad_kl, out, count, ESTIMATOR=estimator, TILE=TILE, num_warps=WARPS, **FUSED
-    )
+    _sweep[(triton.cdiv(a.tokens, TILE),)](
+        a.logprobs, a.ref_logprobs, a.live, grad_kl, out, a.tokens, ESTIMATOR=estimator, TILE=TILE, num_warps=WARPS,
+        **FUSED,
+    )  # fmt: skip

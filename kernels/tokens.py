@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formulas import FUSED
+from .records import AGGREGATIONS, LossDivisor
 
 TILE = 1024
 WARPS = 8  # 4 tokens a thread: its 16-byte loads lie side by side with its neighbours', as the bytes of a mask do
@@ -168,24 +169,20 @@ class Divisor:
     """
 
     def __init__(
-        self,
-        sequences: int,
-        length: int,
-        live: Tensor | None,
-        aggregation: int,
-        num_items: float | Tensor,
-        device: torch.device,
+        self, sequences: int, length: int, live: Tensor | None, given: LossDivisor, device: torch.device
     ) -> None:
-        by_token, by_length, normed = aggregation == 0, aggregation == 2, aggregation == 3
+        aggregation = AGGREGATIONS[given.aggregation]
+        by_length = aggregation == "seq-mean-token-mean"
         self.differ = by_length and live is not None
-        self.norm = float(max(length, 1)) if normed or by_length and live is None else 1.0
-        self.items: Tensor | None = None
+        normed = aggregation == "seq-mean-token-sum-norm" or (by_length and live is None)
+        self.norm = float(max(length, 1)) if normed else 1.0
+        self.items = given.items
         self.ITEMS: str | None = None
-        if isinstance(num_items, Tensor):
-            self.items, self.ITEMS = num_items, "given"
-        elif num_items >= 0:
-            self.norm *= num_items or 1.0
-        elif by_token:
+        if given.items is not None:
+            self.ITEMS = "given"
+        elif given.number >= 0:
+            self.norm *= given.number or 1.0
+        elif aggregation == "token-mean":
             self.ITEMS = "tokens"
         elif live is None:
             self.norm *= max(sequences, 1)

@@ -1,5 +1,10 @@
 // KL(policy || reference) over the whole vocabulary. The forward reads both rows for their normalisers, and again, out
 // of the cache, for the terms; the backward reads them once more.
+//
+//   formula         sum_j p_j log(p_j / r_j) - p_j + r_j, no term of which is negative
+//   bytes a row     of V columns of b bytes: forward 4 V b read, 20 written; backward 2 V b read, V b written
+//   passes          forward two, backward one
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "pairs.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
@@ -21,10 +26,10 @@ Normaliser normaliser_of(const RowSums& sums) { return {sums.shift, (float)(1 / 
 
 }  // namespace
 
-void exact_kl(const ExactKl& a) {
+void exact_kl(const ExactKl& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
     auto* ref_logits = (decltype(logits))a.ref_logits.data;
-    parallel_for(a.rows.count, 2 * a.rows.vocab, a.rows.threads, [&](int64_t i) {
+    parallel_for(a.rows.length, 2 * a.rows.vocab, threads, [&](int64_t i) {
       float kl = 0;
       Statistics s{};
       if (is_live(a.rows, i)) {
@@ -44,11 +49,11 @@ void exact_kl(const ExactKl& a) {
 }
 
 // d KL / d x_j = p_j (log p_j - log r_j - KL) / temperature
-void exact_kl_backward(const ExactKlBackward& a) {
+void exact_kl_backward(const ExactKlBackward& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
     auto* ref_logits = (decltype(logits))a.ref_logits.data;
     auto* grads = (decltype(logits))a.grad.data;
-    parallel_for(a.rows.count, 2 * a.rows.vocab, a.rows.threads, [&](int64_t i) {
+    parallel_for(a.rows.length, 2 * a.rows.vocab, threads, [&](int64_t i) {
       auto* grad = grads + i * a.grad.row_stride;
       if (!is_live(a.rows, i)) return zero(grad, a.rows.vocab);
       const float inverse_temperature = inverse_temperature_of(a.rows, i);

@@ -1,5 +1,10 @@
 // Generalised advantage estimation: one pass over each sequence, from its end. A token waits for the next one by a single
 // multiply-add, so that a plain loop with a branch is fast; a select in place of the branch would make it wait longer.
+//
+//   formula         A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, over the live tokens
+//   bytes a token   8 read, 1 more where there is a mask; 8 written
+//   passes          one, from the end; whitening follows
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "parallel.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
@@ -23,16 +28,16 @@ void run_sequence(const Gae& a, int64_t start, int64_t stop) {
 
 }  // namespace
 
-void gae(const Gae& a) {
+void gae(const Gae& a, int threads) {
   const int64_t* bounds = a.cu_seqlens;
   const int64_t tokens = bounds ? bounds[a.sequences] : a.sequences * a.length;
   if (tokens == 0) return;
-  parallel_for(a.sequences, tokens / a.sequences, a.threads, [&](int64_t i) {
+  parallel_for(a.sequences, tokens / a.sequences, threads, [&](int64_t i) {
     run_sequence(a, bounds ? bounds[i] : i * a.length, bounds ? bounds[i + 1] : (i + 1) * a.length);
   });
   if (a.whiten) {
     double statistics[3];
-    masked_whiten({tokens, a.advantages, a.live, true, true, false, statistics, a.advantages, a.threads});
+    masked_whiten({tokens, a.advantages, a.live, true, true, false, statistics, a.advantages}, threads);
   }
 }
 

@@ -1,12 +1,17 @@
 // log softmax(logits)[target] and the entropy. The forward reads the logits once; the backward reads them once more and
 // writes the gradient, over them where it may. The rows' statistics come between.
+//
+//   formula         log p_t = -softplus(d), d = logsumexp_{j != t} x_j - x_t (rlhf_fast/ops/_vocab.py)
+//   bytes a row     of V columns of b bytes: forward V b read, 20 to 24 written; backward V b read, V b written
+//   passes          one each way
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "rows.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
 
-void masked_logprobs(const MaskedLogprobs& a) {
+void masked_logprobs(const MaskedLogprobs& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
-    parallel_for(a.rows.count, a.rows.vocab, a.rows.threads, [&](int64_t i) {
+    parallel_for(a.rows.length, a.rows.vocab, threads, [&](int64_t i) {
       RowResult result{};
       if (is_live(a.rows, i)) {
         const Row row(logits + i * a.logits.row_stride, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
@@ -19,10 +24,10 @@ void masked_logprobs(const MaskedLogprobs& a) {
   });
 }
 
-void masked_logprobs_backward(const MaskedLogprobsBackward& a) {
+void masked_logprobs_backward(const MaskedLogprobsBackward& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
     auto* grads = (decltype(logits))a.grad.data;
-    parallel_for(a.rows.count, a.columns, a.rows.threads, [&](int64_t i) {
+    parallel_for(a.rows.length, a.columns, threads, [&](int64_t i) {
       auto* grad = grads + i * a.grad.row_stride;
       if (!is_live(a.rows, i)) return zero(grad, a.columns);
       zero(grad + a.rows.vocab, a.columns - a.rows.vocab);

@@ -1,5 +1,10 @@
 // Whitening: mean 0 and variance 1 over the live elements. All arithmetic is double, so that a mean far from 0 costs no
 // digits. `whitened` may be `x` itself.
+//
+//   formula         (x - mean) / sqrt(variance + 1e-8)
+//   bytes a value   forward 12 read, 4 written; backward 16 read, 4 written
+//   passes          forward three (mean, deviations, result), backward two
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include <cmath>
 
 #include "tokens.h"
@@ -46,11 +51,11 @@ struct Sums {
 
 // The sums of term(i, lanes) over the live elements.
 template <class Arguments, class Term>
-RLHF_FAST_INLINE Sums sum_live(const Arguments& a, const Term& term) {
-  const Array<Sums> blocks(blocks_of(a.count));
-  parallel_for(blocks_of(a.count), kBlock, a.threads, [&](int64_t block) {
+RLHF_FAST_INLINE Sums sum_live(const Arguments& a, int threads, const Term& term) {
+  const Array<Sums> blocks(blocks_of(a.elements));
+  parallel_for(blocks_of(a.elements), kBlock, threads, [&](int64_t block) {
     F64 first{}, second{};
-    over_block(block, a.count, a.live, [&](int64_t i, int lanes, I64 live) __attribute__((always_inline)) {
+    over_block(block, a.elements, a.live, [&](int64_t i, int lanes, I64 live) __attribute__((always_inline)) {
       const Terms terms = term(i, lanes);
       first += kept(live, terms.first);
       second += kept(live, terms.second);
@@ -62,7 +67,7 @@ RLHF_FAST_INLINE Sums sum_live(const Arguments& a, const Term& term) {
     }
   });
   Sums sums{};
-  for (int64_t block = 0; block < blocks_of(a.count); block++) {
+  for (int64_t block = 0; block < blocks_of(a.elements); block++) {
     sums.first += blocks[block].first;
     sums.second += blocks[block].second;
   }
@@ -71,9 +76,9 @@ RLHF_FAST_INLINE Sums sum_live(const Arguments& a, const Term& term) {
 
 // Writes value(i, lanes) to the live elements and 0 to the others.
 template <class Arguments, class Value>
-RLHF_FAST_INLINE void write_live(const Arguments& a, float* to, const Value& value) {
-  parallel_for(blocks_of(a.count), kBlock, a.threads, [&](int64_t block) {
-    over_block(block, a.count, a.live, [&](int64_t i, int lanes, I64 live) __attribute__((always_inline)) {
+RLHF_FAST_INLINE void write_live(const Arguments& a, float* to, int threads, const Value& value) {
+  parallel_for(blocks_of(a.elements), kBlock, threads, [&](int64_t block) {
+    over_block(block, a.elements, a.live, [&](int64_t i, int lanes, I64 live) __attribute__((always_inline)) {
       store_raw(to + i, __builtin_convertvector(kept(live, value(i, lanes)), Singles), lanes);
     });
   });
@@ -83,9 +88,9 @@ double at_least_1(double x) { return x > 1 ? x : 1; }
 
 }  // namespace
 
-void masked_moments(const MaskedMoments& a) {
+void masked_moments(const MaskedMoments& a, int threads) {
   const double mean = a.mean ? *a.mean : 0;
-  const Sums sums = sum_live(a, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+  const Sums sums = sum_live(a, threads, [&](int64_t i, int lanes) __attribute__((always_inline)) {
     const F64 x = load_doubles(a.x + i, lanes) - mean;
     return Terms{F64{} + 1, a.mean ? x * x : x};
   });
@@ -93,33 +98,33 @@ void masked_moments(const MaskedMoments& a) {
   a.moments[1] = sums.second;
 }
 
-void masked_whiten(const MaskedWhiten& a) {
+void masked_whiten(const MaskedWhiten& a, int threads) {
   if (!a.given) {
     double moments[2];
-    masked_moments({a.count, a.x, a.live, nullptr, moments, a.threads});
+    masked_moments({a.elements, a.x, a.live, nullptr, moments}, threads);
     a.statistics[0] = moments[0];
     a.statistics[1] = moments[1] / at_least_1(moments[0]);
-    masked_moments({a.count, a.x, a.live, &a.statistics[1], moments, a.threads});
+    masked_moments({a.elements, a.x, a.live, &a.statistics[1], moments}, threads);
     a.statistics[2] = 1 / std::sqrt(moments[1] / at_least_1(moments[0] - a.unbiased) + 1e-8);
   }
   const double mean = a.statistics[1], scale = a.statistics[2], shift = a.shift_mean ? 0 : mean;
-  write_live(a, a.whitened, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+  write_live(a, a.whitened, threads, [&](int64_t i, int lanes) __attribute__((always_inline)) {
     return (load_doubles(a.x + i, lanes) - mean) * scale + shift;
   });
 }
 
 // With d = x - mean and variance = sum(d^2) / k:
 // d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, + mean(grad) where not shift_mean.
-void masked_whiten_backward(const MaskedWhitenBackward& a) {
+void masked_whiten_backward(const MaskedWhitenBackward& a, int threads) {
   const double count = a.statistics[0], mean = a.statistics[1], scale = a.statistics[2];
-  const Sums sums = sum_live(a, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+  const Sums sums = sum_live(a, threads, [&](int64_t i, int lanes) __attribute__((always_inline)) {
     const F64 grad = load_doubles(a.grad_whitened + i, lanes);
     return Terms{grad, grad * (load_doubles(a.x + i, lanes) - mean)};
   });
   const double mean_grad = sums.first / at_least_1(count);
   const double shift = (a.shift_mean ? 0 : mean_grad) - scale * mean_grad;
   const double slope = -scale * scale * scale * sums.second / at_least_1(count - a.unbiased);
-  write_live(a, a.grad, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+  write_live(a, a.grad, threads, [&](int64_t i, int lanes) __attribute__((always_inline)) {
     const F64 deviation = load_doubles(a.x + i, lanes) - mean;
     return load_doubles(a.grad_whitened + i, lanes) * scale + deviation * slope + shift;
   });

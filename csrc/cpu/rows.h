@@ -232,6 +232,11 @@ RLHF_FAST_INLINE void zero(T* to, int64_t count) {
   if (count > 0) memset(to, 0, count * sizeof(T));
 }
 
+template <class T>
+RLHF_FAST_INLINE T* row_of(const Logits& logits, int64_t i) {
+  return (T*)logits.data + i * logits.row_stride;
+}
+
 RLHF_FAST_INLINE float inverse_temperature_of(const Rows& rows, int64_t i) {
   return 1 / rows.temperature[i * rows.temperature_stride];
 }

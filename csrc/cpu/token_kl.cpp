@@ -1,4 +1,9 @@
 // Estimates of the KL from two log-probs a token.
+//
+//   formula         value and slope of the table in rlhf_fast/ops/token_kl.py, d = logprob - ref_logprob
+//   bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read where there is a mask
+//   passes          one each way
+//   error           1 ulp of the difference; k3 to a few ulps, by its series where exp(x) - 1 - x would cancel
 #include "tokens.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
@@ -7,9 +12,9 @@ namespace {
 
 // Calls visit(i, lanes, live, d) for each vector, d = logprob - ref_logprob and 0 where the token does not count.
 template <class Arguments, class Visit>
-RLHF_FAST_INLINE void over_differences(const Arguments& a, const Visit& visit) {
-  parallel_for(blocks_of(a.count), kBlock, a.threads, [&](int64_t block) {
-    over_vectors(block * kBlock, smaller((block + 1) * kBlock, a.count), [&](int64_t i, int lanes) {
+RLHF_FAST_INLINE void over_differences(const Arguments& a, int threads, const Visit& visit) {
+  parallel_for(blocks_of(a.tokens), kBlock, threads, [&](int64_t block) {
+    over_vectors(block * kBlock, smaller((block + 1) * kBlock, a.tokens), [&](int64_t i, int lanes) {
       const I32 live = live_lanes(a.live, i, lanes);
       visit(i, lanes, live, kept(live, load(a.logprobs + i, lanes) - load(a.ref_logprobs + i, lanes)));
     });
@@ -18,12 +23,12 @@ RLHF_FAST_INLINE void over_differences(const Arguments& a, const Visit& visit) {
 
 }  // namespace
 
-void token_kl(const TokenKl& a) {
-  over_differences(a, [&](int64_t i, int lanes, I32, F32 d) { store(a.kl + i, kl_value(a.estimator, d), lanes); });
+void token_kl(const TokenKl& a, int threads) {
+  over_differences(a, threads, [&](int64_t i, int lanes, I32, F32 d) { store(a.kl + i, kl_value(a.estimator, d), lanes); });
 }
 
-void token_kl_backward(const TokenKlBackward& a) {
-  over_differences(a, [&](int64_t i, int lanes, I32 live, F32 d) {
+void token_kl_backward(const TokenKlBackward& a, int threads) {
+  over_differences(a, threads, [&](int64_t i, int lanes, I32 live, F32 d) {
     store(a.grad + i, kept(live, load(a.grad_kl + i, lanes) * kl_slope(a.slope, d)), lanes);
   });
 }

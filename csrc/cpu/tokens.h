@@ -50,23 +50,23 @@ class Array {
 class Shares {
  public:
   template <class Loss>
-  explicit Shares(const Loss& a)
-      : differ(a.aggregation == Aggregation::seq_mean_token_mean), lengths_(differ ? a.sequences : 0) {
-    const bool by_token = a.aggregation == Aggregation::token_mean;
+  Shares(const Loss& a, int threads)
+      : differ(a.divisor.aggregation == Aggregation::seq_mean_token_mean), lengths_(differ ? a.sequences : 0) {
+    const bool by_token = a.divisor.aggregation == Aggregation::token_mean;
     const int64_t tokens = a.sequences * a.length;
     const int64_t span = by_token ? kBlock : a.length;
     int64_t items = 0;
-    if (a.num_items < 0 || differ) {
-      parallel_for(by_token ? blocks_of(tokens) : a.sequences, span, a.threads, [&](int64_t i) {
+    if (a.divisor.number < 0 || differ) {
+      parallel_for(by_token ? blocks_of(tokens) : a.sequences, span, threads, [&](int64_t i) {
         const int64_t count = count_live(a.live, i * span, smaller((i + 1) * span, tokens));
         if (differ) lengths_[i] = count;
         // whole numbers: the order in which the threads add them changes nothing
         __atomic_fetch_add(&items, by_token ? count : count > 0, __ATOMIC_RELAXED);
       });
     }
-    double divisor = a.num_items < 0 ? items : a.num_items;
+    double divisor = a.divisor.number < 0 ? items : a.divisor.number;
     if (!(divisor > 0)) divisor = 1;
-    if (a.aggregation == Aggregation::seq_mean_token_sum_norm && a.length > 0) divisor *= a.length;
+    if (a.divisor.aggregation == Aggregation::seq_mean_token_sum_norm && a.length > 0) divisor *= a.length;
     share_ = 1 / divisor;
   }
 

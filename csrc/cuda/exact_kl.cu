@@ -1,5 +1,10 @@
 // KL(policy || reference) over the whole vocabulary. The forward reads both rows for their normalisers and again for
 // the terms; the backward reads them once more.
+//
+//   formula         sum_j p_j log(p_j / r_j) - p_j + r_j, no term of which is negative
+//   bytes a row     of V columns of b bytes: forward 4 V b read, 20 written; backward 2 V b read, V b written
+//   passes          forward two, backward one
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "gradients.h"
 #include "pairs.h"
 
@@ -21,7 +26,7 @@ struct Finish {
   // A row with nothing above -inf has no normaliser: its infinite shift makes it NaN.
   __device__ Normalisers normalisers(int64_t row, float inverse_temperature) const {
     const float rate = kLog2E * inverse_temperature;
-    const RowSums p = join_segments(swept, row, rate), r = join_segments(swept, a.rows.count + row, rate);
+    const RowSums p = join_segments(swept, row, rate), r = join_segments(swept, a.rows.length + row, rate);
     return {p.shift, 1 / (p.tops + p.rest), r.shift, 1 / (r.tops + r.rest),
             log1pf(p.tops - 1 + p.rest) - log1pf(r.tops - 1 + r.rest)};
   }
@@ -57,7 +62,7 @@ struct Gradient {
 
 const char* exact_kl(const ExactKl& a, Scratch& scratch, void* stream) {
   const SegmentSums swept = take_segment_sums(scratch, a.rows, 2);
-  float* terms = take<float>(scratch, a.rows.count * swept.segments);
+  float* terms = take<float>(scratch, a.rows.length * swept.segments);
   if (scratch.size < scratch.needed) return nullptr;
   const Finish op{a, swept, terms};
   const char* error = typed(a.logits.dtype, [&](auto kind) {

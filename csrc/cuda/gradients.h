@@ -83,7 +83,7 @@ template <class In, class Out, bool kPair, class Op>
 const char* write_gradient(const Rows& rows, const Logits& logits, const Logits& ref_logits, const Logits& grad,
                            int64_t columns, const Op& op, void* stream) {
   const int64_t segments = segments_of(columns + kVector<In> - 1);
-  return launch(write_segments<In, Out, kPair, Op>, rows.count * segments, kThreads, 0, stream, rows, logits,
+  return launch(write_segments<In, Out, kPair, Op>, rows.length * segments, kThreads, 0, stream, rows, logits,
                 ref_logits, grad, (int)columns, (int)segments, op);
 }
 

@@ -2,6 +2,11 @@
 //
 // Nothing but the few numbers that come of the sums is double: a mean far from 0 costs no digits, because deviations are
 // taken from a mean of two floats, and the moments of a tile are about its own mean.
+//
+//   formula         (x - mean) / sqrt(variance + 1e-8)
+//   bytes a value   forward 8 read, 4 written; backward 16 read, 4 written; half as much in one tile
+//   passes          two each way; one where all is one tile
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
 namespace rlhf_fast::cuda {
@@ -44,7 +49,7 @@ __device__ __forceinline__ bool leave_moments(const float* x, const uint8_t* liv
 }
 
 __global__ void __launch_bounds__(kThreads) measure(MaskedMoments a, TileParts<Part> parts) {
-  if (!leave_moments(a.x, a.live, a.count, parts)) return;
+  if (!leave_moments(a.x, a.live, a.elements, parts)) return;
   const Moments all = merge_moments(parts.at, gridDim.x);
   if (threadIdx.x != 0) return;
   const double step = a.mean ? all.mean - *a.mean : 0;
@@ -72,7 +77,7 @@ struct Statistics {
 };
 
 __global__ void __launch_bounds__(kThreads) find_statistics(MaskedWhiten a, TileParts<Part> parts) {
-  if (leave_moments(a.x, a.live, a.count, parts)) Statistics(merge_moments(parts.at, gridDim.x), a.unbiased, a.statistics);
+  if (leave_moments(a.x, a.live, a.elements, parts)) Statistics(merge_moments(parts.at, gridDim.x), a.unbiased, a.statistics);
 }
 
 __device__ __forceinline__ void write_whitened(const MaskedWhiten& a, const Place& place, const Four& x,
@@ -82,12 +87,12 @@ __device__ __forceinline__ void write_whitened(const MaskedWhiten& a, const Plac
 }
 
 __global__ void __launch_bounds__(kThreads) whiten(MaskedWhiten a) {
-  const Place place(a.live, a.count);
+  const Place place(a.live, a.elements);
   write_whitened(a, place, place.load(a.x), Statistics(a.statistics));
 }
 
 __global__ void __launch_bounds__(kThreads) whiten_one_tile(MaskedWhiten a) {
-  const Place place(a.live, a.count);
+  const Place place(a.live, a.elements);
   const Four x = place.load(a.x);
   write_whitened(a, place, x, Statistics(tile_moments(x, place.live), a.unbiased, a.statistics));
 }
@@ -123,7 +128,7 @@ __device__ __forceinline__ void write_gradient(const MaskedWhitenBackward& a, co
 
 // The sums of all tiles end up where the first one's were.
 __global__ void __launch_bounds__(kThreads, 4) measure_backward(MaskedWhitenBackward a, TileParts<GradientSums> parts) {
-  const Place place(a.live, a.count);
+  const Place place(a.live, a.elements);
   const Four grad = place.load(a.grad_whitened), x = place.load(a.x);
   const GradientSums own = tile_sums(grad, x, place, Statistics(a.statistics));
   if (threadIdx.x == 0) parts.at[blockIdx.x] = own;
@@ -139,12 +144,12 @@ __global__ void __launch_bounds__(kThreads, 4) measure_backward(MaskedWhitenBack
 }
 
 __global__ void __launch_bounds__(kThreads) whiten_backward(MaskedWhitenBackward a, const GradientSums* sums) {
-  const Place place(a.live, a.count);
+  const Place place(a.live, a.elements);
   write_gradient(a, place, place.load(a.grad_whitened), place.load(a.x), Statistics(a.statistics), *sums);
 }
 
 __global__ void __launch_bounds__(kThreads) whiten_backward_one_tile(MaskedWhitenBackward a) {
-  const Place place(a.live, a.count);
+  const Place place(a.live, a.elements);
   const Four grad = place.load(a.grad_whitened), x = place.load(a.x);
   const Statistics statistics(a.statistics);
   write_gradient(a, place, grad, x, statistics, tile_sums(grad, x, place, statistics));
@@ -153,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) whiten_backward_one_tile(MaskedWhite
 }  // namespace
 
 const char* masked_moments(const MaskedMoments& a, Scratch& scratch, void* stream) {
-  const int64_t tiles = tiles_of(a.count);
+  const int64_t tiles = tiles_of(a.elements);
   scratch.needed = TileParts<Part>::bytes(tiles);
   if (scratch.size < scratch.needed) return nullptr;
   return launch_parts(measure, tiles, TileParts<Part>(scratch.data), stream, a);
@@ -165,10 +170,10 @@ size_t masked_whiten_scratch(int64_t count) {
 }
 
 const char* masked_whiten(const MaskedWhiten& a, Scratch& scratch, void* stream) {
-  const int64_t tiles = tiles_of(a.count);
+  const int64_t tiles = tiles_of(a.elements);
   if (tiles == 1 && !a.given) return launch(whiten_one_tile, 1, kThreads, 0, stream, a);
   if (!a.given) {
-    scratch.needed = masked_whiten_scratch(a.count);
+    scratch.needed = masked_whiten_scratch(a.elements);
     if (scratch.size < scratch.needed) return nullptr;
     const char* error = launch_parts(find_statistics, tiles, TileParts<Part>(scratch.data), stream, a);
     if (error) return error;
@@ -177,7 +182,7 @@ const char* masked_whiten(const MaskedWhiten& a, Scratch& scratch, void* stream)
 }
 
 const char* masked_whiten_backward(const MaskedWhitenBackward& a, Scratch& scratch, void* stream) {
-  const int64_t tiles = tiles_of(a.count);
+  const int64_t tiles = tiles_of(a.elements);
   if (tiles == 1) return launch(whiten_backward_one_tile, 1, kThreads, 0, stream, a);
   scratch.needed = TileParts<GradientSums>::bytes(tiles);
   if (scratch.size < scratch.needed) return nullptr;

@@ -72,7 +72,7 @@ __device__ inline float join_terms(const float* terms, int segments, int64_t row
 template <class T, class Op>
 const char* sum_kl(const Rows& rows, const Logits& logits, const Logits& ref_logits, float* terms, int segments,
                    const Op& op, void* stream) {
-  return launch(sum_terms<T, Op>, rows.count * segments, kThreads, 0, stream, rows, logits, ref_logits, terms, segments,
+  return launch(sum_terms<T, Op>, rows.length * segments, kThreads, 0, stream, rows, logits, ref_logits, terms, segments,
                 op);
 }
 

@@ -100,8 +100,8 @@ template <class T, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, 4)  // blocks of a processor at once
     sum_segments(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept) {
   const auto [place, segment] = segment_of_block(swept.segments);  // in (sets, count), and in its row
-  const bool first = place < rows.count;
-  const int64_t row = first ? place : place - rows.count;
+  const bool first = place < rows.length;
+  const int64_t row = first ? place : place - rows.length;
   if (!is_live(rows, row)) return;
   const int start = segment * kSegment, vocab = (int)rows.vocab;
   float x[kColumns];
@@ -161,7 +161,7 @@ __device__ inline RowResult finish_row(const RowSums& sums, float target_logit, 
 // Of the row `row` in the set `set`, from what the sweep left.
 __device__ inline RowResult finish_row(const Rows& rows, const SegmentSums& swept, int64_t row, int set,
                                        float inverse_temperature) {
-  const int64_t place = set * rows.count + row;
+  const int64_t place = set * rows.length + row;
   const float target_logit = target_of(rows, row) < 0 ? NAN : swept.target_logits[place];
   return finish_row(join_segments(swept, place, kLog2E * inverse_temperature), target_logit, inverse_temperature);
 }
@@ -171,7 +171,7 @@ __device__ inline RowResult finish_row(const Rows& rows, const SegmentSums& swep
 template <class Op>
 __global__ void __launch_bounds__(kThreads) finish_rows(Rows rows, Op op) {
   const int64_t row = (int64_t)blockIdx.x * kWarps + warp_index();
-  if (row >= rows.count) return;
+  if (row >= rows.length) return;
   const bool writes = lane_index() == 0;
   if (is_live(rows, row)) {
     op(row, inverse_temperature_of(rows, row), writes);
@@ -182,19 +182,19 @@ __global__ void __launch_bounds__(kThreads) finish_rows(Rows rows, Op op) {
 
 template <class Op>
 const char* finish(const Rows& rows, const Op& op, void* stream) {
-  return launch(finish_rows<Op>, ceil_div(rows.count, kWarps), kThreads, 0, stream, rows, op);
+  return launch(finish_rows<Op>, ceil_div(rows.length, kWarps), kThreads, 0, stream, rows, op);
 }
 
 inline SegmentSums take_segment_sums(Scratch& scratch, const Rows& rows, int sets) {
   const int64_t segments = segments_of(rows.vocab);
-  return {(int)segments, take<RowSums>(scratch, sets * rows.count * segments), take<float>(scratch, sets * rows.count)};
+  return {(int)segments, take<RowSums>(scratch, sets * rows.length * segments), take<float>(scratch, sets * rows.length)};
 }
 
 // The first sweep, over one or two sets of logits of T; `weighted` is what an entropy needs.
 template <class T>
 const char* sum(const Rows& rows, int sets, const Logits& logits, const Logits& ref_logits,
                 const SegmentSums& swept, bool weighted, void* stream) {
-  return launch(weighted ? sum_segments<T, true> : sum_segments<T, false>, sets * rows.count * swept.segments, kThreads,
+  return launch(weighted ? sum_segments<T, true> : sum_segments<T, false>, sets * rows.length * swept.segments, kThreads,
                 0, stream, rows, logits, ref_logits, swept);
 }
 

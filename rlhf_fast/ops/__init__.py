@@ -1,6 +1,5 @@
 """The losses and their building blocks: plain functions from tensors to tensors, one a file."""
 
-from . import _fused as _fused
 from ._dispatch import backends, use_backend
 from ._native import build_info
 from .clipped_policy_loss import PolicyLoss, clipped_policy_loss

@@ -4,9 +4,8 @@ import math
 
 import torch
 
+from rlhf_fast.kernels.records import AGGREGATIONS
 from rlhf_fast.ops import _checks
-
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
 def aggregate(
@@ -105,11 +104,6 @@ def upcast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
 
 
-def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(B, T) as it is; any other shape as one row (1, N), for ops that count tokens and need no sequences."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(1, -1)
-
-
 def check_aggregation(op: str, values: torch.Tensor, aggregation: str, num_items: float | torch.Tensor | None) -> None:
     """``values`` can be aggregated this way."""
     _checks.one_of(op, "aggregation", aggregation, AGGREGATIONS)
@@ -142,5 +136,5 @@ def _count(values: torch.Tensor, live: torch.Tensor | None) -> float | torch.Ten
 
 def _divide(total: torch.Tensor, count: float | torch.Tensor) -> torch.Tensor:
     if isinstance(count, torch.Tensor):
-        return total / torch.where(count > 0, count, 1)
+        return (total / torch.where(count > 0, count, 1)).to(total.dtype)  # which a float64 count would widen
     return total / (count if count > 0 else 1.0)

@@ -18,7 +18,8 @@ PLAIN = {torch.Tensor, torch.nn.Parameter}
 def floating(op: str, **tensors: torch.Tensor) -> None:
     """Every tensor is a floating-point torch.Tensor."""
     for name, tensor in tensors.items():
-        is_tensor(op, **{name: tensor})
+        if type(tensor) not in PLAIN:
+            is_tensor(op, **{name: tensor})
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
 
@@ -26,7 +27,8 @@ def floating(op: str, **tensors: torch.Tensor) -> None:
 def integral(op: str, **tensors: torch.Tensor) -> None:
     """Every tensor holds integers (token ids)."""
     for name, tensor in tensors.items():
-        is_tensor(op, **{name: tensor})
+        if type(tensor) not in PLAIN:
+            is_tensor(op, **{name: tensor})
         if tensor.dtype not in INTEGERS:
             raise TypeError(f"{op}: {name} must hold integers (token ids); got {tensor.dtype}")
 

@@ -1,54 +1,74 @@
-"""Which backend runs an op: one table, one function.
+"""Which backend runs an op, decided here alone.
 
-An implementation joins the table with ``@implements("gae", "torch")``. A backend other than torch joins with
-``register_backend``, whose probe says whether it can run on a device, and why not.
+An op has a torch reference and, where it has kernels, a fused implementation: ``@implements("gae", "torch")`` and
+``@implements("gae", "fused")``. Every engine has every launcher of kernels/records.py, so that which of them runs is a
+matter of the device, and of a backend that is forced: ``implementation`` asks for a call, ``launch`` for each launch in
+it (a backward or a compiled graph may come later, on another thread).
 """
 
 import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+from rlhf_fast.kernels.records import NAMES, Record
 
 from ._checks import under_torch_func
+from ._cuda import Cuda
+from ._native import native
+from ._triton import Triton
 
 Implementation = Callable[..., Any]
-Probe = Callable[[torch.device], str | None]
 
-NAMES = ("cuda", "triton", "native", "torch")
+
+class Engine(Protocol):
+    """What runs launchers."""
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Why it cannot run there; None where it can."""
+
+    def launch(self, launcher: str, record: Record) -> None:
+        """Runs the launcher of this name, on the current device."""
+
+
+BACKENDS = ("cuda", "triton", "native", "torch")
+# What is meant for a device, best first. Another engine may be put in from outside (the tests emulate CUDA on the CPU)
+# and runs where it is forced. cuda before triton, whose launch is Python's work, until both are timed on a GPU.
+ENGINES: dict[str, dict[str, Engine]] = {
+    "cpu": {"native": native},
+    "cuda": {"cuda": Cuda(native.module, native.reason), "triton": Triton()},
+}
 _table: dict[str, dict[str, Implementation]] = {}
-_probes: dict[str, Probe] = {"torch": lambda device: None}
 _forced: str | None = None  # a plain global, which torch.compile guards on
 _warned: set[tuple[str, str]] = set()
 
 
-def register_backend(name: str, probe: Probe) -> None:
-    """Adds a backend. ``probe(device)`` returns None where it can run, else the reason why not."""
-    _probes[_checked(name)] = probe
-
-
-def implements(op: str, *backends: str) -> Callable[[Implementation], Implementation]:
-    """Decorator: this function is the implementation of ``op`` on each of ``backends``."""
+def implements(op: str, kind: str) -> Callable[[Implementation], Implementation]:
+    """Decorator: this function is the "torch" or the "fused" implementation of ``op``."""
 
     def register(function: Implementation) -> Implementation:
-        for backend in backends:
-            _table.setdefault(op, {})[_checked(backend)] = function
+        _table.setdefault(op, {})[kind] = function
         return function
 
     return register
 
 
-def implementation(op: str, like: torch.Tensor) -> Implementation:
+def implementation(op: str, like: Tensor) -> Implementation:
     """The function that runs ``op`` on tensors like this one: the forced backend's, else the first that can run.
 
     float64 is the torch reference on every backend: it is the truth that the others are held to. An op of a number a
     sequence (pairwise_loss, dpo_loss) exists in torch alone, and no forced backend changes that.
 
-    Raises RuntimeError when a forced backend cannot run; warns once when a registered one is passed over.
+    Raises RuntimeError when a forced backend cannot run; warns once when one is passed over.
     """
-    forced, device = _forced_for(op), like.device
+    row = _table[op]
+    if "fused" not in row:
+        return row["torch"]
+    forced, device = forced_backend(), like.device
     if forced is not None:
         reason = _why_not(op, forced, device)
         if reason is not None:
@@ -56,14 +76,34 @@ def implementation(op: str, like: torch.Tensor) -> Implementation:
                 f"{op}: backend {forced!r} was asked for and cannot run on {device.type}: {reason}. "
                 "Unset RLHF_FAST_BACKEND (or leave use_backend) to let rlhf-fast choose."
             )
-        return _table[op]["torch" if like.dtype == torch.float64 else forced]
-    for name in _candidates(device):
+        return row["torch" if forced == "torch" or like.dtype == torch.float64 else "fused"]
+    for name in _meant_for(device):
         reason = _why_not(op, name, device)
         if reason is None:
-            return _table[op]["torch" if like.dtype == torch.float64 else name]
-        if name in _table[op]:
-            _say_once(op, name, reason)
-    raise RuntimeError(f"{op}: no backend can run on {device}")
+            return row["torch" if like.dtype == torch.float64 else "fused"]
+        _say_once(op, name, reason)
+    return row["torch"]
+
+
+def launch(record: Record, like: Tensor) -> None:
+    """Runs the launcher of this record on the device of ``like``, on the forced engine or the first that can run.
+
+    Raises RuntimeError where none can: a graph compiled for a backend that has gone.
+    """
+    if len(ENGINES["cpu"]) == 1 and not like.is_cuda:  # no choice, about which to ask would take a microsecond
+        (only,) = ENGINES["cpu"].values()
+        return only.launch(NAMES[type(record)], record)
+    device = like.device
+    engines, forced = ENGINES[device.type], forced_backend()
+    names = (forced,) if forced in engines else _meant_for(device)
+    engine = next((engines[name] for name in names if engines[name].why_not(device) is None), None)
+    if engine is None:
+        raise RuntimeError(f"{NAMES[type(record)]}: no engine can run on {device}")
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # a kernel is launched on the current one
+            engine.launch(NAMES[type(record)], record)
+    else:
+        engine.launch(NAMES[type(record)], record)
 
 
 def backends(device: str | torch.device | None = None) -> dict[str, dict[str, Any]]:
@@ -82,9 +122,10 @@ def backends(device: str | torch.device | None = None) -> dict[str, dict[str, An
         absent = f"torch {torch.__version__} sees no CUDA device here"
     listing: dict[str, dict[str, Any]] = {}
     for op in sorted(_table):
-        reasons = {name: absent or _why_not(op, name, where) for name in NAMES}
+        reasons = {name: absent or _why_not(op, name, where) for name in BACKENDS}
         available = [name for name, reason in reasons.items() if reason is None]
-        wanted = _forced_for(op) or next((name for name in _candidates(where) if name in available), None)
+        forced = forced_backend() if "fused" in _table[op] else None
+        wanted = forced or next((name for name in (*_meant_for(where), "torch") if name in available), None)
         listing[op] = {
             "chosen": wanted if wanted in available else None,
             "available": available,
@@ -118,10 +159,6 @@ def forced_backend() -> str | None:
     return _checked(outer) if outer else None
 
 
-def _forced_for(op: str) -> str | None:
-    return forced_backend() if len(_table[op]) > 1 else None
-
-
 def _say_once(op: str, name: str, reason: str) -> None:
     if (op, name) not in _warned:
         _warned.add((op, name))
@@ -134,22 +171,24 @@ _say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _checked(name: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"expected a backend out of {', '.join(NAMES)}; got {name!r}")
+    if name not in BACKENDS:
+        raise ValueError(f"expected a backend out of {', '.join(BACKENDS)}; got {name!r}")
     return name
 
 
-def _candidates(device: torch.device) -> tuple[str, ...]:
-    """The backends meant for a device, best first; another one may run there, slowly, where it is forced."""
-    # cuda before triton, whose launch is Python's work, until both are timed on a GPU
-    return ("cuda", "triton", "torch") if device.type == "cuda" else ("native", "torch")
+def _meant_for(device: torch.device) -> tuple[str, ...]:
+    """The engines that run there unasked, best first."""
+    return ("cuda", "triton") if device.type == "cuda" else ("native",)
 
 
 def _why_not(op: str, name: str, device: torch.device) -> str | None:
-    if name not in _probes:
-        return "not part of this build"
-    if name not in _table[op]:
+    if name == "torch":
+        return None
+    if "fused" not in _table[op]:
         return f"has no {op}"
-    if name != "torch" and op != "gae" and under_torch_func():  # gae has no gradient, and vmap calls it by slices
+    if op != "gae" and under_torch_func():  # gae has no gradient, and vmap calls it by slices
         return "torch.func transforms the torch reference alone"
-    return _probes[name](device)
+    engines = ENGINES.get(device.type, {})
+    if name not in engines:
+        return f"runs on {'the CPU' if name == 'native' else 'CUDA'}; the tensors are on {device.type}"
+    return engines[name].why_not(device)

@@ -23,11 +23,13 @@ LoRA = tuple[Tensor, Tensor, float]
 
 
 class Head(NamedTuple):
-    """logits = hidden weight^T + scale * (hidden A^T) B^T + bias."""
+    """logits = hidden weight^T + scale * (hidden down^T) up^T + bias."""
 
     weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-    lora: LoRA | None  # A (r, H), B (V, r), scale
+    bias: Tensor | None = None  # (V,)
+    down: Tensor | None = None  # A of an adapter, (r, H)
+    up: Tensor | None = None  # B, (V, r)
+    scale: float = 0.0
 
 
 def checked_head(
@@ -59,10 +61,10 @@ def checked_head(
         _checks.shaped(op, (columns,), "one entry a row of weight", bias=bias)
         _checks.same_device(op, hidden=hidden, bias=bias)
         bias = bias[:vocab]
-    if lora is not None:
-        lora = _checked_lora(op, hidden, columns, lora)
-        lora = (lora[0], lora[1][:vocab], lora[2])
-    return hidden, Head(weight[:vocab], bias, lora)
+    if lora is None:
+        return hidden, Head(weight[:vocab], bias)
+    down, up, scale = _checked_lora(op, hidden, columns, lora)
+    return hidden, Head(weight[:vocab], bias, down, up[:vocab], scale)
 
 
 def autocasted(operand: Tensor) -> Tensor:
@@ -86,9 +88,8 @@ def in_full_precision(head: Head, dtype: torch.dtype) -> Head:
     A frozen weight is left as it is, so that no copy of it is kept for the backward.
     """
     weight = head.weight.to(dtype) if head.weight.requires_grad else head.weight
-    bias = None if head.bias is None else head.bias.to(dtype)
-    lora = None if head.lora is None else (head.lora[0].to(dtype), head.lora[1].to(dtype), head.lora[2])
-    return Head(weight, bias, lora)
+    bias, down, up = (None if part is None else part.to(dtype) for part in head[1:4])
+    return Head(weight, bias, down, up, head.scale)
 
 
 def project(hidden: Tensor, head: Head, softcap: float | None) -> Tensor:
@@ -98,18 +99,16 @@ def project(hidden: Tensor, head: Head, softcap: float | None) -> Tensor:
         hidden, head = _differentiable_once(hidden, head)
     hidden = hidden.to(dtype)
     logits = _Product.apply(hidden, head.weight.to(dtype))
-    if head.lora is not None:
-        down, up, scale = head.lora
-        logits = logits + scale * _Product.apply(_Product.apply(hidden, down), up)
+    if head.down is not None:
+        logits = logits + head.scale * _Product.apply(_Product.apply(hidden, head.down), head.up)
     if head.bias is not None:
         logits = logits + head.bias
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _differentiable_once(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    down, up, scale = head.lora or (None, None, 0.0)
-    hidden, weight, bias, down, up = _Once.apply(hidden, head.weight, head.bias, down, up)
-    return hidden, Head(weight, bias, None if head.lora is None else (down, up, scale))
+    hidden, weight, bias, down, up = _Once.apply(hidden, *head[:4])
+    return hidden, Head(weight, bias, down, up, head.scale)
 
 
 class _Once(torch.autograd.Function):
@@ -181,7 +180,7 @@ def over_live_rows(
     inputs = tuple(_inert(tensor, live) if rows is None else tensor.index_select(0, rows) for tensor in inputs)
     step = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
     chunks = zip(*(tensor.split(step) for tensor in inputs), strict=True)
-    trained = (hidden, head.weight, head.bias, *(head.lora or ())[:2])
+    trained = (hidden, *head[:4])
     recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained)
     if recorded and not _checks.under_torch_func():  # which knows no checkpoint
         parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]

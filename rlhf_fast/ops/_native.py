@@ -1,6 +1,6 @@
 """The compiled engine, rlhf_fast._C, its only importer, and its launchers for the CPU (those for CUDA are in _cuda.py).
 
-They take raw pointers: all checks were made before.
+They read and write raw memory: all checks were made before.
 """
 
 import hashlib
@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ._dispatch import register_backend
+from rlhf_fast.kernels import records
 
-_NUMBERS = {int, float, bool}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -38,7 +37,7 @@ def _load() -> tuple[Any, str | None]:
     except ImportError as error:
         return None, damaged.format(error)
     sources = _interface()
-    if sources is not None and getattr(module, "interface", None) != sources:
+    if getattr(module, "records", None) != records.digest() or sources not in (None, module.interface):
         return None, f"the compiled module {wanted} is of another state of csrc/; make, or install rlhf-fast again"
     return module, None
 
@@ -56,7 +55,7 @@ def _is_cut_short(path: Path) -> bool:
 
 def _interface() -> str | None:
     """What the checkout's sources ask for, as CMakeLists.txt forms it; None where there is no checkout."""
-    sources = [_PACKAGE.parent / "csrc" / name for name in ("rlhf_fast.h", "bindings.cpp")]
+    sources = [_PACKAGE.parent / "csrc" / name for name in ("records.h", "rlhf_fast.h", "bindings.cpp")]
     if not all(source.exists() for source in sources):
         return None
     return "".join(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)
@@ -65,40 +64,32 @@ def _interface() -> str | None:
 _module, _reason = _load()
 
 
-def _probe(device: torch.device) -> str | None:
-    if _reason is not None:
-        return _reason
-    return None if device.type == "cpu" else f"runs on the CPU; the tensors are on {device.type}"
-
-
-register_backend("native", _probe)
 if _module is not None and (_path := os.environ.get("RLHF_FAST_CPU_PATH")):
     _module.choose_path(_path)
 
 
-def launch(launcher: str, *arguments: Any) -> None:
-    """Calls a launcher of csrc/rlhf_fast.h."""
-    getattr(_module, launcher)(*addresses(arguments))
+class Native:
+    """The launchers of csrc/cpu."""
+
+    def __init__(self, module: Any, reason: str | None) -> None:
+        self.module, self.reason = module, reason
+
+    def why_not(self, device: torch.device) -> str | None:
+        return self.reason
+
+    def launch(self, launcher: str, record: records.Record) -> None:
+        getattr(self.module, launcher)(record, torch.get_num_threads())
 
 
-def addresses(arguments: tuple[Any, ...]) -> list[Any]:
-    """What the compiled module takes: tensors as their data_ptr, None as 0, numbers as they are."""
-    return [
-        0 if argument is None else argument if type(argument) in _NUMBERS else argument.data_ptr()
-        for argument in arguments
-    ]
+native = Native(_module, _reason)
 
 
-def cuda_engine() -> tuple[Any, str | None]:
-    """The launchers for CUDA and None, or None and why there are none."""
-    if hasattr(_module, "cuda"):
-        return _module.cuda, None
-    return None, _reason or "compiled for the CPU alone: install the CUDA toolkit, for its nvcc, and rlhf-fast again"
-
-
-def dtype_code(dtype: torch.dtype) -> int:
-    """The number of ``DType`` in csrc/rlhf_fast.h."""
-    return _DTYPES[dtype]
+def bfloat16_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """left (n, k) right (m, k)^T of bfloat16 into float32 ``out`` (n, m); columns lie side by side in all three."""
+    _module.bfloat16_product(
+        *out.shape, left.shape[1], left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), out.data_ptr(),
+        out.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def multiplies_bfloat16() -> bool:

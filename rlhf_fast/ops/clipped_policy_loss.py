@@ -4,10 +4,15 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from rlhf_fast.ops import _checks
-from rlhf_fast.ops._aggregate import aggregate, as_rows, check_aggregation, masked_mean, ordered_sum, upcast
-from rlhf_fast.ops._dispatch import implementation, implements
+from rlhf_fast.kernels.records import PolicyTerms
+
+from . import _checks
+from ._aggregate import aggregate, check_aggregation, masked_mean, ordered_sum, scalar_tensor, upcast
+from ._dispatch import implementation, implements
+from ._losses import LossInputs
+from .token_kl import ESTIMATORS, KL_CODES
 
 LOG_RATIO_BOUND = 20.0
 
@@ -15,26 +20,26 @@ LOG_RATIO_BOUND = 20.0
 class PolicyLoss(NamedTuple):
     """0-dim tensors on the device of the inputs. All but ``loss`` are statistics over live tokens, without gradient."""
 
-    loss: torch.Tensor
-    clip_fraction: torch.Tensor  # share of tokens whose clipped branch (dual clip included) is the one in force
-    approx_kl: torch.Tensor  # mean of 0.5 * (logprobs - old_logprobs)^2, TRL's policy/approxkl_avg
-    ratio_mean: torch.Tensor
-    ratio_max: torch.Tensor
-    ratio_var: torch.Tensor  # divides by n, so that one token gives 0
+    loss: Tensor
+    clip_fraction: Tensor  # share of tokens whose clipped branch (dual clip included) is the one in force
+    approx_kl: Tensor  # mean of 0.5 * (logprobs - old_logprobs)^2, TRL's policy/approxkl_avg
+    ratio_mean: Tensor
+    ratio_max: Tensor
+    ratio_var: Tensor  # divides by n, so that one token gives 0
 
 
 def clipped_policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     ratio_level: str = "token",
     aggregation: str = "token-mean",
-    num_items: float | torch.Tensor | None = None,
+    num_items: float | Tensor | None = None,
 ) -> PolicyLoss:
     """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) a token, aggregated (PPO, arXiv 1707.06347).
 
@@ -66,34 +71,56 @@ def clipped_policy_loss(
     _checks.floating(op, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     _checks.shaped(op, logprobs.shape, "that of logprobs", old_logprobs=old_logprobs, advantages=advantages)
     _checks.same_device(op, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    check_ratios(op, logprobs, clip_low, clip_high, dual_clip, ratio_level)
+    terms = policy_terms(op, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    check_ratio_level(op, logprobs, ratio_level)
     check_aggregation(op, logprobs, aggregation, num_items)
     live = _checks.live_mask(op, mask, logprobs.shape, logprobs.device)
 
     logprobs, old_logprobs, advantages = upcast(logprobs, _checks.constant(old_logprobs), _checks.constant(advantages))
-    return implementation(op, logprobs)(
-        as_rows(logprobs),
-        as_rows(old_logprobs),
-        as_rows(advantages),
-        None if live is None else as_rows(live),
-        clip_low,
-        clip_high,
-        dual_clip,
-        ratio_level,
-        aggregation,
-        num_items,
+    return policy_loss(
+        LossInputs(
+            logprobs=logprobs,
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            live=live,
+            terms=terms,
+            sequence_level=ratio_level == "sequence",
+            aggregation=aggregation,
+            num_items=scalar_tensor(num_items, logprobs.device),
+        )
     )
 
 
-def check_ratios(
-    op: str, logprobs: torch.Tensor, clip_low: float, clip_high: float, dual_clip: float | None, ratio_level: str
-) -> None:
-    _checks.one_of(op, "ratio_level", ratio_level, ("token", "sequence"))
+def policy_loss(inputs: LossInputs) -> PolicyLoss:
+    """``clipped_policy_loss`` of what has been checked."""
+    loss, statistics = implementation("clipped_policy_loss", inputs.logprobs)(inputs)
+    return PolicyLoss(loss, *statistics)
+
+
+def policy_terms(
+    op: str,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k1",
+    entropy_coef: float = 0.0,
+) -> PolicyTerms:
+    """The scalars of a loss with a policy, checked."""
     _checks.within(op, 0, 1, clip_low=clip_low)  # a ratio is never below 0
     _checks.non_negative(op, clip_high=clip_high)
     _checks.is_number(op, dual_clip=dual_clip)
     if dual_clip is not None and not 1 < dual_clip < math.inf:
         raise ValueError(f"{op}: dual_clip must be a finite number > 1, or None; got {dual_clip!r}")
+    _checks.non_negative(op, kl_coef=kl_coef, entropy_coef=entropy_coef)
+    _checks.one_of(op, "kl_estimator", kl_estimator, ESTIMATORS)
+    ceiling = math.inf if dual_clip is None else dual_clip
+    return PolicyTerms(clip_low, clip_high, ceiling, kl_coef, entropy_coef, *KL_CODES[kl_estimator])
+
+
+def check_ratio_level(op: str, logprobs: Tensor, ratio_level: str) -> None:
+    _checks.one_of(op, "ratio_level", ratio_level, ("token", "sequence"))
     if ratio_level == "sequence" and logprobs.dim() != 2:
         raise ValueError(
             f"{op}: ratio_level 'sequence' needs (B, T), one row a sequence; got shape {tuple(logprobs.shape)}"
@@ -101,52 +128,42 @@ def check_ratios(
 
 
 @implements("clipped_policy_loss", "torch")
-def _torch(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    live: torch.Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    ratio_level: str,
-    aggregation: str,
-    num_items: float | torch.Tensor | None,
-) -> PolicyLoss:
-    """(B, T) four times, one dtype."""
+def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-> the loss, and the other fields of PolicyLoss."""
+    logprobs, old_logprobs, advantages = inputs.logprobs, inputs.old_logprobs, inputs.advantages
+    terms, live = inputs.terms, inputs.live
     if live is None:
         live = torch.ones_like(logprobs, dtype=torch.bool)
     # Masked advantages may stay NaN: nothing flows back past this where, and aggregate leaves them out.
     log_ratio = _bounded(torch.where(live, logprobs - old_logprobs, 0.0))
-    ratio = torch.exp(log_ratio) if ratio_level == "token" else _sequence_ratio(log_ratio, live)
+    ratio = _sequence_ratio(log_ratio, live) if inputs.sequence_level else torch.exp(log_ratio)
 
     # Selected with where, and not with maximum, which would halve the gradient between the two sides of a tie.
     # In force only past a bound, where it is constant: it needs no gradient (and an infinite advantage no 0 * inf).
     unclipped = -advantages * ratio
-    at_bound = -advantages * ratio.detach().clamp(1 - clip_low, 1 + clip_high)
+    at_bound = -advantages * ratio.detach().clamp(1 - terms.clip_low, 1 + terms.clip_high)
     clipped = at_bound > unclipped
     losses = torch.where(clipped, at_bound, unclipped)
-    if dual_clip is not None:
-        ceiling = -dual_clip * advantages
+    if terms.dual_clip < math.inf:
+        ceiling = -terms.dual_clip * advantages
         over = (advantages < 0) & (losses > ceiling)
         clipped = clipped | over
         losses = torch.where(over, ceiling, losses)
-    loss = aggregate(losses, live, aggregation=aggregation, num_items=num_items)
+    loss = aggregate(losses, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
 
     with torch.no_grad():
         ratio_mean = masked_mean(ratio, live)
-        return PolicyLoss(
-            loss=loss,
-            clip_fraction=masked_mean(clipped.to(ratio.dtype), live),
-            approx_kl=masked_mean(0.5 * log_ratio.square(), live),
-            ratio_mean=ratio_mean,
+        return loss, (
+            masked_mean(clipped.to(ratio.dtype), live),
+            masked_mean(0.5 * log_ratio.square(), live),
+            ratio_mean,
             # a ratio is never negative, so 0 stands for the masked; amax refuses an empty tensor
-            ratio_max=torch.where(live, ratio, 0.0).amax() if ratio.numel() else torch.zeros_like(ratio_mean),
-            ratio_var=masked_mean((ratio - ratio_mean).square(), live),
+            torch.where(live, ratio, 0.0).amax() if ratio.numel() else torch.zeros_like(ratio_mean),
+            masked_mean((ratio - ratio_mean).square(), live),
         )
 
 
-def _bounded(log_ratio: torch.Tensor) -> torch.Tensor:
+def _bounded(log_ratio: Tensor) -> Tensor:
     """Within +-20: exp overflows float32 past 88, and an infinite ratio in a branch not taken makes the gradient NaN.
 
     Written with where because torch.clamp gives a NaN input the gradient 0, which would hide it.
@@ -155,7 +172,7 @@ def _bounded(log_ratio: torch.Tensor) -> torch.Tensor:
     return torch.where(log_ratio < -LOG_RATIO_BOUND, -LOG_RATIO_BOUND, log_ratio)
 
 
-def _sequence_ratio(log_ratio: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+def _sequence_ratio(log_ratio: Tensor, live: Tensor) -> Tensor:
     """(B, T) -> (B, T): in value the sequence's ratio, in gradient as if each token's log-prob alone were its own."""
     constant = log_ratio.detach()
     mean = ordered_sum(constant) / live.sum(-1).clamp(min=1)  # masked log ratios are 0

@@ -1,30 +1,33 @@
 """PPO's clipped value loss."""
 
+import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from rlhf_fast.ops import _checks
-from rlhf_fast.ops._aggregate import aggregate, as_rows, check_aggregation, masked_mean, upcast
-from rlhf_fast.ops._dispatch import implementation, implements
+from . import _checks
+from ._aggregate import aggregate, check_aggregation, masked_mean, scalar_tensor, upcast
+from ._dispatch import implementation, implements
+from ._losses import LossInputs
 
 
 class ValueLoss(NamedTuple):
     """0-dim tensors on the device of the inputs; ``clip_fraction`` has no gradient."""
 
-    loss: torch.Tensor
-    clip_fraction: torch.Tensor  # share of live tokens whose clipped branch is the one in force
+    loss: Tensor
+    clip_fraction: Tensor  # share of live tokens whose clipped branch is the one in force
 
 
 def clipped_value_loss(
-    values: torch.Tensor,
-    old_values: torch.Tensor,
-    returns: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None = None,
     *,
     clip: float | None = 0.2,
     aggregation: str = "token-mean",
-    num_items: float | torch.Tensor | None = None,
+    num_items: float | Tensor | None = None,
 ) -> ValueLoss:
     """0.5 * max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2) a token, aggregated.
 
@@ -55,41 +58,36 @@ def clipped_value_loss(
     live = _checks.live_mask(op, mask, values.shape, values.device)
 
     values, old_values, returns = upcast(values, _checks.constant(old_values), _checks.constant(returns))
-    return implementation(op, values)(
-        as_rows(values),
-        as_rows(old_values),
-        as_rows(returns),
-        None if live is None else as_rows(live),
-        clip,
-        aggregation,
-        num_items,
+    loss, (clip_fraction,) = implementation(op, values)(
+        LossInputs(
+            values=values,
+            old_values=old_values,
+            returns=returns,
+            live=live,
+            value_clip=math.inf if clip is None else clip,
+            aggregation=aggregation,
+            num_items=scalar_tensor(num_items, values.device),
+        )
     )
+    return ValueLoss(loss, clip_fraction)
 
 
 @implements("clipped_value_loss", "torch")
-def _torch(
-    values: torch.Tensor,
-    old_values: torch.Tensor,
-    returns: torch.Tensor,
-    live: torch.Tensor | None,
-    clip: float | None,
-    aggregation: str,
-    num_items: float | torch.Tensor | None,
-) -> ValueLoss:
-    """(B, T) four times, one dtype."""
+def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-> the loss, and clip_fraction."""
+    values, old_values, returns = inputs.values, inputs.old_values, inputs.returns
+    clip, live = inputs.value_clip, inputs.live
     if live is None:
         live = torch.ones_like(values, dtype=torch.bool)
     # Masked entries of the other two may stay NaN: nothing flows back past this where, and aggregate leaves them out.
     values = torch.where(live, values, 0.0)
     errors = (values - returns).square()
     clipped = torch.zeros_like(live)
-    if clip is not None:
+    if clip < math.inf:
         # in force only past a bound, where it is constant: it needs no gradient (nor an infinite return 0 * inf)
         clipped_errors = (values.detach().clamp(old_values - clip, old_values + clip) - returns).square()
         clipped = clipped_errors > errors
         # selected with where, and not with maximum, which would halve the gradient between the two sides of a tie
         errors = torch.where(clipped, clipped_errors, errors)
-    return ValueLoss(
-        loss=aggregate(0.5 * errors, live, aggregation=aggregation, num_items=num_items),
-        clip_fraction=masked_mean(clipped.to(values.dtype), live),
-    )
+    loss = aggregate(0.5 * errors, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
+    return loss, (masked_mean(clipped.to(values.dtype), live),)

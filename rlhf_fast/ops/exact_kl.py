@@ -1,13 +1,17 @@
 """The Kullback-Leibler divergence over the whole vocabulary, from two sets of logits."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_fast.kernels import records
+
 from . import _checks
-from ._dispatch import implementation, implements
+from ._dispatch import implementation, implements, launch
+from ._op import fused_op
+from ._rows import logits_of, rows_of, unit_columns
 from ._tokens import flat_temperature, vocabulary
 from ._vocab import accumulation_dtype, all_dead, row_chunks, row_sum
 
@@ -52,15 +56,25 @@ def exact_kl(
         live = torch.ones(shape, dtype=torch.bool, device=logits.device)
     tau = flat_temperature(op, temperature, logits)
     rows = (shape.numel(), vocab)
-    run = implementation(op, logits)
-    return run(logits.reshape(rows), _checks.constant(ref_logits).reshape(rows), live.reshape(-1), tau).reshape(shape)
+    inputs = Inputs(logits.reshape(rows), _checks.constant(ref_logits).reshape(rows), live.reshape(-1), tau)
+    return implementation(op, logits)(inputs).reshape(shape)
+
+
+class Inputs(NamedTuple):
+    logits: Tensor  # (N, V), any strides
+    ref_logits: Tensor
+    live: Tensor  # (N,) bool
+    temperature: Tensor  # (N,)
+
+
+# ---- the torch reference --------------------------------------------------------------------------------------------
 
 
 @implements("exact_kl", "torch")
-def reference(logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor) -> Tensor:
-    """logits, ref_logits (N, V), any strides; live (N,) bool; temperature (N,) -> (N,)."""
+def reference(inputs: Inputs) -> Tensor:
+    """-> (N,)."""
     _checks.differentiated_once("exact_kl")
-    return _ExactKL.apply(logits, ref_logits, live, temperature)
+    return _ExactKL.apply(*inputs)
 
 
 class _ExactKL(torch.autograd.Function):
@@ -122,3 +136,80 @@ def _log_softmax(logits: Tensor, alive: Tensor, temperature: Tensor, dtype: torc
     # 0 at the top, or the NaN of a row that has no answer
     others = torch.exp(shifted).scatter(1, top, shifted.gather(1, top))
     return shifted - torch.log1p(row_sum(others))[:, None]
+
+
+# ---- on the engines: both logits are read twice forward (on a CPU out of the cache), once backward ------------------
+
+
+@implements("exact_kl", "fused")
+def _fused(inputs: Inputs) -> Tensor:
+    logits, ref_logits, live, temperature = inputs
+    return _forward(Inputs(unit_columns(logits), unit_columns(ref_logits), live, temperature))[0]
+
+
+def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """-> KL (N,), statistics (N, 4)."""
+    kl, statistics = _outputs(inputs)
+    launch(
+        records.ExactKl(
+            rows=_rows(inputs),
+            logits=logits_of(inputs.logits),
+            ref_logits=logits_of(inputs.ref_logits),
+            kl=kl,
+            statistics=statistics,
+        ),
+        kl,
+    )
+    return kl, statistics
+
+
+def _rows(inputs: Inputs) -> records.Rows:
+    return rows_of(None, inputs.live, inputs.temperature, vocab=inputs.logits.shape[1], softcap=0.0)
+
+
+def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    rows, empty = inputs.logits.shape[0], inputs.logits.new_empty
+    return empty(rows, dtype=torch.float32), empty(rows, records.STATISTICS, dtype=torch.float32)
+
+
+class _Backward(NamedTuple):
+    inputs: Inputs
+    kl: Tensor
+    statistics: Tensor
+    grad_kl: Tensor
+
+
+def _backward_kernel(given: _Backward) -> Tensor:
+    """-> the gradient of the logits, contiguous."""
+    inputs, grad = given.inputs, _empty_gradient(given)
+    launch(
+        records.ExactKlBackward(
+            rows=_rows(inputs),
+            logits=logits_of(inputs.logits),
+            ref_logits=logits_of(inputs.ref_logits),
+            statistics=given.statistics,
+            kl=given.kl,
+            grad_kl=given.grad_kl.contiguous(),
+            grad=logits_of(grad),
+        ),
+        grad,
+    )
+    return grad
+
+
+def _empty_gradient(given: _Backward) -> Tensor:
+    return torch.empty_like(given.inputs.logits, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _gradient(ctx: Any, grad_kl: Tensor, _: Tensor) -> tuple[Tensor]:
+    *inputs, kl, statistics = ctx.saved_tensors
+    return (_backward(_Backward(Inputs(*inputs), kl, statistics, grad_kl)),)
+
+
+_backward = fused_op("exact_kl_backward", _Backward, _backward_kernel, _empty_gradient)
+_forward = fused_op("exact_kl", Inputs, _kernel, _outputs, trained=("logits",), save=_save, gradient=_gradient)

@@ -1,23 +1,29 @@
 """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438)."""
 
-import torch
+from typing import NamedTuple
 
-from rlhf_fast.ops import _checks
-from rlhf_fast.ops._aggregate import upcast
-from rlhf_fast.ops._dispatch import implementation, implements
-from rlhf_fast.ops.masked_whiten import masked_whiten
+import torch
+from torch import Tensor
+
+from rlhf_fast.kernels import records
+
+from . import _checks
+from ._aggregate import upcast
+from ._dispatch import implementation, implements, launch
+from ._op import fused_op
+from .masked_whiten import masked_whiten
 
 
 def gae(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     whiten: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Advantages and returns of every live token.
 
     Over the live tokens of a sequence, in order: delta_t = rewards_t + gamma * values_{t+1} - values_t and
@@ -66,10 +72,20 @@ def gae(
     live = _checks.live_mask("gae", mask, rewards.shape, rewards.device)
 
     rewards, values = upcast(_checks.constant(rewards), _checks.constant(values))
-    return implementation("gae", rewards)(rewards, values, live, cu_seqlens, gamma, lam, whiten)
+    return implementation("gae", rewards)(Inputs(rewards, values, live, cu_seqlens, gamma, lam, whiten))
 
 
-def check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
+class Inputs(NamedTuple):
+    rewards: Tensor  # (B, T) without cu_seqlens (int64), (N,) with; one dtype
+    values: Tensor
+    live: Tensor | None
+    cu_seqlens: Tensor | None
+    gamma: float
+    lam: float
+    whiten: bool
+
+
+def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     """For the implementations on the CPU, which would read and write past the tokens; inside their custom op, so that
     a compiled graph checks too.
     """
@@ -80,31 +96,25 @@ def check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
         )
 
 
+# ---- the torch reference --------------------------------------------------------------------------------------------
+
+
 @implements("gae", "torch")
-def _torch(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    live: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    gamma: float,
-    lam: float,
-    whiten: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) without cu_seqlens (int64), (N,) with; one dtype -> (advantages, returns)."""
-    advantages, returns = _loop(rewards, values, live, cu_seqlens, gamma, lam)
-    return (masked_whiten(advantages, live) if whiten else advantages), returns
+def _torch(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    advantages, returns = _loop(*inputs[:-1])
+    return (masked_whiten(advantages, inputs.live) if inputs.whiten else advantages), returns
 
 
 # One opaque op to torch.compile, which would otherwise unroll the loop over time into its graph.
 @torch.library.custom_op("rlhf_fast::gae_torch", mutates_args=())
 def _loop(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    live: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    rewards: Tensor,
+    values: Tensor,
+    live: Tensor | None,
+    cu_seqlens: Tensor | None,
     gamma: float,
     lam: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     if live is None:
         live = torch.ones_like(rewards, dtype=torch.bool)
     if cu_seqlens is None:
@@ -121,7 +131,7 @@ def _loop(
     )
     column = token - cu_seqlens[row]
 
-    def unpack(packed: torch.Tensor) -> torch.Tensor:
+    def unpack(packed: Tensor) -> Tensor:
         # the length of the longest sequence has to reach the host: the one synchronisation of this reference
         padded = packed.new_zeros(lengths.shape[0], int(lengths.max()))
         padded[row, column] = packed
@@ -133,19 +143,17 @@ def _loop(
 
 @torch.library.register_fake("rlhf_fast::gae_torch")
 def _(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    live: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    rewards: Tensor,
+    values: Tensor,
+    live: Tensor | None,
+    cu_seqlens: Tensor | None,
     gamma: float,
     lam: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 
-def _padded(
-    rewards: torch.Tensor, values: torch.Tensor, live: torch.Tensor, gamma: float, lam: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rewards: Tensor, values: Tensor, live: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     advantages = rewards.new_zeros(rewards.shape)
     next_value = rewards.new_zeros(rewards.shape[0])
     next_advantage = next_value
@@ -156,3 +164,41 @@ def _padded(
         next_advantage = torch.where(live[:, t], advantage, next_advantage)
         next_value = torch.where(live[:, t], values[:, t], next_value)
     return advantages, torch.where(live, advantages + values, 0.0)
+
+
+# ---- on the engines: one pass over each sequence, and the whitening of all ------------------------------------------
+
+
+def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    rewards, cu_seqlens, live = inputs.rewards, inputs.cu_seqlens, inputs.live
+    if cu_seqlens is None:
+        sequences, length = rewards.shape
+    else:
+        if not cu_seqlens.is_cuda:  # where asking would synchronise, and the kernels keep within the tokens
+            check_bounds(cu_seqlens, rewards.shape[0])
+        sequences, length = cu_seqlens.shape[0] - 1, rewards.shape[0]
+    advantages, returns = _outputs(inputs)
+    launch(
+        records.Gae(
+            sequences=sequences,
+            length=length,
+            cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+            rewards=rewards.contiguous(),
+            values=inputs.values.contiguous(),
+            live=None if live is None else live.contiguous(),
+            gamma=inputs.gamma,
+            lam=inputs.lam,
+            whiten=inputs.whiten,
+            advantages=advantages,
+            returns=returns,
+        ),
+        rewards,
+    )
+    return advantages, returns
+
+
+def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return inputs.rewards.new_empty(inputs.rewards.shape), inputs.rewards.new_empty(inputs.rewards.shape)
+
+
+implements("gae", "fused")(fused_op("gae", Inputs, _kernel, _outputs))

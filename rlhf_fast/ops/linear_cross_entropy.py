@@ -1,12 +1,23 @@
 """Cross-entropy of labels straight from hidden states: the loss of supervised fine-tuning."""
 
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
+from rlhf_fast.kernels import records
+
 from . import _checks
-from ._aggregate import aggregate, check_aggregation
-from ._dispatch import implementation, implements
+from ._aggregate import aggregate, check_aggregation, token_weights
+from ._dispatch import implementation, implements, launch
 from ._linear import LoRA, checked_head, flat_hidden
+from ._live import LiveRows
+from ._op import fused_op
+from ._rows import NOTHING, logits_of
+from ._sweep import TRAINED, empty_gradients, scaled, sweep, wanted, wanted_dtypes
 from ._tokens import flat_tokens
+from .linear_logprobs import Inputs
+from .linear_logprobs import fused as linear_logprobs_fused
 from .linear_logprobs import reference as linear_logprobs_reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -65,25 +76,81 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         targets_name="labels",
     )
-    loss = implementation(op, hidden)(flat_hidden(hidden), *head, *tokens, softcap, reduction, num_items)
+    inputs = Inputs(flat_hidden(hidden), head, tokens, softcap or 0.0)
+    loss = implementation(op, hidden)(inputs, reduction, num_items)
     return loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
 
 
 @implements("linear_cross_entropy", "torch")
-def reference(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora: LoRA | None,
-    targets: Tensor,
-    live: Tensor,
-    temperature: Tensor,
-    softcap: float | None,
-    reduction: str,
-    num_items: float | Tensor | None,
-) -> Tensor:
-    """hidden (N, H), weight (V, H), the rest (N,) -> the loss, or losses (N,) for "none"."""
-    losses = -linear_logprobs_reference(hidden, weight, bias, lora, targets, live, temperature, softcap, False)[0]
+def _torch(inputs: Inputs, reduction: str, num_items: float | Tensor | None) -> Tensor:
+    losses = -linear_logprobs_reference(inputs, False)[0]
     if reduction == "none":
         return losses
-    return aggregate(losses, live, aggregation="token-mean", num_items=1.0 if reduction == "sum" else num_items)
+    num_items = 1.0 if reduction == "sum" else num_items
+    return aggregate(losses, inputs.tokens.live, aggregation="token-mean", num_items=num_items)
+
+
+# ---- on the engines -------------------------------------------------------------------------------------------------
+#
+# A mean or a sum knows each token's weight before the sweep, so that every gradient, those of a trained head included,
+# is formed in it: two matrix products with a frozen head, three otherwise.
+
+
+@implements("linear_cross_entropy", "fused")
+def _fused(inputs: Inputs, reduction: str, num_items: float | Tensor | None) -> Tensor:
+    if reduction == "none":
+        return -linear_logprobs_fused(inputs, False)[0]
+    divisor = 1.0 if reduction == "sum" else num_items
+    weights = token_weights(inputs.tokens.live, aggregation="token-mean", num_items=divisor)
+    return _forward(_Forward(inputs, weights, wanted(inputs.hidden, inputs.head)))[0]
+
+
+class _Forward(NamedTuple):
+    inputs: Inputs
+    weights: Tensor  # (N,) of the losses in the sum
+    wants: list[bool]  # in the order of HeadGradients
+
+
+def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> the sum of weights * losses, and its gradients in the order of HeadGradients."""
+    hidden, head, tokens, softcap = given.inputs
+    rows = LiveRows(tokens, softcap)
+    slopes = -rows.take(given.weights)
+    logprobs = hidden.new_empty(rows.count, dtype=torch.float32)
+
+    def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
+        launch(
+            records.LinearLogprobs(
+                rows=rows.part(part, logits[0]),
+                logits=logits_of(logits[0]),
+                logprobs=logprobs[part],
+                entropy=None,
+                grad=NOTHING if grad is None else logits_of(grad),
+                grad_logprobs=slopes[part],
+                grad_entropy=None,
+            ),
+            logprobs,
+        )
+
+    grads = sweep(head, (rows.take(hidden),), fold, given.wants)
+    loss = aggregate(slopes * logprobs, None, aggregation="token-mean", num_items=1.0)
+    return loss, rows.put(grads.hidden) if given.wants[0] else grads.hidden, *grads[1:]
+
+
+def _fake(given: _Forward) -> tuple[Tensor, ...]:
+    hidden, head = given.inputs[:2]
+    return hidden.new_empty((), dtype=torch.float32), *empty_gradients(hidden, head, given.wants)
+
+
+def _save(ctx: Any, given: _Forward, output: tuple[Tensor, ...]) -> None:
+    ctx.dtypes = wanted_dtypes(*given.inputs[:2], given.wants)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(scaled(grad_loss, ctx.saved_tensors, ctx.dtypes))
+
+
+_trained = tuple(f"inputs.{path}" for path in TRAINED)
+_forward = fused_op("linear_cross_entropy", _Forward, _kernel, _fake, trained=_trained, save=_save, gradient=_gradient)

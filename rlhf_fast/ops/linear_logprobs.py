@@ -1,16 +1,22 @@
 """Log-probabilities of the target tokens straight from hidden states: the logits never exist whole."""
 
-from typing import Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels import records
+
 from . import _checks
-from ._dispatch import implementation, implements
+from ._dispatch import implementation, implements, launch
 from ._linear import Head, LoRA, checked_head, flat_hidden, in_full_precision, over_live_rows, project
-from ._tokens import flat_tokens
+from ._live import LiveRows
+from ._op import fused_op
+from ._rows import NOTHING, logits_of
+from ._sweep import TRAINED, HeadGradients, empty_gradients, sweep, wanted, wanted_dtypes
+from ._tokens import Tokens, flat_tokens
 from ._vocab import accumulation_dtype
-from .masked_logprobs import reference as masked_logprobs_reference
+from .masked_logprobs import reference_of_rows
 
 
 @overload
@@ -91,33 +97,166 @@ def linear_logprobs(
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
     )
-    run = implementation(op, hidden)
-    logprobs, entropy = run(flat_hidden(hidden), *head, *tokens, softcap, return_entropy)
+    inputs = Inputs(flat_hidden(hidden), head, tokens, softcap or 0.0)
+    logprobs, entropy = implementation(op, hidden)(inputs, return_entropy)
     shape = hidden.shape[:-1]
     return (logprobs.reshape(shape), entropy.reshape(shape)) if return_entropy else logprobs.reshape(shape)
 
 
+class Inputs(NamedTuple):
+    hidden: Tensor  # (N, H)
+    head: Head
+    tokens: Tokens
+    softcap: float  # 0 = none
+
+
+# ---- the torch reference --------------------------------------------------------------------------------------------
+
+
 @implements("linear_logprobs", "torch")
-def reference(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora: LoRA | None,
-    targets: Tensor,
-    live: Tensor,
-    temperature: Tensor,
-    softcap: float | None,
-    return_entropy: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """hidden (N, H), weight (V, H), the rest (N,) -> logprobs (N,), entropy (N,) or None."""
-    head = in_full_precision(Head(weight, bias, lora), accumulation_dtype(hidden.dtype))
-    vocab = weight.shape[0]
+def reference(inputs: Inputs, return_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """-> logprobs (N,), entropy (N,)."""
+    head = in_full_precision(inputs.head, accumulation_dtype(inputs.hidden.dtype))
+    targets, live, temperature = inputs.tokens
 
     def chunk(hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
-        logits = project(hidden, head, softcap)
-        alive = torch.ones_like(targets, dtype=torch.bool)
-        results = masked_logprobs_reference(logits, targets, alive, temperature, None, vocab, return_entropy, False)
+        logits = project(hidden, head, inputs.softcap or None)
+        results = reference_of_rows(logits, targets, temperature, return_entropy)
         return tuple(result for result in results if result is not None)
 
-    results = over_live_rows(chunk, live, head, hidden, targets, temperature)
+    results = over_live_rows(chunk, live, head, inputs.hidden, targets, temperature)
     return results[0], results[1] if return_entropy else None
+
+
+# ---- on the engines -------------------------------------------------------------------------------------------------
+#
+# With a frozen head the gradient of every row's log-prob is formed in the forward, out of the logits that are there
+# anyway, and the backward only scales it: two matrix products in all.
+
+
+@implements("linear_logprobs", "fused")
+def fused(inputs: Inputs, return_entropy: bool, *, ahead: bool = True) -> tuple[Tensor, Tensor | None]:
+    """``ahead`` allows the gradient to be formed in the forward, which is for nothing where the entropy has one too."""
+    wants = wanted(inputs.hidden, inputs.head)
+    ahead = ahead and wants[0] and not any(wants[1:])
+    logprobs, entropy, _ = _forward(_Forward(inputs, return_entropy, ahead))
+    return logprobs, entropy if return_entropy else None
+
+
+class _Forward(NamedTuple):
+    inputs: Inputs
+    return_entropy: bool
+    ahead: bool
+
+
+def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
+    """-> logprobs (N,), entropy (N,) or (0,), and d logprobs / d hidden (N, H) where formed ``ahead``, else (0,)."""
+    hidden, head, tokens, softcap = given.inputs
+    rows = LiveRows(tokens, softcap)
+    logprobs = hidden.new_empty(rows.count, dtype=torch.float32)
+    entropy = hidden.new_empty(rows.count if given.return_entropy else 0, dtype=torch.float32)
+
+    def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
+        launch(
+            records.LinearLogprobs(
+                rows=rows.part(part, logits[0]),
+                logits=logits_of(logits[0]),
+                logprobs=logprobs[part],
+                entropy=entropy[part] if given.return_entropy else None,
+                grad=NOTHING if grad is None else logits_of(grad),
+                grad_logprobs=None,
+                grad_entropy=None,
+            ),
+            logprobs,
+        )
+
+    slopes = sweep(head, (rows.take(hidden),), fold, [given.ahead, False, False, False, False]).hidden
+    if given.return_entropy:
+        entropy = rows.put(entropy)
+    return rows.put(logprobs), entropy, rows.put(slopes) if given.ahead else slopes
+
+
+def _fake(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = given.inputs.hidden
+    rows = hidden.shape[0]
+    return (
+        hidden.new_empty(rows, dtype=torch.float32),
+        hidden.new_empty(rows if given.return_entropy else 0, dtype=torch.float32),
+        empty_gradients(hidden, given.inputs.head, [given.ahead, False, False, False, False]).hidden,
+    )
+
+
+class _Backward(NamedTuple):
+    inputs: Inputs
+    grad_logprobs: Tensor
+    grad_entropy: Tensor | None
+    wants: list[bool]
+
+
+def _backward_kernel(given: _Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of HeadGradients, from logits that are formed once more."""
+    hidden, head, tokens, softcap = given.inputs
+    rows = LiveRows(tokens, softcap)
+    slopes = rows.take(given.grad_logprobs)
+    entropy_slopes = None if given.grad_entropy is None else rows.take(given.grad_entropy)
+    unused = hidden.new_empty(rows.count, dtype=torch.float32)
+
+    def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
+        assert grad is not None  # the backward is there for it
+        launch(
+            records.LinearLogprobs(
+                rows=rows.part(part, logits[0]),
+                logits=logits_of(logits[0]),
+                logprobs=unused[part],
+                entropy=None,
+                grad=logits_of(grad),
+                grad_logprobs=slopes[part],
+                grad_entropy=None if entropy_slopes is None else entropy_slopes[part],
+            ),
+            unused,
+        )
+
+    grads = sweep(head, (rows.take(hidden),), fold, given.wants)
+    return grads._replace(hidden=rows.put(grads.hidden)) if given.wants[0] else grads
+
+
+def _backward_fake(given: _Backward) -> HeadGradients:
+    return empty_gradients(given.inputs.hidden, given.inputs.head, given.wants)
+
+
+def _save(ctx: Any, given: _Forward, output: tuple[Tensor, ...]) -> None:
+    (hidden, head, tokens, ctx.softcap), ctx.return_entropy, ctx.ahead = given
+    ctx.dtype, ctx.scale = hidden.dtype, head.scale
+    ctx.mark_non_differentiable(*output[2 if ctx.return_entropy else 1 :])
+    ctx.set_materialize_grads(False)
+    # the entropy's gradient, where one comes, needs the logits again
+    again = ctx.return_entropy or not ctx.ahead
+    saved = (hidden, *head[:4], tokens.targets, tokens.temperature) if again else ()
+    ctx.save_for_backward(tokens.live, output[2], *saved)
+
+
+def _gradient(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    live, slopes, *saved = ctx.saved_tensors
+    if not ctx.return_entropy:
+        grad_entropy = None
+    if grad_logprobs is None and grad_entropy is None:
+        return (None,) * len(TRAINED)
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(live, dtype=torch.float32)
+    if ctx.ahead and grad_entropy is None:
+        grad = (torch.where(live, grad_logprobs, 0.0)[:, None] * slopes).to(ctx.dtype)
+        return grad, None, None, None, None
+    hidden, weight, bias, down, up, targets, temperature = saved
+    head = Head(weight, bias, down, up, ctx.scale)
+    wants = list(ctx.needs)
+    inputs = Inputs(hidden, head, Tokens(targets, live, temperature), ctx.softcap)
+    grads = _backward(_Backward(inputs, grad_logprobs, grad_entropy, wants))
+    dtypes = wanted_dtypes(hidden, head, wants)
+    return tuple(None if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+
+
+_trained = tuple(f"inputs.{path}" for path in TRAINED)
+_backward = fused_op("linear_logprobs_backward", _Backward, _backward_kernel, _backward_fake)
+_forward = fused_op("linear_logprobs", _Forward, _kernel, _fake, trained=_trained, save=_save, gradient=_gradient)

@@ -1,19 +1,28 @@
 """PPO's policy loss, with KL and entropy terms, straight from hidden states."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels import records
+
 from . import _checks
-from ._aggregate import aggregate, check_aggregation
-from ._dispatch import implementation, implements
+from ._aggregate import check_aggregation, scalar_tensor, token_weights
+from ._dispatch import implementation, implements, launch
 from ._linear import LoRA, checked_head, flat_hidden
-from ._tokens import Tokens, flat_tokens
+from ._live import LiveRows
+from ._losses import LossInputs
+from ._op import fused_op
+from ._rows import NOTHING, logits_of
+from ._sweep import TRAINED, empty_gradients, scaled, sweep, wanted, wanted_dtypes
+from ._tokens import flat_tokens
 from ._vocab import accumulation_dtype
-from .clipped_policy_loss import check_ratios, clipped_policy_loss
+from .clipped_policy_loss import check_ratio_level, policy_loss, policy_terms
+from .linear_logprobs import Inputs
+from .linear_logprobs import fused as linear_logprobs_fused
 from .linear_logprobs import reference as linear_logprobs_reference
-from .token_kl import ESTIMATORS, token_kl
+from .ppo_loss import check_reference, with_terms
 
 
 class LinearPolicyLoss(NamedTuple):
@@ -83,7 +92,11 @@ def linear_policy_loss(
     op = "linear_policy_loss"
     hidden, head = checked_head(op, hidden, weight, bias, lora, vocab_size)
     _checks.positive(op, softcap=softcap)
-    check_terms(op, ref_logprobs, kl_coef, kl_estimator, entropy_coef)
+    terms = policy_terms(
+        op, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef, kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+    )  # fmt: skip
+    check_reference(op, ref_logprobs, kl_coef)
     shape = hidden.shape[:-1]
     given = {"old_logprobs": old_logprobs, "advantages": advantages}
     if ref_logprobs is not None:
@@ -91,142 +104,128 @@ def linear_policy_loss(
     _checks.floating(op, **given)
     _checks.shaped(op, shape, "the leading shape of hidden", **given)
     _checks.same_device(op, hidden=hidden, **given)
-    check_ratios(op, old_logprobs, clip_low, clip_high, dual_clip, ratio_level)
+    check_ratio_level(op, old_logprobs, ratio_level)
     check_aggregation(op, old_logprobs, aggregation, num_items)
     dtype = accumulation_dtype(hidden.dtype)
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
     )
-    return implementation(op, hidden)(
-        flat_hidden(hidden),
-        *head,
-        tokens,
-        _checks.constant(old_logprobs).to(dtype),
-        _checks.constant(advantages).to(dtype),
-        None if ref_logprobs is None else _checks.constant(ref_logprobs).to(dtype),
-        softcap=softcap,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        ratio_level=ratio_level,
+    constants: Any = {name: _checks.constant(tensor).to(dtype) for name, tensor in given.items()}
+    loss = LossInputs(
+        **constants,
+        live=tokens.live.reshape(shape),
+        terms=terms,
+        sequence_level=ratio_level == "sequence",
         aggregation=aggregation,
-        num_items=num_items,
+        num_items=scalar_tensor(num_items, hidden.device),
     )
+    inputs = Inputs(flat_hidden(hidden), head, tokens, softcap or 0.0)
+    total, statistics = implementation(op, hidden)(inputs, loss)
+    return LinearPolicyLoss(total, *statistics)
 
 
-def check_terms(op: str, ref_logprobs: Tensor | None, kl_coef: float, kl_estimator: str, entropy_coef: float) -> None:
-    """The terms beside the policy loss can be formed."""
-    _checks.non_negative(op, kl_coef=kl_coef, entropy_coef=entropy_coef)
-    _checks.one_of(op, "kl_estimator", kl_estimator, ESTIMATORS)
-    if kl_coef > 0 and ref_logprobs is None:
-        raise ValueError(f"{op}: kl_coef={kl_coef!r} needs ref_logprobs, which is None; pass them or set kl_coef=0")
+def _from_logprobs(loss: LossInputs, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-> the loss and the other fields of LinearPolicyLoss, of logprobs and entropy (N,)."""
+    assert entropy is not None  # it was asked for
+    shape = loss.old_logprobs.shape
+    loss = loss._replace(logprobs=logprobs.reshape(shape), entropy=entropy.reshape(shape))
+    policy, *statistics = policy_loss(loss._replace(entropy=None, ref_logprobs=None))
+    return with_terms(loss, policy, tuple(statistics))
 
 
 @implements("linear_policy_loss", "torch")
-def reference(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora: LoRA | None,
-    tokens: Tokens,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    *,
-    softcap: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    ratio_level: str,
-    aggregation: str,
-    num_items: float | Tensor | None,
-) -> LinearPolicyLoss:
-    """hidden (N, H), weight (V, H), tokens of N; the other tensors keep their leading shape, of N elements."""
-    logprobs, entropies = linear_logprobs_reference(hidden, weight, bias, lora, *tokens, softcap, True)
-    assert entropies is not None  # they were asked for
-    return from_logprobs(
-        logprobs,
-        entropies,
-        tokens.live,
-        old_logprobs,
-        advantages,
-        ref_logprobs,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        ratio_level=ratio_level,
-        aggregation=aggregation,
-        num_items=num_items,
-    )
+def _torch(inputs: Inputs, loss: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return _from_logprobs(loss, *linear_logprobs_reference(inputs, True))
 
 
-def from_logprobs(
-    logprobs: Tensor,
-    entropies: Tensor | None,
-    live: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    *,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    ratio_level: str,
-    aggregation: str,
-    num_items: float | Tensor | None,
-) -> LinearPolicyLoss:
-    """logprobs, entropies and live (N,); the other tensors keep their leading shape, of N elements."""
-    shape = old_logprobs.shape
-    logprobs, live = logprobs.reshape(shape), live.reshape(shape)
+# ---- on the engines -------------------------------------------------------------------------------------------------
+#
+# One sweep from hidden states to loss and gradient. With ratios by the token, the gradient of a token's log-prob is
+# known once the log-prob is, while its logits are still there.
 
-    policy = clipped_policy_loss(
-        logprobs,
-        old_logprobs,
-        advantages,
-        live,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        ratio_level=ratio_level,
-        aggregation=aggregation,
-        num_items=num_items,
-    )
-    loss = policy.loss
-    # A term of weight 0 stays out of the graph, and so costs nothing in the backward.
-    entropy = kl = torch.zeros_like(policy.approx_kl)
-    if entropies is not None:
-        entropy = aggregate(entropies.reshape(shape), live, aggregation=aggregation, num_items=num_items)
-    if entropy_coef > 0:
-        loss = loss - entropy_coef * entropy
-    if ref_logprobs is not None:
-        kl = aggregate(
-            token_kl(logprobs, ref_logprobs, live, estimator=kl_estimator),
-            live,
-            aggregation=aggregation,
-            num_items=num_items,
+
+@implements("linear_policy_loss", "fused")
+def _fused(inputs: Inputs, loss: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if loss.sequence_level:  # a token's share is known after the last log-prob of its sequence
+        ahead = loss.terms.entropy_coef == 0
+        return _from_logprobs(loss, *linear_logprobs_fused(inputs, True, ahead=ahead))
+    data = _Loss(loss.aggregation, loss.num_items, loss.old_logprobs, loss.advantages, loss.ref_logprobs, loss.terms)
+    total, statistics, *_ = _forward(_Forward(inputs, data, wanted(inputs.hidden, inputs.head)))
+    return total, statistics.unbind()
+
+
+class _Loss(NamedTuple):
+    """What the loss takes beside log-probs, (B, T) each."""
+
+    aggregation: str
+    num_items: Tensor | None
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    terms: records.PolicyTerms
+
+
+class _Forward(NamedTuple):
+    inputs: Inputs
+    loss: _Loss
+    wants: list[bool]  # in the order of HeadGradients
+
+
+def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> the loss (), the other fields of LinearPolicyLoss (8,), and the loss's gradients as in HeadGradients."""
+    (hidden, head, tokens, softcap), loss, wants = given
+    rows = LiveRows(tokens, softcap)
+    live = tokens.live.reshape(loss.old_logprobs.shape)
+    weights = token_weights(live, aggregation=loss.aggregation, num_items=loss.num_items)
+
+    def of_rows(tensor: Tensor) -> Tensor:
+        return rows.take(tensor.reshape(-1))
+
+    old_logprobs, advantages, share = of_rows(loss.old_logprobs), of_rows(loss.advantages), of_rows(weights)
+    # without a KL term the kernel reads no reference
+    ref_logprobs = None
+    if loss.ref_logprobs is not None and loss.terms.kl_coef > 0:
+        ref_logprobs = of_rows(loss.ref_logprobs)
+    logprobs, entropy = torch.empty_like(old_logprobs), torch.empty_like(old_logprobs)
+
+    def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
+        launch(
+            records.LinearPolicyLoss(
+                rows=rows.part(part, logits[0]),
+                logits=logits_of(logits[0]),
+                old_logprobs=old_logprobs[part],
+                advantages=advantages[part],
+                ref_logprobs=None if ref_logprobs is None else ref_logprobs[part],
+                share=share[part],
+                terms=loss.terms,
+                grad=NOTHING if grad is None else logits_of(grad),
+                logprobs=logprobs[part],
+                entropy=entropy[part],
+            ),
+            logprobs,
         )
-    if kl_coef > 0:
-        loss = loss + kl_coef * kl
-    return LinearPolicyLoss(
-        loss,
-        policy.loss.detach(),
-        kl.detach(),
-        entropy.detach(),
-        policy.clip_fraction,
-        policy.approx_kl,
-        policy.ratio_mean,
-        policy.ratio_max,
-        policy.ratio_var,
-    )
+
+    grads = sweep(head, (rows.take(hidden),), fold, wants)
+    measured = LossInputs(**loss._asdict(), live=live)
+    total, statistics = _from_logprobs(measured, rows.put(logprobs), rows.put(entropy))
+    return total, torch.stack(statistics), rows.put(grads.hidden) if wants[0] else grads.hidden, *grads[1:]
+
+
+def _fake(given: _Forward) -> tuple[Tensor, ...]:
+    hidden, head = given.inputs[:2]
+    statistics = hidden.new_empty(len(LinearPolicyLoss._fields) - 1, dtype=torch.float32)
+    return statistics.new_empty(()), statistics, *empty_gradients(hidden, head, given.wants)
+
+
+def _save(ctx: Any, given: _Forward, output: tuple[Tensor, ...]) -> None:
+    ctx.dtypes = wanted_dtypes(*given.inputs[:2], given.wants)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+
+
+def _gradient(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(scaled(grad_total, ctx.saved_tensors, ctx.dtypes))
+
+
+_trained = tuple(f"inputs.{path}" for path in TRAINED)
+_forward = fused_op("linear_policy_loss", _Forward, _kernel, _fake, trained=_trained, save=_save, gradient=_gradient)

@@ -1,17 +1,24 @@
 """Policy and reference in one pass over a head that they share."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels import records
+
 from . import _checks
-from ._dispatch import implementation, implements
+from ._dispatch import implementation, implements, launch
 from ._linear import Head, autocasted, checked_head, flat_hidden, in_full_precision, over_live_rows, project
-from ._tokens import flat_tokens
+from ._live import LiveRows
+from ._op import fused_op
+from ._rows import NOTHING, logits_of
+from ._sweep import HeadGradients, empty_gradients, sweep, wanted_dtypes
+from ._tokens import Tokens, flat_tokens
 from ._vocab import accumulation_dtype
+from .exact_kl import Inputs as KlInputs
 from .exact_kl import reference as exact_kl_reference
-from .masked_logprobs import reference as masked_logprobs_reference
+from .masked_logprobs import reference_of_rows
 
 
 class PolicyRef(NamedTuple):
@@ -66,39 +73,132 @@ def linear_policy_ref(
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
     )
-    run = implementation(op, hidden)
-    results = run(
-        flat_hidden(hidden), flat_hidden(_checks.constant(ref_hidden)), head.weight, head.bias, *tokens, softcap
-    )
-    return PolicyRef(*(result.reshape(hidden.shape[:-1]) for result in results))
+    reference = flat_hidden(_checks.constant(ref_hidden))
+    inputs = Inputs(flat_hidden(hidden), reference, head.weight, head.bias, tokens, softcap or 0.0)
+    return PolicyRef(*(result.reshape(hidden.shape[:-1]) for result in implementation(op, hidden)(inputs)))
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # (N, H)
+    ref_hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    tokens: Tokens
+    softcap: float  # 0 = none
+
+
+# ---- the torch reference --------------------------------------------------------------------------------------------
 
 
 @implements("linear_policy_ref", "torch")
-def reference(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    live: Tensor,
-    temperature: Tensor,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, ref_hidden (N, H), weight (V, H), the rest (N,) -> the fields of PolicyRef, each (N,)."""
-    head = in_full_precision(Head(weight, bias, None), accumulation_dtype(hidden.dtype))
-    vocab = weight.shape[0]
+def _torch(inputs: Inputs) -> tuple[Tensor, ...]:
+    """-> the fields of PolicyRef, each (N,)."""
+    head = in_full_precision(Head(inputs.weight, inputs.bias), accumulation_dtype(inputs.hidden.dtype))
+    targets, live, temperature = inputs.tokens
+    softcap = inputs.softcap or None
 
     def chunk(hidden: Tensor, ref_hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
-        alive = torch.ones_like(targets, dtype=torch.bool)
         logits = project(hidden, head, softcap)
         with torch.no_grad():
             ref_logits = project(ref_hidden, head, softcap)
-            ref_logprobs, _ = masked_logprobs_reference(
-                ref_logits, targets, alive, temperature, None, vocab, False, False
-            )
-        logprobs, entropy = masked_logprobs_reference(logits, targets, alive, temperature, None, vocab, True, False)
+            ref_logprobs, _ = reference_of_rows(ref_logits, targets, temperature, False)
+        logprobs, entropy = reference_of_rows(logits, targets, temperature, True)
         assert entropy is not None  # it was asked for
-        return logprobs, ref_logprobs, entropy, exact_kl_reference(logits, ref_logits, alive, temperature)
+        alive = torch.ones_like(targets, dtype=torch.bool)
+        return logprobs, ref_logprobs, entropy, exact_kl_reference(KlInputs(logits, ref_logits, alive, temperature))
 
-    logprobs, ref_logprobs, entropy, kl = over_live_rows(chunk, live, head, hidden, ref_hidden, targets, temperature)
+    return over_live_rows(chunk, live, head, inputs.hidden, inputs.ref_hidden, targets, temperature)
+
+
+# ---- on the engines: two tiles of logits side by side, policy's and reference's, folded together ---------------------
+
+
+def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> the fields of PolicyRef, each (N,)."""
+    rows = LiveRows(inputs.tokens, inputs.softcap)
+    results = inputs.hidden.new_empty(4, rows.count, dtype=torch.float32)
+    _fold_all(rows, inputs, results, (None, None, None), [False] * 5)
+    logprobs, ref_logprobs, entropy, kl = (rows.put(result.clone()) for result in results)
     return logprobs, ref_logprobs, entropy, kl
+
+
+def _fold_all(
+    rows: LiveRows, inputs: Inputs, results: Tensor, slopes: tuple[Tensor | None, ...], wants: list[bool]
+) -> HeadGradients:
+    """``slopes`` are the gradients (live,) of logprobs, entropy and KL, where they are given."""
+
+    def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
+        logprobs, ref_logprobs, entropy, kl = results[:, part].unbind()
+        grad_logprobs, grad_entropy, grad_kl = (None if slope is None else slope[part] for slope in slopes)
+        launch(
+            records.LinearPolicyRef(
+                rows=rows.part(part, logits[0]),
+                logits=logits_of(logits[0]),
+                ref_logits=logits_of(logits[1]),
+                logprobs=logprobs,
+                ref_logprobs=ref_logprobs,
+                entropy=entropy,
+                kl=kl,
+                grad=NOTHING if grad is None else logits_of(grad),
+                grad_logprobs=grad_logprobs,
+                grad_entropy=grad_entropy,
+                grad_kl=grad_kl,
+            ),
+            results,
+        )
+
+    hiddens = (rows.take(inputs.hidden), rows.take(inputs.ref_hidden))
+    return sweep(Head(inputs.weight, inputs.bias), hiddens, fold, wants)
+
+
+def _fake(inputs: Inputs) -> tuple[Tensor, ...]:
+    rows = inputs.hidden.shape[0]
+    return tuple(inputs.hidden.new_empty(rows, dtype=torch.float32) for _ in PolicyRef._fields)
+
+
+class _Backward(NamedTuple):
+    inputs: Inputs
+    grad_logprobs: Tensor
+    grad_entropy: Tensor
+    grad_kl: Tensor
+    wants: list[bool]  # of hidden, weight and bias
+
+
+def _backward_kernel(given: _Backward) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the gradients of hidden, weight and bias, from logits that are formed once more."""
+    inputs, *slopes, wants = given
+    rows = LiveRows(inputs.tokens, inputs.softcap)
+    unused = inputs.hidden.new_empty(4, rows.count, dtype=torch.float32)
+    grads = _fold_all(rows, inputs, unused, tuple(map(rows.take, slopes)), [*wants, False, False])
+    return rows.put(grads.hidden) if wants[0] else grads.hidden, grads.weight, grads.bias
+
+
+def _backward_fake(given: _Backward) -> tuple[Tensor, ...]:
+    hidden, _, weight, bias, *_ = given.inputs
+    return empty_gradients(hidden, Head(weight, bias), [*given.wants, False, False])[:3]
+
+
+def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
+    *tensors, tokens, ctx.softcap = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *tokens)
+
+
+def _gradient(
+    ctx: Any, grad_logprobs: Tensor, grad_ref: Tensor, grad_entropy: Tensor, grad_kl: Tensor
+) -> tuple[Tensor | None, ...]:
+    hidden, ref_hidden, weight, bias, *tokens = ctx.saved_tensors
+    inputs = Inputs(hidden, ref_hidden, weight, bias, Tokens(*tokens), ctx.softcap)
+    wants = list(ctx.needs)
+    found = _backward(_Backward(inputs, grad_logprobs, grad_entropy, grad_kl, wants))
+    dtypes = wanted_dtypes(hidden, Head(weight, bias), [*wants, False, False])
+    return tuple(None if dtype is None else grad.to(dtype) for grad, dtype in zip(found, dtypes, strict=False))
+
+
+_backward = fused_op("linear_policy_ref_backward", _Backward, _backward_kernel, _backward_fake)
+implements("linear_policy_ref", "fused")(
+    fused_op(
+        "linear_policy_ref", Inputs, _kernel, _fake, trained=("hidden", "weight", "bias"), save=_save,
+        gradient=_gradient,
+    )
+)  # fmt: skip

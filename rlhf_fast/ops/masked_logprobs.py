@@ -1,14 +1,18 @@
 """Log-probabilities of the target tokens, and the entropy, from logits."""
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_fast.kernels import records
+
 from . import _checks
-from ._dispatch import implementation, implements
-from ._tokens import flat_tokens, unflat, vocabulary
+from ._dispatch import implementation, implements, launch
+from ._op import fused_op
+from ._rows import logits_of, rows_of, unit_columns
+from ._tokens import Tokens, flat_tokens, unflat, vocabulary
 from ._vocab import (
     RowStatistics,
     accumulation_dtype,
@@ -101,28 +105,45 @@ def masked_logprobs(
     rows = logits.contiguous() if inplace_backward else logits
     if rows.dim() != 2:
         rows = rows.reshape(shape.numel(), logits.shape[-1])
-    run = implementation(op, logits)
-    logprobs, entropy = run(rows, *tokens, softcap, vocab, return_entropy, inplace_backward)
+    logprobs, entropy = implementation(op, logits)(
+        Inputs(rows, tokens, softcap or 0.0, vocab, return_entropy, inplace_backward)
+    )
     return (unflat(logprobs, shape), unflat(entropy, shape)) if return_entropy else unflat(logprobs, shape)
 
 
+_SPENT = (
+    "masked_logprobs: inplace_backward=True wrote the gradient over the logits in the first backward, so there can be "
+    "no second one; pass inplace_backward=False to run the backward twice"
+)
+
+
+class Inputs(NamedTuple):
+    logits: Tensor  # (N, V), any strides
+    tokens: Tokens
+    softcap: float  # 0 = none
+    vocab_size: int
+    return_entropy: bool
+    inplace_backward: bool
+
+
+# ---- the torch reference --------------------------------------------------------------------------------------------
+
+
 @implements("masked_logprobs", "torch")
-def reference(
-    logits: Tensor,
-    targets: Tensor,
-    live: Tensor,
-    temperature: Tensor,
-    softcap: float | None,
-    vocab_size: int,
-    return_entropy: bool,
-    inplace_backward: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """logits (N, V), any strides; targets (N,) int64; live (N,) bool; temperature (N,) -> logprobs (N,), entropy."""
+def reference(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """-> logprobs (N,), entropy (N,)."""
     _checks.differentiated_once("masked_logprobs")
-    logprobs, entropy, *_ = _MaskedLogprobs.apply(
-        logits, targets, live, temperature, softcap, vocab_size, return_entropy, inplace_backward
-    )
+    logits, tokens, softcap, *options = inputs
+    logprobs, entropy, *_ = _MaskedLogprobs.apply(logits, *tokens, softcap or None, *options)
     return logprobs, entropy
+
+
+def reference_of_rows(
+    logits: Tensor, targets: Tensor, temperature: Tensor, return_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of rows (N, V) that all count."""
+    tokens = Tokens(targets, torch.ones_like(targets, dtype=torch.bool), temperature)
+    return reference(Inputs(logits, tokens, 0.0, logits.shape[1], return_entropy, False))
 
 
 class _MaskedLogprobs(torch.autograd.Function):
@@ -175,10 +196,7 @@ class _MaskedLogprobs(torch.autograd.Function):
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         if ctx.spent:
-            raise RuntimeError(
-                "masked_logprobs: inplace_backward=True wrote the gradient over the logits in the first backward, so "
-                "there can be no second one; pass inplace_backward=False to run the backward twice"
-            )
+            raise RuntimeError(_SPENT)
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 8
         logits, targets, live, temperature, entropy, *saved = ctx.saved_tensors
@@ -212,3 +230,112 @@ class _MaskedLogprobs(torch.autograd.Function):
 def _live_rows(logits: Tensor, alive: Tensor, dtype: torch.dtype) -> Tensor:
     """The chunk in full precision, contiguous, with zeros in place of the rows that must not be read."""
     return logits.to(dtype).masked_fill(~alive[:, None], 0.0).contiguous()
+
+
+# ---- on the engines: the logits are read once forward, and once backward ---------------------------------------------
+
+
+@implements("masked_logprobs", "fused")
+def _fused(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    logits = unit_columns(inputs.logits)
+    # Under torch.compile the gradient's memory is the compiler's business, and a graph must not write to its inputs.
+    inplace = inputs.inplace_backward and not torch.compiler.is_compiling()
+    if logits is not inputs.logits or inplace != inputs.inplace_backward:
+        inputs = inputs._replace(logits=logits, inplace_backward=inplace)
+    logprobs, entropy, _ = _forward(inputs)
+    return logprobs, entropy if inputs.return_entropy else None
+
+
+def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """-> logprobs (N,), entropy (N,) or (0,), statistics (N, 4)."""
+    logprobs, entropy, statistics = _outputs(inputs)
+    launch(
+        records.MaskedLogprobs(
+            rows=rows_of(*inputs.tokens, vocab=inputs.vocab_size, softcap=inputs.softcap),
+            logits=logits_of(inputs.logits),
+            logprobs=logprobs,
+            entropy=entropy if inputs.return_entropy else None,
+            statistics=statistics,
+        ),
+        logprobs,
+    )
+    return logprobs, entropy, statistics
+
+
+def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    rows, empty = inputs.logits.shape[0], inputs.tokens.temperature.new_empty  # float32 here
+    return empty(rows), empty(rows if inputs.return_entropy else 0), empty(rows, records.STATISTICS)
+
+
+class _Backward(NamedTuple):
+    grad: Tensor  # (N, V); holds the logits itself where those are None
+    logits: Tensor | None
+    tokens: Tokens
+    softcap: float
+    vocab_size: int
+    statistics: Tensor
+    logprobs: Tensor
+    entropy: Tensor | None
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+
+
+def _backward_kernel(inputs: _Backward) -> None:
+    """Writes the gradient into ``grad``."""
+    grad_logprobs, grad_entropy = inputs.grad_logprobs, inputs.grad_entropy
+    launch(
+        records.MaskedLogprobsBackward(
+            rows=rows_of(*inputs.tokens, vocab=inputs.vocab_size, softcap=inputs.softcap),
+            logits=logits_of(inputs.grad if inputs.logits is None else inputs.logits),
+            columns=inputs.grad.shape[1],
+            statistics=inputs.statistics,
+            logprobs=inputs.logprobs,
+            entropy=inputs.entropy,
+            grad_logprobs=None if grad_logprobs is None else grad_logprobs.contiguous(),
+            grad_entropy=None if grad_entropy is None else grad_entropy.contiguous(),
+            grad=logits_of(inputs.grad),
+        ),
+        inputs.grad,
+    )
+
+
+_backward = fused_op("masked_logprobs_backward", _Backward, _backward_kernel, lambda inputs: None, mutates="grad")
+
+
+def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
+    logits, tokens, ctx.softcap, ctx.vocab_size, ctx.return_entropy, ctx.inplace_backward = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.spent = False
+    ctx.save_for_backward(logits, *tokens, *output)
+
+
+def _gradient(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None]:
+    if ctx.spent:
+        raise RuntimeError(_SPENT)
+    if grad_logprobs is None and grad_entropy is None:
+        return (None,)
+    logits, targets, live, temperature, logprobs, entropy, statistics = ctx.saved_tensors
+    ctx.spent = ctx.inplace_backward
+    # Detached, it shares memory and version counter: whoever else kept the logits is told that they changed.
+    grad = logits.detach() if ctx.inplace_backward else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _backward(
+        _Backward(
+            grad=grad,
+            logits=None if ctx.inplace_backward else logits,
+            tokens=Tokens(targets, live, temperature),
+            softcap=ctx.softcap,
+            vocab_size=ctx.vocab_size,
+            statistics=statistics,
+            logprobs=logprobs,
+            entropy=entropy if ctx.return_entropy else None,
+            grad_logprobs=grad_logprobs,
+            grad_entropy=grad_entropy if ctx.return_entropy else None,
+        )
+    )
+    return (grad,)
+
+
+_forward = fused_op("masked_logprobs", Inputs, _kernel, _outputs, trained=("logits",), save=_save, gradient=_gradient)

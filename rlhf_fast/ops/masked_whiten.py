@@ -1,25 +1,29 @@
 """Whitening: mean 0 and variance 1 over the tokens that count."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
+from torch import Tensor
 
-from rlhf_fast.ops import _checks
-from rlhf_fast.ops._aggregate import ordered_sum, upcast
-from rlhf_fast.ops._dispatch import implementation, implements
+from rlhf_fast.kernels import records
+
+from . import _checks
+from ._aggregate import ordered_sum, upcast
+from ._dispatch import implementation, implements, launch
+from ._op import fused_op
 
 EPSILON = 1e-8  # added to the variance
 
 
 def masked_whiten(
-    x: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    x: Tensor,
+    mask: Tensor | None = None,
     *,
     shift_mean: bool = True,
     unbiased: bool = True,
     group: "torch.distributed.ProcessGroup | None" = None,
-) -> torch.Tensor:
+) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-8), with the mean and variance of the live elements.
 
     Args:
@@ -54,12 +58,12 @@ def masked_whiten(
 
 @implements("masked_whiten", "torch")
 def _torch(
-    x: torch.Tensor,
-    live: torch.Tensor | None,
+    x: Tensor,
+    live: Tensor | None,
     shift_mean: bool,
     unbiased: bool,
     group: "torch.distributed.ProcessGroup | None",
-) -> torch.Tensor:
+) -> Tensor:
     """(N,), (N,) -> (N,)."""
     if live is None:
         live = torch.ones_like(x, dtype=torch.bool)
@@ -79,22 +83,156 @@ class _Spread(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scalar: torch.Tensor, size: int) -> torch.Tensor:
+    def forward(scalar: Tensor, size: int) -> Tensor:
         return scalar.repeat(size)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, int], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ordered_sum(grads[0]), None
 
 
-def _over_ranks(sums: torch.Tensor, group: "torch.distributed.ProcessGroup | None") -> tuple[torch.Tensor, ...]:
+def _over_ranks(sums: Tensor, group: "torch.distributed.ProcessGroup | None") -> tuple[Tensor, ...]:
     """The sums of all ranks of ``group`` together; added in float64, so that a large token count stays exact."""
     if group is not None:
         total = sums.double()
         torch.distributed.all_reduce(total, group=group)
         sums = total.to(sums.dtype)
     return sums.unbind()
+
+
+# ---- on the engines: two passes for the statistics, in float64, and one for the result ------------------------------
+
+
+@implements("masked_whiten", "fused")
+def _fused(
+    x: Tensor,
+    live: Tensor | None,
+    shift_mean: bool,
+    unbiased: bool,
+    group: "torch.distributed.ProcessGroup | None",
+) -> Tensor:
+    statistics = None if group is None else _statistics_over_ranks(x, live, unbiased, group)
+    return _forward(Inputs(x, live, shift_mean, unbiased, statistics))[0]
+
+
+def _statistics_over_ranks(
+    x: Tensor, live: Tensor | None, unbiased: bool, group: "torch.distributed.ProcessGroup"
+) -> Tensor:
+    moments = _moments(Moments(x, live, None))
+    torch.distributed.all_reduce(moments, group=group)
+    count, total = moments.unbind()
+    mean = total / count.clamp(min=1)
+    deviations = _moments(Moments(x, live, mean))
+    torch.distributed.all_reduce(deviations, group=group)
+    variance = deviations[1] / (count - 1 if unbiased else count).clamp(min=1)
+    return torch.stack((count, mean, torch.rsqrt(variance + EPSILON)))
+
+
+class Moments(NamedTuple):
+    x: Tensor  # (N,)
+    live: Tensor | None
+    mean: Tensor | None  # () float64
+
+
+def _moments_kernel(inputs: Moments) -> Tensor:
+    """-> (2,) float64: live elements, and their sum or, with a mean, that of the squared deviations from it."""
+    x, moments = inputs.x, _empty_moments(inputs)
+    launch(
+        records.MaskedMoments(
+            elements=x.shape[0],
+            x=x.contiguous(),
+            live=None if inputs.live is None else inputs.live.contiguous(),
+            mean=inputs.mean,
+            moments=moments,
+        ),
+        x,
+    )
+    return moments
+
+
+def _empty_moments(inputs: Moments) -> Tensor:
+    return inputs.x.new_empty(2, dtype=torch.float64)
+
+
+class Inputs(NamedTuple):
+    x: Tensor  # (N,)
+    live: Tensor | None
+    shift_mean: bool
+    unbiased: bool
+    statistics: Tensor | None  # (3,) float64 to use: live elements, mean, scale
+
+
+def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """-> whitened (N,), and the statistics used."""
+    x, live = inputs.x, inputs.live
+    whitened, used = _outputs(inputs)
+    if inputs.statistics is not None:
+        used.copy_(inputs.statistics)
+    launch(
+        records.MaskedWhiten(
+            elements=x.shape[0],
+            x=x.contiguous(),
+            live=None if live is None else live.contiguous(),
+            shift_mean=inputs.shift_mean,
+            unbiased=inputs.unbiased,
+            given=inputs.statistics is not None,
+            statistics=used,
+            whitened=whitened,
+        ),
+        x,
+    )
+    return whitened, used
+
+
+def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return inputs.x.new_empty(inputs.x.shape), inputs.x.new_empty(3, dtype=torch.float64)
+
+
+class _Backward(NamedTuple):
+    grad_whitened: Tensor
+    x: Tensor
+    live: Tensor | None
+    shift_mean: bool
+    unbiased: bool
+    statistics: Tensor
+
+
+def _backward_kernel(inputs: _Backward) -> Tensor:
+    x, live = inputs.x, inputs.live
+    grad = x.new_empty(x.shape)
+    launch(
+        records.MaskedWhitenBackward(
+            elements=x.shape[0],
+            x=x.contiguous(),
+            live=None if live is None else live.contiguous(),
+            shift_mean=inputs.shift_mean,
+            unbiased=inputs.unbiased,
+            statistics=inputs.statistics,
+            grad_whitened=inputs.grad_whitened.contiguous(),
+            grad=grad,
+        ),
+        x,
+    )
+    return grad
+
+
+def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
+    ctx.shift_mean, ctx.unbiased = inputs.shift_mean, inputs.unbiased
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs.x, inputs.live, output[1])
+
+
+def _gradient(ctx: Any, grad_whitened: Tensor, _: Tensor) -> tuple[Tensor]:
+    x, live, statistics = ctx.saved_tensors
+    return (_backward(_Backward(grad_whitened, x, live, ctx.shift_mean, ctx.unbiased, statistics)),)
+
+
+_moments = fused_op("masked_moments", Moments, _moments_kernel, _empty_moments)
+_backward = fused_op(
+    "masked_whiten_backward", _Backward, _backward_kernel, lambda inputs: inputs.x.new_empty(inputs.x.shape)
+)
+_forward = fused_op("masked_whiten", Inputs, _kernel, _outputs, trained=("x",), save=_save, gradient=_gradient)

@@ -1,16 +1,19 @@
 """PPO's joint loss: policy, value, entropy and KL."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
-from ._aggregate import as_rows, check_aggregation, upcast
+from ._aggregate import aggregate, check_aggregation, scalar_tensor, upcast
 from ._dispatch import implementation, implements
-from .clipped_policy_loss import check_ratios
-from .clipped_value_loss import clipped_value_loss
-from .linear_policy_loss import check_terms, from_logprobs
+from ._losses import LossInputs
+from .clipped_policy_loss import policy_terms
+from .clipped_policy_loss import reference as policy_reference
+from .clipped_value_loss import reference as value_reference
+from .token_kl import estimates
 
 
 class PPOLoss(NamedTuple):
@@ -92,10 +95,13 @@ def ppo_loss(
     _checks.floating(op, **data)
     _checks.shaped(op, logprobs.shape, "that of logprobs", **data)
     _checks.same_device(op, **data)
-    check_ratios(op, logprobs, clip_low, clip_high, dual_clip, "token")
+    terms = policy_terms(
+        op, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef, kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+    )  # fmt: skip
     _checks.positive(op, value_clip=value_clip)
     _checks.non_negative(op, value_coef=value_coef)
-    check_terms(op, ref_logprobs, kl_coef, kl_estimator, entropy_coef)
+    check_reference(op, ref_logprobs, kl_coef)
     if entropy_coef > 0 and entropy is None:
         raise ValueError(f"{op}: entropy_coef={entropy_coef!r} needs entropy, which is None; pass it or set it to 0")
     check_aggregation(op, logprobs, aggregation, num_items)
@@ -103,72 +109,55 @@ def ppo_loss(
 
     trained = {"logprobs"} | {name for name, coef in (("values", value_coef), ("entropy", entropy_coef)) if coef > 0}
     inputs = [tensor if name in trained else _checks.constant(tensor) for name, tensor in data.items()]
-    rows = dict(zip(data, map(as_rows, upcast(*inputs)), strict=True))
-    return implementation(op, rows["logprobs"])(
-        **rows,
-        live=None if live is None else as_rows(live),
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        value_clip=value_clip,
-        value_coef=value_coef,
-        entropy_coef=entropy_coef,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        aggregation=aggregation,
-        num_items=num_items,
+    given: Any = dict(zip(data, upcast(*inputs), strict=True))
+    loss, statistics = implementation(op, given["logprobs"])(
+        LossInputs(
+            **given,
+            live=live,
+            terms=terms,
+            value_clip=math.inf if value_clip is None else value_clip,
+            value_coef=value_coef,
+            aggregation=aggregation,
+            num_items=scalar_tensor(num_items, logprobs.device),
+        )
     )
+    return PPOLoss(loss, *statistics)
+
+
+def check_reference(op: str, ref_logprobs: Tensor | None, kl_coef: float) -> None:
+    """A KL has what it is taken to."""
+    if kl_coef > 0 and ref_logprobs is None:
+        raise ValueError(f"{op}: kl_coef={kl_coef!r} needs ref_logprobs, which is None; pass them or set kl_coef=0")
 
 
 @implements("ppo_loss", "torch")
-def _torch(
-    *,
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    live: Tensor | None,
-    entropy: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    value_clip: float | None,
-    value_coef: float,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: str,
-    aggregation: str,
-    num_items: float | Tensor | None,
-) -> PPOLoss:
-    """Tensors (B, T), one dtype."""
-    if live is None:
-        live = torch.ones_like(logprobs, dtype=torch.bool)
-    policy = from_logprobs(
-        logprobs,
-        entropy,
-        live,
-        old_logprobs,
-        advantages,
-        ref_logprobs,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        ratio_level="token",
-        aggregation=aggregation,
-        num_items=num_items,
-    )
-    value = clipped_value_loss(
-        values, old_values, returns, live, clip=value_clip, aggregation=aggregation, num_items=num_items
-    )
-    return PPOLoss(
-        loss=policy.loss + value_coef * value.loss if value_coef > 0 else policy.loss,
-        value_loss=value.loss.detach(),
-        value_clip_fraction=value.clip_fraction,
-        **{name: statistic for name, statistic in policy._asdict().items() if name != "loss"},
-    )
+def _torch(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-> the loss, and the other fields of PPOLoss."""
+    loss, (policy, kl, entropy, *of_policy) = with_terms(inputs, *policy_reference(inputs))
+    value, of_value = value_reference(inputs)
+    if inputs.value_coef > 0:
+        loss = loss + inputs.value_coef * value
+    return loss, (policy, value.detach(), kl, entropy, *of_policy, *of_value)
+
+
+def with_terms(inputs: LossInputs, policy: Tensor, of_policy: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A policy loss with its KL and entropy terms -> the loss, and policy_loss, kl, entropy and ``of_policy``.
+
+    A term of weight 0 stays out of the graph, and so costs nothing in the backward.
+    """
+    terms, logprobs, live = inputs.terms, inputs.logprobs, inputs.live
+    loss, entropy = policy, torch.zeros_like(of_policy[0])
+    kl = entropy
+
+    def aggregated(values: Tensor) -> Tensor:
+        return aggregate(values, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
+
+    if inputs.entropy is not None:
+        entropy = aggregated(inputs.entropy)
+    if terms.entropy_coef > 0:
+        loss = loss - terms.entropy_coef * entropy
+    if inputs.ref_logprobs is not None:
+        kl = aggregated(estimates(logprobs, inputs.ref_logprobs, live, terms.kl, terms.kl_slope))
+    if terms.kl_coef > 0:
+        loss = loss + terms.kl_coef * kl
+    return loss, (policy.detach(), kl.detach(), entropy.detach(), *of_policy)

@@ -1,19 +1,21 @@
 """Per-token estimates of KL(policy || reference) from the log-probs of the sampled tokens."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from rlhf_fast.ops import _checks
-from rlhf_fast.ops._aggregate import upcast
-from rlhf_fast.ops._dispatch import implementation, implements
+from rlhf_fast.kernels import records
+
+from . import _checks
+from ._aggregate import upcast
+from ._dispatch import implementation, implements, launch
+from ._op import fused_op
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 
 
-def token_kl(
-    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor | None = None, *, estimator: str = "k1"
-) -> torch.Tensor:
+def token_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None = None, *, estimator: str = "k1") -> Tensor:
     """One KL estimate a token, with d = logprobs - ref_logprobs (Schulman, "Approximating KL Divergence", 2020).
 
     | name | value           | slope (d value / d logprobs) |                                                         |
@@ -50,18 +52,37 @@ def token_kl(
     live = _checks.live_mask("token_kl", mask, logprobs.shape, logprobs.device)
 
     logprobs, ref_logprobs = upcast(logprobs, _checks.constant(ref_logprobs))
-    flat = implementation("token_kl", logprobs)(
-        logprobs.reshape(-1), ref_logprobs.reshape(-1), None if live is None else live.reshape(-1), estimator
-    )
-    return flat.view(logprobs.shape)
+    return estimates(logprobs, ref_logprobs, live, *KL_CODES[estimator])
+
+
+def estimates(logprobs: Tensor, ref_logprobs: Tensor, live: Tensor | None, value: int, slope: int) -> Tensor:
+    """``token_kl`` of what has been checked: one shape, one dtype, a bool mask, the codes of an estimator."""
+    return implementation("token_kl", logprobs)(Inputs(logprobs, ref_logprobs, live, value, slope))
+
+
+class Inputs(NamedTuple):
+    logprobs: Tensor  # any shape, and so the others
+    ref_logprobs: Tensor
+    live: Tensor | None
+    estimator: int  # whose value the estimate has, and whose slope: places in records.KL_ESTIMATORS
+    slope: int
+
+
+def _codes(estimator: str) -> tuple[int, int]:
+    """Whose value an estimator has, and whose slope: a "+" form has k2's."""
+    value = records.KL_ESTIMATORS.index(estimator.removesuffix("+"))
+    return value, records.KL_ESTIMATORS.index("k2") if estimator.endswith("+") else value
+
+
+KL_CODES = {estimator: _codes(estimator) for estimator in ESTIMATORS}
+
+
+# ---- the torch reference --------------------------------------------------------------------------------------------
 
 
 @implements("token_kl", "torch")
-def _torch(
-    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, live: torch.Tensor | None, estimator: str
-) -> torch.Tensor:
-    """(N,) three times, one dtype -> (N,)."""
-    return _TokenKL.apply(logprobs, ref_logprobs, live, estimator)
+def _torch(inputs: Inputs) -> Tensor:
+    return _TokenKL.apply(*inputs)
 
 
 class _TokenKL(torch.autograd.Function):
@@ -70,49 +91,51 @@ class _TokenKL(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        logprobs: torch.Tensor, ref_logprobs: torch.Tensor, live: torch.Tensor | None, estimator: str
-    ) -> torch.Tensor:
-        return _value(_difference(logprobs, ref_logprobs, live), estimator.removesuffix("+"))
+    def forward(logprobs: Tensor, ref_logprobs: Tensor, live: Tensor | None, estimator: int, slope: int) -> Tensor:
+        return _value(_difference(logprobs, ref_logprobs, live), records.KL_ESTIMATORS[estimator])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        *tensors, ctx.estimator = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, _, ctx.slope = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logprobs, ref_logprobs, live = ctx.saved_tensors
-        grad = grads[0] * _slope(_difference(logprobs, ref_logprobs, live), ctx.estimator)
-        return grad if live is None else torch.where(live, grad, 0.0), None, None, None
+        grad = grads[0] * _slope(_difference(logprobs, ref_logprobs, live), records.KL_ESTIMATORS[ctx.slope])
+        return grad if live is None else torch.where(live, grad, 0.0), *(None,) * 4
 
 
-def _difference(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+def _difference(logprobs: Tensor, ref_logprobs: Tensor, live: Tensor | None) -> Tensor:
     difference = logprobs - ref_logprobs
     return difference if live is None else torch.where(live, difference, 0.0)
 
 
-def _value(difference: torch.Tensor, estimator: str) -> torch.Tensor:
+def _value(difference: Tensor, estimator: str) -> Tensor:
     if estimator == "k1":
         return difference.clone()
     if estimator == "k2":
         return 0.5 * difference * difference
     if estimator == "k3":
         return _k3(-difference)
-    return difference.abs()
+    if estimator == "abs":
+        return difference.abs()
+    raise ValueError(f"no formula for the value of {estimator}")
 
 
-def _slope(difference: torch.Tensor, estimator: str) -> torch.Tensor:
+def _slope(difference: Tensor, estimator: str) -> Tensor:
     if estimator == "k1":
         return torch.ones_like(difference)
     if estimator == "k3":
         return -torch.expm1(-difference)
     if estimator == "abs":
         return difference.sign()
-    return difference
+    if estimator == "k2":
+        return difference
+    raise ValueError(f"no formula for the slope of {estimator}")
 
 
-def _k3(x: torch.Tensor) -> torch.Tensor:
+def _k3(x: Tensor) -> Tensor:
     """exp(x) - 1 - x to a few units in the last place.
 
     Even expm1(x) - x cancels for small x, where the result is x^2 / 2; there the series is summed instead:
@@ -123,3 +146,67 @@ def _k3(x: torch.Tensor) -> torch.Tensor:
         tail = 1 + tail * x / n
     # the bound keeps inf - inf out; wherever it acts, expm1(x) is infinite already
     return torch.where(x.abs() < 0.5, 0.5 * x * x * tail, torch.expm1(x) - x.clamp(max=1000.0))
+
+
+# ---- on the engines: one sweep forward, one backward ----------------------------------------------------------------
+
+
+def _kernel(inputs: Inputs) -> Tensor:
+    logprobs, kl = inputs.logprobs, inputs.logprobs.new_empty(inputs.logprobs.shape)
+    launch(
+        records.TokenKl(
+            tokens=logprobs.numel(),
+            logprobs=logprobs.contiguous(),
+            ref_logprobs=inputs.ref_logprobs.contiguous(),
+            live=None if inputs.live is None else inputs.live.contiguous(),
+            estimator=inputs.estimator,
+            kl=kl,
+        ),
+        kl,
+    )
+    return kl
+
+
+class _Backward(NamedTuple):
+    grad_kl: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    live: Tensor | None
+    slope: int
+
+
+def _backward_kernel(inputs: _Backward) -> Tensor:
+    logprobs, grad = inputs.logprobs, inputs.logprobs.new_empty(inputs.logprobs.shape)
+    launch(
+        records.TokenKlBackward(
+            tokens=logprobs.numel(),
+            logprobs=logprobs.contiguous(),
+            ref_logprobs=inputs.ref_logprobs.contiguous(),
+            live=None if inputs.live is None else inputs.live.contiguous(),
+            slope=inputs.slope,
+            grad_kl=inputs.grad_kl.contiguous(),
+            grad=grad,
+        ),
+        grad,
+    )
+    return grad
+
+
+def _fake(inputs: Inputs | _Backward) -> Tensor:
+    return inputs.logprobs.new_empty(inputs.logprobs.shape)
+
+
+def _save(ctx: Any, inputs: Inputs, output: Tensor) -> None:
+    logprobs, ref_logprobs, live, _, ctx.slope = inputs
+    ctx.save_for_backward(logprobs, ref_logprobs, live)
+
+
+def _gradient(ctx: Any, grad_kl: Tensor) -> tuple[Tensor]:
+    logprobs, ref_logprobs, live = ctx.saved_tensors
+    return (_backward(_Backward(grad_kl, logprobs, ref_logprobs, live, ctx.slope)),)
+
+
+_backward = fused_op("token_kl_backward", _Backward, _backward_kernel, _fake)
+implements("token_kl", "fused")(
+    fused_op("token_kl", Inputs, _kernel, _fake, trained=("logprobs",), save=_save, gradient=_gradient)
+)

@@ -12,8 +12,14 @@ needs_nvcc = pytest.mark.skipif(
 REPORT: Report = {"registers": 60, "shared": 4104, "stack": 0, "spills": 0, "load": 128, "store": 128}
 # What the kernels say of themselves: they read and write their tokens and rows 16 bytes at a time. (A fold's gradient
 # may be narrower than its logits.)
-WIDE = ("kl.", "losses.evaluate", "masked_whiten.whiten", "logprobs.write_segments", "exact_kl.write_segments")
-WIDE_LOADS = (*WIDE, "logprobs.sum_", "exact_kl.sum_", "fold.sum_", "fold.write_")
+WIDE = (
+    "token_kl.",
+    "ppo_loss.evaluate",
+    "masked_whiten.whiten",
+    "masked_logprobs.write_segments",
+    "exact_kl.write_segments",
+)
+WIDE_LOADS = (*WIDE, "masked_logprobs.sum_", "exact_kl.sum_", "linear_")
 
 
 @needs_nvcc

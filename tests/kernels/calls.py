@@ -5,7 +5,6 @@ may or may not take it for a multiple of 16.
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _launch, _triton, use_backend
-from rlhf_fast.ops._fused import _linear, masked_whiten
+from rlhf_fast.ops import _sweep, use_backend
+from rlhf_fast.ops._dispatch import ENGINES
+from rlhf_fast.ops._triton import Triton
+from rlhf_fast.ops.masked_whiten import Moments, _moments
 
 VOCAB = 32768  # two segments
 ODD = 1001  # rows that begin at any address
@@ -40,16 +41,18 @@ def calls() -> Iterator[Call]:
         yield from of_op()
 
 
+class OnTheCpu(Triton):
+    def why_not(self, device: torch.device) -> str | None:
+        return None
+
+
 @contextlib.contextmanager
 def triton_forced() -> Iterator[None]:
     """Inside, CPU tensors go to Triton's kernels, and the lm head's matrix products are left out."""
-    _triton.INTERPRETED = True
-    assert hasattr(_linear, "product_dtype") and hasattr(_linear, "logits_product")
-    _linear.product_dtype = lambda hidden: hidden.dtype  # as on a GPU
-    _linear.logits_product = lambda hidden, weight, out: None
-    for module in list(sys.modules.values()):
-        if getattr(module, "__package__", None) == "rlhf_fast.ops._fused" and hasattr(module, "launch"):
-            module.launch = _launch.routed
+    ENGINES["cpu"]["triton"] = OnTheCpu()
+    assert hasattr(_sweep, "product_dtype") and hasattr(_sweep, "logits_product")
+    _sweep.product_dtype = lambda hidden: hidden.dtype  # as on a GPU
+    _sweep.logits_product = lambda hidden, weight, out: None
     with use_backend("triton"):
         yield
 
@@ -122,7 +125,7 @@ def whitening() -> Iterator[Call]:
     ):
         yield Call(partial(ops.masked_whiten, floats(count), live, **options), count != 4095)
     for mean in (None, torch.zeros((), dtype=torch.float64)):
-        yield Call(partial(masked_whiten._moments, floats(64).detach(), mask(64), mean))
+        yield Call(partial(_moments, Moments(floats(64).detach(), mask(64), mean)))
 
 
 def clipped_losses() -> Iterator[Call]:

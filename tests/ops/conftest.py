@@ -5,14 +5,15 @@ without a GPU or a compiler to emulate it) is skipped with its reason.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import emulation
 import pytest
 import torch
-from devices import GPU, GPU_BACKENDS, device_of, interpreted, why_not
+from devices import GPU, GPU_BACKENDS, device_of, interpreted, stand_in, why_not, without_a_launcher
 
-from rlhf_fast.ops import _cuda, _native
-from rlhf_fast.ops._dispatch import use_backend
-from rlhf_fast.ops._fused import _linear, _products
+from rlhf_fast.ops import _native, _products, _sweep
+from rlhf_fast.ops._dispatch import ENGINES, use_backend
+
+if lacking := without_a_launcher():
+    raise pytest.UsageError("every engine has every launcher of kernels/records.py: " + ", ".join(lacking))
 
 BACKENDS = ["torch", "native", *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS)]
 
@@ -71,11 +72,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in vars(request.module).items():
         if isinstance(value, torch.Tensor) and value.device.type != device:
             monkeypatch.setattr(request.module, name, value.to(device))
+    if interpreted(request.param):
+        monkeypatch.setitem(ENGINES["cpu"], request.param, stand_in(request.param))
     if request.param == "cuda" and not GPU:
-        monkeypatch.setattr(_cuda, "engine", emulation.engine())
-        monkeypatch.setattr(_cuda, "EMULATED", True)
         # a narrower gradient lies where a GPU's would
-        monkeypatch.setattr(_linear, "plan", lambda *sizes: _products.plan(*sizes)._replace(behind=True))
+        monkeypatch.setattr(_sweep, "plan", lambda *sizes: _products.plan(*sizes)._replace(behind=True))
     with use_backend(request.param), torch.device(device):
         yield request.param
 
@@ -84,8 +85,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CUDA kernels, emulated where there is no GPU."""
     if not GPU:
-        monkeypatch.setattr(_cuda, "engine", emulation.engine())
-        monkeypatch.setattr(_cuda, "EMULATED", True)
+        monkeypatch.setitem(ENGINES["cpu"], "cuda", stand_in("cuda"))
     with use_backend("cuda"), torch.device(device_of("cuda")):
         yield
 

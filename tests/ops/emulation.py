@@ -15,12 +15,14 @@ from types import ModuleType
 
 import torch
 
+from rlhf_fast.ops._cuda import Cuda
+
 ROOT = Path(__file__).parents[2]
 EMULATED = ROOT / "tests" / "cuda" / "emulated"
 SOURCES = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *EMULATED.glob("*.cpp")]
 HEADERS = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h"), *EMULATED.glob("*.h")]
 FLAGS = [
-    *("-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-fno-strict-aliasing", "-fPIC"),
+    *("-std=c++17", "-O1", "-march=native", "-Werror=switch", "-ffp-contract=fast", "-fno-strict-aliasing", "-fPIC"),
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fvisibility=hidden", f"-I{EMULATED}"),
     *(f"-I{sysconfig.get_path('include')}", f"-isystem{Path(torch.__file__).parent / 'include'}", "-DRLHF_FAST_CUDA"),
     *(f'-D{name}="emulated"' for name in ("RLHF_FAST_INTERFACE", "RLHF_FAST_COMPILER", "RLHF_FAST_CUDA_COMPILER")),
@@ -76,14 +78,31 @@ def tried() -> Path | Exception:
         return error
 
 
+class Emulated(Cuda):
+    """The launchers of csrc/cuda on CPU memory."""
+
+    def why_not(self, device: torch.device) -> str | None:
+        return None
+
+    def stream(self) -> int:
+        return 0
+
+    def scratch(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+
 @functools.cache
-def engine() -> ModuleType:
-    """The launchers, which take CPU memory."""
+def engine() -> Emulated:
+    return Emulated(module(), None)
+
+
+@functools.cache
+def module() -> ModuleType:
     path = tried()
     if isinstance(path, Exception):
         raise path
     spec = importlib.util.spec_from_file_location("rlhf_fast_emulated._C", path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.cuda
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -178,9 +178,9 @@ def test_use_backend_reaches_compiled_code(monkeypatch: pytest.MonkeyPatch) -> N
     """Marked results tell which implementation a call took."""
 
     def marked(mark: float) -> Callable[..., Any]:
-        return lambda logits, *rest: (logits.sum(1) * 0 + mark, None)
+        return lambda inputs: (inputs.logits.sum(1) * 0 + mark, None)
 
-    row = {"torch": marked(0.0), "native": marked(1.0)}
+    row = {"torch": marked(0.0), "fused": marked(1.0)}
     monkeypatch.setitem(_dispatch._table, "masked_logprobs", row)
     monkeypatch.delenv("RLHF_FAST_BACKEND", raising=False)
     compiled = torch.compile(ops.masked_logprobs, fullgraph=True, backend="eager")
@@ -197,7 +197,7 @@ def test_use_backend_reaches_compiled_code(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_backend_passed_over_is_said_once_by_compiled_code_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_dispatch._probes, "native", lambda device: "no vectors")
+    monkeypatch.setattr(_dispatch.ENGINES["cpu"]["native"], "reason", "no vectors")
     monkeypatch.setattr(_dispatch, "_warned", set())
     monkeypatch.setattr(_dispatch, "_forced", None)
     monkeypatch.delenv("RLHF_FAST_BACKEND", raising=False)

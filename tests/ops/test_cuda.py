@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _cuda, _native
+from rlhf_fast.kernels import records
+from rlhf_fast.ops import _native
+from rlhf_fast.ops._cuda import Cuda
+from rlhf_fast.ops._dispatch import launch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,9 +104,22 @@ def test_gae_keeps_within_the_tokens_of_wrong_bounds(bounds: list[int]) -> None:
     memory = torch.full((4, count + 2 * guard), 7.0)
     rewards, values, advantages, returns = (row[guard:-guard] for row in memory)
     at = torch.tensor(bounds)
-    _cuda.launch(
-        "gae", len(bounds) - 1, count, at, rewards, values, None, 0.9, 0.9, False, advantages, returns, 1
-    )  # fmt: skip
+    launch(
+        records.Gae(
+            sequences=len(bounds) - 1,
+            length=count,
+            cu_seqlens=at,
+            rewards=rewards,
+            values=values,
+            live=None,
+            gamma=0.9,
+            lam=0.9,
+            whiten=False,
+            advantages=advantages,
+            returns=returns,
+        ),
+        rewards,
+    )
     assert (memory[:, :guard] == 7).all() and (memory[:, -guard:] == 7).all()
     if bounds == sorted(bounds):
         first, last = (min(max(bound, 0), count) for bound in (bounds[0], bounds[-1]))
@@ -156,37 +172,42 @@ def test_num_items_on_the_device() -> None:
     results = []
     for items in (torch.tensor(11.0, dtype=torch.float64), 11.0, torch.tensor(0.0, dtype=torch.float64), 1.0):
         loss, statistics = torch.empty(()), torch.empty(6)
-        _cuda.launch(
-            "clipped_policy_loss", 2, 700, x, old, advantages, None, 0.2, 0.2, float("inf"), False, 0, items, loss,
-            statistics, None, 1,
-        )  # fmt: skip
+        known = isinstance(items, float)
+        policy = dict.fromkeys(records.PpoLoss._fields) | {"logprobs": x, "old_logprobs": old, "advantages": advantages}
+        options = {
+            "policy": True, "value": False, "sequences": 2, "length": 700, "sequence_level": False, "loss": loss,
+            "terms": records.PolicyTerms(0.2, 0.2, float("inf"), 0.0, 0.0, 0, 0), "value_clip": 0.0, "value_coef": 0.0,
+            "divisor": records.LossDivisor(0, items if known else -1.0, None if known else items),
+            "statistics": statistics,
+        }  # fmt: skip
+        launch(records.PpoLoss(**(policy | options)), loss)
         results.append((loss, statistics))
     same(results[0], results[1])
     same(results[2], results[3])
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "_cannot_run", {})
-    monkeypatch.setattr(_cuda, "engine", SimpleNamespace(cannot_run=lambda: "no kernel image is available"))
+    launchers = SimpleNamespace(cannot_run=lambda: "no kernel image is available")
+    engine = Cuda(SimpleNamespace(cuda=launchers), None)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(_native, "build_info", lambda: {"cuda_architectures": "80-real 90-real"})
-    reason = _cuda._probe(torch.device("cuda", 0))
+    reason = engine.why_not(torch.device("cuda", 0))
     assert reason is not None and "CUDA says: no kernel image is available. " in reason
     assert "compiled for 80-real 90-real and this is 75: update the driver, or install" in reason
     assert "RLHF_FAST_CUDA_ARCHS=75" in reason
-    assert not _cuda.runs("gae", torch.device("cuda", 0))
-    monkeypatch.setattr(_cuda, "engine", None)
-    monkeypatch.setattr(_cuda, "_reason", "compiled for the CPU alone")
-    assert _cuda._probe(torch.device("cuda", 0)) == "compiled for the CPU alone"
+    alone = Cuda(SimpleNamespace(), None).why_not(torch.device("cuda", 0))
+    assert alone is not None and alone.startswith("compiled for the CPU alone")
+    assert Cuda(None, "not compiled").why_not(torch.device("cuda", 0)) == "not compiled"
 
 
 def test_an_error_names_the_op_its_sizes_and_what_cuda_says() -> None:
     if GPU:
         pytest.skip("an error of this kind ends the process's use of the GPU")
     scratch, x = torch.empty(1 << 10), torch.randn(3000)
-    arguments = [3000, x.data_ptr(), 0, 0, torch.empty(2, dtype=torch.float64).data_ptr(), 1]
-    with pytest.raises(RuntimeError, match=r"^masked_moments: CUDA: .*device.h:\d+: .*16 bytes.* \(3000 tokens\)$"):
-        emulation.engine().masked_moments(*arguments, scratch.data_ptr() + 4, 4096, 0)
+    moments = records.MaskedMoments(3000, x, None, None, torch.empty(2, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"^masked_moments: CUDA: .*device.h:\d+: .*16 bytes.* \(3000 elements\)$"):
+        emulation.module().cuda.masked_moments(moments, scratch.data_ptr() + 4, 4096, 0)
+    many = records.TokenKl(1 << 45, x, x, None, 0, x)
     with pytest.raises(RuntimeError, match=r"^token_kl: CUDA: invalid configuration argument \(\d+ tokens\)$"):
-        emulation.engine().token_kl(1 << 45, 0, 0, 0, 0, 0, 1, 0, 0, 0)
+        emulation.module().cuda.token_kl(many, 0, 0, 0)

@@ -3,6 +3,8 @@
 They run emulated where there is no GPU. The edge contract and the vocabularies of real models run on them too.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from devices import seeded, why_not
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _cuda
-from rlhf_fast.ops._native import dtype_code
+from rlhf_fast.kernels import records
+from rlhf_fast.ops._dispatch import launch
+from rlhf_fast.ops._rows import NOTHING, logits_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -131,17 +134,29 @@ def fold(
 ) -> list[Tensor]:  # fmt: skip
     """What the launcher makes of each row, and the gradient."""
     rows, vocab = logits.shape
-    leading = (rows, vocab, targets, mask, torch.full((1,), 0.9), 0, 5.0, 1, logits, logits.stride(0))
-    into = (None, 0, 0) if grad is None else (grad, dtype_code(grad.dtype), grad.stride(0))
+    shared = {
+        "rows": records.Rows(rows, vocab, targets, mask, torch.full((1,), 0.9), 0, 5.0),
+        "logits": logits_of(logits),
+        "grad": NOTHING if grad is None else logits_of(grad),
+    }
     outputs = [torch.full((rows,), torch.nan) for _ in range(4 if launcher == "linear_policy_ref" else 2)]
     if launcher == "linear_logprobs":
-        arguments = (*outputs, *into, *numbers[:2])
+        names = ("grad_logprobs", "grad_entropy")
+        record: Any = records.LinearLogprobs(
+            **shared, **dict(zip(names, numbers[:2], strict=True)), logprobs=outputs[0], entropy=outputs[1]
+        )
     elif launcher == "linear_policy_loss":
-        share, inf = torch.full((rows,), 0.5), float("inf")
-        arguments = (*numbers, share, 0.2, 0.2, inf, 0.1, 0.01, 2, *into, *outputs)
+        names = ("old_logprobs", "advantages", "ref_logprobs")
+        terms = records.PolicyTerms(0.2, 0.2, float("inf"), 0.1, 0.01, kl=2, kl_slope=2)
+        record = records.LinearPolicyLoss(
+            **shared, **dict(zip(names, numbers, strict=True)), share=torch.full((rows,), 0.5), terms=terms,
+            logprobs=outputs[0], entropy=outputs[1],
+        )  # fmt: skip
     else:
-        arguments = (ref_logits, ref_logits.stride(0), *outputs, *into, *numbers)
-    _cuda.launch(launcher, *leading, *arguments)
+        names = ("logprobs", "ref_logprobs", "entropy", "kl", "grad_logprobs", "grad_entropy", "grad_kl")
+        given = dict(zip(names, [*outputs, *numbers], strict=True))
+        record = records.LinearPolicyRef(**shared, **given, ref_logits=logits_of(ref_logits))
+    launch(record, logits)
     return outputs if grad is None else [*outputs, grad]
 
 

@@ -1,13 +1,17 @@
 """Which backend runs: forced, unforced, passed over, and what is said about it."""
 
+import runpy
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
+import devices
 import pytest
 import torch
 
-from rlhf_fast.ops import _dispatch, backends, masked_logprobs, pairwise_loss, use_backend
+from rlhf_fast.kernels import records
+from rlhf_fast.ops import _dispatch, _native, backends, masked_logprobs, pairwise_loss, use_backend
 
 SINGLE = torch.zeros(1)
 DOUBLE = SINGLE.double()
@@ -15,18 +19,41 @@ DOUBLE = SINGLE.double()
 
 @pytest.fixture(autouse=True)
 def own_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A table, probes and memory of warnings that the test may change; no backend forced from outside."""
+    """A table, engines and memory of warnings that the test may change; no backend forced from outside."""
     monkeypatch.setattr(_dispatch, "_table", {op: dict(row) for op, row in _dispatch._table.items()})
-    monkeypatch.setattr(_dispatch, "_probes", {"torch": lambda device: None})
+    monkeypatch.setattr(_dispatch, "ENGINES", {"cpu": {}, "cuda": {}})
     monkeypatch.setattr(_dispatch, "_warned", set())
     monkeypatch.setattr(_dispatch, "_forced", None)
     monkeypatch.delenv("RLHF_FAST_BACKEND", raising=False)
     yield
 
 
+class Demo:
+    """An engine that tells what it was asked to launch."""
+
+    def __init__(self, name: str, reason: str | None) -> None:
+        self.name, self.reason = name, reason
+
+    def why_not(self, device: torch.device) -> str | None:
+        return self.reason
+
+    def launch(self, launcher: str, record: records.Record) -> None:
+        launched.append((self.name, launcher))
+
+
+launched: list[tuple[str, str]] = []
+RECORD = records.MaskedMoments(elements=1, x=SINGLE, live=None, mean=None, moments=DOUBLE)
+
+
+def fused() -> str:
+    launched.clear()
+    _dispatch.launch(RECORD, SINGLE)
+    return launched[0][0]
+
+
 def add(name: str, reason: str | None) -> None:
-    _dispatch.register_backend(name, lambda device: reason)
-    _dispatch.implements("demo", name)(lambda: name)
+    _dispatch.ENGINES["cpu"][name] = Demo(name, reason)
+    _dispatch.implements("demo", "fused")(fused)
     _dispatch.implements("demo", "torch")(lambda: "torch")
 
 
@@ -66,14 +93,54 @@ def test_a_forced_backend_that_cannot_run_is_an_error(like: torch.Tensor) -> Non
         chosen(like)
 
 
-def test_a_forced_backend_that_is_not_built_or_lacks_the_op() -> None:
+def test_a_forced_backend_of_another_device() -> None:
     logits, targets = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="masked_logprobs: .*'cuda'.* not part of this build"):
-        masked_logprobs(logits, targets)
-    _dispatch.register_backend("cuda", lambda device: None)
-    _dispatch._table["masked_logprobs"].pop("cuda", None)
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="has no masked_logprobs"):
-        masked_logprobs(logits, targets)
+    for name in ("cuda", "triton"):
+        with (
+            use_backend(name),
+            pytest.raises(RuntimeError, match=f"masked_logprobs: .*{name!r}.* runs on CUDA; .* cpu"),
+        ):
+            masked_logprobs(logits, targets)
+
+
+def test_an_engine_that_is_given_in_runs_where_it_is_forced() -> None:
+    add("native", None)
+    add("triton", None)
+    assert chosen() == "native"
+    with use_backend("triton"):
+        assert chosen() == "triton"
+        assert launched == [("triton", "masked_moments")]
+
+
+def test_a_launch_that_no_engine_can_run_is_an_error() -> None:
+    add("native", "this processor has no vectors")
+    add("triton", None)
+    with pytest.raises(RuntimeError, match="masked_moments: no engine can run on cpu"):
+        _dispatch.launch(RECORD, SINGLE)
+
+
+def test_a_launcher_that_an_engine_lacks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which conftest.py asks before the first test."""
+    assert devices.without_a_launcher() == []
+    monkeypatch.setattr(devices, "launcher_of", lambda name: None if name == "gae" else print)
+    monkeypatch.setattr(devices, "GPU_BACKENDS", ("triton",))
+    assert devices.without_a_launcher() == ["triton has no gae"]
+
+
+def test_the_structures_are_those_of_the_records() -> None:
+    script = Path(__file__).parents[2] / "csrc" / "write_records.py"
+    assert runpy.run_path(str(script))["header"]() == script.with_name("records.h").read_text()
+
+
+def test_a_record_that_does_not_fit_is_refused() -> None:
+    launch = _native.native.launch
+    with pytest.raises(TypeError, match="expected a record of 5 fields; got "):
+        launch("masked_moments", RECORD[:-1])
+    with pytest.raises(AttributeError, match="data_ptr"):
+        launch("masked_moments", RECORD._replace(x=3.0))
+    kl = records.TokenKl(tokens=1, logprobs=SINGLE, ref_logprobs=SINGLE, live=None, estimator=4, kl=SINGLE)
+    with pytest.raises(ValueError, match="expected a code from 0 to 3; got 4"):
+        launch("token_kl", kl)
 
 
 def test_an_op_of_torch_alone_runs_under_every_forced_backend() -> None:
@@ -86,8 +153,6 @@ def test_unknown_name() -> None:
     with pytest.raises(ValueError, match="cuda, triton, native, torch; got 'fastest'"):
         with use_backend("fastest"):
             pass
-    with pytest.raises(ValueError, match="'fastest'"):
-        _dispatch.register_backend("fastest", lambda device: None)
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +194,7 @@ def test_backends_listing() -> None:
     assert listing["demo"] == {
         "chosen": "native",
         "available": ["native", "torch"],
-        "unavailable": {"cuda": "not part of this build", "triton": "Triton is not installed"},
+        "unavailable": {"cuda": "runs on CUDA; the tensors are on cpu", "triton": "Triton is not installed"},
     }
     with use_backend("triton"):
         assert backends("cpu")["demo"]["chosen"] is None
@@ -150,4 +215,5 @@ def test_every_public_op_has_a_torch_reference() -> None:
     }  # fmt: skip
     listing = backends("cpu")
     assert set(listing) == ops
-    assert all("torch" in listing[op]["available"] for op in ops)
+    assert all("torch" in row for row in _dispatch._table.values())
+    assert {op for op in ops if "fused" not in _dispatch._table[op]} == {"pairwise_loss", "dpo_loss"}

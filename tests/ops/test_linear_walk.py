@@ -10,8 +10,8 @@ import torch
 from devices import GPU_BACKENDS
 from op_table import OPS, Case, Op, make, outputs_and_grads
 
-from rlhf_fast.ops._fused import _linear, _live, _products
-from rlhf_fast.ops._fused._products import Plan, plan, product
+from rlhf_fast.ops import _live, _products, _sweep
+from rlhf_fast.ops._products import Plan, plan, product
 
 head_op = pytest.mark.parametrize("op", [op for op in OPS if op.shared], ids=lambda op: op.name)
 
@@ -26,7 +26,7 @@ def test_any_cut_gives_the_same(
     whole = outputs_and_grads(op.run, op, case, case.mask)
     # a GPU's kernels may not write a narrower gradient over the logits of the same fold
     cut = Plan(rows=5, fold=2, columns=3, behind=behind or backend in GPU_BACKENDS)
-    monkeypatch.setattr(_linear, "plan", lambda *sizes: cut)
+    monkeypatch.setattr(_sweep, "plan", lambda *sizes: cut)
     rounding = 1e-5 if dtype == torch.float32 else 3e-2
     results = outputs_and_grads(op.run, op, case, case.mask)
     torch.testing.assert_close(results, whole, rtol=rounding, atol=rounding / 10)

@@ -16,8 +16,10 @@ from test_accuracy import no_worse_than_naive
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.ops import _products
 from rlhf_fast.ops._dispatch import implementation
-from rlhf_fast.ops._fused import _products
+from rlhf_fast.ops._tokens import Tokens
+from rlhf_fast.ops.masked_logprobs import Inputs
 
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 row_wise_op = pytest.mark.parametrize("op", [op for op in OPS if op.row_wise], ids=lambda op: op.name)
@@ -87,7 +89,7 @@ def test_offsets_past_two_to_the_31(dtype: torch.dtype) -> None:
 
     leaf, exact = far.requires_grad_(), values.double().requires_grad_()
     run = implementation("masked_logprobs", leaf)  # the public function would make the logits contiguous
-    ours, _ = run(leaf, targets, live, torch.ones(3), None, vocab, False, True)
+    ours, _ = run(Inputs(leaf, Tokens(targets, live, torch.ones(3)), 0.0, vocab, False, True))
     truth = exact.log_softmax(-1)[range(3), targets] * live
     (grad,), (true_grad,) = (torch.autograd.grad(out.sum(), x) for out, x in ((ours, leaf), (truth, exact)))
     torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import _native
+from . import _native
 
 # On the CPU: the buffer of one chunk's logits. Fewer rows a chunk would read the weight more often than it takes to
 # multiply them. And the columns of one product: tiles that stay in the cache are a tenth faster in float32 than the
@@ -115,7 +115,4 @@ def logits_product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
     else:
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        _native.launch(
-            "bfloat16_product", *out.shape, hidden.shape[1], hidden, hidden.stride(0), weight, weight.stride(0), out,
-            out.stride(0), torch.get_num_threads(),
-        )  # fmt: skip
+        _native.bfloat16_product(hidden, weight, out)

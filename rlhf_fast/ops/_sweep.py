@@ -10,19 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._linear import Head
 from ._products import TILE, empty_logits, logits_product, plan, product, product_dtype, tiles
 
 Fold = Callable[[slice, tuple[Tensor, ...], Tensor | None], None]
 
 
-class LinearHead(NamedTuple):
-    """logits = hidden weight^T + scale * (hidden down^T) up^T + bias, as the custom ops take it."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None
-    down: Tensor | None
-    up: Tensor | None
-    scale: float
+# What may need a gradient, in the order of HeadGradients: fields of the ops' inputs.
+TRAINED = ("hidden", "head.weight", "head.bias", "head.down", "head.up")
 
 
 class HeadGradients(NamedTuple):
@@ -35,31 +30,22 @@ class HeadGradients(NamedTuple):
     up: Tensor
 
 
-def flat_head(weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, Tensor, float] | None) -> LinearHead:
-    return LinearHead(weight, bias, *(lora if lora is not None else (None, None, 0.0)))
-
-
-def trainable(hidden: Tensor, head: LinearHead) -> tuple[Tensor | None, ...]:
-    """What may need a gradient, in the order of HeadGradients."""
-    return hidden, head.weight, head.bias, head.down, head.up
-
-
-def wanted(hidden: Tensor, head: LinearHead) -> list[bool]:
+def wanted(hidden: Tensor, head: Head) -> list[bool]:
     """Which of them need one."""
-    tensors = trainable(hidden, head)
+    tensors = (hidden, *head[:4])
     return [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors]
 
 
-def wanted_dtypes(hidden: Tensor, head: LinearHead, wants: list[bool]) -> list[torch.dtype | None]:
-    tensors = zip(trainable(hidden, head), wants, strict=True)
+def wanted_dtypes(hidden: Tensor, head: Head, wants: list[bool]) -> list[torch.dtype | None]:
+    tensors = zip((hidden, *head[:4]), wants, strict=True)
     return [tensor.dtype if want and tensor is not None else None for tensor, want in tensors]
 
 
-def empty_gradients(hidden: Tensor, head: LinearHead, wants: list[bool]) -> HeadGradients:
+def empty_gradients(hidden: Tensor, head: Head, wants: list[bool]) -> HeadGradients:
     """Uninitialised, (0,) where not wanted. In float32, which the chunks are added up in; but a hidden state belongs to
     one chunk, so that its gradient may be rounded to bfloat16 at once. (In float16 it could vanish.)
     """
-    tensors = zip(trainable(hidden, head), wants, strict=True)
+    tensors = zip((hidden, *head[:4]), wants, strict=True)
     shapes = [tensor.shape if want and tensor is not None else (0,) for tensor, want in tensors]
     first = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
     dtypes = (first, *(torch.float32,) * (len(shapes) - 1))
@@ -71,7 +57,7 @@ def scaled(grad_loss: Tensor, grads: tuple[Tensor, ...], dtypes: list[torch.dtyp
     return [None if dtype is None else (grad_loss * grad).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
 
-def sweep(head: LinearHead, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]) -> HeadGradients:
+def sweep(head: Head, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]) -> HeadGradients:
     """Folds the logits of every row of ``hiddens`` (one or two of (live, H)), a chunk at a time.
 
     ``fold(rows, logits, grad)`` gets a slice of the rows and their float32 logits, one (n, V) for each of ``hiddens``.
@@ -102,7 +88,7 @@ def sweep(head: LinearHead, hiddens: tuple[Tensor, ...], fold: Fold, wants: list
     return sums.grads
 
 
-def _project(hidden: Tensor, head: LinearHead, columns: list[slice], out: Tensor) -> None:
+def _project(hidden: Tensor, head: Head, columns: list[slice], out: Tensor) -> None:
     """The logits (n, V) of hidden (n, H), in float32 whatever the factors are."""
     inner = None
     if head.down is not None:
@@ -123,7 +109,7 @@ def _project(hidden: Tensor, head: LinearHead, columns: list[slice], out: Tensor
 class _Sums:
     """The gradients of the head, added up over the chunks; those of the hidden states as they come."""
 
-    def __init__(self, hidden: Tensor, head: LinearHead, wants: list[bool], dtype: torch.dtype) -> None:
+    def __init__(self, hidden: Tensor, head: Head, wants: list[bool], dtype: torch.dtype) -> None:
         self.head, self.wants, self.dtype = head, wants, dtype
         self.grads = empty_gradients(hidden, head, wants)
         for total in self.grads[1:]:

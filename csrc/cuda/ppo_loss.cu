@@ -4,6 +4,11 @@
 // A block reads each input of its tile once, and writes the gradients as if the divisor of the loss were 1: how many
 // tokens count is known only to the launch's last block. That one adds the parts, and writes 1 / divisor as the scale of
 // the gradients. Ratios by the sequence, and divisors that count sequences, take a launch before it.
+//
+//   formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
+//   bytes a token   4 read of each tensor that is given and 1 of a mask; 4 written of each gradient that is wanted
+//   passes          one; one before it over what ratios by the sequence, or a count of sequences, take
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
 namespace rlhf_fast::cuda {
@@ -30,16 +35,16 @@ struct Divisor {
   bool by_length;  // each sequence by its live tokens
 
   explicit Divisor(const PpoLoss& a) {
-    const bool by_token = a.aggregation == Aggregation::token_mean;
-    const bool normed = a.aggregation == Aggregation::seq_mean_token_sum_norm;
-    const bool mean = a.aggregation == Aggregation::seq_mean_token_mean;
+    const bool by_token = a.divisor.aggregation == Aggregation::token_mean;
+    const bool normed = a.divisor.aggregation == Aggregation::seq_mean_token_sum_norm;
+    const bool mean = a.divisor.aggregation == Aggregation::seq_mean_token_mean;
     by_length = mean && a.live;
     norm = normed || (mean && !a.live) ? at_least_1((double)a.length) : 1;
-    items = a.items ? on_device : tokens;
-    if (a.items) return;
-    if (a.num_items >= 0) {
+    items = a.divisor.items ? on_device : tokens;
+    if (a.divisor.items) return;
+    if (a.divisor.number >= 0) {
       items = known;
-      norm *= a.num_items > 0 ? a.num_items : 1;
+      norm *= a.divisor.number > 0 ? a.divisor.number : 1;
     } else if (!by_token && !a.live) {
       items = known;
       norm *= at_least_1((double)a.sequences);
@@ -115,13 +120,13 @@ __device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence*
   if (threadIdx.x != 0) return;
 
   double items = 1;
-  if (divisor.items == Divisor::on_device) items = *a.items;
+  if (divisor.items == Divisor::on_device) items = *a.divisor.items;
   if (divisor.items == Divisor::tokens) items = count;
   if (divisor.items == Divisor::sequences) items = rest[1];
   const double scale = 1 / ((items > 0 ? items : 1) * divisor.norm);
   const double policy = sums[kPolicy] * scale, value = sums[kValue] * scale;
   const double kl = sums[kKl] * scale, entropy = sums[kEntropy] * scale;
-  *a.loss = (float)(policy + term(a.value_coef, value) + term(a.kl_coef, kl) - term(a.entropy_coef, entropy));
+  *a.loss = (float)(policy + term(a.value_coef, value) + term(a.terms.kl_coef, kl) - term(a.terms.entropy_coef, entropy));
   float* out = a.statistics;
   const auto put = [&](double statistic) { *out++ = (float)statistic; };
   if (kHasPolicy && kHasValue) put(policy), put(value), put(kl), put(entropy);
@@ -165,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  const float low = lowest_ratio(a), high = highest_ratio(a);
+  const float low = lowest_ratio(a.terms), high = highest_ratio(a.terms);
   float sums[kSums] = {}, ratio_max = 0;
   Four grad_logprob, grad_value;
 #pragma unroll
@@ -174,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
       const float log_ratio = logprob.at[k] - old_logprob.at[k], bounded = bounded_log_ratio(log_ratio);
       ratio.at[k] = kept(live, k, a.sequence_level ? ratio.at[k] : expf(bounded));
       const LossToken<float> token =
-          policy_token(log_ratio, ratio.at[k], advantage.at[k], low, high, a.dual_clip);
+          policy_token(log_ratio, ratio.at[k], advantage.at[k], low, high, a.terms.dual_clip);
       sums[kPolicy] += token.loss * weight.at[k];
       sums[kClipped] += token.clipped;
       sums[kSquaredLogRatio] += bounded * bounded;
@@ -182,8 +187,8 @@ __global__ void __launch_bounds__(kThreads)
       grad_logprob.at[k] = token.slope;
       if (kJoint && a.ref_logprobs) {
         const float d = logprob.at[k] - ref_logprob.at[k];
-        sums[kKl] += kl_value(a.kl, d) * weight.at[k];
-        if (a.kl_coef != 0) grad_logprob.at[k] += a.kl_coef * kl_slope(a.kl_slope, d);
+        sums[kKl] += kl_value(a.terms.kl, d) * weight.at[k];
+        if (a.terms.kl_coef != 0) grad_logprob.at[k] += a.terms.kl_coef * kl_slope(a.terms.kl_slope, d);
       }
     }
     if (kJoint) sums[kEntropy] += entropy.at[k] * weight.at[k];
@@ -200,7 +205,7 @@ __global__ void __launch_bounds__(kThreads)
   if (kHasValue && a.grad_values) {
     place.store(a.grad_values, [&](int k) { return grad_value.at[k] * weight.at[k]; });
   }
-  if (kJoint && a.grad_entropy) place.store(a.grad_entropy, [&](int k) { return -a.entropy_coef * weight.at[k]; });
+  if (kJoint && a.grad_entropy) place.store(a.grad_entropy, [&](int k) { return -a.terms.entropy_coef * weight.at[k]; });
 
   const Moments ratios = tile_moments(ratio, live);
   block_sum(sums);

@@ -1,4 +1,9 @@
 // Estimates of the KL from two log-probs a token.
+//
+//   formula         value and slope of the table in rlhf_fast/ops/token_kl.py, d = logprob - ref_logprob
+//   bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read where there is a mask
+//   passes          one each way
+//   error           1 ulp of the difference; k3 to a few ulps, by its series where exp(x) - 1 - x would cancel
 #include "tokens.h"
 
 namespace rlhf_fast::cuda {
@@ -6,13 +11,13 @@ namespace rlhf_fast::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) evaluate(TokenKl a) {
-  const Place place(a.live, a.count);
+  const Place place(a.live, a.tokens);
   const Four x = place.load(a.logprobs), y = place.load(a.ref_logprobs);
   place.store(a.kl, [&](int k) { return kl_value(a.estimator, x.at[k] - y.at[k]); });
 }
 
 __global__ void __launch_bounds__(kThreads) differentiate(TokenKlBackward a) {
-  const Place place(a.live, a.count);
+  const Place place(a.live, a.tokens);
   const Four x = place.load(a.logprobs), y = place.load(a.ref_logprobs), upstream = place.load(a.grad_kl);
   place.store(a.grad, [&](int k) { return upstream.at[k] * kl_slope(a.slope, x.at[k] - y.at[k]); });
 }
@@ -20,11 +25,11 @@ __global__ void __launch_bounds__(kThreads) differentiate(TokenKlBackward a) {
 }  // namespace
 
 const char* token_kl(const TokenKl& a, Scratch&, void* stream) {
-  return launch(evaluate, ceil_div(a.count, kTile), kThreads, 0, stream, a);
+  return launch(evaluate, ceil_div(a.tokens, kTile), kThreads, 0, stream, a);
 }
 
 const char* token_kl_backward(const TokenKlBackward& a, Scratch&, void* stream) {
-  return launch(differentiate, ceil_div(a.count, kTile), kThreads, 0, stream, a);
+  return launch(differentiate, ceil_div(a.tokens, kTile), kThreads, 0, stream, a);
 }
 
 const char* cannot_run() {

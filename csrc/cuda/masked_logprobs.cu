@@ -1,5 +1,10 @@
 // log softmax(logits)[target] and the entropy. The forward reads the logits once; the backward reads them once more and
 // writes the gradient, over them where it may. The rows' statistics come between.
+//
+//   formula         log p_t = -softplus(d), d = logsumexp_{j != t} x_j - x_t (rlhf_fast/ops/_vocab.py)
+//   bytes a row     of V columns of b bytes: forward V b read, 20 to 24 written; backward V b read, V b written
+//   passes          one each way
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "gradients.h"
 
 namespace rlhf_fast::cuda {

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from ._rows import rows_arguments
+from rlhf_fast.kernels import records
+
+from ._rows import rows_of
+from ._tokens import Tokens
 
 
 class LiveRows:
@@ -14,7 +17,8 @@ class LiveRows:
     taken, the dead ones with harmless data, and the kernels pass over them.
     """
 
-    def __init__(self, live: Tensor, targets: Tensor, temperature: Tensor, softcap: float) -> None:
+    def __init__(self, tokens: Tokens, softcap: float) -> None:
+        live = tokens.live
         self.rows = live.shape[0]
         self.index: Tensor | None = None
         self.live: Tensor | None = live
@@ -23,7 +27,8 @@ class LiveRows:
             self.index = index if index.shape[0] < self.rows else None
             self.live = None
         self.count = self.rows if self.index is None else self.index.shape[0]
-        self.targets, self.temperature, self.softcap = self.take(targets), self.take(temperature), softcap
+        self.targets, self.temperature = self.take(tokens.targets), self.take(tokens.temperature)
+        self.softcap = softcap
 
     def take(self, tensor: Tensor) -> Tensor:
         """(N, ...) -> (count, ...), contiguous."""
@@ -37,12 +42,11 @@ class LiveRows:
             return tensor
         return tensor.new_zeros(self.rows, *tensor.shape[1:]).index_copy_(0, self.index, tensor)
 
-    def arguments(self, part: slice, logits: Tensor) -> tuple[object, ...]:
-        """The leading arguments of a fold's launcher: those rows of ``part`` whose logits (n, V) these are."""
+    def part(self, part: slice, logits: Tensor) -> records.Rows:
+        """Those rows of ``part`` whose logits (n, V) these are."""
         live = None if self.live is None else self.live[part]
-        count, vocab = logits.shape
-        leading = rows_arguments(count, vocab, self.targets[part], live, self.temperature[part], self.softcap)
-        return *leading, logits, logits.stride(0)
+        vocab, softcap = logits.shape[1], self.softcap
+        return rows_of(self.targets[part], live, self.temperature[part], vocab=vocab, softcap=softcap)
 
 
 def _capturing(tensor: Tensor) -> bool:

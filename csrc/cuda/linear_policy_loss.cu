@@ -1,0 +1,54 @@
+// The fold of linear_policy_loss: log-probs and entropies, and the gradient of the clipped policy loss, the KL to the
+// reference and the entropy bonus together. Two launches: the sums read the tile once, the gradient reads it again and
+// writes it once.
+//
+//   formula         share * (max(-A r, -A clip(r)) + kl_coef KL - entropy_coef H), by logit (policy_token, kl_slope)
+//   bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
+//   passes          one, and one more for the gradient
+//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+#include "fold.h"
+
+namespace rlhf_fast::cuda {
+
+namespace {
+
+struct FoldPolicyLoss {
+  LinearPolicyLoss a;
+  SegmentSums swept;
+
+  __device__ Slopes operator()(int64_t row, float inverse_temperature, bool writes) const {
+    const RowResult result = finish_row(a.rows, swept, row, 0, inverse_temperature);
+    if (writes) write(row, result);
+    const float share = a.share[row];
+    return row_slopes(result.statistics, inverse_temperature, result.logprob, result.entropy,
+                      share * logprob_slope(row, result.logprob), -share * a.terms.entropy_coef);
+  }
+
+  __device__ void skip(int64_t row) const { write(row, {}); }
+
+  // d (policy loss + kl_coef * KL) / d logprob
+  __device__ float logprob_slope(int64_t row, float logprob) const {
+    const float log_ratio = logprob - a.old_logprobs[row];
+    const float ratio = expf(bounded_log_ratio(log_ratio));
+    const float low = lowest_ratio(a.terms), high = highest_ratio(a.terms);
+    float slope = policy_token(log_ratio, ratio, a.advantages[row], low, high, a.terms.dual_clip).slope;
+    if (a.terms.kl_coef != 0) slope += a.terms.kl_coef * kl_slope(a.terms.kl_slope, logprob - a.ref_logprobs[row]);
+    return slope;
+  }
+
+  __device__ void write(int64_t row, const RowResult& result) const {
+    a.logprobs[row] = result.logprob;
+    a.entropy[row] = result.entropy;
+  }
+};
+
+}  // namespace
+
+const char* linear_policy_loss(const LinearPolicyLoss& a, Scratch& scratch, void* stream) {
+  const SegmentSums swept = take_segment_sums(scratch, a.rows, 1);
+  if (scratch.size < scratch.needed) return nullptr;
+  const char* error = sum<float>(a.rows, 1, a.logits, {}, swept, true, stream);
+  return error ? error : end_fold<false>(a.rows, a.logits, {}, a.grad, FoldPolicyLoss{a, swept}, stream);
+}
+
+}  // namespace rlhf_fast::cuda

@@ -1,0 +1,138 @@
+"""clipped_policy_loss, clipped_value_loss and ppo_loss on the engines: loss, gradients and statistics in one sweep.
+
+The last of the statistics is the scale: what the gradients are still to be multiplied by. A GPU's kernel learns the
+divisor of the loss after it has written them.
+"""
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.kernels import records
+
+from ._dispatch import implements, launch
+from ._op import fused_op
+
+ABSENT = cast(Tensor, None)
+
+
+class LossInputs(NamedTuple):
+    """What the three losses take, (B, T) each, or any shape where nothing counts sequences; one dtype. A loss without a
+    policy, or without a value, leaves its data ABSENT.
+    """
+
+    aggregation: str
+    num_items: Tensor | None
+    live: Tensor | None
+    terms: records.PolicyTerms = records.PolicyTerms(0.0, 0.0, math.inf, 0.0, 0.0, 0, 0)
+    sequence_level: bool = False
+    logprobs: records.Given = ABSENT
+    old_logprobs: records.Given = ABSENT
+    advantages: records.Given = ABSENT
+    entropy: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: records.Given = ABSENT
+    old_values: records.Given = ABSENT
+    returns: records.Given = ABSENT
+    value_clip: float = math.inf
+    value_coef: float = 1.0
+
+
+class _Forward(NamedTuple):
+    inputs: LossInputs
+    wants: list[bool]  # whether logprobs, values and entropy get a gradient
+
+
+def _fused(name: str) -> Any:
+    """The op of this name, which returns the loss and its statistics, the scale left out."""
+    forward = fused_op(name, _Forward, _kernel, _outputs, trained=_TRAINED, save=_save, gradient=_gradient)
+
+    def run(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        trained = (inputs.logprobs, inputs.values, inputs.entropy)
+        enabled = torch.is_grad_enabled()
+        wants = [enabled and data is not None and data.requires_grad for data in trained]
+        loss, statistics, _ = forward(_Forward(inputs, wants))
+        return loss, statistics.unbind()[:-1]
+
+    return implements(name, "fused")(run)
+
+
+def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the loss (), its statistics (n,), its gradients (wanted, B, T)."""
+    inputs = given.inputs
+    loss, statistics, grads = outputs = _outputs(given)
+    wants = given.wants
+    grad_logprobs, grad_values, grad_entropy = [grads[sum(wants[:i])] if wants[i] else None for i in range(3)]
+    data = inputs.values if inputs.logprobs is None else inputs.logprobs
+    sequences, length = data.shape if data.dim() == 2 else (1, data.numel())
+    launch(
+        records.PpoLoss(
+            policy=inputs.logprobs is not None,
+            value=inputs.values is not None,
+            sequences=sequences,
+            length=length,
+            logprobs=_contiguous(inputs.logprobs),
+            old_logprobs=_contiguous(inputs.old_logprobs),
+            advantages=_contiguous(inputs.advantages),
+            values=_contiguous(inputs.values),
+            old_values=_contiguous(inputs.old_values),
+            returns=_contiguous(inputs.returns),
+            entropy=_contiguous(inputs.entropy),
+            ref_logprobs=_contiguous(inputs.ref_logprobs),
+            live=_contiguous(inputs.live),
+            sequence_level=inputs.sequence_level,
+            terms=inputs.terms,
+            value_clip=inputs.value_clip,
+            value_coef=inputs.value_coef,
+            divisor=_divisor(inputs.aggregation, inputs.num_items),
+            loss=loss,
+            statistics=statistics,
+            grad_logprobs=grad_logprobs,
+            grad_values=grad_values,
+            grad_entropy=grad_entropy,
+        ),
+        loss,
+    )
+    return outputs
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _divisor(aggregation: str, num_items: Tensor | None) -> records.LossDivisor:
+    """A number below 0 stands for none, so that a given one becomes 0 at least. On a GPU its value stays there."""
+    number, items = -1.0, None
+    if num_items is not None and num_items.is_cuda:
+        items = num_items.double()
+    elif num_items is not None:
+        number = max(float(num_items), 0.0)
+    return records.LossDivisor(records.AGGREGATIONS.index(aggregation), number, items)
+
+
+def _outputs(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
+    policy, value = given.inputs.logprobs, given.inputs.values
+    data = value if policy is None else policy
+    count = 6 if value is None else 2 if policy is None else 11  # as records.PpoLoss tells
+    return data.new_empty(()), data.new_empty(count), data.new_empty((sum(given.wants), *data.shape))
+
+
+def _save(ctx: Any, given: _Forward, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _gradient(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * len(_TRAINED)
+    statistics, grads = ctx.saved_tensors
+    rows = iter((grads * (grad_loss * statistics[-1])).unbind())
+    return tuple([next(rows) if need else None for need in ctx.needs])
+
+
+_TRAINED = ("inputs.logprobs", "inputs.values", "inputs.entropy")
+for _name in ("clipped_policy_loss", "clipped_value_loss", "ppo_loss"):
+    _fused(_name)
