@@ -1,7 +1,7 @@
 """Data sets, chat templates, masks and batches.
 
-The path of a row: load and rows (a file to rows), formats and turns (columns to a prompt and its responses), encode
-with conversation, chat and special (to tokens), collate.
+The path of a row: load and rows (a file to rows); foreign, formats and turns (columns to a prompt and its responses);
+encode with conversation, answers, chat and special (to tokens); collate.
 """
 
 from rlhf_fast.data.chat import end_of_turn

@@ -8,24 +8,27 @@ The prompt of a row is the same whichever stage reads it. A row with nothing to 
 of the wrong structure is rejected and counted (see DataReport).
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from rlhf_fast.data.foreign import (
+    FOREIGN_COLUMNS,
+    assistant_turn,
+    from_alpaca,
+    known_columns,
+    system_text,
+    template_arguments,
+)
 from rlhf_fast.data.report import DataReport
 from rlhf_fast.data.rows import Rows
-from rlhf_fast.data.turns import Text, Turn, Wrong, is_transcript, parse_transcript, read_text, read_turns, without_none
+from rlhf_fast.data.turns import Text, Turn, Wrong, is_transcript, parse_transcript, read_text, read_turns
 from rlhf_fast.errors import UserError, nearest
 from rlhf_fast.text import one_line, shown
 
 Row = dict[str, Any]
 
 FORMAT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
-FOREIGN_COLUMNS = ("conversations", "instruction")
-SYSTEM_COLUMNS = ("system", "system_prompt")
-# Alpaca's names, and Dolly's and others' for the same.
-INPUT_COLUMNS, OUTPUT_COLUMNS = ("input", "context"), ("output", "response", "completion")
 
 LARGEST_MARGIN = 1e12  # float32 holds its square
 
@@ -89,7 +92,7 @@ def sft_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
 
     Of ``messages`` the prompt is what stands before the first answer: every assistant turn after it is trained on.
     """
-    columns, known = _known_columns(dataset)
+    columns, known = known_columns(dataset.column_names)
     if "messages" in columns:
         read = _sft_messages
     elif "prompt" in columns and "completion" in columns:
@@ -107,7 +110,7 @@ def preference_examples(dataset: Table, report: DataReport) -> Iterator[Example]
     A chat list that begins with another role than the assistant is the whole conversation: the prompt is taken from
     it and not from the ``prompt`` column. An optional ``margin`` (a number) is kept in ``columns``.
     """
-    columns, known = _known_columns(dataset)
+    columns, known = known_columns(dataset.column_names)
     if "chosen" not in columns or "rejected" not in columns:
         raise _missing(report, dataset.column_names, "chosen and rejected (with or without prompt)")
     return _examples(dataset, report, known, _pair)
@@ -118,7 +121,7 @@ def prompt_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
 
     The format's own columns are left out of ``columns``; all others are kept for reward functions.
     """
-    columns, known = _known_columns(dataset)
+    columns, known = known_columns(dataset.column_names)
     if not {"prompt", "messages", "chosen"} & set(columns):
         raise _missing(report, dataset.column_names, "prompt, or messages, or chosen")
     return _examples(dataset, report, known, _prompt)
@@ -140,10 +143,10 @@ def _examples(
             found = read(known(row))
             _add_system(found, row)
             notes: Iterable[str] = found.pop("notes")
-            template = _template_arguments(row) if isinstance(found["prompt"], list) else {}
+            template = template_arguments(row) if isinstance(found["prompt"], list) else {}
             if read is _prompt:
                 found["columns"] = {name: value for name, value in row.items() if name not in FORMAT_COLUMNS}
-            example = Example(index=index, joined=known is _from_alpaca, template=template, **found)
+            example = Example(index=index, joined=known is from_alpaca, template=template, **found)
             if _empty_prompt(example.prompt):
                 raise _Drop(EMPTY_PROMPT)
             if any(_empty_response(response) for response in example.responses):
@@ -174,15 +177,15 @@ def _rows(dataset: Table) -> Iterator[Row | Wrong]:
 
 
 def _add_system(found: dict[str, Any], row: Row) -> None:
-    """A ``system`` or ``system_prompt`` column is the first turn of a chat that has none."""
-    system = next((row[name] for name in SYSTEM_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
+    """A system column is the first turn of a chat that has none."""
+    system = system_text(row)
     if system is None:
         return
     prompt = found["prompt"]
     if isinstance(prompt, str) or found["transcript"]:
         found["notes"] = (*found["notes"], SYSTEM_UNUSED)
     elif not any(turn["role"] == "system" for turn in prompt):
-        found["prompt"] = [*_system(system), *prompt]
+        found["prompt"] = [{"role": "system", "content": system}, *prompt]
 
 
 def _missing(report: DataReport, columns: list[str], needed: str) -> UserError:
@@ -191,83 +194,6 @@ def _missing(report: DataReport, columns: list[str], needed: str) -> UserError:
     meant = [f"{column!r}{close}" for column in unknown if (close := nearest(column, known))]
     hint = f"; {', '.join(meant)}" if meant else ""
     return UserError(f"{report.source}: expected the columns {needed}; found {columns}{hint}; rename columns to match")
-
-
-# Other formats to ours.
-
-
-def _known_columns(dataset: Table) -> tuple[list[str], Callable[[Row], Row]]:
-    """The columns with ShareGPT's and Alpaca's under our names, and the function that gives a row these."""
-    columns = list(dataset.column_names)
-    if "messages" not in columns and "conversations" in columns:
-        target = "prompt" if "chosen" in columns else "messages"
-        return [*columns, target], lambda row: {**row, target: read_turns(row["conversations"], "conversations")}
-    if not {"messages", "prompt"} & set(columns) and "instruction" in columns:
-        output = next((name for name in OUTPUT_COLUMNS if name in columns), None)
-        return [*columns, "prompt", *(["completion"] if output else [])], _from_alpaca
-    return columns, lambda row: row
-
-
-def _from_alpaca(row: Row) -> Row:
-    """Source: the Stanford Alpaca data, with ``history`` (pairs of question and answer) of later, and Dolly."""
-    turns: list[Turn] = []
-    history = row.get("history") or []
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise Wrong("history: expected pairs of question and answer", f", got {shown(pair)}")
-        turns += [_user(_words(pair[0], "history")), _assistant(_words(pair[1], "history"))]
-    given = next((name for name in INPUT_COLUMNS if row.get(name)), "input")
-    asked = [_words(row.get(name), name) for name in ("instruction", given)]
-    made: Row = {"prompt": [*turns, _user("\n\n".join(text for text in asked if text.strip()))]}
-    output = next((name for name in OUTPUT_COLUMNS if name in row), None)
-    if output is not None:
-        made["completion"] = [_assistant(_words(row[output], output))]
-    for side in ("chosen", "rejected"):
-        if isinstance(row.get(side), str):
-            made[side] = [_assistant(row[side])]
-    return {**row, **made}
-
-
-def _words(value: Any, column: str) -> str:
-    if not isinstance(value, str | None):
-        raise Wrong(f"{column}: expected text, got {type(value).__name__}", f" {shown(value)}")
-    return value or ""
-
-
-def _user(text: str) -> Turn:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> Turn:
-    return {"role": "assistant", "content": text}
-
-
-def _system(text: str) -> list[Turn]:
-    return [{"role": "system", "content": text}] if text.strip() else []
-
-
-def _template_arguments(row: Row) -> dict[str, Any]:
-    """``tools`` (a list, or its JSON text) and ``chat_template_kwargs``, as TRL's and transformers' data have them."""
-    arguments = row.get("chat_template_kwargs")
-    if arguments is not None and not isinstance(arguments, dict):
-        raise Wrong("chat_template_kwargs: expected a mapping", f", got {shown(arguments)}")
-    found = without_none(arguments or {})
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = _json(tools, "tools")
-    if tools:
-        if not isinstance(tools, list):
-            raise Wrong("tools: expected a list of function descriptions", f", got {shown(tools)}")
-        found["tools"] = without_none([_json(tool, "tools") if isinstance(tool, str) else tool for tool in tools])
-    return found
-
-
-def _json(text: str, column: str) -> Any:
-
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise Wrong(f"{column}: expected JSON", f", got {shown(text)}") from error
 
 
 # One row to the fields of an Example.
@@ -358,7 +284,7 @@ def _prompt_column(row: Row) -> tuple[Text, bool]:
     value = row.get("prompt")
     transcript = is_transcript(value)
     prompt = parse_transcript(value) if transcript else read_text(value, "prompt")  # type: ignore[arg-type]
-    if transcript and isinstance(prompt, list) and prompt[-1] == _assistant(""):
+    if transcript and isinstance(prompt, list) and prompt[-1] == assistant_turn(""):
         prompt = prompt[:-1]
     if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         raise Wrong("the prompt ends with an assistant turn; expected it to end with a user turn")
@@ -372,7 +298,7 @@ def _two_columns(row: Row, column: str) -> tuple[Text, Text, bool]:
     if not response:
         raise _Drop(EMPTY_RESPONSE)
     if transcript and isinstance(response, str):
-        return prompt, [_assistant(response.strip())], True
+        return prompt, [assistant_turn(response.strip())], True
     if isinstance(prompt, str) != isinstance(response, str):
         kinds = [("a string" if isinstance(text, str) else "a chat list") for text in (prompt, response)]
         raise Wrong(f"prompt is {kinds[0]} and {column} {kinds[1]}; expected both strings or both chat lists")
