@@ -189,7 +189,7 @@ def _encode(
             spelled = encoder.special_text(example)
             if spelled is not None:
                 report.note(SPECIAL_TEXT, example.index, f", {spelled!r}")
-    report.require_usable(len(dataset))
+    report.require_usable()  # the template may have refused more
     report.facts = encoder.facts(report.forms)
     keys = [row.prompt_key for row in rows]
     report.kept, report.repeated_prompts = len(keys), len(keys) - len(set(keys))

@@ -130,7 +130,9 @@ def prompt_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
 def _examples(
     dataset: Table, report: DataReport, known: Callable[[Row], Row], read: Callable[[Row], dict[str, Any]]
 ) -> Iterator[Example]:
+    report.total = len(dataset)
     if isinstance(dataset, Rows):
+        report.total += len(dataset.faults)
         report.file_lines = dataset.lines
         for fault in dataset.faults:
             report.fault(fault)
@@ -159,7 +161,7 @@ def _examples(
             for note in notes:
                 report.note(note, index)
             yield example
-    report.require_usable(len(dataset) + (len(dataset.faults) if isinstance(dataset, Rows) else 0))
+    report.require_usable()
 
 
 def _rows(dataset: Table) -> Iterator[Row | Wrong]:

@@ -16,7 +16,7 @@ class DataReport:
     ``first`` holds, for each reason in ``dropped``, the first row dropped for it, from 1. A row that is dropped has
     nothing to learn from (an empty response) or does not fit; one that is rejected has a wrong structure. One wrong row
     must not stop a run: only more than ``max_unusable`` of the rows do, or the first where ``strict``.
-    ``file_lines``: the line of each row in its file, where that is known.
+    ``file_lines``: the line of each row in its file, where that is known. ``total``: rows and unreadable lines.
     """
 
     source: str
@@ -28,6 +28,7 @@ class DataReport:
     strict: bool = False
     max_unusable: float = MAX_UNUSABLE
     file_lines: Sequence[int] = ()
+    total: int = 0
     unusable: int = 0
     forms: dict[str, int] = field(default_factory=dict)
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -61,10 +62,10 @@ class DataReport:
         line = self.file_lines[row - 1] if self.file_lines else row
         return f"row {row}" if line == row else f"row {row} (line {line})"
 
-    def require_usable(self, total: int) -> None:
+    def require_usable(self) -> None:
         """Raises UserError, naming the first, where more than the allowed share of ``total`` rows is unusable."""
-        if self.unusable > self.max_unusable * total:
-            count = f"; {self.unusable} of {total} rows cannot be used" if total > 1 else ""
+        if self.unusable > self.max_unusable * self.total:
+            count = f"; {self.unusable} of {self.total} rows cannot be used" if self.total > 1 else ""
             raise UserError(f"{self._first_wrong}{count}")
 
     def form(self) -> str:

@@ -7,6 +7,7 @@ from tiny_tokenizer import CHAT_TEMPLATE, MARKED_TEMPLATE
 from tokenizers import normalizers
 
 from rlhf_fast.data import preference_rows, prompt_rows, sft_rows
+from rlhf_fast.data.rows import Fault, Rows
 from rlhf_fast.errors import UserError
 
 RowsOf = Callable[..., datasets.Dataset]
@@ -90,6 +91,11 @@ def test_a_template_that_refuses_the_turns_is_named_with_the_row(rows_of: RowsOf
     refused = {"messages": [{"role": "system", "content": "s"}, *turns]}
     with pytest.raises(UserError, match=r"row 2: the chat template refuses these turns \(system, user\): no system"):
         sft_rows(rows_of({"messages": turns}, refused, refused), tokenizer, max_length=99, source=SOURCE)
+    half = Rows([{"messages": turns}] * 10 + [refused] * 10, ["messages"], [], [Fault(21, "broken JSON")])
+    with pytest.raises(UserError, match="11 of 21 rows cannot be used"):
+        sft_rows(half, tokenizer, max_length=99, source=SOURCE)
+    half.rows.append({"messages": turns})
+    assert len(sft_rows(half, tokenizer, max_length=99, source=SOURCE)[0]) == 11, "lines left out count among all"
     (row,), report = sft_rows(rows_of({"messages": turns}, refused), tokenizer, max_length=99, source=SOURCE)
     assert report.lines()[1] == (
         "1 dropped: the chat template refuses these turns (system, user) (first: row 2: no system turn)"
