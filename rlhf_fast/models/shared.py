@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.config import ALL_LINEAR, StageConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import identity, layers, measure, targets, tokens, vocabulary
+from rlhf_fast.models import attention, identity, layers, measure, targets, tokens, vocabulary
 from rlhf_fast.models.heads import ScoreHead
 from rlhf_fast.models.lora import Adaptable, differences
 from rlhf_fast.models.pretrained import LOADING_NOTES
@@ -58,6 +58,14 @@ class SharedBase:
         found = targets.find_targets(self._decoder)  # before adapters bring linear modules of their own
         with targets.noting_calls(found) as called, measure.own_code(model):
             measure.check_context(model, self._run, self._probe, self.pad_id)
+        self._configs = attention.configs_of(self._decoder.body)
+        reason = measure.why_not_pack(self._run, self._run_packed, model.get_input_embeddings(), self._probe)
+        self.packs = reason is None
+        if reason is not None:
+            self.notes.append(
+                f"{type(model).__name__} cannot compute sequences packed without padding ({reason}): padding is "
+                "computed too, which is right, but slower"
+            )
         self._sampling_fault = measure.why_not_sample(model, self._logits, self._probe, self.pad_id)
         self._adaptable = Adaptable(model, self._decoder, found, targets.left_out(model, found, called))
         self._linear_names = self._adaptable.names  # what all-linear means for this model
@@ -262,6 +270,23 @@ class SharedBase:
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
         return output.last_hidden_state
+
+    def _run_packed(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, roles: int = 1, trunk: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As ``_run``, of the live tokens alone; the states of padding are 0."""
+        index = attention_mask.reshape(-1).nonzero().squeeze(1)
+        lengths = attention_mask.sum(dim=1).tolist()
+        layout = attention.Layout(lengths, input_ids.device)
+        positions = (attention_mask.long().cumsum(dim=1) - 1).reshape(-1)[index]
+        ids = input_ids.reshape(-1)[index][None]
+        with attention.packed(self._configs, layout):
+            output = self._decoder.body(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions[None], use_cache=False
+            )
+        states = output.last_hidden_state[0]
+        padded = states.new_zeros(attention_mask.numel(), states.shape[1]).index_copy(0, index, states)
+        return padded.view(*attention_mask.shape, -1)
 
     def _logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         head = self.vocabulary
