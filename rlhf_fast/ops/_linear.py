@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import _checks
+from ._op import once_differentiable
 from ._tokens import vocabulary
 from ._vocab import accumulation_dtype
 
@@ -63,7 +64,7 @@ def checked_head(
         bias = bias[:vocab]
     if lora is None:
         return hidden, Head(weight[:vocab], bias)
-    down, up, scale = _checked_lora(op, hidden, columns, lora)
+    down, up, scale = checked_lora(op, hidden, columns, lora)
     return hidden, Head(weight[:vocab], bias, down, up[:vocab], scale)
 
 
@@ -125,12 +126,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():
-            return grads
-        refuse: Any = torch._C._functions.DelayedError(
-            "the operations with a head have no second derivative", len(grads)
-        )
-        return refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in grads))
+        return once_differentiable("the operations with a head have no second derivative", grads)
 
 
 class _Product(torch.autograd.Function):
@@ -142,7 +138,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(left: Tensor, right: Tensor) -> Tensor:
-        with _without_autocast(left):
+        with without_autocast(left):
             return left @ right.T
 
     @staticmethod
@@ -153,11 +149,11 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         left, right = ctx.saved_tensors
         wants_left, wants_right = ctx.needs_input_grad
-        with _without_autocast(left):
+        with without_autocast(left):
             return grads[0] @ right if wants_left else None, grads[0].T @ left if wants_right else None
 
 
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device):  # as on "meta"
         return contextlib.nullcontext()
@@ -199,7 +195,8 @@ def _inert(tensor: Tensor, live: Tensor) -> Tensor:
     return tensor.masked_fill(dead, float(tensor.is_floating_point()))
 
 
-def _checked_lora(op: str, hidden: Tensor, columns: int, lora: LoRA) -> LoRA:
+def checked_lora(op: str, hidden: Tensor, columns: int, lora: LoRA) -> LoRA:
+    """An adapter on a layer from hidden (..., H) to so many columns."""
     if not isinstance(lora, tuple) or len(lora) != 3:
         raise TypeError(f"{op}: lora must be a tuple (A, B, scale); got {type(lora).__name__}")
     down, up, scale = lora

@@ -107,6 +107,13 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return torch.addmm(ends, left[:, :whole], right[:whole]).float()
 
 
+def summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """left (N, k)^T right (N, m) -> (k, m) in float32. On the CPU one of halves was rounded to their dtype."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return (left.T @ right).float()
+
+
 def logits_product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """hidden (n, H) weight^T (H, V) into float32 ``out`` (n, V), which may be a tile of columns."""
     if hidden.dtype == torch.float32:
