@@ -73,9 +73,14 @@ def autocasted(operand: Tensor) -> Tensor:
 
     Differentiable, so that the gradient comes back in the operand's own dtype.
     """
-    device = operand.device.type
-    inside = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return operand.to(torch.get_autocast_dtype(device)) if inside and operand.dtype != torch.float64 else operand
+    if not _inside_autocast(operand) or operand.dtype == torch.float64:
+        return operand
+    return operand.to(torch.get_autocast_dtype(operand.device.type))
+
+
+def _inside_autocast(tensor: Tensor) -> bool:
+    device = tensor.device.type  # "meta" has none
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def flat_hidden(hidden: Tensor) -> Tensor:
@@ -99,9 +104,9 @@ def project(hidden: Tensor, head: Head, softcap: float | None) -> Tensor:
     if torch.is_grad_enabled() and not _checks.under_torch_func() and not torch.compiler.is_compiling():
         hidden, head = _differentiable_once(hidden, head)
     hidden = hidden.to(dtype)
-    logits = _Product.apply(hidden, head.weight.to(dtype))
+    logits = Product.apply(hidden, head.weight.to(dtype))
     if head.down is not None:
-        logits = logits + head.scale * _Product.apply(_Product.apply(hidden, head.down), head.up)
+        logits = logits + head.scale * Product.apply(Product.apply(hidden, head.down), head.up)
     if head.bias is not None:
         logits = logits + head.bias
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -129,7 +134,7 @@ class _Once(torch.autograd.Function):
         return once_differentiable("the operations with a head have no second derivative", grads)
 
 
-class _Product(torch.autograd.Function):
+class Product(torch.autograd.Function):
     """left (n, k) times right (m, k) transposed. Neither an autocast around the call rounds it to half precision nor
     one around its backward.
     """
@@ -154,10 +159,9 @@ class _Product(torch.autograd.Function):
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):  # as on "meta"
+    if not _inside_autocast(tensor):
         return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def over_live_rows(

@@ -1,7 +1,6 @@
 """Linear layers under LoRA adapters: one call for the layers that read the same input, and for several roles' rows."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, overload
 
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from . import _checks
 from ._dispatch import implementation, implements
-from ._linear import LoRA, autocasted, checked_lora, flat_hidden, without_autocast
+from ._linear import LoRA, Product, autocasted, checked_lora, flat_hidden, without_autocast
 from ._op import once_differentiable
-from ._products import BLOCK, summed_over_rows
+from ._products import add_product_, summed_over_rows
+from ._vocab import accumulation_dtype
 
 Loras = Sequence[LoRA | None]  # one a layer
 
@@ -183,21 +183,20 @@ def _sized(value: Any) -> str:
 @implements("lora_linear", "torch")
 def reference(inputs: Inputs) -> list[Tensor]:
     """-> (N, O) of each layer. Sums are in full precision, rounded once."""
-    dtype = inputs.hidden.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    with without_autocast(inputs.hidden):
-        hidden = inputs.hidden.to(wide)
-        outputs = []
-        for layer, (weight, bias) in enumerate(zip(inputs.weights, inputs.biases, strict=True)):
-            output = F.linear(hidden, weight.to(wide), None if bias is None else bias.to(wide))
-            for adapter in inputs.adapters:
-                if adapter.layer == layer:
-                    part = hidden[adapter.start : adapter.stop]
-                    part = part if adapter.kept is None else part.masked_fill(~adapter.kept, 0.0)
-                    delta = adapter.scale * (part @ adapter.down.to(wide).T) @ adapter.up.to(wide).T
-                    output = output + F.pad(delta, (0, 0, adapter.start, hidden.shape[0] - adapter.stop))
-            outputs.append(output.to(dtype))
-        return outputs
+    wide = accumulation_dtype(inputs.hidden.dtype)
+    hidden = inputs.hidden.to(wide)
+    outputs = []
+    for layer, (weight, bias) in enumerate(zip(inputs.weights, inputs.biases, strict=True)):
+        output = Product.apply(hidden, weight.to(wide))
+        if bias is not None:
+            output = output + bias
+        for adapter in inputs.adapters:
+            if adapter.layer == layer:
+                part = _seen(hidden[adapter.start : adapter.stop], adapter.kept)
+                delta = Product.apply(Product.apply(part, adapter.down.to(wide)), adapter.up.to(wide))
+                output = output + adapter.scale * F.pad(delta, (0, 0, adapter.start, hidden.shape[0] - adapter.stop))
+        outputs.append(output.to(inputs.hidden.dtype))
+    return outputs
 
 
 # ---- the products as few and as narrow as they can be ---------------------------------------------------------------
@@ -207,21 +206,19 @@ def reference(inputs: Inputs) -> list[Tensor]:
 # hidden, is accumulated there by the product itself.
 
 
-class Stack(NamedTuple):
-    """Adapters that multiply the same rows [start, stop) of hidden."""
-
-    start: int
-    stop: int
-    width: int  # columns of hidden A^T, over all of them
-    adapters: list["Place"]
-
-
 class Place(NamedTuple):
     number: int  # among all adapters
     layer: int
     scale: float
-    columns: slice  # of hidden A^T
-    padded: slice  # the same with zeros behind them
+    columns: slice  # of the stack's hidden A^T
+
+
+class Stack(NamedTuple):
+    """Adapters that multiply the same input, from rows [start, stop) of hidden."""
+
+    start: int
+    stop: int
+    places: list[Place]
 
 
 @implements("lora_linear", "fused")
@@ -229,51 +226,40 @@ def fused(inputs: Inputs) -> tuple[Tensor, ...]:
     adapters = inputs.adapters
     tensors = [*inputs.weights, *inputs.biases, *[each.kept for each in adapters]]
     tensors += [*[each.down for each in adapters], *[each.up for each in adapters]]
-    outputs: tuple[Tensor, ...] = _LoraLinear.apply(_stacks(inputs), inputs.hidden, *tensors)
+    outputs: tuple[Tensor, ...] = _LoraLinear.apply(_stacks(adapters), inputs.hidden, *tensors)
     return outputs
 
 
-def _stacks(inputs: Inputs) -> list[Stack]:
+def _stacks(adapters: list[Adapter]) -> list[Stack]:
     stacks: list[Stack] = []
-    for number, adapter in enumerate(inputs.adapters):
-        rows, rank = (adapter.start, adapter.stop), adapter.down.shape[0]
+    for number, adapter in enumerate(adapters):
+        rows = (adapter.start, adapter.stop)
         if not stacks or adapter.kept is not None or stacks[-1][:2] != rows:
-            stacks.append(Stack(*rows, 0, []))
-        first = stacks[-1].width
-        columns, padded = slice(first, first + rank), slice(first, first + _whole(rank, inputs.hidden))
-        stacks[-1].adapters.append(Place(number, adapter.layer, adapter.scale, columns, padded))
-        stacks[-1] = stacks[-1]._replace(width=padded.stop)
-    return [stack._replace(width=_whole(stack.width, inputs.hidden)) for stack in stacks]
-
-
-def _whole(inner: int, like: Tensor) -> int:
-    """Of inner indices, how many a product in bfloat16 on the CPU may take at once: see BLOCK."""
-    if like.dtype != torch.bfloat16 or like.device.type != "cpu":
-        return inner
-    part = 8 if inner <= BLOCK else BLOCK
-    return math.ceil(inner / part) * part
+            stacks.append(Stack(*rows, []))
+        places = stacks[-1].places
+        first = places[-1].columns.stop if places else 0
+        places.append(Place(number, adapter.layer, adapter.scale, slice(first, first + adapter.down.shape[0])))
+    return stacks
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Its tensors are those of ``_Parts``, one after the other."""
+    """Its tensors are those of ``_parts``, one after the other."""
 
     @staticmethod
     def forward(ctx: Any, stacks: list[Stack], hidden: Tensor, *tensors: Tensor | None) -> Any:
         weights, biases, kept, downs, ups = _parts(tensors, stacks)
         outputs = [F.linear(hidden, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-        narrow_ups = [hidden] * len(ups)
+        ups = [up.to(hidden.dtype) for up in ups]
         stacked: list[Tensor] = []
-        for stack in stacks:
-            down = _cast([(downs[place.number], place.padded.start) for place in stack.adapters], stack.width, hidden)
-            inner = _seen(hidden, stack, kept) @ down.T
-            for place in stack.adapters:
-                up = _cast([(ups[place.number].T, 0)], place.padded.stop - place.padded.start, hidden)
-                rows = outputs[place.layer][stack.start : stack.stop]
-                rows.addmm_(inner[:, place.padded], up, alpha=place.scale)
-                narrow_ups[place.number] = up
-            stacked += [down, inner]
+        for start, stop, places in stacks:
+            own = [downs[place.number].to(hidden.dtype) for place in places]
+            stack = own[0] if len(own) == 1 else torch.cat(own)
+            inner = _seen(_rows(hidden, start, stop), kept[places[0].number]) @ stack.T
+            for number, layer, scale, columns in places:
+                add_product_(_rows(outputs[layer], start, stop), _columns(inner, columns), ups[number].T, scale)
+            stacked += [stack, inner]
         ctx.stacks = stacks
-        ctx.save_for_backward(hidden, *weights, *kept, *narrow_ups, *stacked)
+        ctx.save_for_backward(hidden, *weights, *kept, *ups, *stacked)
         return tuple(outputs)
 
     @staticmethod
@@ -286,7 +272,7 @@ class _LoraLinear(torch.autograd.Function):
 def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     hidden, *tensors = ctx.saved_tensors
     stacks, layers = ctx.stacks, len(grads)
-    count = sum(len(stack.adapters) for stack in stacks)
+    count = sum(len(stack.places) for stack in stacks)
     weights, kept, ups = tensors[:layers], tensors[layers : layers + count], tensors[layers + count :][:count]
     stacked = iter(tensors[layers + 2 * count :])
     wants_hidden, *wants = ctx.needs_input_grad[1:]
@@ -298,25 +284,26 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
             grad_hidden.addmm_(grad, weight)
     grad_downs: list[Tensor | None] = [None] * count
     grad_ups: list[Tensor | None] = [None] * count
-    for stack, down, inner in zip(stacks, stacked, stacked, strict=True):
-        rows, places = slice(stack.start, stack.stop), stack.adapters
-        for number, layer, scale, columns, _ in places:
+    for (start, stop, places), stack, inner in zip(stacks, stacked, stacked, strict=True):
+        trained = [place.number for place in places if wants_down[place.number]]
+        inner_grads = []
+        for number, layer, scale, columns in places:
+            grad = _rows(grads[layer], start, stop)
             if wants_up[number]:
-                grad_ups[number] = summed_over_rows(grads[layer][rows], inner[:, columns]).mul_(scale)
-        trained = [number for number, *_ in places if wants_down[number]]
-        if grad_hidden is None and not trained:
+                grad_ups[number] = summed_over_rows(_columns(inner, columns), grad).mul_(scale).T
+            if trained or wants_hidden:
+                inner_grads.append((grad @ ups[number]).mul_(scale))
+        if not inner_grads:
             continue
-        parts = [(grads[layer][rows] @ ups[number].T).mul_(scale) for number, layer, scale, *_ in places]
-        inner_grad = _joined(parts, stack.width)
+        inner_grad, mask = torch.cat(inner_grads, 1) if len(inner_grads) > 1 else inner_grads[0], kept[places[0].number]
         if trained:
-            both = summed_over_rows(inner_grad, _seen(hidden, stack, kept))
-            for number, _, _, columns, _ in places:
-                grad_downs[number] = both[columns] if wants_down[number] else None
-        mask = kept[places[0].number]
+            both = summed_over_rows(inner_grad, _seen(_rows(hidden, start, stop), mask))
+            for place in places:
+                grad_downs[place.number] = both[place.columns] if wants_down[place.number] else None
         if grad_hidden is not None and mask is None:
-            grad_hidden[rows].addmm_(inner_grad, down)
+            add_product_(_rows(grad_hidden, start, stop), inner_grad, stack, 1.0)
         elif grad_hidden is not None and mask is not None:
-            grad_hidden[rows] += (inner_grad @ down).masked_fill_(~mask, 0.0)
+            grad_hidden[start:stop] += (inner_grad @ stack).masked_fill_(~mask, 0.0)
     return (
         grad_hidden,
         *[grad.T @ hidden if want else None for grad, want in zip(grads, wants_weight, strict=True)],
@@ -329,32 +316,21 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
 
 def _parts(flat: Sequence[Any], stacks: list[Stack]) -> tuple[list[Any], ...]:
     """Weights and biases, one a layer; kept, downs and ups, one an adapter."""
-    count = sum(len(stack.adapters) for stack in stacks)
+    count = sum(len(stack.places) for stack in stacks)
     layers = (len(flat) - 3 * count) // 2
     sizes = (layers, layers, count, count, count)
     return tuple(list(flat[end - size : end]) for end, size in zip(itertools.accumulate(sizes), sizes, strict=True))
 
 
-def _cast(matrices: list[tuple[Tensor, int]], height: int, like: Tensor) -> Tensor:
-    """The matrices, each from a row on, with zeros between, in the dtype of ``like``."""
-    first = matrices[0][0]
-    if len(matrices) == 1 and first.shape[0] == height:
-        return first.to(like.dtype)
-    whole = like.new_zeros(height, first.shape[1])
-    for matrix, row in matrices:
-        whole[row : row + matrix.shape[0]] = matrix
-    return whole
+def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """A slice costs microseconds, and mostly is the whole."""
+    return tensor if stop - start == tensor.shape[0] else tensor[start:stop]
 
 
-def _joined(parts: list[Tensor], width: int) -> Tensor:
-    """Side by side, with zeros up to the width."""
-    missing = width - sum(part.shape[1] for part in parts)
-    if missing:
-        parts = [*parts, parts[0].new_zeros(parts[0].shape[0], missing)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+def _columns(tensor: Tensor, columns: slice) -> Tensor:
+    return tensor if columns.stop - columns.start == tensor.shape[1] else tensor[:, columns]
 
 
-def _seen(hidden: Tensor, stack: Stack, kept: Sequence[Tensor | None]) -> Tensor:
-    """What a stack's adapters multiply; the 1 / (1 - dropout) is in their scale."""
-    rows, mask = hidden[stack.start : stack.stop], kept[stack.adapters[0].number]
-    return rows if mask is None else rows.masked_fill(~mask, 0.0)
+def _seen(hidden: Tensor, kept: Tensor | None) -> Tensor:
+    """What an adapter multiplies; the 1 / (1 - dropout) is in its scale."""
+    return hidden if kept is None else hidden.masked_fill(~kept, 0.0)
