@@ -1,5 +1,6 @@
 # make demo: the three stages on a real language model. make test: everything that CI checks.
-# make docs: the documentation. make bench: the speed of every operation, compared with other libraries.
+# make new-op NAME=...: a new operation. make docs: the documentation. make bench: the speed of every operation, compared
+# with other libraries.
 # make gpu: tests and benchmarks on this machine's GPU. make wheel, make sanitize: more tests of the compiled engine.
 PYTHON ?= python3
 # Pinned: an unpinned torch takes several GB of CUDA packages. On a GPU machine: make demo TORCH=torch
@@ -14,7 +15,8 @@ CHART := docs/images/benchmarks-cpu.png
 ENGINE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 CPP := $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cu) tests/cuda/*.cpp tests/cuda/emulated/*.h tests/cuda/emulated/*.cpp)
 
-.PHONY: demo test lint lint-cpp format docs bench gpu wheel sanitize clean
+.DEFAULT_GOAL := $(VENV)/installed
+.PHONY: demo test lint lint-cpp format new-op docs bench gpu wheel sanitize clean
 
 $(VENV)/packages: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("rlhf-fast needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -56,6 +58,10 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# The files of a new operation, which works as it is written: make new-op NAME=bounded_reward
+new-op: $(VENV)/installed
+	$(BIN)/python tests/new_op/new_op.py $(NAME)
 
 # The documentation's site. A broken link is an error. The package is installed: pip adds what the extra needs.
 docs: $(VENV)/installed
