@@ -75,9 +75,60 @@ bench: $(VENV)/installed
 	$(BIN)/rlhf-fast bench --json $(RESULTS).json --chart $(CHART)
 	$(BIN)/python bench/results.py $(RESULTS).json
 
-# With $(PYTHON) and what it has, since a GPU's torch is the machine's own; within eight minutes, without a network.
+# On this machine's GPU, with $(PYTHON) and what it has, since a GPU's torch is the machine's own; without a network. Each
+# step is bounded in seconds, all of them by eight minutes. One that fails is told, and the others run. The cheapest proof
+# comes first; the bench gets the time that is left, and keeps what it has measured.
+GPU_STEPS := gpu-build gpu-each-op gpu-tests gpu-sanitizer gpu-bench
+BUILD_SECONDS ?= 115
+EACH_OP_SECONDS ?= 40
+TESTS_SECONDS ?= 190
+SANITIZER_SECONDS ?= 60
+GPU_SECONDS ?= 470
+# $(call within,SECONDS) COMMAND $(told): interrupted as by Ctrl-C when its time is up, and 8 seconds later ended.
+within = echo "== $@"; timeout --signal=INT --kill-after=8 $(1)
+told = 2>&1 | tee build/gpu/$@.log || { \
+	code=$$?; echo "FAILED: $@, exit code $$code (124: its time was up)" | tee -a build/gpu/$@.log; exit $$code; }
+gpu: SHELL := bash -o pipefail
+gpu-%: SHELL := bash -o pipefail
+.PHONY: gpu $(GPU_STEPS) gpu-memcheck gpu-racecheck gpu-initcheck
+
 gpu:
-	$(PYTHON) tests/gpu.py
+	@rm -rf build/gpu && mkdir -p build/gpu
+	@RLHF_FAST_CUDA_ARCHS=$$($(PYTHON) -c \
+	'import pytest, torch, triton; print("%d%d" % torch.cuda.get_device_capability())') || exit; \
+	PATH="$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH:/usr/local/cuda/bin"; \
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH"; \
+	$(PYTHON) -c 'import hypothesis' 2> /dev/null || PYTHONPATH="$$PYTHONPATH:$(CURDIR)/tests/stand_ins"; \
+	export RLHF_FAST_CUDA_ARCHS PATH PYTHONPATH RLHF_FAST_CUDA=1 GPU_END=$$(($$(date +%s) + $(GPU_SECONDS))); \
+	$(MAKE) --keep-going --no-print-directory $(GPU_STEPS); code=$$?; tail -n 2 build/gpu/*.log; exit $$code
+
+# Not through pip, so that whatever versions of it and of setuptools are there will do.
+gpu-build:
+	@$(call within,$(BUILD_SECONDS)) $(PYTHON) -c \
+	"import shutil, setup; print('built', shutil.copy2(setup.compile_engine(), 'rlhf_fast'))" $(told)
+
+gpu-each-op:
+	@$(call within,$(EACH_OP_SECONDS)) $(PYTHON) tests/kernels/each_op_once.py $(told)
+
+gpu-tests:
+	@$(call within,$(TESTS_SECONDS)) $(PYTHON) -m pytest -m gpu tests/ops tests/kernels -p no:cacheprovider --tb=short \
+	-rfE --durations=10 $(told)
+
+# Each tensor in memory of its own, so that an access past its end is seen.
+gpu-memcheck gpu-racecheck gpu-initcheck: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
+gpu-memcheck gpu-racecheck gpu-initcheck:
+	@$(call within,$(SANITIZER_SECONDS)) compute-sanitizer --tool $(@:gpu-%=%) --error-exitcode 86 \
+	--report-api-errors no $(PYTHON) tests/kernels/each_op_once.py $(told)
+
+gpu-sanitizer:
+	@if command -v compute-sanitizer > /dev/null; \
+	then $(MAKE) --keep-going --no-print-directory -j3 -Otarget gpu-memcheck gpu-racecheck gpu-initcheck; \
+	else echo "compute-sanitizer is not here: not run" | tee build/gpu/$@.log; fi
+
+# Triton compiles anew, so that the first calls are a user's own.
+gpu-bench: export TRITON_CACHE_DIR = build/gpu/triton
+gpu-bench:
+	@$(call within,$$((GPU_END - $$(date +%s)))) $(PYTHON) -m rlhf_fast.cli bench --device cuda --json bench/results $(told)
 
 # dist/*.whl, installed without a compiler into an environment of its own and tested there, away from the checkout.
 wheel: $(VENV)/installed
