@@ -1,8 +1,8 @@
 // The token-level formulas, once for every machine: F is a vector on the CPU and float in a CUDA thread.
 // Each is the formula of the torch reference of the same name in rlhf_fast/ops.
 //
-// They use + - * / and comparisons and, for F, where(condition, a, b), expm1 and abs. So this file is included INSIDE the
-// namespace that defines those (rlhf_fast::<path> in cpu/vec.h, rlhf_fast::cuda in cuda/), and is part of it.
+// They use + - * / and comparisons and, for F, where(condition, a, b), expm1 and abs. So this file is included INSIDE
+// the namespace that defines those (rlhf_fast::<path> in cpu/vec.h, rlhf_fast::cuda in cuda/), and is part of it.
 
 #ifdef __CUDACC__
 #define RLHF_FAST_FORMULA __host__ __device__ __forceinline__
@@ -25,7 +25,8 @@ RLHF_FAST_FORMULA F k3(F x) {
   return where(abs(x) < 0.5f, 0.5f * x * x * tail, expm1(x) - bounded);
 }
 
-// After a switch over all codes, one of which the compiler would miss (-Werror=switch): NaN for a code of another build.
+// After a switch over all codes, one of which the compiler would miss (-Werror=switch): NaN for a code of another
+// build.
 template <class F>
 RLHF_FAST_FORMULA F no_formula() {
   return F{} + __builtin_nanf("");
@@ -72,16 +73,12 @@ struct LossToken {
 };
 
 // The bounds of a ratio, each rounded once.
-RLHF_FAST_FORMULA float lowest_ratio(const PolicyTerms& terms) {
-  return (float)(1 - (double)terms.clip_low);
-}
+RLHF_FAST_FORMULA float lowest_ratio(const PolicyTerms& terms) { return (float)(1 - (double)terms.clip_low); }
 
-RLHF_FAST_FORMULA float highest_ratio(const PolicyTerms& terms) {
-  return (float)(1 + (double)terms.clip_high);
-}
+RLHF_FAST_FORMULA float highest_ratio(const PolicyTerms& terms) { return (float)(1 + (double)terms.clip_high); }
 
-// PPO's clipped loss of a token. `log_ratio` is its own and not yet bounded; `ratio` is that of its bounded log ratio, or
-// its sequence's. dual_clip is +inf for none. At a tie, and at the very ceiling, the unclipped branch is in force.
+// PPO's clipped loss of a token. `log_ratio` is its own and not yet bounded; `ratio` is that of its bounded log ratio,
+// or its sequence's. dual_clip is +inf for none. At a tie, and at the very ceiling, the unclipped branch is in force.
 template <class F>
 RLHF_FAST_FORMULA LossToken<F> policy_token(F log_ratio, F ratio, F advantage, float low, float high, float dual_clip) {
   F held = where(ratio < low, F{} + low, ratio);
@@ -120,8 +117,8 @@ RLHF_FAST_FORMULA F gae_step(F reward, F value, F next_value, F next_advantage, 
 //
 //     advantage_t = reward_t - value_t + g_{t+1}  and  g_t = gain_t + gamma_lam * g_{t+1},
 //
-// one number to carry instead of two. `gamma_rest` is gamma - gamma_lam, taken before the rounding, so that values cancel
-// exactly at lam = 1. An infinite value makes NaN of all before it, as in the reference.
+// one number to carry instead of two. `gamma_rest` is gamma - gamma_lam, taken before the rounding, so that values
+// cancel exactly at lam = 1. An infinite value makes NaN of all before it, as in the reference.
 template <class F>
 RLHF_FAST_FORMULA F gae_gain(F reward, F value, float gamma_lam, float gamma_rest) {
   return gamma_lam * reward + gamma_rest * value + (value - value);

@@ -1,8 +1,8 @@
 // out = left right^T, bfloat16 in, float32 out: torch's own product would round the logits to bfloat16, which moves a
 // log-prob by up to 2^-9 of the largest logit. For processors with AVX-512 BF16, the only file written in intrinsics.
 //
-// 64 columns at a time are packed as pairs along the inner dimension, as the instruction wants them; against them go six
-// rows at a time, whose 6 x 64 sums stay in registers. The order of the sums depends on the inner size alone.
+// 64 columns at a time are packed as pairs along the inner dimension, as the instruction wants them; against them go
+// six rows at a time, whose 6 x 64 sums stay in registers. The order of the sums depends on the inner size alone.
 #include <cstdlib>
 #include <cstring>
 

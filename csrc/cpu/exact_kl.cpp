@@ -63,7 +63,8 @@ void exact_kl_backward(const ExactKlBackward& a, int threads) {
       memcpy(&s, a.statistics + i * kStatistics, sizeof(s));
       const float slope = a.grad_kl[i] * inverse_temperature;
       const Normaliser r = {s.ref_shift, 0};  // of the reference the gradient needs the ratio alone
-      Pair(policy, reference, s.policy, r, s.offset, inverse_temperature).write_gradient(-slope * a.kl[i], 0, -slope, grad);
+      Pair(policy, reference, s.policy, r, s.offset, inverse_temperature)
+          .write_gradient(-slope * a.kl[i], 0, -slope, grad);
     });
   });
 }

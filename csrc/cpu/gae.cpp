@@ -1,5 +1,6 @@
-// Generalised advantage estimation: one pass over each sequence, from its end. A token waits for the next one by a single
-// multiply-add, so that a plain loop with a branch is fast; a select in place of the branch would make it wait longer.
+// Generalised advantage estimation: one pass over each sequence, from its end. A token waits for the next one by a
+// single multiply-add, so that a plain loop with a branch is fast; a select in place of the branch would make it wait
+// longer.
 //
 //   formula         A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, over the live tokens
 //   bytes a token   8 read, 1 more where there is a mask; 8 written

@@ -1,5 +1,5 @@
-// The fold of linear_policy_loss: a tile of logits gives its log-probs and entropies and becomes, in place, the gradient
-// of the clipped policy loss, the KL to the reference and the entropy bonus together.
+// The fold of linear_policy_loss: a tile of logits gives its log-probs and entropies and becomes, in place, the
+// gradient of the clipped policy loss, the KL to the reference and the entropy bonus together.
 //
 //   formula         share * (max(-A r, -A clip(r)) + kl_coef KL - entropy_coef H), by logit (policy_token, kl_slope)
 //   bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient

@@ -2,7 +2,7 @@
 // policy's entropy and the exact KL; the policy's becomes the gradient of all of them together, in place.
 //
 //   formula         those of masked_logprobs and exact_kl, over two tiles side by side
-//   bytes a row     of V columns: 8 V read for the sums, 8 V for the KL, 8 V read and at most 4 V written for the gradient
+//   bytes a row     of V columns: 8 V read for the sums, 8 V for the KL, 8 V read, up to 4 V written for the gradient
 //   passes          two, and one more for the gradient
 //   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "pairs.h"

@@ -84,9 +84,8 @@ class Pair {
     alignas(64) float scratch[kRowBlock], ref_scratch[kRowBlock];
     over_blocks(policy_.vocab(), [&](int64_t start, int count) __attribute__((always_inline)) {
       policy_.visit_block(start, count, scratch, [&](const auto* x) __attribute__((always_inline)) {
-        reference_.visit_block(start, count, ref_scratch, [&](const auto* y) __attribute__((always_inline)) {
-          visit(start, count, x, y);
-        });
+        reference_.visit_block(start, count, ref_scratch,
+                               [&](const auto* y) __attribute__((always_inline)) { visit(start, count, x, y); });
       });
     });
   }

@@ -1,5 +1,5 @@
-// PPO's joint loss, its gradients and its statistics in one sweep over the tokens; the policy's or the value's loss alone
-// where the other's data is not given.
+// PPO's joint loss, its gradients and its statistics in one sweep over the tokens; the policy's or the value's loss
+// alone where the other's data is not given.
 //
 //   formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
 //   bytes a token   4 read of each tensor that is given and 1 of a mask; 4 written of each gradient that is wanted

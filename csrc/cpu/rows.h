@@ -1,5 +1,6 @@
 // One row of logits: its statistics in one sweep, its gradient in another. The formulas are those of
-// rlhf_fast/ops/_vocab.py: the target stands apart from the other columns, so that no step subtracts near-equal numbers.
+// rlhf_fast/ops/_vocab.py: the target stands apart from the other columns, so that no step subtracts near-equal
+// numbers.
 //
 // A row is read in blocks, the running maximum of which is the shift of the exponentials. Sums inside a block are float
 // lanes, sums over blocks double, so a row of 151936 columns is as exact as a short one.
@@ -32,8 +33,8 @@ class Row {
     return capped(load(data_ + target_, 1))[0];
   }
 
-  // Calls `visit` with the block from `start` on, in whole vectors: with the row's own elements where they serve as they
-  // are, else with floats in `scratch`.
+  // Calls `visit` with the block from `start` on, in whole vectors: with the row's own elements where they serve as
+  // they are, else with floats in `scratch`.
   template <class Visit>
   RLHF_FAST_INLINE void visit_block(int64_t start, int count, float* scratch, const Visit& visit) const {
     const bool holds_target = target_ >= start && target_ < start + count;
@@ -165,14 +166,15 @@ RLHF_FAST_INLINE RowResult finish_row(const RowSums& sums, float target_logit, f
 
 template <class T>
 RLHF_FAST_INLINE RowResult evaluate_row(const Row<T>& row, float inverse_temperature, bool want_entropy) {
-  const RowSums sums = want_entropy ? sum_row<true>(row, inverse_temperature) : sum_row<false>(row, inverse_temperature);
+  const RowSums sums =
+      want_entropy ? sum_row<true>(row, inverse_temperature) : sum_row<false>(row, inverse_temperature);
   return finish_row(sums, row.target_logit(), inverse_temperature);
 }
 
 // p_j-like: e^gap * (constant + slope * gap), and the softcap's own slope.
 template <bool kSloped, class T, class Out>
-RLHF_FAST_INLINE void write_others(const Row<T>& row, float inverse_temperature, float shift, float constant, float slope,
-                                   Out* grad) {
+RLHF_FAST_INLINE void write_others(const Row<T>& row, float inverse_temperature, float shift, float constant,
+                                   float slope, Out* grad) {
   alignas(64) float scratch[kRowBlock];
   const float inverse_softcap = row.softcap() == 0 ? 0 : 1 / row.softcap();
   const float rate = kLog2E * inverse_temperature;
@@ -211,7 +213,8 @@ RLHF_FAST_INLINE void write_target_gradient(const Row<T>& row, int64_t target, f
   if (target >= 0 && target < row.vocab()) store(grad + target, all(slope), 1);
 }
 
-// grad_logprob * d logprob / d logits + grad_entropy * d entropy / d logits, over `vocab` columns. `grad` may be the row.
+// grad_logprob * d logprob / d logits + grad_entropy * d entropy / d logits, over `vocab` columns. `grad` may be the
+// row.
 template <class T, class Out>
 RLHF_FAST_INLINE void write_row_gradient(const Row<T>& row, int64_t target, float target_logit, const RowStatistics& s,
                                          float inverse_temperature, float logprob, float entropy, float grad_logprob,

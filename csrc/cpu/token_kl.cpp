@@ -24,7 +24,8 @@ RLHF_FAST_INLINE void over_differences(const Arguments& a, int threads, const Vi
 }  // namespace
 
 void token_kl(const TokenKl& a, int threads) {
-  over_differences(a, threads, [&](int64_t i, int lanes, I32, F32 d) { store(a.kl + i, kl_value(a.estimator, d), lanes); });
+  over_differences(a, threads,
+                   [&](int64_t i, int lanes, I32, F32 d) { store(a.kl + i, kl_value(a.estimator, d), lanes); });
 }
 
 void token_kl_backward(const TokenKlBackward& a, int threads) {

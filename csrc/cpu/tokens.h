@@ -1,5 +1,5 @@
-// Ops of a number a token: which tokens count, each one's share in a loss, and the walk over them. It goes in blocks, the
-// tasks of parallel_for, whose partial sums are added in the blocks' order.
+// Ops of a number a token: which tokens count, each one's share in a loss, and the walk over them. It goes in blocks,
+// the tasks of parallel_for, whose partial sums are added in the blocks' order.
 #pragma once
 
 #include "parallel.h"

@@ -42,8 +42,8 @@ constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an i
 
 // e^x as 2^n (1 + f), n an integer, 1 + f in [0.7, 1.42], for |x| < 90.
 struct Exponential {
-  F32 fraction;  // f
-  U32 exponent;  // n, in the place of a float's exponent
+  F32 fraction;         // f
+  U32 exponent;         // n, in the place of a float's exponent
   F32 remainder, tail;  // f = remainder + tail, and x = remainder where n = 0
 };
 
@@ -64,8 +64,8 @@ RLHF_FAST_INLINE Exponential split_exponential(F32 x) {
 // 2^n of n in the place of a float's exponent, from -126 to 127. Its product with a NaN is NaN.
 RLHF_FAST_INLINE F32 power_of_2(U32 exponent) { return (F32)((U32)all(1.0f) + exponent); }
 
-// 2^(x * rate) for x <= 0 (or NaN) and rate of at least 2^-119; below 2^-125 exactly 0. The workhorse of the vocabulary rows: the
-// shortest way to 2e-7. The fused product keeps x * rate unrounded, so that the bound lies on x.
+// 2^(x * rate) for x <= 0 (or NaN) and rate of at least 2^-119; below 2^-125 exactly 0. The workhorse of the vocabulary
+// rows: the shortest way to 2e-7. The fused product keeps x * rate unrounded, so that the bound lies on x.
 RLHF_FAST_INLINE F32 exp2_scaled(F32 x, float rate) {
   const float lowest = -126.0f / rate;  // the compiler takes it out of the loop
   x = x < lowest ? all(lowest) : x;

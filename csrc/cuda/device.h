@@ -104,8 +104,8 @@ __device__ __forceinline__ float block_max(float x) {
 // ---- parts of a result, one a block, which the launch's last block adds ----------------------------------------------
 
 // Whether this block is the launch's last to come here; it sees what all others stored before they did, past the
-// first-level cache (__ldcg). `ticket` is 0 before the launch. Who is last changes from run to run, so that nothing but the
-// place of a sum may depend on it.
+// first-level cache (__ldcg). `ticket` is 0 before the launch. Who is last changes from run to run, so that nothing but
+// the place of a sum may depend on it.
 __device__ __forceinline__ bool is_last(unsigned* ticket) {
   __shared__ bool last;
   __syncthreads();

@@ -1,9 +1,9 @@
 // Generalised advantage estimation: a scan over each sequence from its end.
 //
-// A stretch of tokens is a linear function of what follows it (gae_gain of formulas.h), and stretches join. A sequence is
-// cut from its start, into chunks of 32 tokens and tiles of 32 chunks: the lanes of a warp scan a chunk, then the chunks
-// of a tile, and the tiles follow one another from the end. So a sequence's result depends on itself alone, whether a
-// warp, a block or many blocks take it.
+// A stretch of tokens is a linear function of what follows it (gae_gain of formulas.h), and stretches join. A sequence
+// is cut from its start, into chunks of 32 tokens and tiles of 32 chunks: the lanes of a warp scan a chunk, then the
+// chunks of a tile, and the tiles follow one another from the end. So a sequence's result depends on itself alone,
+// whether a warp, a block or many blocks take it.
 //
 //   formula         A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, over the live tokens
 //   bytes a token   8 read, 1 more where there is a mask; 8 written
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kMostThreads) sweep_short(Gae a, Rates rates) 
   finish_tile(a, sequence, 0, tokens, joined, of_chunk, 0, 0);
 }
 
-// Lane c's stretch is that of chunk c of the tile that the block has scanned. `shared` is not to be written again before
-// the next barrier.
+// Lane c's stretch is that of chunk c of the tile that the block has scanned. `shared` is not to be written again
+// before the next barrier.
 __device__ __forceinline__ Stretch share_chunks(const Stretch (&joined)[kChunks], Stretch* shared) {
   if (lane_index() == 0) {
 #pragma unroll
@@ -201,7 +201,8 @@ __global__ void __launch_bounds__(kMostThreads) sweep(Gae a, Rates rates, int64_
     Stretch joined[kChunks];
     scan_chunks(tokens, rates, joined);
     const Stretch of_chunk = share_chunks(joined, shared[tile % 2]);
-    carry = finish_tile(a, sequence, tile * kSpanOfBlock + own, tokens, joined, of_chunk, warp_index() * kChunks, carry);
+    carry =
+        finish_tile(a, sequence, tile * kSpanOfBlock + own, tokens, joined, of_chunk, warp_index() * kChunks, carry);
   }
 }
 
@@ -219,7 +220,8 @@ const char* run(const Gae& a, Stretch* of_tile, int64_t tiles, void* stream) {
     const char* error = launch(measure_tiles, a.sequences * tiles, kMostThreads, 0, stream, a, rates, tiles, of_tile);
     return error ? error : launch(sweep, a.sequences * tiles, kMostThreads, 0, stream, a, rates, tiles, of_tile);
   }
-  const int threads = a.cu_seqlens ? kMostThreads : (int)ceil_div(smaller(a.length, (int64_t)kSpanOfBlock), kSpan) * kWarp;
+  const int threads =
+      a.cu_seqlens ? kMostThreads : (int)ceil_div(smaller(a.length, (int64_t)kSpanOfBlock), kSpan) * kWarp;
   return launch(sweep, a.sequences, threads, 0, stream, a, rates, (int64_t)1, of_tile);
 }
 
@@ -237,8 +239,8 @@ const char* gae(const Gae& a, Scratch& scratch, void* stream) {
   const char* error = run(a, split ? (Stretch*)scratch.data : nullptr, tiles, stream);
   if (error || !a.whiten) return error;
   Scratch rest{(char*)scratch.data + kStatistics, scratch.size - kStatistics, 0};
-  return masked_whiten(
-      {tokens, a.advantages, a.live, true, true, false, (double*)scratch.data, a.advantages}, rest, stream);
+  return masked_whiten({tokens, a.advantages, a.live, true, true, false, (double*)scratch.data, a.advantages}, rest,
+                       stream);
 }
 
 }  // namespace rlhf_fast::cuda

@@ -2,7 +2,7 @@
 // together. Three launches: sums of both tiles, the terms of the KL, the gradient.
 //
 //   formula         those of masked_logprobs and exact_kl, over two tiles side by side
-//   bytes a row     of V columns: 8 V read for the sums, 8 V for the KL, 8 V read and at most 4 V written for the gradient
+//   bytes a row     of V columns: 8 V read for the sums, 8 V for the KL, 8 V read, up to 4 V written for the gradient
 //   passes          two, and one more for the gradient
 //   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "fold.h"
@@ -25,8 +25,8 @@ struct FoldPolicyRef {
   __device__ Results results(int64_t row, float inverse_temperature) const {
     const RowResult p = finish_row(a.rows, swept, row, 0, inverse_temperature);
     const RowResult r = finish_row(a.rows, swept, row, 1, inverse_temperature);
-    return {p, r, {p.statistics.shift, p.statistics.scale, r.statistics.shift, r.statistics.scale,
-                   p.statistics.log_norm - r.statistics.log_norm}};
+    const float offset = p.statistics.log_norm - r.statistics.log_norm;
+    return {p, r, {p.statistics.shift, p.statistics.scale, r.statistics.shift, r.statistics.scale, offset}};
   }
 
   __device__ Normalisers normalisers(int64_t row, float inverse_temperature) const {

@@ -1,7 +1,7 @@
 // Whitening: mean 0 and variance 1 over the live elements. `whitened` may be `x` itself.
 //
-// Nothing but the few numbers that come of the sums is double: a mean far from 0 costs no digits, because deviations are
-// taken from a mean of two floats, and the moments of a tile are about its own mean.
+// Nothing but the few numbers that come of the sums is double: a mean far from 0 costs no digits, because deviations
+// are taken from a mean of two floats, and the moments of a tile are about its own mean.
 //
 //   formula         (x - mean) / sqrt(variance + 1e-8)
 //   bytes a value   forward 8 read, 4 written; backward 16 read, 4 written; half as much in one tile
@@ -41,7 +41,8 @@ __device__ __forceinline__ Moments merge_moments(const Part* parts, int64_t tile
 }
 
 // Of each tile, left for the launch's last block: whether this is it.
-__device__ __forceinline__ bool leave_moments(const float* x, const uint8_t* live, int64_t count, TileParts<Part> parts) {
+__device__ __forceinline__ bool leave_moments(const float* x, const uint8_t* live, int64_t count,
+                                              TileParts<Part> parts) {
   const Place place(live, count);
   const Moments moments = tile_moments(place.load(x), place.live);
   if (threadIdx.x == 0) parts.at[blockIdx.x] = {(float)moments.count, (float)moments.deviation, moments.mean};
@@ -77,7 +78,8 @@ struct Statistics {
 };
 
 __global__ void __launch_bounds__(kThreads) find_statistics(MaskedWhiten a, TileParts<Part> parts) {
-  if (leave_moments(a.x, a.live, a.elements, parts)) Statistics(merge_moments(parts.at, gridDim.x), a.unbiased, a.statistics);
+  if (!leave_moments(a.x, a.live, a.elements, parts)) return;
+  Statistics(merge_moments(parts.at, gridDim.x), a.unbiased, a.statistics);
 }
 
 __device__ __forceinline__ void write_whitened(const MaskedWhiten& a, const Place& place, const Four& x,
@@ -97,8 +99,10 @@ __global__ void __launch_bounds__(kThreads) whiten_one_tile(MaskedWhiten a) {
   write_whitened(a, place, x, Statistics(tile_moments(x, place.live), a.unbiased, a.statistics));
 }
 
-// ---- backward: with d = x - mean and variance = sum(d^2) / k,
-// d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, + mean(grad) where not shift_mean ------
+// ---- backward ------------------------------------------------------------------------------------------------------
+//
+// With d = x - mean and variance = sum(d^2) / k:
+// d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, + mean(grad) where not shift_mean.
 
 struct alignas(16) GradientSums {
   double grad, product;

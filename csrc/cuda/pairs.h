@@ -1,5 +1,5 @@
-// Two rows of logits side by side: KL(policy || reference) in a second sweep, with the formulas of csrc/cpu/pairs.h, over
-// the columns other than the target.
+// Two rows of logits side by side: KL(policy || reference) in a second sweep, with the formulas of csrc/cpu/pairs.h,
+// over the columns other than the target.
 #pragma once
 
 #include "sums.h"
@@ -12,15 +12,15 @@ struct Normalisers {
   float shift, scale, ref_shift, ref_scale, offset;
 };
 
-// e^x - 1 - x for x <= 1, to a few units in the last place: e^x is 2^n (1 + r + tail), and next to 0, where n is 0 and r
-// is x, the tail of the series alone is left.
+// e^x - 1 - x for x <= 1, to a few units in the last place: e^x is 2^n (1 + r + tail), and next to 0, where n is 0 and
+// r is x, the tail of the series alone is left.
 __device__ __forceinline__ float excess(float x) {
   const float bounded = fmaxf(x, -87);
   const float shifted = bounded * kLog2E + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, left in the low bits
   const float n = shifted - 12582912.0f;
   const float r = bounded - n * 0.693145752f - n * 1.42860677e-6f;
-  const float p = ((((1.9875691e-4f * r + 1.3981999e-3f) * r + 8.3334519e-3f) * r + 4.1665795e-2f) * r +
-                   1.6666665e-1f) * r + 0.5f;
+  const float p =
+      ((((1.9875691e-4f * r + 1.3981999e-3f) * r + 8.3334519e-3f) * r + 4.1665795e-2f) * r + 1.6666665e-1f) * r + 0.5f;
   const float power = float_of((bits_of(shifted) << 23) + 0x3f800000);
   return power * (p * (r * r)) + (power * r + (power - 1 - x));
 }
@@ -72,8 +72,8 @@ __device__ inline float join_terms(const float* terms, int segments, int64_t row
 template <class T, class Op>
 const char* sum_kl(const Rows& rows, const Logits& logits, const Logits& ref_logits, float* terms, int segments,
                    const Op& op, void* stream) {
-  return launch(sum_terms<T, Op>, rows.length * segments, kThreads, 0, stream, rows, logits, ref_logits, terms, segments,
-                op);
+  return launch(sum_terms<T, Op>, rows.length * segments, kThreads, 0, stream, rows, logits, ref_logits, terms,
+                segments, op);
 }
 
 }  // namespace rlhf_fast::cuda

@@ -2,8 +2,8 @@
 // other's data is not given.
 //
 // A block reads each input of its tile once, and writes the gradients as if the divisor of the loss were 1: how many
-// tokens count is known only to the launch's last block. That one adds the parts, and writes 1 / divisor as the scale of
-// the gradients. Ratios by the sequence, and divisors that count sequences, take a launch before it.
+// tokens count is known only to the launch's last block. That one adds the parts, and writes 1 / divisor as the scale
+// of the gradients. Ratios by the sequence, and divisors that count sequences, take a launch before it.
 //
 //   formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
 //   bytes a token   4 read of each tensor that is given and 1 of a mask; 4 written of each gradient that is wanted
@@ -126,7 +126,8 @@ __device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence*
   const double scale = 1 / ((items > 0 ? items : 1) * divisor.norm);
   const double policy = sums[kPolicy] * scale, value = sums[kValue] * scale;
   const double kl = sums[kKl] * scale, entropy = sums[kEntropy] * scale;
-  *a.loss = (float)(policy + term(a.value_coef, value) + term(a.terms.kl_coef, kl) - term(a.terms.entropy_coef, entropy));
+  *a.loss =
+      (float)(policy + term(a.value_coef, value) + term(a.terms.kl_coef, kl) - term(a.terms.entropy_coef, entropy));
   float* out = a.statistics;
   const auto put = [&](double statistic) { *out++ = (float)statistic; };
   if (kHasPolicy && kHasValue) put(policy), put(value), put(kl), put(entropy);
@@ -205,7 +206,9 @@ __global__ void __launch_bounds__(kThreads)
   if (kHasValue && a.grad_values) {
     place.store(a.grad_values, [&](int k) { return grad_value.at[k] * weight.at[k]; });
   }
-  if (kJoint && a.grad_entropy) place.store(a.grad_entropy, [&](int k) { return -a.terms.entropy_coef * weight.at[k]; });
+  if (kJoint && a.grad_entropy) {
+    place.store(a.grad_entropy, [&](int k) { return -a.terms.entropy_coef * weight.at[k]; });
+  }
 
   const Moments ratios = tile_moments(ratio, live);
   block_sum(sums);

@@ -1,8 +1,8 @@
 // A row of logits on a GPU: a block of threads holds a segment of its columns in registers, read by 16-byte loads.
 //
 // Which columns a thread holds depends on neither the row's address nor its neighbours, so that sums over them do not.
-// A row of 50257 bfloat16 columns begins at any even address: there a thread reads both of the aligned 16 bytes that its
-// own lie in, the second out of the first-level cache, and shifts them together.
+// A row of 50257 bfloat16 columns begins at any even address: there a thread reads both of the aligned 16 bytes that
+// its own lie in, the second out of the first-level cache, and shifts them together.
 #pragma once
 
 #include "halves.h"
@@ -11,7 +11,7 @@ namespace rlhf_fast::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kColumns = 32;                    // of a thread
+constexpr int kColumns = 32;                   // of a thread
 constexpr int kSegment = kThreads * kColumns;  // of a block
 
 // Columns that a thread has side by side.
@@ -32,7 +32,8 @@ __device__ __forceinline__ RowSegment segment_of_block(int segments) {
 // Of a thread's x[i], in the segment from `start` on.
 template <class T>
 __device__ __forceinline__ int column_of(int start, int i) {
-  return start + i / kVector<T> * (kThreads * kVector<T>) + (int)threadIdx.x * kVector<T> + i % kVector<T>;
+  constexpr int kWidth = kVector<T>;
+  return start + i / kWidth * (kThreads * kWidth) + (int)threadIdx.x * kWidth + i % kWidth;
 }
 
 // The 16 bytes that begin `offset` bytes after `low` does.

@@ -187,15 +187,16 @@ const char* finish(const Rows& rows, const Op& op, void* stream) {
 
 inline SegmentSums take_segment_sums(Scratch& scratch, const Rows& rows, int sets) {
   const int64_t segments = segments_of(rows.vocab);
-  return {(int)segments, take<RowSums>(scratch, sets * rows.length * segments), take<float>(scratch, sets * rows.length)};
+  return {(int)segments, take<RowSums>(scratch, sets * rows.length * segments),
+          take<float>(scratch, sets * rows.length)};
 }
 
 // The first sweep, over one or two sets of logits of T; `weighted` is what an entropy needs.
 template <class T>
-const char* sum(const Rows& rows, int sets, const Logits& logits, const Logits& ref_logits,
-                const SegmentSums& swept, bool weighted, void* stream) {
-  return launch(weighted ? sum_segments<T, true> : sum_segments<T, false>, sets * rows.length * swept.segments, kThreads,
-                0, stream, rows, logits, ref_logits, swept);
+const char* sum(const Rows& rows, int sets, const Logits& logits, const Logits& ref_logits, const SegmentSums& swept,
+                bool weighted, void* stream) {
+  return launch(weighted ? sum_segments<T, true> : sum_segments<T, false>, sets * rows.length * swept.segments,
+                kThreads, 0, stream, rows, logits, ref_logits, swept);
 }
 
 }  // namespace rlhf_fast::cuda

@@ -1,6 +1,6 @@
-// Ops of a number a token: a block takes a tile of tokens, a thread 4 in a row. Where a sum goes over several tiles, each
-// leaves its part in the scratch, and the launch's last block adds the parts in the tiles' order: float within a tile,
-// double over tiles.
+// Ops of a number a token: a block takes a tile of tokens, a thread 4 in a row. Where a sum goes over several tiles,
+// each leaves its part in the scratch, and the launch's last block adds the parts in the tiles' order: float within a
+// tile, double over tiles.
 #pragma once
 
 #include "device.h"
