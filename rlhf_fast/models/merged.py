@@ -79,12 +79,38 @@ def _check_memory(needed: int, device: torch.device) -> None:
         )
 
 
+class PackedLinear(nn.Module):
+    """nn.Linear in bfloat16 on the CPU, the weight in the order in which oneDNN multiplies it.
+
+    oneDNN reorders a plain weight in every product, which takes as long as a product with few rows. The results are
+    equal bit for bit.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight, None), bias
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(hidden, self.weight, self.bias, "none", [], "")
+
+
+def _packs(weight: torch.Tensor) -> bool:
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 @torch.no_grad()
 def _merged(module: LoraLayer, role: str | None) -> nn.Module:
     layer = module.base_layer
     down, up = module.lora_A[role].weight.float(), module.lora_B[role].weight.float()
     factors = (down.T, up.T) if isinstance(layer, Conv1D) else (up, down)
     weight = torch.addmm(layer.weight.float(), *factors, alpha=module.scaling[role]).to(layer.weight.dtype)
+    if type(layer) is nn.Linear and _packs(weight):
+        return PackedLinear(weight, layer.bias)
     twin = copy.copy(layer)
     twin._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
     return twin

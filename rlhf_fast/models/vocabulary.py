@@ -31,7 +31,8 @@ class Vocabulary:
 
     def scaled(self, raw: torch.Tensor) -> torch.Tensor:
         """The logits of the head's own outputs, hidden weight^T + bias."""
-        return self.scale * capped(raw, self.softcap)
+        logits = capped(raw, self.softcap)
+        return logits if self.scale == 1 else self.scale * logits
 
     def options(self, temperature: float = 1.0) -> dict[str, Any]:
         """bias, softcap and temperature for the linear ops, so that they compute log softmax(logits / temperature)."""

@@ -28,7 +28,7 @@ def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor
     inside = weights.gather(1, places.clamp(max=weights.shape[1] - 1))
     inside = inside.masked_fill(places >= weights.shape[1], 0.0)
     place, _ = _find(inside.double().cumsum(dim=1), rest)
-    tokens = (block * BLOCK + place)[:, 0]
+    tokens = (block * BLOCK + place)[:, 0].clamp(max=weights.shape[1] - 1)  # of a row that is not finite
     logprobs = inside.gather(1, place).double().log() - total.log()
     return tokens, logprobs[:, 0].float()
 
