@@ -1,21 +1,18 @@
 """Sampling responses: the one call of the recipes, and the choice of the engine that runs it."""
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
-
-import torch
+from weakref import WeakSet
 
 from rlhf_fast.config import ROLLOUT_ENGINES
 from rlhf_fast.data import PromptRow
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import SharedBase, same_states
+from rlhf_fast.models import SharedBase
 from rlhf_fast.rollout import reference
-from rlhf_fast.rollout.cache import CachedDecoder
-from rlhf_fast.rollout.generation import Generation, draws
+from rlhf_fast.rollout.generation import Generation, check_call, draws
 from rlhf_fast.rollout.response import Response
+from rlhf_fast.rollout.trial import why_not_fast
 
-READ = 3  # tokens that are read one by one in the trial
-_faults: WeakKeyDictionary[SharedBase, str | None] = WeakKeyDictionary()  # why the fast engine cannot run a base
+_noted: WeakSet[SharedBase] = WeakSet()  # bases whose notes tell that the fast engine cannot run them
 
 
 def generate(
@@ -38,9 +35,7 @@ def generate(
     do not follow the log-probs that are trained.
     """
     base.check_sampling()
-    empty = [str(row.index) for row in rows if not row.input_ids]
-    if empty:
-        raise UserError(f"prompts of no tokens in rows {', '.join(empty)}: nothing predicts the first token there")
+    check_call(rows, response_length, temperature)
     if not rows:
         return []
     fast = choose_engine(base, engine) == "fast"
@@ -85,36 +80,15 @@ def choose_engine(base: SharedBase, engine: str) -> str:
         raise UserError(f"the rollout engine must be one of {', '.join(ROLLOUT_ENGINES)}; got {engine!r}")
     if engine == "transformers":
         return engine
-    if base not in _faults:
-        _faults[base] = _why_not_fast(base)
-        if _faults[base] is not None and engine == "auto":
-            base.notes.append(f"responses are sampled by transformers' generate, which is slower: {_faults[base]}")
-    fault = _faults[base]
-    if fault is not None and engine == "fast":
+    fault = why_not_fast(base)
+    if fault is None:
+        return "fast"
+    if engine == "fast":
         raise UserError(f"{type(base.model).__name__}: {fault}: set --rollout_engine auto or transformers")
-    return "fast" if fault is None else "transformers"
-
-
-def _why_not_fast(base: SharedBase) -> str | None:
-    """None where a few tokens, read one by one after prompts of two lengths, have the states of a whole pass."""
-    fault = base.why_not_merge()
-    if fault is not None:
-        return fault
-    role = base.roles[-1] if base.roles else None
-    ids = base.probe
-    length = ids.shape[1]
-    mask = torch.ones(2, 2 * length, dtype=torch.long, device=base.device)
-    mask[1, :length] = 0
-    rows = torch.cat([torch.cat([ids, ids.flip(1)], dim=1), torch.cat([torch.full_like(ids, base.pad_id), ids], dim=1)])
-    with torch.no_grad():
-        expected = base.hidden(role, rows, mask)[:, -READ - 1 :]
-    try:
-        decoder = CachedDecoder(base, base.merged(role), mask[:, :-READ], READ)
-        states = [decoder.read(ids) for ids in rows.split([2 * length - READ, *[1] * READ], dim=1)]
-    except Exception as error:  # whatever a model's own code does with this cache
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    agree = all(same_states(*row) for row in zip(torch.stack(states, dim=1), expected, strict=True))
-    return None if agree else "its states with this engine's cache are others"
+    if base not in _noted:
+        _noted.add(base)
+        base.notes.append(f"responses are sampled by transformers' generate, which is slower: {fault}")
+    return "transformers"
 
 
 def _batches(rows: Sequence[PromptRow], batch_size: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ from rlhf_fast.models import Merged, SharedBase
 from rlhf_fast.rollout.cache import CachedDecoder
 from rlhf_fast.rollout.response import Response, cut
 from rlhf_fast.rollout.sampling import sample
+from rlhf_fast.rollout.trial import why_not_fast
 
 # Finished rows leave the batch when there are so many, and a quarter of it: reading the weights takes most of a step of
 # few rows, so that a step of a few rows less takes as long.
@@ -28,7 +29,7 @@ class Step(NamedTuple):
 
 
 class Generation:
-    """Responses in the making, to be drawn step by step::
+    """Responses in the making, drawn step by step by the fast engine::
 
         generation = Generation(base, "policy", rows, response_length=64, temperature=1.0)
         while generation.live:
@@ -45,6 +46,8 @@ class Generation:
 
     ``uniforms``, (rows, response_length) float64 on the CPU, are the draws; unset, torch's global generator makes them.
     A row's tokens depend on its own draws alone (but for the rounding of products with other rows).
+
+    Raises UserError for a base that the fast engine cannot run, a prompt of no tokens, and a copy that has no room.
     """
 
     def __init__(
@@ -58,6 +61,10 @@ class Generation:
         merged: Merged | None = None,
         uniforms: Tensor | None = None,
     ) -> None:
+        check_call(rows, response_length, temperature)
+        fault = why_not_fast(base)
+        if fault is not None:
+            raise UserError(f"{type(base.model).__name__}: {fault}: use generate, which has another engine")
         self.base, self.rows = base, list(rows)
         self.response_length, self.temperature = response_length, temperature
         self.uniforms = draws(len(rows), response_length) if uniforms is None else uniforms
@@ -71,14 +78,22 @@ class Generation:
             self._read(prompts["input_ids"].to(base.device))
 
     def step(self) -> Step:
-        """Samples the next token of each live row. Raises UserError where the model's logits are not finite."""
+        """Samples the next token of each live row. Raises UserError where the model's logits are not finite, and
+        ValueError where no row is live."""
+        if not self.live:
+            raise ValueError("every row is finished: step while `live` is not empty")
         column = len(self.tokens[self.live[0]])
         uniforms = self.uniforms[self.batch, column].to(self.base.device)
         tokens, logprobs = sample(self.logits, self.temperature, uniforms)
         return self.append(tokens, logprobs)
 
     def append(self, tokens: Tensor, logprobs: Tensor) -> Step:
-        """Goes on with ``tokens`` and their ``logprobs``, (B,) each, for the rows of ``batch``."""
+        """Goes on with ``tokens`` (B,) int64 and their ``logprobs`` (B,), for the rows of ``batch``."""
+        if not tokens.shape == logprobs.shape == (len(self.batch),):
+            found = f"{tuple(tokens.shape)} and {tuple(logprobs.shape)}"
+            raise ValueError(
+                f"tokens and logprobs must have shape ({len(self.batch)},), one a row of `batch`; got {found}"
+            )
         drawn = dict(zip(self.batch, zip(tokens.tolist(), logprobs.tolist(), strict=True), strict=True))
         added = Step(self.live, *(list(column) for column in zip(*(drawn[row] for row in self.live), strict=True)))
         if not all(math.isfinite(number) for number in added.logprobs):
@@ -115,6 +130,17 @@ class Generation:
         self.batch = self.live
         self._decoder.keep(kept)
         return tokens[kept]
+
+
+def check_call(rows: Sequence[PromptRow], response_length: int, temperature: float) -> None:
+    """Raises UserError for a prompt of no tokens, and ValueError for numbers that nothing can be sampled with."""
+    empty = [str(row.index) for row in rows if not row.input_ids]
+    if empty:
+        raise UserError(f"prompts of no tokens in rows {', '.join(empty)}: nothing predicts the first token there")
+    if response_length < 1:
+        raise ValueError(f"response_length must be 1 or above; got {response_length}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0; got {temperature}")
 
 
 def draws(rows: int, response_length: int) -> Tensor:

@@ -105,6 +105,8 @@ def test_what_the_fast_engine_gets_wrong_is_left_to_transformers_with_a_note(
     assert len(sampled(llama, [row([5, 6])], "auto")[0].token_ids) == 6
     with pytest.raises(UserError, match="LlamaForCausalLM: .*: set --rollout_engine auto or transformers"):
         sampled(llama, [row([5, 6])], "fast")
+    with pytest.raises(UserError, match="LlamaForCausalLM: .*: use generate, which has another engine"):
+        Generation(llama, "policy", [row([5, 6])], response_length=3)
 
 
 def test_an_engine_that_there_is_not_is_named(llama: SharedBase) -> None:
@@ -177,6 +179,23 @@ def test_logits_that_are_not_finite_are_an_error(llama: SharedBase, row: MakeRow
     generation = Generation(llama, "policy", [row([5])], response_length=4)
     generation.logits.fill_(float("nan"))
     with pytest.raises(UserError, match="its logits are not finite in torch.float32"):
+        generation.step()
+
+
+def test_calls_that_cannot_be_are_refused_by_a_line(llama: SharedBase, row: MakeRow) -> None:
+    for changes, error in (
+        ({"response_length": 0}, "response_length must be 1 or above; got 0"),
+        ({"temperature": 0.0}, "temperature must be above 0; got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            sampled(llama, [row([5])], "fast", **changes)
+    with pytest.raises(UserError, match="prompts of no tokens in rows 1"):
+        Generation(llama, "policy", [row([])], response_length=1)
+    generation = Generation(llama, "policy", [row([5]), row([6])], response_length=1)
+    with pytest.raises(ValueError, match=r"must have shape \(2,\), one a row of `batch`; got \(3,\) and \(2,\)"):
+        generation.append(torch.zeros(3, dtype=torch.long), torch.zeros(2))
+    generation.step()
+    with pytest.raises(ValueError, match="every row is finished"):
         generation.step()
 
 
