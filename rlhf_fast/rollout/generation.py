@@ -21,7 +21,7 @@ LEAVING = 4
 
 
 class Step(NamedTuple):
-    """What one step added. ``rows``: places in the prompts, n of them; tokens and log-probs (n,) in that order."""
+    """What one step added: the rows that were live, by their places in the prompts, and a token and its log-prob each."""
 
     rows: list[int]
     tokens: list[int]
@@ -80,8 +80,7 @@ class Generation:
     def step(self) -> Step:
         """Samples the next token of each live row. Raises UserError where the model's logits are not finite, and
         ValueError where no row is live."""
-        if not self.live:
-            raise ValueError("every row is finished: step while `live` is not empty")
+        self._check_live()
         column = len(self.tokens[self.live[0]])
         uniforms = self.uniforms[self.batch, column].to(self.base.device)
         tokens, logprobs = sample(self.logits, self.temperature, uniforms)
@@ -89,11 +88,10 @@ class Generation:
 
     def append(self, tokens: Tensor, logprobs: Tensor) -> Step:
         """Goes on with ``tokens`` (B,) int64 and their ``logprobs`` (B,), for the rows of ``batch``."""
+        self._check_live()
         if not tokens.shape == logprobs.shape == (len(self.batch),):
-            found = f"{tuple(tokens.shape)} and {tuple(logprobs.shape)}"
-            raise ValueError(
-                f"tokens and logprobs must have shape ({len(self.batch)},), one a row of `batch`; got {found}"
-            )
+            expected = f"tokens and logprobs must have shape ({len(self.batch)},), one a row of `batch`"
+            raise ValueError(f"{expected}; got {tuple(tokens.shape)} and {tuple(logprobs.shape)}")
         drawn = dict(zip(self.batch, zip(tokens.tolist(), logprobs.tolist(), strict=True), strict=True))
         added = Step(self.live, *(list(column) for column in zip(*(drawn[row] for row in self.live), strict=True)))
         if not all(math.isfinite(number) for number in added.logprobs):
@@ -110,6 +108,10 @@ class Generation:
         """What was drawn so far, in the order of the rows."""
         drawn = zip(self.rows, self.tokens, self.logprobs, strict=True)
         return [cut(self.base, row, tokens, logprobs, skip_special_tokens) for row, tokens, logprobs in drawn]
+
+    def _check_live(self) -> None:
+        if not self.live:
+            raise ValueError("every row is finished: go on while `live` is not empty")
 
     def _finished(self, tokens: list[int]) -> bool:
         return tokens[-1] in self.base.stop_ids or len(tokens) == self.response_length
