@@ -21,7 +21,7 @@ LEAVING = 4
 
 
 class Step(NamedTuple):
-    """What one step added: the rows that were live, by their places in the prompts, and a token and its log-prob each."""
+    """What one step added: the rows that were live, by their places in the prompts; a token and its log-prob each."""
 
     rows: list[int]
     tokens: list[int]
