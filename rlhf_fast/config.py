@@ -274,6 +274,10 @@ class PPOConfig(StageConfig):
     num_mini_batches: int = option(1, "Optimiser steps per pass over a rollout.")
     rollout_batch_size: int = option(64, "Responses sampled at a time in one process.")
     response_length: int = option(64, "Longest response in tokens.")
+    ignore_eos: bool = option(
+        False,
+        "Stop tokens are sampled like any other and end no response: each has response_length tokens. For benchmarks.",
+    )
     temperature: float = option(
         1.0,
         "Sampling temperature; it divides the logits of sampling, scoring and training alike.",
