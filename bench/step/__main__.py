@@ -9,6 +9,7 @@ Each contestant runs in a process of its own, the peers in environments of their
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -204,4 +205,5 @@ def versions(python: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contestant's process is stopped too
     main()
