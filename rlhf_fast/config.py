@@ -281,6 +281,10 @@ class PPOConfig(StageConfig):
     rollout_batch_size: int = option(64, "Responses sampled at a time in one process.")
     rollout_engine: str = option("auto", ROLLOUT_ENGINE_HELP, ROLLOUT_ENGINES)
     response_length: int = option(64, "Longest response in tokens.")
+    ignore_eos: bool = option(
+        False,
+        "Stop tokens are sampled like any other and end no response: each has response_length tokens. For benchmarks.",
+    )
     temperature: float = option(
         1.0,
         "Sampling temperature; it divides the logits of sampling, scoring and training alike.",

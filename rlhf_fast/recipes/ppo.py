@@ -47,6 +47,8 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
     rewarders = Functions(config.reward_functions, weights=config.reward_weights, timeout=config.reward_timeout)
     scorers = Functions(config.eval_functions, timeout=config.reward_timeout)
     stage = Stage("ppo", config, resume_from_checkpoint)
+    if config.ignore_eos:
+        stage.base.stop_ids = []
     prompts, held_out = load_rows(stage, prompt_rows, config.max_length - config.response_length)
     held_out = held_out[: config.eval_prompts]
     for rows in (prompts, held_out):

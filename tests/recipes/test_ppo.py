@@ -167,6 +167,16 @@ def test_metrics_are_consistent(ppo_config, tmp_path):
     assert state["recipe"]["kl_coef"] == pytest.approx(beta)
 
 
+def test_with_ignore_eos_every_response_is_as_long_as_asked_for(ppo_config, tmp_path):
+    lengths = {}
+    for ignore_eos in (False, True):
+        name = f"ignore_{ignore_eos}"
+        ppo.train(ppo_config(name, ignore_eos=ignore_eos, response_length=30, max_steps=2, eval_size=0))
+        lengths[ignore_eos] = [line["response/length_mean"] for line in metrics(tmp_path / name)]
+    assert lengths[True] == [30.0, 30.0]
+    assert min(lengths[False]) < 30.0
+
+
 def test_padding_and_micro_batches_change_no_experience(ppo_config):
     """Log-probs, values and scores of an episode equal those of the episode alone, unpadded."""
     config = ppo_config()
