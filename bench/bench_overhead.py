@@ -5,6 +5,7 @@ On a GPU: every op with the arguments that a trainer passes, and the host time o
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,13 +84,18 @@ def targets(random: Random, tokens: int) -> Tensor:
     return (random(tokens) * VOCAB).long()
 
 
-CALLS: dict[str, Callable[[Random, int], tuple[Tensor, ...]]] = {
+CALLS: dict[str, Callable[[Random, int], tuple[Any, ...]]] = {
     "masked_logprobs": lambda random, n: (leaf(random(n, VOCAB)), targets(random, n)),
     "exact_kl": lambda random, n: (leaf(random(n, VOCAB)), random(n, VOCAB)),
     "linear_logprobs": head,
     "linear_cross_entropy": head,
     "linear_policy_loss": lambda random, n: (*head(random, n), random(n), random(n)),
     "linear_policy_ref": lambda random, n: (head(random, n)[0], *head(random, n)),
+    "lora_linear": lambda random, n: (
+        leaf(random(n, HIDDEN)),
+        random(HIDDEN, HIDDEN),
+        (leaf(random(16, HIDDEN)), leaf(random(HIDDEN, 16)), 2.0),
+    ),
     "token_kl": lambda random, n: (leaf(random(n)), random(n)),
     "clipped_policy_loss": lambda random, n: (leaf(random(n)), random(n), random(n)),
     "clipped_value_loss": lambda random, n: (leaf(random(n)), random(n), random(n)),

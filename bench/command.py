@@ -26,6 +26,7 @@ BENCHES = (
     "linear_cross_entropy",
     "linear_policy_loss",
     "linear_policy_ref",
+    "lora_linear",
     "token_kl",
     "exact_kl",
     "gae",

@@ -66,6 +66,27 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
     return function(hidden, weight, targets)
 
 
+def peft_linear(hidden: Tensor, weights: list[Tensor], loras: list[tuple[Tensor, Tensor, float]]) -> list[Tensor]:
+    """Each layer by PEFT's own forward; its modules hold the tensors themselves."""
+    return [
+        _peft_layer(weight, down, up, scale)(hidden) for weight, (down, up, scale) in zip(weights, loras, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=16)
+def _peft_layer(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> torch.nn.Module:
+    base = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    base.weight = torch.nn.Parameter(weight, requires_grad=False)
+    config, rank = _load("peft", "peft", "LoraConfig"), down.shape[0]
+    layer: Any = _load("peft", "peft.tuners.lora.layer", "Linear")(
+        base, "default", config=config(r=rank), r=rank, lora_alpha=scale * rank
+    )
+    for module, tensor in ((layer.lora_A, down), (layer.lora_B, up)):
+        del module["default"].weight
+        module["default"].weight = tensor  # not a Parameter, so that autograd.grad finds the leaf itself
+    return layer
+
+
 def _on_gpu(package: str, module: str, name: str, like: Tensor) -> Any:
     if not like.is_cuda:
         raise Missing(f"{package}'s {name} runs on a GPU alone")

@@ -11,6 +11,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprobs import linear_logprobs
 from .linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from .linear_policy_ref import PolicyRef, linear_policy_ref
+from .lora_linear import lora_linear
 from .masked_logprobs import masked_logprobs
 from .masked_whiten import masked_whiten
 from .pairwise_loss import pairwise_loss
@@ -35,6 +36,7 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "linear_policy_ref",
+    "lora_linear",
     "masked_logprobs",
     "masked_whiten",
     "pairwise_loss",

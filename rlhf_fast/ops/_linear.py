@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import _checks
+from ._op import once_differentiable
 from ._tokens import vocabulary
 from ._vocab import accumulation_dtype
 
@@ -63,7 +64,7 @@ def checked_head(
         bias = bias[:vocab]
     if lora is None:
         return hidden, Head(weight[:vocab], bias)
-    down, up, scale = _checked_lora(op, hidden, columns, lora)
+    down, up, scale = checked_lora(op, hidden, columns, lora)
     return hidden, Head(weight[:vocab], bias, down, up[:vocab], scale)
 
 
@@ -72,9 +73,14 @@ def autocasted(operand: Tensor) -> Tensor:
 
     Differentiable, so that the gradient comes back in the operand's own dtype.
     """
-    device = operand.device.type
-    inside = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return operand.to(torch.get_autocast_dtype(device)) if inside and operand.dtype != torch.float64 else operand
+    if not _inside_autocast(operand) or operand.dtype == torch.float64:
+        return operand
+    return operand.to(torch.get_autocast_dtype(operand.device.type))
+
+
+def _inside_autocast(tensor: Tensor) -> bool:
+    device = tensor.device.type  # "meta" has none
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def flat_hidden(hidden: Tensor) -> Tensor:
@@ -98,9 +104,9 @@ def project(hidden: Tensor, head: Head, softcap: float | None) -> Tensor:
     if torch.is_grad_enabled() and not _checks.under_torch_func() and not torch.compiler.is_compiling():
         hidden, head = _differentiable_once(hidden, head)
     hidden = hidden.to(dtype)
-    logits = _Product.apply(hidden, head.weight.to(dtype))
+    logits = Product.apply(hidden, head.weight.to(dtype))
     if head.down is not None:
-        logits = logits + head.scale * _Product.apply(_Product.apply(hidden, head.down), head.up)
+        logits = logits + head.scale * Product.apply(Product.apply(hidden, head.down), head.up)
     if head.bias is not None:
         logits = logits + head.bias
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -125,15 +131,10 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():
-            return grads
-        refuse: Any = torch._C._functions.DelayedError(
-            "the operations with a head have no second derivative", len(grads)
-        )
-        return refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in grads))
+        return once_differentiable("the operations with a head have no second derivative", grads)
 
 
-class _Product(torch.autograd.Function):
+class Product(torch.autograd.Function):
     """left (n, k) times right (m, k) transposed. Neither an autocast around the call rounds it to half precision nor
     one around its backward.
     """
@@ -142,7 +143,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(left: Tensor, right: Tensor) -> Tensor:
-        with _without_autocast(left):
+        with without_autocast(left):
             return left @ right.T
 
     @staticmethod
@@ -153,15 +154,14 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         left, right = ctx.saved_tensors
         wants_left, wants_right = ctx.needs_input_grad
-        with _without_autocast(left):
+        with without_autocast(left):
             return grads[0] @ right if wants_left else None, grads[0].T @ left if wants_right else None
 
 
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):  # as on "meta"
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    if not _inside_autocast(tensor):
         return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def over_live_rows(
@@ -199,7 +199,8 @@ def _inert(tensor: Tensor, live: Tensor) -> Tensor:
     return tensor.masked_fill(dead, float(tensor.is_floating_point()))
 
 
-def _checked_lora(op: str, hidden: Tensor, columns: int, lora: LoRA) -> LoRA:
+def checked_lora(op: str, hidden: Tensor, columns: int, lora: LoRA) -> LoRA:
+    """An adapter on a layer from hidden (..., H) to so many columns."""
     if not isinstance(lora, tuple) or len(lora) != 3:
         raise TypeError(f"{op}: lora must be a tuple (A, B, scale); got {type(lora).__name__}")
     down, up, scale = lora

@@ -133,6 +133,17 @@ def _bumping(kernel: Callable[..., Any], mutates: str) -> Callable[..., Any]:
     return call
 
 
+def once_differentiable(refusal: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """``grads`` of a backward. Under create_graph=True a second derivative would silently lack their part: it raises
+    ``refusal``.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grads
+    refuse: Any = torch._C._functions.DelayedError(refusal, len(grads))
+    refused = refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in grads))
+    return refused if isinstance(refused, tuple) else (refused,)
+
+
 def _differentiable(
     name: str,
     kernel: Callable[..., Any],
@@ -150,11 +161,7 @@ def _differentiable(
         ctx.needs = ctx.needs_input_grad[1:]
         with torch.no_grad():
             found = gradient(ctx, *grads)
-        if torch.is_grad_enabled():
-            # create_graph=True: a second derivative would silently lack this op's part
-            refuse: Any = torch._C._functions.DelayedError(f"rlhf_fast.{name} has no second derivative", len(found))
-            found = refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
-        return None, *(found if isinstance(found, tuple) else (found,))
+        return None, *once_differentiable(f"rlhf_fast.{name} has no second derivative", found)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), members)

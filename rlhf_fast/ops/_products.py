@@ -28,6 +28,8 @@ LINE = 16
 # On the CPU: inner indices that AMX multiplies at once. Of fewer at the end oneDNN reads as many, past the left row,
 # and multiplies the surplus by 0; but NaN * 0 is NaN (oneDNN's issue 5717).
 BLOCK = 32
+# Fewer inner indices than a block that are read alone.
+WHOLE = (8, 16, 24)
 
 
 class Plan(NamedTuple):
@@ -105,6 +107,21 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     rest = -left.shape[1] % BLOCK
     ends = pad(left[:, whole:], (0, rest)) @ pad(right[whole:], (0, 0, 0, rest))
     return torch.addmm(ends, left[:, :whole], right[:whole]).float()
+
+
+def summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """left (N, k)^T right (N, m) -> (k, m) in float32. On the CPU one of halves was rounded to their dtype."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return (left.T @ right).float()
+
+
+def add_product_(sums: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """sums (n, m) += scale * left (n, k) right (k, m), all of one dtype."""
+    inner = left.shape[1]
+    if left.dtype == torch.bfloat16 and left.device.type == "cpu" and inner % BLOCK and inner not in WHOLE:
+        left, right = pad(left, (0, -inner % BLOCK)), pad(right, (0, 0, 0, -inner % BLOCK))
+    sums.addmm_(left, right, alpha=scale)
 
 
 def logits_product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
