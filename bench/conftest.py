@@ -16,7 +16,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases, ids = [], []
     for workload in command.chosen(None, device):
         at_size = (workload, workload.quick if quick else workload.sizes, device)
-        for name in workload.build(workload.quick, device).runs:  # only for the names; the small sizes make it cheap
+        for name in harness.built(workload, workload.quick, device).runs:  # only for the names, so of small sizes
             if not (quick and name == COMPILED):
                 cases.append((at_size, name))
                 ids.append(f"{workload.name(at_size[1])}: {name}")

@@ -32,8 +32,6 @@ def _measured(workload: Workload, device: torch.device, quick: bool) -> dict[str
     sizes = workload.quick if quick else workload.sizes
     torch.compiler.reset()
     small, contest = (built(workload, each, device) for each in (workload.quick, sizes))
-    if device.type == "cuda":
-        contest = gpu.with_each_backend(gpu.with_equal_copy(contest, device), workload.op, device)
     truth = contest.truth()
     found: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
@@ -64,10 +62,12 @@ def _measured(workload: Workload, device: torch.device, quick: bool) -> dict[str
             del results
     del truth, small
     runs = {name: contest.runs[name] for name in found}
-    on_gpu = gpu.samplers(runs, contest.fresh, device) if device.type == "cuda" else {}
-    seconds = 0.1 if quick else gpu.SECONDS if on_gpu else SECONDS
-    for name, samples in in_turn(on_gpu or samplers(runs, contest.fresh), seconds).items():
-        found[name] |= figures(samples, name, contest.work) | (on_gpu[name].told() if on_gpu else {})
+    takers = samplers(runs, contest.fresh, device)
+    seconds = 0.1 if quick else gpu.SECONDS if device.type == "cuda" else SECONDS
+    for name, samples in in_turn(takers, seconds).items():
+        found[name] |= figures(samples, name, contest.work)
+        if isinstance(taker := takers[name], gpu.Sampler):
+            found[name] |= taker.told()
     return {
         "op": workload.op,
         "name": workload.name(sizes),
@@ -81,8 +81,12 @@ def _measured(workload: Workload, device: torch.device, quick: bool) -> dict[str
 
 
 def built(workload: Workload, sizes: dict[str, int], device: torch.device) -> Contest:
+    """The contest; on a GPU with ours on each backend, and a plain copy of as many bytes as the work."""
     torch.manual_seed(0)
-    return workload.build(sizes, device)
+    contest = workload.build(sizes, device)
+    if device.type == "cuda":
+        contest = gpu.with_each_backend(gpu.with_equal_copy(contest, device), workload.op, device)
+    return contest
 
 
 def _called(contest: Contest, name: str) -> Results:
@@ -94,8 +98,12 @@ def _called(contest: Contest, name: str) -> Results:
 # ---- time ----------------------------------------------------------------------------------------------------------
 
 
-def samplers(runs: dict[str, Run], fresh: Callable[[], object] | None) -> dict[str, Callable[[], float]]:
-    """On the CPU. Calling a sampler returns the seconds of one run."""
+def samplers(
+    runs: dict[str, Run], fresh: Callable[[], object] | None, device: torch.device
+) -> Mapping[str, Callable[[], float]]:
+    """Calling a sampler returns the seconds of one run: on the CPU those of the clock, on a GPU those of the device."""
+    if device.type == "cuda":
+        return gpu.samplers(runs, fresh, device)
 
     def sample(run: Run, repeats: int) -> float:
         if fresh:

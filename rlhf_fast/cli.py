@@ -214,7 +214,7 @@ def bench_parser(command: str) -> Parser:
     parser.flag(parser, "quick", "Small sizes: seconds, not minutes.", action="store_true")
     parser.flag(parser, "device", "cpu, cuda or cuda:N. [cpu]", metavar="DEVICE")
     parser.flag(parser, "threads", "CPU threads. [torch's own choice]", metavar="N", type=int)
-    parser.flag(parser, "json", "Write every figure here.", metavar="FILE")
+    parser.flag(parser, "json", "Write every figure here; in a folder: named after the device.", metavar="FILE")
     parser.flag(parser, "markdown", "Write tables here.", metavar="FILE")
     parser.flag(parser, "chart", "Write a bar chart here; needs matplotlib.", metavar="FILE.png")
     parser.flag(parser, "list", "Only list the workloads and their marks.", action="store_true")

@@ -15,6 +15,11 @@ from rlhf_fast.text import shown
 DEFAULT_MODEL = "smollm2-135m-instruct"
 ALL_LINEAR = "all-linear"
 FLOAT32_MAX = 3.4e38
+ROLLOUT_ENGINES = ("auto", "fast", "transformers")
+ROLLOUT_ENGINE_HELP = (
+    "What samples responses. fast: this package's loop, on a copy of the adapted weights with the adapter merged; "
+    "transformers: its generate, slower and without a copy; auto: fast where a trial shows that the model runs there."
+)
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, *, path: str | None = None) -> Any:
@@ -212,6 +217,7 @@ class RewardConfig(StageConfig):
     )
     response_length: int = option(64, "Longest sample in tokens when calibrating.")
     temperature: float = option(1.0, "Sampling temperature when calibrating.")
+    rollout_engine: str = option("auto", ROLLOUT_ENGINE_HELP, ROLLOUT_ENGINES)
 
     def validate(self) -> None:
         super().validate()
@@ -273,7 +279,12 @@ class PPOConfig(StageConfig):
     num_ppo_epochs: int = option(4, "Passes over each rollout.")
     num_mini_batches: int = option(1, "Optimiser steps per pass over a rollout.")
     rollout_batch_size: int = option(64, "Responses sampled at a time in one process.")
+    rollout_engine: str = option("auto", ROLLOUT_ENGINE_HELP, ROLLOUT_ENGINES)
     response_length: int = option(64, "Longest response in tokens.")
+    ignore_eos: bool = option(
+        False,
+        "Stop tokens are sampled like any other and end no response: each has response_length tokens. For benchmarks.",
+    )
     temperature: float = option(
         1.0,
         "Sampling temperature; it divides the logits of sampling, scoring and training alike.",

@@ -265,6 +265,12 @@ NON_SCORE_REWARD = Metric(
 RLHF_REWARD = Metric("objective/rlhf_reward", "score", "objective/scores plus objective/non_score_reward.")
 REWARD_MEAN = Metric("rewards/{name}/mean", "score", "Mean of a reward function, unweighted, where it did not abstain.")
 REWARD_STD = Metric("rewards/{name}/std", "score", "Standard deviation of a reward function over the rollout.")
+LOGPROB_GAP = Metric(
+    "rollout/logprob_gap",
+    "nats per token",
+    "Distance of the log-prob that a token was sampled with from the one that is trained, mean over the rollout.",
+)
+LOGPROB_GAP_MAX = Metric("rollout/logprob_gap_max", "nats per token", "The largest of these distances.")
 ABSTAINED = Metric(
     "rewards/abstained", "share", "Responses from which all reward functions abstained; without a reward model."
 )
@@ -321,6 +327,8 @@ METRICS: dict[str, list[Metric]] = {
         REWARD_MEAN,
         REWARD_STD,
         ABSTAINED,
+        LOGPROB_GAP,
+        LOGPROB_GAP_MAX,
         TRUNCATED,
         EOS_TOKENS,
         EPISODES,

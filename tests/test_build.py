@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -189,10 +190,16 @@ def test_pybind11_headers_are_its_own_or_those_that_torch_brings(
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The package reduced to its version, with an earlier module, next to a compiler and a CMake that must not run."""
+    """The package reduced to its version, a file of kernels/ and one of bench/, with an earlier module. Not a compiler,
+    nor the links rlhf_fast/kernels and rlhf_fast/bench, which a checkout on Windows may lack.
+    """
     folder = tmp_path / "project"
-    (folder / "rlhf_fast").mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "rlhf_fast/__init__.py"):
+    for name in ("rlhf_fast", "kernels", "bench"):
+        (folder / name).mkdir(parents=True)
+    for name in (
+        *("setup.py", "pyproject.toml", "README.md", "LICENSE", "rlhf_fast/__init__.py"),
+        *("kernels/records.py", "bench/command.py"),
+    ):
         shutil.copy(ROOT / name, folder / name)
     (folder / "rlhf_fast" / f"_C{SUFFIX}").touch()
     return folder
@@ -213,6 +220,9 @@ def test_without_the_engine_nothing_is_compiled(project: Path, how: str) -> None
     assert outcome.returncode == 0, outcome.stderr
     (wheel,) = (project / "dist").glob("*.whl")
     assert wheel.name.endswith("-none-any.whl")
+    if how == "build_wheel":
+        files = zipfile.ZipFile(wheel).namelist()
+        assert {"rlhf_fast/kernels/records.py", "rlhf_fast/bench/command.py"} <= set(files)
     # An editable install uses the checkout, where the earlier module must not be loaded any more.
     assert (project / "rlhf_fast" / f"_C{SUFFIX}").exists() is (how == "build_wheel")
 

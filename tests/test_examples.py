@@ -44,3 +44,12 @@ def test_gsm8k_reward_functions(monkeypatch):
     assert reward.solved([""] * 3, said, answer=answers) == [1.0, 1.0, 0.0]
     assert reward.gives_answer([""] * 3, said) == [0.2, 0.2, 0.0]
     sys.modules.pop("gsm8k_reward")
+
+
+def test_the_custom_loop_learns_its_reward_in_under_60_lines(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import custom_loop
+
+    means = custom_loop.main(steps=16)
+    assert means[-1] > means[0] + 1
+    assert len((ROOT / "examples" / "custom_loop.py").read_text().splitlines()) < 60

@@ -65,12 +65,13 @@ def test_broken_links_are_found() -> None:
 @each_page
 def test_every_file_that_is_named_exists(page: Path) -> None:
     names = re.findall(r"`((?:rlhf_fast|csrc|kernels|tests|bench|docs|examples)/[\w./-]+)`", page.read_text())
-    assert [name for name in names if not (ROOT / name).exists()] == []
+    # bounded_reward is the operation that docs/adding-an-operation.md adds
+    assert [name for name in names if not (ROOT / name).exists() and "bounded_reward" not in name] == []
 
 
 def test_every_page_is_in_the_navigation() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    listed = re.findall(r"'([\w.]+\.md)'", str(settings["nav"]))
+    listed = re.findall(r"'([\w.-]+\.md)'", str(settings["nav"]))
     own = ["index.md", "contributing.md", "changelog.md"]
     assert sorted(listed) == sorted([*own, *(page.name for page in DOCS)])
 
@@ -119,7 +120,7 @@ def test_every_command_that_is_shown_exists(page: Path) -> None:
     shell = "\n".join(re.findall(r"^```(?:bash|sh)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
     for line in shell.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if words[:1] == ["make"]:
+        if words[:1] == ["make"] and words[1:]:  # alone, it compiles the engine
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
         if words[:1] == ["rlhf-fast"]:
             flags = {word[2:].partition(".")[2] or word[2:] for word in words if word.startswith("--")}

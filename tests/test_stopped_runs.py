@@ -23,7 +23,8 @@ from rlhf_fast.checkpoint import damage, list_checkpoints, whole_folder
 from rlhf_fast.errors import UserError
 from rlhf_fast.recipes.snapshots import Snapshots
 from rlhf_fast.recipes.stage import Stage
-from rlhf_fast.rollout.local import RealTokensOnly
+from rlhf_fast.rollout.generation import Generation
+from rlhf_fast.rollout.reference import RealTokensOnly
 
 STAGES = list(OWN)
 SECONDS = 90
@@ -69,8 +70,11 @@ def test_interrupted_in_a_step(stage, number, command, monkeypatch, tmp_path):
     assert f"{stage}: going on after step 2 from {checkpoint}" in outcome.err
 
 
-def test_interrupted_while_sampling(command, monkeypatch, tmp_path):
-    real, calls = RealTokensOnly.__call__, []
+@pytest.mark.parametrize(
+    ("engine", "owner", "method"), [("transformers", RealTokensOnly, "__call__"), ("fast", Generation, "step")]
+)
+def test_interrupted_while_sampling(engine, owner, method, command, monkeypatch, tmp_path):
+    real, calls = getattr(owner, method), []
 
     def interrupting(self, *args):
         calls.append(True)
@@ -79,8 +83,8 @@ def test_interrupted_while_sampling(command, monkeypatch, tmp_path):
         return real(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RealTokensOnly, "__call__", interrupting)
-        outcome = command("ppo", "--eval_size 0 --save_steps 1")
+        patch.setattr(owner, method, interrupting)
+        outcome = command("ppo", f"--eval_size 0 --save_steps 1 --rollout_engine {engine}")
     assert outcome.code == 130
     assert "ppo: stopped after step 1 of 2; checkpoint out/checkpoint-1; go on with" in outcome.err
     assert whole_checkpoints(tmp_path / "out") == ["checkpoint-1"]

@@ -49,12 +49,12 @@ def check_context(model: PreTrainedModel, run: Run, ids: torch.Tensor, pad_id: i
     mask = torch.ones_like(rows)
     mask[0, :TOKENS] = 0
     padded, longer = run(rows, mask)
-    if not _same(longer[:TOKENS], alone):
+    if not same_states(longer[:TOKENS], alone):
         raise UserError(
             f"{type(model).__name__}: its tokens see the ones after them, so it is no causal language model; only "
             "decoders can be trained"
         )
-    if not _same(padded[TOKENS:], alone):
+    if not same_states(padded[TOKENS:], alone):
         raise UserError(
             f"{type(model).__name__}: its states run through padding, so a prompt would mean something else in every "
             "batch; recurrent models without a mask for padding, and positions counted from it, are not supported"
@@ -77,11 +77,12 @@ def why_not_sample(model: PreTrainedModel, logits: Run, ids: torch.Tensor, pad_i
         return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     expected = logits(drawn.sequences, torch.cat([mask, torch.ones_like(mask[:, :2])], dim=1))[:, -3:-1]
     found = torch.stack(drawn.logits, dim=1)
-    agree = all(_same(*row) for row in zip(found, expected, strict=True))
+    agree = all(same_states(*row) for row in zip(found, expected, strict=True))
     return None if agree else "its logits with a cache are others"
 
 
-def _same(states: torch.Tensor, expected: torch.Tensor) -> bool:
+def same_states(states: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the middle one of the tokens (T, H or V) lies as near as their dtype, that of ``expected``, allows."""
     # the middle token: in half precision a mixture may send single ones to other experts
     gap = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
     return gap.median().item() <= CLOSE.get(expected.dtype, HALF_CLOSE)
@@ -114,7 +115,7 @@ def why_not_pack(run: Run, run_packed: Run, embedding: nn.Module, ids: torch.Ten
         return "its layers mix tokens of one row"
     with torch.no_grad():
         expected = run(rows, mask)
-    agree = all(_same(found[row][live[row]], expected[row][live[row]]) for row in range(len(rows)))
+    agree = all(same_states(found[row][live[row]], expected[row][live[row]]) for row in range(len(rows)))
     return None if agree else "the hidden states differ"
 
 

@@ -20,6 +20,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models import attention, identity, layers, measure, targets, tokens, vocabulary
 from rlhf_fast.models.heads import ScoreHead
 from rlhf_fast.models.lora import Adaptable, differences
+from rlhf_fast.models.merged import Merged, why_not_merge
 from rlhf_fast.models.pretrained import LOADING_NOTES
 from rlhf_fast.models.vocabulary import Vocabulary
 
@@ -30,7 +31,8 @@ class SharedBase:
     """The frozen model with its adapters and heads. Every module stays in eval mode; see ``dropout``.
 
     ``stop_ids`` end a response; ``vocab_size`` counts the real tokens, without padded rows of the embedding.
-    ``notes`` are lines for the user on what is not as it may seem.
+    ``notes`` are lines for the user on what is not as it may seem. ``decoder`` is the text decoder, and ``probe`` a few
+    tokens of text, (1, T), to try it on.
 
     Raises UserError where the model cannot be trained right: it is tried on a few tokens (``measure``).
     """
@@ -49,28 +51,28 @@ class SharedBase:
         self._trainable: set[str] = set()
         self._in_role = False
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
-        self._decoder = layers.find_decoder(model)
-        self._layers = self._decoder.layers
-        self._probe = measure.probe(tokenizer, self.rows, self.device)
+        self.decoder = layers.find_decoder(model)
+        self._layers = self.decoder.layers
+        self.probe = measure.probe(tokenizer, self.rows, self.device)
         with measure.own_code(model):
             self._softcap, self._scale = self._measure_logits()
         self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, self.vocabulary.weight.shape[0])
-        found = targets.find_targets(self._decoder)  # before adapters bring linear modules of their own
+        found = targets.find_targets(self.decoder)  # before adapters bring linear modules of their own
         with targets.noting_calls(found) as called, measure.own_code(model):
-            measure.check_context(model, self._run, self._probe, self.pad_id)
-        self._configs = attention.configs_of(self._decoder.body)
-        reason = measure.why_not_pack(self._run, self._run_packed, model.get_input_embeddings(), self._probe)
+            measure.check_context(model, self._run, self.probe, self.pad_id)
+        self._configs = attention.configs_of(self.decoder.body)
+        reason = measure.why_not_pack(self._run, self._run_packed, model.get_input_embeddings(), self.probe)
         self.packs = reason is None
         if reason is not None:
             self.notes.append(
                 f"{type(model).__name__} cannot compute sequences packed without padding ({reason}): padding is "
                 "computed too, which is right, but slower"
             )
-        self._sampling_fault = measure.why_not_sample(model, self._logits, self._probe, self.pad_id)
-        self._adaptable = Adaptable(model, self._decoder, found, targets.left_out(model, found, called))
+        self._sampling_fault = measure.why_not_sample(model, self._logits, self.probe, self.pad_id)
+        self._adaptable = Adaptable(model, self.decoder, found, targets.left_out(model, found, called))
         self._linear_names = self._adaptable.names  # what all-linear means for this model
         self._splits: dict[int, bool] = {}
-        self._linear = targets.inside(self._decoder, found.linear)
+        self._linear = targets.inside(self.decoder, found.linear)
         self.fingerprint = identity.fingerprint(self._linear)
         if config.lora_target_modules == [ALL_LINEAR]:
             self.notes += self._adaptable.notes()
@@ -207,6 +209,20 @@ class SharedBase:
             for module in modules:
                 module.eval()
 
+    def merged(self, role: str | None) -> Merged:
+        """The role's adapter merged into copies of the weights that it adapts.
+
+        Raises UserError where they have no room, or where a module is of a kind that nothing is merged into
+        (``why_not_merge``).
+        """
+        if role is not None and role not in self.roles:
+            raise KeyError(f"no role {role!r}; there are {self.roles}")
+        return Merged(self.model, role)
+
+    def why_not_merge(self) -> str | None:
+        """None where every adapted module can be copied with its adapter merged; else the reason."""
+        return why_not_merge(self.model)
+
     # ---- computing ---------------------------------------------------------------------------------------------
 
     @property
@@ -227,7 +243,7 @@ class SharedBase:
         if first == 0 or first == len(self._layers) or not self._splits[first]:
             return None
         caught: list[torch.Tensor] = []
-        with layers.stopping_at(self._decoder, first, caught):
+        with layers.stopping_at(self.decoder, first, caught):
             self._run(input_ids, attention_mask)
         return caught[0]
 
@@ -243,7 +259,7 @@ class SharedBase:
         with self.role(role):
             if trunk is None:
                 return self._run(input_ids, attention_mask)
-            with layers.starting_from(self._decoder, self.first_adapted_layer, trunk):
+            with layers.starting_from(self.decoder, self.first_adapted_layer, trunk):
                 return self._run(input_ids, attention_mask)
 
     def scores(
@@ -266,7 +282,7 @@ class SharedBase:
 
     def _run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        output = self._decoder.body(
+        output = self.decoder.body(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
         return output.last_hidden_state
@@ -281,7 +297,7 @@ class SharedBase:
         positions = (attention_mask.long().cumsum(dim=1) - 1).reshape(-1)[index]
         ids = input_ids.reshape(-1)[index][None]
         with attention.packed(self._configs, layout):
-            output = self._decoder.body(
+            output = self.decoder.body(
                 input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions[None], use_cache=False
             )
         states = output.last_hidden_state[0]
@@ -289,9 +305,7 @@ class SharedBase:
         return padded.view(*attention_mask.shape, -1)
 
     def _logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        head = self.vocabulary
-        raw = nn.functional.linear(self._run(input_ids, attention_mask), head.weight, head.bias)
-        return head.scale * vocabulary.capped(raw, head.softcap)
+        return self.vocabulary.logits(self._run(input_ids, attention_mask))
 
     # ---- the parts that only this file needs -------------------------------------------------------------------
 
@@ -315,7 +329,7 @@ class SharedBase:
         first = self.first_adapted_layer
         if 0 < first < len(self._layers) and first not in self._splits:
             with self.role(None):
-                reason = measure.why_not_split(self._decoder, self._run, self._probe, first)
+                reason = measure.why_not_split(self.decoder, self._run, self.probe, first)
             self._splits[first] = reason is None
             if reason is not None:
                 self.notes.append(
@@ -354,7 +368,7 @@ class SharedBase:
     @torch.no_grad()
     def _measure_logits(self) -> tuple[float | None, float]:
         """The head's softcap and scale. Raises UserError for logits that are not finite or no linear head's."""
-        ids = self._probe
+        ids = self.probe
         mask = torch.ones_like(ids)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         if not logits.isfinite().all():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.errors import UserError
@@ -23,6 +24,15 @@ class Vocabulary:
     bias: torch.Tensor | None
     softcap: float | None
     scale: float = 1.0
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., V), in the dtype of the weight."""
+        return self.scaled(nn.functional.linear(hidden, self.weight, self.bias))
+
+    def scaled(self, raw: torch.Tensor) -> torch.Tensor:
+        """The logits of the head's own outputs, hidden weight^T + bias."""
+        logits = capped(raw, self.softcap)
+        return logits if self.scale == 1 else self.scale * logits
 
     def options(self, temperature: float = 1.0) -> dict[str, Any]:
         """bias, softcap and temperature for the linear ops, so that they compute log softmax(logits / temperature)."""

@@ -34,7 +34,7 @@ from rlhf_fast.recipes.memory import memory_for, response_lengths, sampling_leng
 from rlhf_fast.recipes.rows import load_rows
 from rlhf_fast.recipes.stage import Stage
 from rlhf_fast.rewards import Functions, KLController, RunningMoments, apply_missing_eos
-from rlhf_fast.rollout import Response, collate_episodes, generate
+from rlhf_fast.rollout import Response, choose_engine, collate_episodes, generate
 
 MEMORY = ("micro_batch_size", "batch_size", "max_length")  # settings that memory grows with, the first to lower first
 
@@ -47,11 +47,14 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
     rewarders = Functions(config.reward_functions, weights=config.reward_weights, timeout=config.reward_timeout)
     scorers = Functions(config.eval_functions, timeout=config.reward_timeout)
     stage = Stage("ppo", config, resume_from_checkpoint)
+    if config.ignore_eos:
+        stage.base.stop_ids = []
     prompts, held_out = load_rows(stage, prompt_rows, config.max_length - config.response_length)
     held_out = held_out[: config.eval_prompts]
     for rows in (prompts, held_out):
         judging.check_columns(rows, rewarders, scorers)
     reference = add_roles(stage)
+    choose_engine(stage.base, config.rollout_engine)  # what cannot run is told before the run begins
     total = config.max_steps or math.ceil(len(prompts) * config.num_train_epochs / config.batch_size)
     controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
     fresh = {
@@ -145,6 +148,7 @@ def roll_out(stage: Stage[PPOConfig], rows: Sequence[PromptRow]) -> list[Respons
             response_length=config.response_length,
             temperature=config.temperature,
             batch_size=config.rollout_batch_size,
+            engine=config.rollout_engine,
             skip_special_tokens=config.reward_skip_special_tokens,
         )
 

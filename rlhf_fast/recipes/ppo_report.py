@@ -32,6 +32,7 @@ def rollout_metrics(
     lengths = torch.cat([experience.mask.sum(dim=1) for experience in experiences])
     kl = torch.cat([experience.kl for experience in experiences])
     returns = torch.cat([e.returns[e.mask] for e in experiences])
+    gaps = torch.cat([(e.logprobs - e.episodes.sampled_logprobs).abs()[e.mask] for e in experiences])
     errors = returns - torch.cat([e.values[e.mask] for e in experiences])
     sums = {
         "episodes": torch.tensor(float(len(responses)), device=scores.device),
@@ -42,6 +43,7 @@ def rollout_metrics(
         "penalty": torch.cat([experience.penalties for experience in experiences]).sum(),
         "stopped": torch.cat([experience.episodes.stopped for experience in experiences]).sum(),
         "lengths": lengths.sum(),
+        "gaps": gaps.sum(),
         "returns": returns.sum(),
         "returns2": returns.double().square().sum(),
         "errors": errors.sum(),
@@ -66,6 +68,8 @@ def rollout_metrics(
         metrics.SCORES: total["scores"] / episodes,
         **({metrics.REWARD_MODEL: total["model"] / episodes} if REWARD in stage.base.roles else {}),
         metrics.EXPLAINED_VARIANCE: _explained_variance(total, tokens),
+        metrics.LOGPROB_GAP: total["gaps"] / tokens,
+        metrics.LOGPROB_GAP_MAX: max(stage.gather([gaps.max().item()])),
         metrics.LENGTH_MEAN: tokens / episodes,
         metrics.TRUNCATED: 1 - total["stopped"] / episodes,
         metrics.DISTINCT_2: distinct_2(stage.gather([response.token_ids for response in responses])),
@@ -147,6 +151,7 @@ def evaluate(
             response_length=config.response_length,
             temperature=config.temperature,
             batch_size=config.rollout_batch_size,
+            engine=config.rollout_engine,
             skip_special_tokens=config.reward_skip_special_tokens,
         )
     judged, gold = judge(stage, rewarders, responses), judge(stage, scorers, responses)

@@ -144,6 +144,7 @@ def calibrate(stage: Stage[RewardConfig], sft: str | None, prompts: Sequence[Pro
             response_length=config.response_length,
             temperature=config.temperature,
             batch_size=batch_size,
+            engine=config.rollout_engine,
         )
     scores: list[float] = []
     for part in stage.micro_batches(responses):

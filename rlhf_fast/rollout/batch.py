@@ -1,12 +1,13 @@
 """Prompts and responses as one padded batch: prompts to the left of a fixed column, responses to its right."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_fast.rollout.local import Response
+from rlhf_fast.rollout.response import Response
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class EpisodeBatch:
         targets: (B, R) int64, the response tokens.
         response_mask: (B, R) bool, True = a token of the response (its stop token included).
         stopped: (B,) bool, True = ended by a stop token.
+        sampled_logprobs: (B, R) float32, what each token was drawn with; 0 outside ``response_mask``, NaN where a
+            response does not tell.
     """
 
     responses: list[Response]
@@ -27,6 +30,7 @@ class EpisodeBatch:
     targets: torch.Tensor
     response_mask: torch.Tensor
     stopped: torch.Tensor
+    sampled_logprobs: torch.Tensor
 
     def before_response(self, per_position: torch.Tensor) -> torch.Tensor:
         """(B, P + R, ...) -> (B, R, ...): what stands at position t − 1, where token t's logits and value come from."""
@@ -41,6 +45,7 @@ def collate_episodes(responses: Sequence[Response], pad_id: int, device: torch.d
     left = pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
     left_mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
     targets = pad_sequence(answers, batch_first=True, padding_value=pad_id)
+    drawn = [torch.tensor(r.logprobs or [math.nan] * len(r.token_ids)) for r in responses]
     response_mask = pad_sequence([torch.ones_like(a) for a in answers], batch_first=True)
     return EpisodeBatch(
         responses=list(responses),
@@ -49,4 +54,5 @@ def collate_episodes(responses: Sequence[Response], pad_id: int, device: torch.d
         targets=targets.to(device),
         response_mask=response_mask.bool().to(device),
         stopped=torch.tensor([response.stopped for response in responses], device=device),
+        sampled_logprobs=pad_sequence(drawn, batch_first=True).to(device),
     )

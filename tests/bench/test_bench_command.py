@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_fast.bench import harness
-from rlhf_fast.bench.command import BENCHES, chosen, rounded
+from rlhf_fast.bench.command import BENCHES, chosen, results_name, rounded
 from rlhf_fast.bench.workload import Workload
 from rlhf_fast.cli import main
 
@@ -72,6 +72,38 @@ def test_a_workload_that_fails_is_told_and_the_rest_is_measured(
     out, err = capsys.readouterr()
     assert "gae, 4 x 64 packed: FAILED\nTraceback" in out
     assert "1 workloads failed: gae, 4 x 64 packed" in err
+
+
+def test_an_interrupted_bench_keeps_its_rows_and_tells_its_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To a folder: the file is named after the device."""
+
+    def measure(workload: Workload, device: torch.device, quick: bool) -> dict[str, Any]:
+        if "packed" in workload.title:
+            raise KeyboardInterrupt
+        return actual(workload, device, quick)
+
+    actual = harness.measure
+    monkeypatch.setattr(harness, "measure", measure)
+    assert main(["bench", "--quick", "--only", "gae", "--json", str(tmp_path)]) == 130
+    results = json.loads((tmp_path / "cpu.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["gae, 4 x 64"] and results["pending"] == ["gae, 4 x 64 packed"]
+    out = capsys.readouterr().out
+    assert "gae, 4 x 64 packed: not reached\nworkloads: 1 measured, 0 failed, 1 not reached" in out
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "gpu-h100-80gb-hbm3.json"),
+        ("NVIDIA GeForce RTX 4090", "gpu-geforce-rtx-4090.json"),
+        ("A/../B", "gpu-a-b.json"),
+    ],
+)
+def test_the_results_are_named_after_the_device(monkeypatch: pytest.MonkeyPatch, device: str, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: device)
+    assert results_name(torch.device("cuda")) == name and results_name(CPU) == "cpu.json"
 
 
 def test_it_lists_those_of_a_gpu_without_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,11 @@
 """The harness on synthetic contestants with known times, memory and errors."""
 
 import ctypes
+import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 from rlhf_fast.bench import harness
 from rlhf_fast.bench.workload import COMPILED, OURS, Contest, Mark, Missing, Results, Run, Sizes, Work, Workload
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 MB = 1 << 20
 
@@ -43,7 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_contestants_take_turns_in_changing_orders(clock: Clock) -> None:
     runs = {name: clock.run(name, 1.0) for name in "abc"}
-    samples = harness.in_turn(harness.samplers(runs, lambda: clock.log.append("-")), 0.0)
+    samples = harness.in_turn(harness.samplers(runs, lambda: clock.log.append("-"), CPU), 0.0)
     assert harness.LEAST_ROUNDS == 5
     assert clock.log[::2] == ["-"] * 15
     rounds = ["".join(clock.log[start + 1 : start + 6 : 2]) for start in range(0, 30, 6)]
@@ -53,20 +57,20 @@ def test_contestants_take_turns_in_changing_orders(clock: Clock) -> None:
 
 
 def test_what_restores_the_inputs_is_not_timed(clock: Clock) -> None:
-    samples = harness.in_turn(harness.samplers({"a": clock.run("a", 1.0)}, clock.run("fresh", 100.0)), 0.0)
+    samples = harness.in_turn(harness.samplers({"a": clock.run("a", 1.0)}, clock.run("fresh", 100.0), CPU), 0.0)
     assert samples == {"a": [1.0] * 5}
 
 
 def test_a_short_run_is_repeated_and_a_long_one_is_not(clock: Clock) -> None:
     runs = {"short": clock.run("short", harness.SAMPLE_SECONDS / 8), "long": clock.run("long", 1.0)}
-    samples = harness.in_turn(harness.samplers(runs, None), 0.0)
+    samples = harness.in_turn(harness.samplers(runs, None, CPU), 0.0)
     assert samples["short"] == pytest.approx([harness.SAMPLE_SECONDS / 8] * 5)
     assert clock.log.count("short") == 1 + 5 * 8 and clock.log.count("long") == 1 + 5
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (11.5, 12), (1e9, harness.MOST_ROUNDS)])
 def test_rounds_stop_when_the_time_is_up(seconds: float, rounds: int, clock: Clock) -> None:
-    samples = harness.in_turn(harness.samplers({"a": clock.run("a", 1.0)}, None), seconds)
+    samples = harness.in_turn(harness.samplers({"a": clock.run("a", 1.0)}, None, CPU), seconds)
     assert len(samples["a"]) == rounds
 
 
@@ -79,6 +83,20 @@ def test_figures() -> None:
     assert harness.figures(samples, "a peer", Work("flops", 3e9, "", 0)) == {**plain, "gflop_per_s": 1.0}
     assert harness.figures(samples, f"{OURS}, other work", work) == plain
     assert harness.figures(samples, OURS, None) == plain
+
+
+def test_pytest_benchmark_shows_the_harness_samples(tmp_path: Path) -> None:
+    """`pytest bench/`, in a process of its own, whose samples take a quarter of a second each."""
+    program = f"""
+import pytest
+from rlhf_fast.bench import harness
+harness.samplers = lambda runs, fresh, device: {{name: lambda: 0.25 for name in runs}}
+chosen = ["--quick", "-k", "token_kl and eager", "-p", "no:cacheprovider"]
+raise SystemExit(pytest.main(["bench", *chosen, "--benchmark-json", "{tmp_path}/found.json"]))
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
+    (found,) = json.loads((tmp_path / "found.json").read_text())["benchmarks"]
+    assert (found["stats"]["median"], found["stats"]["rounds"]) == (0.25, harness.LEAST_ROUNDS)
 
 
 # ---- memory

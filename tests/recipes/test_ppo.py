@@ -127,6 +127,7 @@ def test_learns_a_reward_and_the_leash_holds_it(ppo_config, tmp_path):
         learning_rate=2e-2,
         missing_eos_penalty=0.0,
         kl_target=None,
+        seed=1,
     )
     ppo.train(ppo_config("free", kl_coef=0.0, **settings))
     ppo.train(ppo_config("leashed", kl_coef=1.0, **settings))
@@ -135,6 +136,13 @@ def test_learns_a_reward_and_the_leash_holds_it(ppo_config, tmp_path):
     assert gain[0] > 0.5
     assert gain[1] < gain[0]
     assert abs(leashed[-1]["objective/kl"]) < 0.5 * free[-1]["objective/kl"]
+
+
+@pytest.mark.parametrize("engine", ["fast", "transformers"])
+def test_tokens_are_sampled_with_the_log_probs_that_are_trained(engine, ppo_config, tmp_path):
+    ppo.train(ppo_config(rollout_engine=engine, temperature=0.7))
+    for line in metrics(tmp_path / "ppo"):
+        assert 0 < line["rollout/logprob_gap"] <= line["rollout/logprob_gap_max"] < 1e-4
 
 
 def test_metrics_are_consistent(ppo_config, tmp_path):
@@ -157,6 +165,16 @@ def test_metrics_are_consistent(ppo_config, tmp_path):
         beta *= 1 + max(-0.2, min(0.2, line["objective/kl"] / 1.0 - 1)) * 8 / 16
     state = json.loads((tmp_path / "ppo" / "checkpoint-4" / "state.json").read_text())
     assert state["recipe"]["kl_coef"] == pytest.approx(beta)
+
+
+def test_with_ignore_eos_every_response_is_as_long_as_asked_for(ppo_config, tmp_path):
+    lengths = {}
+    for ignore_eos in (False, True):
+        name = f"ignore_{ignore_eos}"
+        ppo.train(ppo_config(name, ignore_eos=ignore_eos, response_length=30, max_steps=2, eval_size=0))
+        lengths[ignore_eos] = [line["response/length_mean"] for line in metrics(tmp_path / name)]
+    assert lengths[True] == [30.0, 30.0]
+    assert min(lengths[False]) < 30.0
 
 
 def test_padding_and_micro_batches_change_no_experience(ppo_config):

@@ -1,5 +1,6 @@
 """Fixtures: a shared base on the built-in tiny model, sharpened so that its choices differ, and prompts."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from rlhf_fast.config import StageConfig
 from rlhf_fast.data import PromptRow
 from rlhf_fast.models import SharedBase, builtin, load_pretrained
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))  # tiny_models.py
 
 
 @pytest.fixture(scope="session")

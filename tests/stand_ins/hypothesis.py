@@ -1,6 +1,6 @@
 """Stands in for hypothesis on a machine without it, such as one lent for its GPU: the tests of properties are skipped.
 
-tests/gpu.py puts this folder on the path there.
+`make gpu` puts this folder on the path there.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,50 @@
+"""The arithmetic floor: the time that the base's matrix products alone take at the rate of a plain torch.mm here."""
+
+from time import perf_counter
+from typing import Any
+
+import torch
+
+SIDE, REPEATS = 2048, 12
+
+
+def peaks(quick: bool) -> dict[str, float]:
+    """FLOP/s of torch.mm of two square matrices, the best of several, for each dtype."""
+    side, found = 256 if quick else SIDE, {}
+    for name in ("bfloat16", "float32"):
+        left, right = torch.randn(2, side, side, dtype=getattr(torch, name))
+        best = float("inf")
+        for _ in range(REPEATS):
+            start = perf_counter()
+            torch.mm(left, right)
+            best = min(best, perf_counter() - start)
+        found[name] = 2 * side**3 / best
+    return found
+
+
+def flop(stage: str, work: dict[str, Any], trained_layers: int | None = None) -> dict[str, float]:
+    """FLOP of a step's products with the base's weights, by phase; a stage without phases has ``step`` alone.
+
+    A product of n tokens with w weights is 2nw forward and 2nw for the gradient of its input; frozen weights have no
+    gradient. Left out: attention scores, adapters, heads of width 1. ``trained_layers``: adapters on the top layers
+    alone, so that the layers below run once for all roles and epochs.
+    """
+    shape, tokens = work["shape"], work["tokens"]
+    layers = shape["layers"]
+    top = shape["layer"] * (trained_layers or layers)
+    below = shape["layer"] * layers - top
+    head = shape["hidden"] * shape["vocabulary"]
+    if stage == "sft":
+        return {"step": tokens["sft"] * (2 * below + 4 * top) + 4 * tokens["sft_trained"] * head}
+    if stage == "reward":
+        return {"step": tokens["reward"] * (2 * below + 4 * top)}
+    responses = tokens["responses"]
+    every = tokens["prompts"] + responses
+    rollout = 2 * every * (below + top) + 2 * responses * head
+    if stage == "rollout":
+        return {"step": rollout}
+    return {
+        "rollout": rollout,
+        "score": 2 * every * (below + 4 * top) + 2 * 2 * responses * head,  # policy and reference; critic, reward model
+        "update": work["ppo_epochs"] * (2 * 4 * every * top + 4 * responses * head),  # policy and critic
+    }

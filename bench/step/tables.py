@@ -1,0 +1,195 @@
+"""The tables of whole steps, from what `python -m rlhf_fast.bench.step --json` wrote."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_fast.bench import report
+from rlhf_fast.bench.step.arithmetic import flop
+from rlhf_fast.bench.step.contest import SHORT
+
+PHASES = {"rollout": "rollout", "score": "scoring", "update": "update"}
+BASELINES = {"trl": "TRL", "peft": "generate"}
+
+
+class Entry:
+    """All runs of one row; the first step of each run is left out where there are more."""
+
+    def __init__(self, runs: Sequence[dict[str, Any]], results: dict[str, Any]) -> None:
+        self.row, self.results = runs[0], results
+        self.seconds = statistics.median(second for run in runs for second in timed(run["seconds"]))
+        self.peak_gb = max(run["peak_memory_gb"] for run in runs)
+        self.phases = {
+            phase: statistics.median(second for run in runs for second in timed(run["phases"][phase]))
+            for phase in self.row["phases"]
+        }
+        tokens = [count for run in runs for count in timed(run["response_tokens"])]
+        stage = self.row["stage"]
+        self.tokens = statistics.median(tokens) if tokens else results["work"]["tokens"][stage]
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second: of responses, in SFT and reward training all that is trained on."""
+        return self.tokens / self.seconds
+
+    @property
+    def name(self) -> str:
+        size = self.row["flags"].get("micro_batch_size")
+        return self.row["name"] + (f", micro-batch {size}" if size else "")
+
+    def floor_shares(self) -> dict[str, float]:
+        """Phase -> the floor as a share of the time taken. Of rlhf-fast alone: the floor is that of its own roles."""
+        if self.row["who"] != "rlhf-fast":
+            return {}
+        layers = self.row["flags"].get("lora_layers")
+        needed = flop(self.row["stage"], self.results["work"], int(layers) if layers else None)
+        took = self.phases if self.row["stage"] == "ppo" else {"step": self.seconds}
+        peak = self.results["peaks"][self.row["dtype"]]
+        return {phase: needed[phase] / peak / seconds for phase, seconds in took.items()}
+
+
+def timed(values: Sequence[float]) -> Sequence[float]:
+    return values[1:] or values
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Markdown: where and on what, speed of PPO, what sharing saves, sampling alone, SFT and reward training."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        grouped.setdefault(run["key"], []).append(run)
+    entries = [Entry(runs, results) for runs in grouped.values()]
+    ppo = [entry for entry in entries if entry.row["stage"] == "ppo"]
+    speed = [entry for entry in ppo if entry.row["speed"]]
+    training = [entry for entry in entries if entry.row["stage"] in ("sft", "reward")]
+    parts = [
+        where(results),
+        titled("A step of PPO", speed_table(speed)),
+        titled("What sharing saves, at the same batch", memory_table([e for e in ppo if e.row["memory"]])),
+        titled("Sampling alone", rollout_table(entries)),
+        titled("A step of SFT and of reward training", training_table(training)),
+        "\n".join(f"- {key}: {reason}" for key, reason in (results["failed"] | results["missing"]).items()),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def titled(title: str, table: str) -> str:
+    return f"**{title}**\n\n{table}" if table else ""
+
+
+def where(results: dict[str, Any]) -> str:
+    machine, work = results["machine"], results["work"]
+    packages = {
+        name: version
+        for who, found in results["versions"].items()
+        for name, version in found.items()
+        if name in ("torch", "transformers", "peft") and who == "rlhf-fast" or name == who
+    }
+    low, high = work["prompt_tokens"]
+    rates = ", ".join(f"{SHORT[dtype]} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in results["peaks"].items())
+    return (
+        f"{machine['cores']} cores of {machine['cpu']}; {', '.join(f'{n} {v}' for n, v in packages.items())}. "
+        f"Load of the machine before the first run: {machine['load_before']:.1f}. "
+        f"Model {work['model']}; data {work['data']}. PPO: {work['batch_size']} prompts of {low} to {high} tokens "
+        f"({work['tokens']['prompts']} in all), {work['response_length']} response tokens each, {work['ppo_epochs']} "
+        f"epochs, one mini-batch, LoRA r={work['lora_r']} on all linear layers. SFT and reward training: "
+        f"{work['batch_size']} rows of up to {work['max_length']} tokens in micro-batches of "
+        f"{work['train_micro_batch']}. Best rate of torch.mm here: {rates}."
+        + (" Quick sizes: the figures mean nothing." if results["quick"] else "")
+    )
+
+
+def baseline(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+    """The peer that the entry is measured by: of its stage and dtype."""
+    alike = [e for e in entries if (e.row["stage"], e.row["dtype"]) == (entry.row["stage"], entry.row["dtype"])]
+    return next((e for e in alike if e.row["who"] in BASELINES), None)
+
+
+def beside(entry: Entry, entries: Sequence[Entry]) -> tuple[str, str]:
+    """The rate and the memory against the baseline's."""
+    base = baseline(entry, entries)
+    if base is None or base is entry:
+        return "", ""
+    return report.times(entry.rate / base.rate), f"{entry.peak_gb / base.peak_gb:.0%}"
+
+
+def phases(values: dict[str, float], form: str) -> str:
+    return ", ".join(f"{PHASES[phase]} {value:{form}}" for phase, value in values.items() if phase in PHASES)
+
+
+def speed_table(entries: Sequence[Entry]) -> str:
+    if not entries:
+        return ""
+    headings = (
+        "",
+        "base",
+        "s a step",
+        "response tokens/s",
+        "against TRL",
+        "peak memory",
+        "of TRL's",
+        "seconds by phase",
+    )
+    rows = [
+        (
+            entry.name,
+            SHORT[entry.row["dtype"]],
+            f"{entry.seconds:.2f}",
+            f"{entry.rate:.1f}",
+            times,
+            f"{entry.peak_gb:.2f} GB",
+            share,
+            phases(entry.phases, ".2f"),
+            phases(entry.floor_shares(), ".0%"),
+        )
+        for entry in entries
+        for times, share in [beside(entry, entries)]
+    ]
+    return report.table((*headings, "of the arithmetic floor"), rows)
+
+
+def memory_table(entries: Sequence[Entry]) -> str:
+    rows = [
+        (entry.row["memory"], SHORT[entry.row["dtype"]], f"{entry.peak_gb:.2f} GB", f"{entry.seconds:.2f}")
+        for entry in entries
+    ]
+    return report.table(("", "base", "peak memory", "s a step"), rows) if rows else ""
+
+
+def rollout_table(entries: Sequence[Entry]) -> str:
+    """generate beside the rollout phase of our PPO rows."""
+    generate = {entry.row["dtype"]: entry for entry in entries if entry.row["stage"] == "rollout"}
+    rows = [(e.name, SHORT[dtype], f"{e.seconds:.2f}", f"{e.rate:.1f}", "") for dtype, e in generate.items()]
+    for entry in entries:
+        if entry.row["who"] == "rlhf-fast" and entry.row["dtype"] in generate and entry.row["speed"] and entry.phases:
+            seconds, base = entry.phases["rollout"], generate[entry.row["dtype"]]
+            rate = entry.tokens / seconds
+            rows.append(
+                (
+                    f"{entry.name}: its rollout",
+                    SHORT[entry.row["dtype"]],
+                    f"{seconds:.2f}",
+                    f"{rate:.1f}",
+                    report.times(rate / base.rate),
+                )
+            )
+    return report.table(("", "base", "s a batch", "response tokens/s", "against generate"), rows) if rows else ""
+
+
+def training_table(entries: Sequence[Entry]) -> str:
+    rows = [
+        (
+            entry.row["stage"],
+            entry.name,
+            SHORT[entry.row["dtype"]],
+            f"{entry.seconds:.2f}",
+            f"{entry.rate:.0f}",
+            times,
+            f"{entry.peak_gb:.2f} GB",
+            share,
+            "".join(f"{value:.0%}" for value in entry.floor_shares().values()),
+        )
+        for entry in entries
+        for times, share in [beside(entry, entries)]
+    ]
+    headings = ("stage", "", "base", "s a step", "tokens/s", "against TRL", "peak memory", "of TRL's")
+    return report.table((*headings, "of the arithmetic floor"), rows) if rows else ""

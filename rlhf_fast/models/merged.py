@@ -1,0 +1,116 @@
+"""A role's adapter merged into copies of the weights that it adapts, for passes that need no gradient.
+
+The base's own weights are never written to: modules are exchanged while the copies are in use, and put back after.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import psutil
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_fast.errors import UserError
+
+
+class Merged:
+    """The modules of one role: W + scale * B A, summed in float32 and rounded once to the base's dtype.
+
+    Where the role has no adapter, a module is the base's own. ``bytes``: of the copies. Later changes of the role's
+    adapter do not reach them.
+    """
+
+    def __init__(self, model: nn.Module, role: str | None) -> None:
+        found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+        adapted = {module for _, module in found if role in module.lora_A}
+        for module in adapted:
+            _check(module, role)
+        self.bytes = sum(module.base_layer.weight.nbytes for module in adapted)
+        _check_memory(self.bytes, next(model.parameters()).device)
+        self._places = [
+            (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], module) for path, module in found
+        ]
+        self._modules = [_merged(module, role) if module in adapted else module.base_layer for _, module in found]
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, the model computes with them."""
+        try:
+            for (parent, name, _), module in zip(self._places, self._modules, strict=True):
+                parent._modules[name] = module
+            yield
+        finally:
+            for parent, name, module in self._places:
+                parent._modules[name] = module
+
+
+def why_not_merge(model: nn.Module) -> str | None:
+    """None where every adapted module is one that ``Merged`` can copy; else the reason."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not _plain(module.base_layer):
+            return f"{path} is a {type(module.base_layer).__name__}, which an adapter is not merged into"
+    return None
+
+
+def _plain(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.is_floating_point()
+
+
+def _check(module: LoraLayer, role: str | None) -> None:
+    if not _plain(module.base_layer):
+        raise UserError(
+            f"an adapter is not merged into a {type(module.base_layer).__name__}: set --rollout_engine transformers"
+        )
+
+
+def _check_memory(needed: int, device: torch.device) -> None:
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"sampling needs {needed / 1e9:.2f} GB for a copy of the adapted weights with the adapter merged, and "
+            f"{free / 1e9:.2f} GB are free: set --rollout_engine transformers, which makes none, or lower --lora_layers"
+        )
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear in bfloat16 on the CPU, the weight in the order in which oneDNN multiplies it.
+
+    oneDNN reorders a plain weight in every product, which takes as long as a product with few rows. The results are
+    equal bit for bit.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight, None), bias
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(hidden, self.weight, self.bias, "none", [], "")
+
+
+def _packs(weight: torch.Tensor) -> bool:
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+@torch.no_grad()
+def _merged(module: LoraLayer, role: str | None) -> nn.Module:
+    layer = module.base_layer
+    down, up = module.lora_A[role].weight.float(), module.lora_B[role].weight.float()
+    factors = (down.T, up.T) if isinstance(layer, Conv1D) else (up, down)
+    weight = torch.addmm(layer.weight.float(), *factors, alpha=module.scaling[role]).to(layer.weight.dtype)
+    if type(layer) is nn.Linear and _packs(weight):
+        return PackedLinear(weight, layer.bias)
+    twin = copy.copy(layer)
+    twin._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return twin
