@@ -90,6 +90,9 @@ RLHF_FAST_INLINE F32 exp(F32 x) {
   return x < -87.0f ? all(0.0f) : result;
 }
 
+// e^x for x <= 0 (or NaN), to 2e-7; below 2^-125 exactly 0.
+RLHF_FAST_INLINE F32 falling_exp(F32 x) { return exp2_scaled(x, kLog2E); }
+
 // e^x - 1, exact for small x too.
 RLHF_FAST_INLINE F32 expm1(F32 x) {
   const F32 bounded = x < -20.0f ? all(-20.0f) : (x > 20.0f ? all(20.0f) : x);
@@ -226,6 +229,23 @@ RLHF_FAST_INLINE I32 first_lanes(int count) {
   I32 lane{};
   for (int i = 0; i < kLanes; i++) lane[i] = i;
   return lane < count;
+}
+
+template <class Pointer>
+struct Pointed;
+template <class T>
+struct Pointed<T*> {
+  using type = T;
+};
+
+// Calls `body` with the pointer typed.
+template <class Body>
+RLHF_FAST_INLINE void typed(void* data, DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32: return body((float*)data);
+    case DType::bf16: return body((BFloat16*)data);
+    default: return body((Float16*)data);
+  }
 }
 
 }  // namespace rlhf_fast::RLHF_FAST_PATH

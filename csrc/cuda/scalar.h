@@ -15,6 +15,7 @@ RLHF_FAST_INLINE T where(bool condition, T a, T b) {
 }
 RLHF_FAST_INLINE float abs(float x) { return ::fabsf(x); }
 RLHF_FAST_INLINE float expm1(float x) { return ::expm1f(x); }
+RLHF_FAST_INLINE float falling_exp(float x) { return ::expf(x); }
 
 #include "../formulas.h"
 

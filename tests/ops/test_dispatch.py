@@ -209,9 +209,9 @@ def test_backends_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch)
 
 def test_every_public_op_has_a_torch_reference() -> None:
     ops = {
-        "clipped_policy_loss", "clipped_value_loss", "dpo_loss", "exact_kl", "gae", "linear_cross_entropy",
-        "linear_logprobs", "linear_policy_loss", "linear_policy_ref", "masked_logprobs", "masked_whiten",
-        "pairwise_loss", "ppo_loss", "token_kl",
+        "clipped_policy_loss", "clipped_value_loss", "dpo_loss", "exact_kl", "gae", "gated_activation",
+        "linear_cross_entropy", "linear_logprobs", "linear_policy_loss", "linear_policy_ref", "masked_logprobs",
+        "masked_whiten", "pairwise_loss", "ppo_loss", "rms_norm", "rotary_embedding", "token_kl",
     }  # fmt: skip
     listing = backends("cpu")
     assert set(listing) == ops
