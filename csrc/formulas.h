@@ -1,7 +1,7 @@
 // The token-level formulas, once for every machine: F is a vector on the CPU and float in a CUDA thread.
 // Each is the formula of the torch reference of the same name in rlhf_fast/ops.
 //
-// They use + - * / and comparisons and, for F, where(condition, a, b), expm1, abs and falling_exp, which is e^x for x <= 0. So this file is included INSIDE the
+// They use + - * / and comparisons and, for F, where(condition, a, b), expm1, abs, reciprocal and bounded_exp, which is e^x for x <= 87. So this file is included INSIDE the
 // namespace that defines those (rlhf_fast::<path> in cpu/vec.h, rlhf_fast::cuda in cuda/), and is part of it.
 
 #ifdef __CUDACC__
@@ -135,21 +135,18 @@ struct Activated {
   F slope;  // a'(x)
 };
 
-// x * sigmoid(u), from e^-|u|, which cannot overflow; `rise` is du/dx.
+// x * sigmoid(u); `rise` is du/dx. The exponential's bound keeps 1 - sigmoid(u) = e^-u sigmoid(u) finite.
 template <class F>
 RLHF_FAST_FORMULA Activated<F> sigmoid_gate(F x, F u, F rise) {
-  const F e = falling_exp(-abs(u)), inverse = 1.0f / (1.0f + e);
-  const F larger = inverse, smaller = e * inverse;
-  const F sigmoid = where(u < 0.0f, smaller, larger), rest = where(u < 0.0f, larger, smaller);
-  const F value = x * sigmoid;
-  return {value, sigmoid + value * rest * rise};
+  const F e = bounded_exp(-u), sigmoid = reciprocal(1.0f + e), value = x * sigmoid;
+  return {value, sigmoid + value * (e * sigmoid) * rise};
 }
 
 // Phi(x), the share of a normal distribution below x: half of erfc(|x| / sqrt(2)), to 1.2e-7 of itself (Press et al.,
 // Numerical Recipes, 2nd edition, section 6.2), or what is left of 1.
 template <class F>
 RLHF_FAST_FORMULA F normal_share(F x, F bell) {
-  const F t = 1.0f / (1.0f + abs(x) * 0.353553391f);
+  const F t = reciprocal(1.0f + abs(x) * 0.353553391f);
   F p = F{} + 0.17087277f;
   p = p * t - 0.82215223f;
   p = p * t + 1.48851587f;
@@ -160,7 +157,7 @@ RLHF_FAST_FORMULA F normal_share(F x, F bell) {
   p = p * t + 0.37409196f;
   p = p * t + 1.00002368f;
   p = p * t - 1.26551223f;
-  const F tail = 0.5f * t * bell * falling_exp(p);
+  const F tail = 0.5f * t * bell * bounded_exp(p);
   return where(x < 0.0f, tail, 1.0f - tail);
 }
 
@@ -169,12 +166,14 @@ RLHF_FAST_FORMULA Activated<F> activate(Activation activation, F x) {
   switch (activation) {
     case Activation::silu: return sigmoid_gate(x, x, F{} + 1.0f);
     case Activation::gelu_tanh: {
-      // (1 + tanh(z)) / 2 = sigmoid(2 z), 2 z = sqrt(8 / pi) (x + 0.044715 x^3)
-      const F square = x * x;
-      return sigmoid_gate(x, 1.59576912f * x * (1.0f + 0.044715f * square), 1.59576912f + 0.214064449f * square);
+      // (1 + tanh(z)) / 2 = sigmoid(2 z), 2 z = sqrt(8 / pi) (x + 0.044715 x^3); at 30 it has long been 0 or 1
+      F near = where(x > 30.0f, F{} + 30.0f, x);
+      near = where(x < -30.0f, F{} - 30.0f, near);
+      const F square = near * near;
+      return sigmoid_gate(x, 1.59576912f * near * (1.0f + 0.044715f * square), 1.59576912f + 0.214064449f * square);
     }
     case Activation::gelu: {
-      const F bell = falling_exp(-0.5f * x * x), share = normal_share(x, bell);
+      const F bell = bounded_exp(-0.5f * x * x), share = normal_share(x, bell);
       return {x * share, share + 0.398942280f * x * bell};
     }
     case Activation::relu: return {where(x <= 0.0f, F{}, x), where(x <= 0.0f, F{}, F{} + 1.0f)};

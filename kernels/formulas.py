@@ -160,13 +160,11 @@ RELU = tl.constexpr(3)
 
 @triton.jit
 def sigmoid_gate(x, u, rise):
-    """(x * sigmoid(u), its slope), from e^-|u|, which cannot overflow; ``rise`` is du/dx."""
-    e = exponential(-tl.abs(u))
-    inverse = 1.0 / (1.0 + e)
-    sigmoid = tl.where(u < 0.0, e * inverse, inverse)
-    rest = tl.where(u < 0.0, inverse, e * inverse)
+    """(x * sigmoid(u), its slope); ``rise`` is du/dx. The bound keeps 1 - sigmoid(u) = e^-u sigmoid(u) finite."""
+    e = exponential(tl.where(u < -87.0, 87.0, -u))
+    sigmoid = 1.0 / (1.0 + e)
     value = x * sigmoid
-    return value, sigmoid + value * rest * rise
+    return value, sigmoid + value * (e * sigmoid) * rise
 
 
 @triton.jit
@@ -194,9 +192,11 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         value, slope = sigmoid_gate(x, x, 1.0)
     elif ACTIVATION == GELU_TANH:
-        # (1 + tanh(z)) / 2 = sigmoid(2 z), 2 z = sqrt(8 / pi) (x + 0.044715 x^3)
-        square = x * x
-        u = 1.59576912 * x * (1.0 + 0.044715 * square)
+        # (1 + tanh(z)) / 2 = sigmoid(2 z), 2 z = sqrt(8 / pi) (x + 0.044715 x^3); at 30 it has long been 0 or 1
+        near = tl.where(x > 30.0, 30.0, x)
+        near = tl.where(x < -30.0, -30.0, near)
+        square = near * near
+        u = 1.59576912 * near * (1.0 + 0.044715 * square)
         value, slope = sigmoid_gate(x, u, 1.59576912 + 0.214064449 * square)
     elif ACTIVATION == GELU:
         bell = exponential(-0.5 * x * x)

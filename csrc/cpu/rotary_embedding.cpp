@@ -24,14 +24,21 @@ void turn(const RotaryEmbedding& a, int threads) {
     const Angle* sin_of_second = a.backward ? sin : sin + half;
     const T* x = (const T*)a.x.data + sequence * a.x.sequence_stride + token * a.x.token_stride;
     T* out = (T*)a.out.data + sequence * a.out.sequence_stride + token * a.out.token_stride;
-    for (int64_t head = 0; head < a.heads; head++, x += a.x.head_stride, out += a.out.head_stride) {
-      over_vectors(0, half, [&](int64_t j, int lanes) __attribute__((always_inline)) {
-        const F32 first = load(x + j, lanes), second = load(x + half + j, lanes);
-        const F32 first_sin = sign * load(sin_of_first + j, lanes), second_sin = sign * load(sin_of_second + j, lanes);
-        store(out + j, first * load(cos + j, lanes) - second * first_sin, lanes);
-        store(out + half + j, second * load(cos + half + j, lanes) + first * second_sin, lanes);
-      });
-      if (a.width > a.turned) memcpy(out + a.turned, x + a.turned, (a.width - a.turned) * sizeof(T));
+    over_vectors(0, half, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+      const F32 first_cos = load(cos + j, lanes), second_cos = load(cos + half + j, lanes);
+      const F32 first_sin = sign * load(sin_of_first + j, lanes), second_sin = sign * load(sin_of_second + j, lanes);
+      for (int64_t head = 0; head < a.heads; head++) {
+        const T* from = x + head * a.x.head_stride + j;
+        T* to = out + head * a.out.head_stride + j;
+        const F32 first = load(from, lanes), second = load(from + half, lanes);
+        store(to, first * first_cos - second * first_sin, lanes);
+        store(to + half, second * second_cos + first * second_sin, lanes);
+      }
+    });
+    if (a.width == a.turned) return;
+    for (int64_t head = 0; head < a.heads; head++) {
+      memcpy(out + head * a.out.head_stride + a.turned, x + head * a.x.head_stride + a.turned,
+             (a.width - a.turned) * sizeof(T));
     }
   });
 }

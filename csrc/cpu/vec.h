@@ -34,6 +34,17 @@ RLHF_FAST_INLINE F32 where(I32 condition, F32 a, F32 b) { return condition ? a :
 RLHF_FAST_INLINE F32 as_float(I32 bits) { return (F32)bits; }
 RLHF_FAST_INLINE I32 as_bits(F32 x) { return (I32)x; }
 RLHF_FAST_INLINE F32 abs(F32 x) { return as_float(as_bits(x) & 0x7fffffff); }
+// One instruction, which GCC 12 spells in two. A NaN in `x` stays.
+#if defined(__AVX512F__)
+RLHF_FAST_INLINE F32 at_least(F32 x, F32 bound) { return (F32)_mm512_maskz_max_ps(0xffff, (__m512)bound, (__m512)x); }
+RLHF_FAST_INLINE F32 at_most(F32 x, F32 bound) { return (F32)_mm512_maskz_min_ps(0xffff, (__m512)bound, (__m512)x); }
+#elif defined(__AVX2__)
+RLHF_FAST_INLINE F32 at_least(F32 x, F32 bound) { return (F32)_mm256_max_ps((__m256)bound, (__m256)x); }
+RLHF_FAST_INLINE F32 at_most(F32 x, F32 bound) { return (F32)_mm256_min_ps((__m256)bound, (__m256)x); }
+#else
+RLHF_FAST_INLINE F32 at_least(F32 x, F32 bound) { return x < bound ? bound : x; }
+RLHF_FAST_INLINE F32 at_most(F32 x, F32 bound) { return x > bound ? bound : x; }
+#endif
 // A NaN in `kept` stays, a NaN in `x` is passed over.
 RLHF_FAST_INLINE F32 larger(F32 x, F32 kept) { return x > kept ? x : kept; }
 
@@ -68,7 +79,7 @@ RLHF_FAST_INLINE F32 power_of_2(U32 exponent) { return (F32)((U32)all(1.0f) + ex
 // shortest way to 2e-7. The fused product keeps x * rate unrounded, so that the bound lies on x.
 RLHF_FAST_INLINE F32 exp2_scaled(F32 x, float rate) {
   const float lowest = -126.0f / rate;  // the compiler takes it out of the loop
-  x = x < lowest ? all(lowest) : x;
+  x = at_least(x, all(lowest));
   const F32 shifted = x * rate + kRounder;
   const F32 f = x * rate - (shifted - kRounder);
   // twice the polynomial times half the power, so that the power of -126 has no bits left
@@ -90,8 +101,18 @@ RLHF_FAST_INLINE F32 exp(F32 x) {
   return x < -87.0f ? all(0.0f) : result;
 }
 
-// e^x for x <= 0 (or NaN), to 2e-7; below 2^-125 exactly 0.
-RLHF_FAST_INLINE F32 falling_exp(F32 x) { return exp2_scaled(x, kLog2E); }
+// e^x to 2e-7, held at that of 87 above it; below 2^-125 exactly 0.
+RLHF_FAST_INLINE F32 bounded_exp(F32 x) { return exp2_scaled(at_most(x, all(87.0f)), kLog2E); }
+
+// 1 / x to a unit in the last place or two, for 1 <= x < 2^126. AVX-512 divides only once in 16 cycles.
+RLHF_FAST_INLINE F32 reciprocal(F32 x) {
+#ifdef __AVX512F__
+  const F32 near = (F32)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return near + near * (1.0f - x * near);
+#else
+  return 1.0f / x;
+#endif
+}
 
 // e^x - 1, exact for small x too.
 RLHF_FAST_INLINE F32 expm1(F32 x) {

@@ -1,5 +1,6 @@
 """Root-mean-square norm (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019)."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -65,21 +66,23 @@ class Inputs(NamedTuple):
 
 @implements("rms_norm", "torch")
 def _torch(inputs: Inputs) -> Tensor:
-    x = inputs.hidden.to(accumulation_dtype(inputs.hidden.dtype))
-    normed = x * torch.rsqrt(ordered_sum(x * x) / x.shape[-1] + inputs.eps).unsqueeze(-1)
+    hidden = inputs.hidden
+    x = flat_rows(hidden).to(accumulation_dtype(hidden.dtype))
+    rows, width = x.shape
+    normed = x * _Spread.apply(torch.rsqrt(ordered_sum(x * x) / width + inputs.eps), width)
     if inputs.weight is not None:
-        normed = normed * _Spread.apply(inputs.weight, x.shape[:-1].numel()).view(x.shape)
-    return normed.to(inputs.hidden.dtype)
+        normed = normed * _Spread.apply(inputs.weight, rows).t()
+    return normed.to(hidden.dtype).reshape(hidden.shape)
 
 
 class _Spread(torch.autograd.Function):
-    """(H,) -> (N, H). Broadcasting does the same, but the sum in its backward depends on the number of threads."""
+    """(N,) -> (N, M). Broadcasting does the same, but the sum in its backward depends on threads and strides."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, rows: int) -> Tensor:
-        return weight.repeat(rows, 1)
+    def forward(values: Tensor, count: int) -> Tensor:
+        return values.unsqueeze(1).repeat(1, count)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -87,7 +90,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ordered_sum(grads[0].transpose(0, 1)), None
+        return ordered_sum(grads[0]), None
 
 
 # ---- on the engines: one sweep forward, one backward ----------------------------------------------------------------
@@ -115,7 +118,7 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor]:
     hidden = inputs.hidden
-    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[:-1].numel(), dtype=torch.float32)
+    return hidden.new_empty(hidden.shape), hidden.new_empty(math.prod(hidden.shape[:-1]), dtype=torch.float32)
 
 
 class _Backward(NamedTuple):

@@ -28,7 +28,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Returns:
         Shape and dtype of ``x``, inside autocast too. It lies in memory as ``x`` does: by token where x is a transposed
-        (B, T, heads, D), as a projection gives it, else by head. So does the gradient.
+        (B, T, heads, D), as a projection gives it, else by head. So does the gradient, but for the torch backend's.
 
     Raises:
         TypeError: an input is not a floating-point tensor, or cos and sin differ in dtype.
