@@ -70,7 +70,7 @@ def _differentiate(
         store_rounded(grad + row * grad_stride, column, p * factor - xhat * pull, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows"])
 def _sum_rows(
     hidden, hidden_stride, tokens, width, scale, upstream, upstream_stride, rows, parts, COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def _sum_rows(
     tl.store(parts + part * width + column, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _add_parts(parts, count, width, grad_weight, COLUMNS: tl.constexpr):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width

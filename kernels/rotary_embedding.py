@@ -15,7 +15,7 @@ from .hidden import BLOCK, WARPS, load_floats, store_rounded
 from .records import RotaryEmbedding
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "heads"])
 def _turn(
     x, x_sequence, x_head, x_token, cos, sin, angle_sequence, angle_token, out, out_sequence, out_head, out_token,
     heads, length, width, half, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BACKWARD: tl.constexpr,
