@@ -45,16 +45,37 @@ def gated_activation(a: GatedActivation) -> None:
     if a.tokens * a.width == 0:
         return
     _multiply[(a.tokens, triton.cdiv(a.width, BLOCK))](
-        a.gate.data, a.gate.row_stride, a.up.data, a.up.row_stride, a.product.data, a.product.row_stride, a.width,
-        ACTIVATION=a.activation, BLOCK=BLOCK, num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+        gate=a.gate.data,
+        gate_stride=a.gate.row_stride,
+        up=a.up.data,
+        up_stride=a.up.row_stride,
+        product=a.product.data,
+        product_stride=a.product.row_stride,
+        width=a.width,
+        ACTIVATION=a.activation,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        **FUSED,
+    )
 
 
 def gated_activation_backward(a: GatedActivationBackward) -> None:
     if a.tokens * a.width == 0:
         return
     _differentiate[(a.tokens, triton.cdiv(a.width, BLOCK))](
-        a.gate.data, a.gate.row_stride, a.up.data, a.up.row_stride, a.grad_product.data, a.grad_product.row_stride,
-        a.grad_gate.data, a.grad_gate.row_stride, a.grad_up.data, a.grad_up.row_stride, a.width,
-        ACTIVATION=a.activation, BLOCK=BLOCK, num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+        gate=a.gate.data,
+        gate_stride=a.gate.row_stride,
+        up=a.up.data,
+        up_stride=a.up.row_stride,
+        upstream=a.grad_product.data,
+        upstream_stride=a.grad_product.row_stride,
+        grad_gate=a.grad_gate.data,
+        grad_gate_stride=a.grad_gate.row_stride,
+        grad_up=a.grad_up.data,
+        grad_up_stride=a.grad_up.row_stride,
+        width=a.width,
+        ACTIVATION=a.activation,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        **FUSED,
+    )

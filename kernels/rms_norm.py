@@ -99,18 +99,36 @@ def rms_norm(a: RmsNorm) -> None:
     if a.tokens == 0:
         return
     _normalise[(a.tokens,)](
-        a.hidden.data, a.hidden.row_stride, a.weight, a.width, a.eps, a.normed.data, a.normed.row_stride, a.scale,
-        BLOCK=BLOCK, num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+        hidden=a.hidden.data,
+        hidden_stride=a.hidden.row_stride,
+        weight=a.weight,
+        width=a.width,
+        eps=a.eps,
+        normed=a.normed.data,
+        normed_stride=a.normed.row_stride,
+        scale=a.scale,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        **FUSED,
+    )
 
 
 def rms_norm_backward(a: RmsNormBackward) -> None:
     if a.grad_hidden.data is not None and a.tokens > 0:
         _differentiate[(a.tokens,)](
-            a.hidden.data, a.hidden.row_stride, a.weight, a.width, a.scale, a.grad_normed.data,
-            a.grad_normed.row_stride, a.grad_hidden.data, a.grad_hidden.row_stride, BLOCK=BLOCK, num_warps=WARPS,
+            hidden=a.hidden.data,
+            hidden_stride=a.hidden.row_stride,
+            weight=a.weight,
+            width=a.width,
+            scale=a.scale,
+            upstream=a.grad_normed.data,
+            upstream_stride=a.grad_normed.row_stride,
+            grad=a.grad_hidden.data,
+            grad_stride=a.grad_hidden.row_stride,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
             **FUSED,
-        )  # fmt: skip
+        )
     if a.grad_weight is None or a.width == 0:
         return
     rows = max(LEAST_ROWS, triton.cdiv(a.tokens, MOST_PARTS))
@@ -118,7 +136,19 @@ def rms_norm_backward(a: RmsNormBackward) -> None:
     parts = torch.empty((count, a.width), dtype=torch.float32, device=a.grad_weight.device)
     if count > 0:
         _sum_rows[(count, columns)](
-            a.hidden.data, a.hidden.row_stride, a.tokens, a.width, a.scale, a.grad_normed.data,
-            a.grad_normed.row_stride, rows, parts, COLUMNS=COLUMNS, num_warps=1, **FUSED,
-        )  # fmt: skip
-    _add_parts[(columns,)](parts, count, a.width, a.grad_weight, COLUMNS=COLUMNS, num_warps=2, **FUSED)
+            hidden=a.hidden.data,
+            hidden_stride=a.hidden.row_stride,
+            tokens=a.tokens,
+            width=a.width,
+            scale=a.scale,
+            upstream=a.grad_normed.data,
+            upstream_stride=a.grad_normed.row_stride,
+            rows=rows,
+            parts=parts,
+            COLUMNS=COLUMNS,
+            num_warps=1,
+            **FUSED,
+        )
+    _add_parts[(columns,)](
+        parts=parts, count=count, width=a.width, grad_weight=a.grad_weight, COLUMNS=COLUMNS, num_warps=2, **FUSED
+    )

@@ -59,8 +59,26 @@ def rotary_embedding(a: RotaryEmbedding) -> None:
     pairs = triton.next_power_of_2(max(half, 1))
     heads = min(max(BLOCK // pairs, 1), triton.next_power_of_2(a.heads))
     _turn[(programs, triton.cdiv(a.heads, heads))](
-        a.x.data, a.x.sequence_stride, a.x.head_stride, a.x.token_stride, a.angles.cos, a.angles.sin,
-        a.angles.sequence_stride, a.angles.token_stride, a.out.data, a.out.sequence_stride, a.out.head_stride,
-        a.out.token_stride, a.heads, a.length, a.width, half, HEADS=heads, PAIRS=pairs,
-        REST=triton.next_power_of_2(rest) if rest else 0, BACKWARD=a.backward, num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+        x=a.x.data,
+        x_sequence=a.x.sequence_stride,
+        x_head=a.x.head_stride,
+        x_token=a.x.token_stride,
+        cos=a.angles.cos,
+        sin=a.angles.sin,
+        angle_sequence=a.angles.sequence_stride,
+        angle_token=a.angles.token_stride,
+        out=a.out.data,
+        out_sequence=a.out.sequence_stride,
+        out_head=a.out.head_stride,
+        out_token=a.out.token_stride,
+        heads=a.heads,
+        length=a.length,
+        width=a.width,
+        half=half,
+        HEADS=heads,
+        PAIRS=pairs,
+        REST=triton.next_power_of_2(rest) if rest else 0,
+        BACKWARD=a.backward,
+        num_warps=WARPS,
+        **FUSED,
+    )

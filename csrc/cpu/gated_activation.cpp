@@ -32,9 +32,8 @@ RLHF_FAST_INLINE void over_rows(const Arguments& a, int threads, const Visit& vi
   const int64_t blocks = blocks_of(a.width);
   parallel_for(a.tokens * blocks, smaller(a.width, kBlock), threads, [&](int64_t task) {
     const int64_t row = task / blocks, start = task % blocks * kBlock;
-    over_vectors(start, smaller(start + kBlock, a.width), [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      visit(row, i, lanes);
-    });
+    over_vectors(start, smaller(start + kBlock, a.width),
+                 [&](int64_t i, int lanes) __attribute__((always_inline)) { visit(row, i, lanes); });
   });
 }
 

@@ -1,5 +1,5 @@
-// Rows of a layer's numbers: a thread takes kVector<T> columns side by side, by one instruction where they are whole and
-// aligned. Which columns it takes depends on neither the row's address nor the alignment.
+// Rows of a layer's numbers: a thread takes kVector<T> columns side by side, by one instruction where they are whole
+// and aligned. Which columns it takes depends on neither the row's address nor the alignment.
 #pragma once
 
 #include "rows.h"

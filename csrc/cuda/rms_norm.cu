@@ -110,9 +110,7 @@ __global__ void __launch_bounds__(kThreads) add_parts(const float* parts, int64_
 }  // namespace
 
 const char* rms_norm(const RmsNorm& a, Scratch&, void* stream) {
-  return typed(a.dtype, [&](auto kind) {
-    return launch(normalise<decltype(kind)>, a.tokens, kThreads, 0, stream, a);
-  });
+  return typed(a.dtype, [&](auto kind) { return launch(normalise<decltype(kind)>, a.tokens, kThreads, 0, stream, a); });
 }
 
 const char* rms_norm_backward(const RmsNormBackward& a, Scratch& scratch, void* stream) {
@@ -121,8 +119,7 @@ const char* rms_norm_backward(const RmsNormBackward& a, Scratch& scratch, void* 
   if (scratch.size < scratch.needed) return nullptr;
   const char* error = typed(a.dtype, [&](auto kind) -> const char* {
     using T = decltype(kind);
-    const char* failed =
-        a.grad_hidden.data ? launch(differentiate<T>, a.tokens, kThreads, 0, stream, a) : nullptr;
+    const char* failed = a.grad_hidden.data ? launch(differentiate<T>, a.tokens, kThreads, 0, stream, a) : nullptr;
     if (failed || !a.grad_weight) return failed;
     const int64_t steps = ceil_div(a.width, kStep<T>);
     return launch(sum_rows<T>, count * steps, kThreads, 0, stream, a, rows, steps, parts);

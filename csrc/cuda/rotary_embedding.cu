@@ -1,5 +1,5 @@
-// Rotary embedding, by halves of a head: the pairs (j, j + turned / 2). A block takes a token, a thread kVector<T> pairs
-// of a head at a time, or as many of the numbers that are copied.
+// Rotary embedding, by halves of a head: the pairs (j, j + turned / 2). A block takes a token, a thread kVector<T>
+// pairs of a head at a time, or as many of the numbers that are copied.
 //
 //   formula         x_j cos_j - x_k sin_j and x_k cos_k + x_j sin_k, k = j + turned / 2, in float; one rounding.
 //                   backward: the transpose of that, with -sin_k for sin_j and -sin_j for sin_k
