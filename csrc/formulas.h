@@ -1,8 +1,9 @@
 // The token-level formulas, once for every machine: F is a vector on the CPU and float in a CUDA thread.
 // Each is the formula of the torch reference of the same name in rlhf_fast/ops.
 //
-// They use + - * / and comparisons and, for F, where(condition, a, b), expm1, abs, reciprocal and bounded_exp, which is e^x for x <= 87. So this file is included INSIDE the
-// namespace that defines those (rlhf_fast::<path> in cpu/vec.h, rlhf_fast::cuda in cuda/), and is part of it.
+// They use + - * / and comparisons and, for F, where(condition, a, b), expm1, abs, reciprocal and bounded_exp, which is
+// e^x for x <= 87. So this file is included INSIDE the namespace that defines those (rlhf_fast::<path> in cpu/vec.h,
+// rlhf_fast::cuda in cuda/), and is part of it.
 
 #ifdef __CUDACC__
 #define RLHF_FAST_FORMULA __host__ __device__ __forceinline__

@@ -75,7 +75,7 @@ RLHF_FAST_INLINE Exponential split_exponential(F32 x) {
 // 2^n of n in the place of a float's exponent, from -126 to 127. Its product with a NaN is NaN.
 RLHF_FAST_INLINE F32 power_of_2(U32 exponent) { return (F32)((U32)all(1.0f) + exponent); }
 
-// 2^(x * rate) for x <= 0 (or NaN) and rate of at least 2^-119; below 2^-125 exactly 0. The workhorse of the vocabulary rows: the
+// 2^(x * rate) for x * rate <= 126 (or NaN) and rate of at least 2^-119; below 2^-125 exactly 0. The workhorse of the vocabulary rows: the
 // shortest way to 2e-7. The fused product keeps x * rate unrounded, so that the bound lies on x.
 RLHF_FAST_INLINE F32 exp2_scaled(F32 x, float rate) {
   const float lowest = -126.0f / rate;  // the compiler takes it out of the loop
