@@ -14,7 +14,7 @@ CHART := docs/images/benchmarks-cpu.png
 ENGINE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 CPP := $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cu) tests/cuda/*.cpp tests/cuda/emulated/*.h tests/cuda/emulated/*.cpp)
 
-.PHONY: demo test lint lint-cpp format docs bench gpu wheel sanitize clean
+.PHONY: demo test lint format docs bench gpu wheel sanitize clean
 
 $(VENV)/packages: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("rlhf-fast needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -47,9 +47,6 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
-
-# Not part of lint yet: `make format` has to run over csrc once first.
-lint-cpp: $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/installed

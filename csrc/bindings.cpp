@@ -1,5 +1,5 @@
-// The Python module rlhf_fast._C: a function a launcher, those of CUDA in the submodule `cuda`.
-// Only rlhf_fast/ops calls it, and has checked shapes, dtypes and strides before.
+// The Python module rlhf_fast._C: one function per launcher, those of CUDA in the submodule `cuda`. Only rlhf_fast/ops
+// calls it, after it has checked shapes, dtypes and strides.
 #include <pybind11/pybind11.h>
 
 #include <new>
@@ -48,11 +48,12 @@ py::dict build_info() {
   return info;
 }
 
-// ---- a record of kernels/records.py, a tuple of tensors, numbers, None and further records ---------------------
+// ---- read(value, to): reads a record of kernels/records.py into its structure ----------------------------------------
 //
-// False where Python has an error.
+// A record is a tuple of tensors, numbers, None and further records. Each function returns false if a Python error is
+// set. They use Python's C API, not pybind11's casts, because a small op calls them a dozen times.
 
-bool fine() { return !PyErr_Occurred(); }
+bool no_error() { return !PyErr_Occurred(); }
 
 bool read(PyObject* value, bool& to) {
   const int truth = PyObject_IsTrue(value);
@@ -62,21 +63,22 @@ bool read(PyObject* value, bool& to) {
 
 bool read(PyObject* value, int64_t& to) {
   to = PyLong_AsLongLong(value);
-  return to != -1 || fine();
+  return to != -1 || no_error();
 }
 
 bool read(PyObject* value, double& to) {
   to = PyFloat_AsDouble(value);
-  return to != -1 || fine();
+  return to != -1 || no_error();
 }
 
 bool read(PyObject* value, float& to) {
   double number;
-  const bool well = read(value, number);
+  const bool ok = read(value, number);
   to = (float)number;
-  return well;
+  return ok;
 }
 
+// A tensor becomes its address, None a null pointer.
 template <class T>
 bool read(PyObject* value, T*& to) {
   static PyObject* const name = PyUnicode_InternFromString("data_ptr");
@@ -86,7 +88,7 @@ bool read(PyObject* value, T*& to) {
   if (!address) return false;
   to = (T*)PyLong_AsVoidPtr(address);
   Py_DECREF(address);
-  return to || fine();
+  return to || no_error();
 }
 
 template <class T>
@@ -95,7 +97,7 @@ bool read(PyObject* value, T& to) {
     const long code = PyLong_AsLong(value);
     to = (T)code;
     if (code >= 0 && code <= last(to)) return true;
-    if (fine()) PyErr_Format(PyExc_ValueError, "expected a code from 0 to %d; got %ld", (int)last(to), code);
+    if (no_error()) PyErr_Format(PyExc_ValueError, "expected a code from 0 to %d; got %ld", (int)last(to), code);
     return false;
   } else {
     auto members = fields(to);
@@ -119,7 +121,7 @@ Arguments arguments_of(const py::handle& record) {
 // ---- a launcher as a function of the module -------------------------------------------------------------------------
 
 using Release = py::gil_scoped_release;
-using Address = uintptr_t;  // a data_ptr(), 0 for none
+using Address = uintptr_t;  // a data_ptr(), or a stream
 
 template <class Arguments>
 void on_cpu(py::module_& m, const char* name, void (*CpuLaunchers::*launcher)(const Arguments&, int)) {
@@ -131,6 +133,7 @@ void on_cpu(py::module_& m, const char* name, void (*CpuLaunchers::*launcher)(co
 }
 
 #ifdef RLHF_FAST_CUDA
+// The size of a launch, for its error. The overload is chosen by the fields that the structure has.
 template <class Arguments>
 auto size_of(const Arguments& a) -> decltype(a.rows, std::string()) {
   return std::to_string(a.rows.length) + " rows of " + std::to_string(a.rows.vocab);
@@ -151,7 +154,7 @@ auto size_of(const Arguments& a) -> decltype(a.elements, std::string()) {
   return std::to_string(a.elements) + " elements";
 }
 
-// Returns the bytes of scratch that it needs before it can launch, 0 = it has launched.
+// The function returns the bytes of scratch that the launch needs, or 0 if it has launched.
 template <class Arguments>
 void on_cuda(py::module_& m, const char* name, const char* (*launcher)(const Arguments&, Scratch&, void*)) {
   m.def(name, [=](const py::handle& record, Address scratch_data, size_t scratch_size, Address stream) -> size_t {

@@ -1,9 +1,9 @@
-// The token-level formulas, once for every machine: F is a vector on the CPU and float in a CUDA thread.
-// Each is the formula of the torch reference of the same name in rlhf_fast/ops.
+// The token-level formulas, written once: F is a vector on the CPU and a float in a CUDA thread. Each is the formula of
+// the torch reference of the same name in rlhf_fast/ops.
 //
-// They use + - * / and comparisons and, for F, where(condition, a, b), expm1, abs, reciprocal and bounded_exp, which is
-// e^x for x <= 87. So this file is included INSIDE the namespace that defines those (rlhf_fast::<path> in cpu/vec.h,
-// rlhf_fast::cuda in cuda/), and is part of it.
+// They need arithmetic and comparisons of F, and the functions where(condition, a, b), expm1, abs, reciprocal and
+// bounded_exp, which is e^x for x <= 87. This file is included INSIDE the namespace that defines these:
+// rlhf_fast::<path> in cpu/vec.h, rlhf_fast::cuda in cuda/scalar.h.
 
 #ifdef __CUDACC__
 #define RLHF_FAST_FORMULA __host__ __device__ __forceinline__
@@ -11,7 +11,11 @@
 #define RLHF_FAST_FORMULA inline __attribute__((always_inline))
 #endif
 
-// exp(x) - 1 - x to a few units in the last place: where it would cancel, its series, exact to float at |x| < 1/2.
+// exp(x) - 1 - x to a few units in the last place. Where the difference would cancel, |x| < 1/2, by its Taylor series
+//
+//     x^2 / 2 (1 + x / 3 (1 + x / 4 (1 + ... x / 9))),
+//
+// whose next term is less than half a unit in the last place of a float.
 template <class F>
 RLHF_FAST_FORMULA F k3(F x) {
   F tail = 1.0f + x * (1.0f / 9);
@@ -21,18 +25,19 @@ RLHF_FAST_FORMULA F k3(F x) {
   tail = 1.0f + x * (1.0f / 5) * tail;
   tail = 1.0f + x * (1.0f / 4) * tail;
   tail = 1.0f + x * (1.0f / 3) * tail;
-  // the bound keeps inf - inf out; wherever it acts, exp(x) is infinite already
+  // The bound prevents inf - inf. Where it acts, exp(x) is infinite already.
   const F bounded = where(x > 1000.0f, F{} + 1000.0f, x);
   return where(abs(x) < 0.5f, 0.5f * x * x * tail, expm1(x) - bounded);
 }
 
-// After a switch over all codes, one of which the compiler would miss (-Werror=switch): NaN for a code of another build.
+// NaN for a code that no switch knows. A switch without a default makes the compiler reject a forgotten code
+// (-Werror=switch), so this is only reached by a module of another build.
 template <class F>
 RLHF_FAST_FORMULA F no_formula() {
   return F{} + __builtin_nanf("");
 }
 
-// d = logprob - ref_logprob.
+// The estimate of the KL from d = logprob - ref_logprob.
 template <class F>
 RLHF_FAST_FORMULA F kl_value(Kl estimator, F d) {
   switch (estimator) {
@@ -44,7 +49,7 @@ RLHF_FAST_FORMULA F kl_value(Kl estimator, F d) {
   return no_formula<F>();
 }
 
-// d value / d logprob; that of abs is 0 at NaN, as torch.sign is.
+// d value / d logprob. That of abs is 0 at NaN, as torch.sign.
 template <class F>
 RLHF_FAST_FORMULA F kl_slope(Kl estimator, F d) {
   switch (estimator) {
@@ -56,7 +61,7 @@ RLHF_FAST_FORMULA F kl_slope(Kl estimator, F d) {
   return no_formula<F>();
 }
 
-// The log ratio is held within +-20; NaN passes.
+// The log ratio is clamped to +-20, so that its exponential stays finite. NaN is kept.
 constexpr float kLogRatioBound = 20.0f;
 
 template <class F>
@@ -68,61 +73,61 @@ RLHF_FAST_FORMULA F bounded_log_ratio(F log_ratio) {
 template <class F>
 struct LossToken {
   F loss;
-  F slope;    // of the loss by the log-prob or the value: 0 where the clipped branch is in force
-  F clipped;  // 1 where it is, else 0, NaN or not
+  F slope;    // d loss / d log-prob or value: 0 where the loss is clipped
+  F clipped;  // 1 where it is, else 0, never NaN
 };
 
-// The bounds of a ratio, each rounded once.
-RLHF_FAST_FORMULA float lowest_ratio(const PolicyTerms& terms) {
-  return (float)(1 - (double)terms.clip_low);
-}
+// The bounds of a ratio. In double, so that each is rounded once, as in the reference.
+RLHF_FAST_FORMULA float lowest_ratio(const PolicyTerms& terms) { return (float)(1 - (double)terms.clip_low); }
 
-RLHF_FAST_FORMULA float highest_ratio(const PolicyTerms& terms) {
-  return (float)(1 + (double)terms.clip_high);
-}
+RLHF_FAST_FORMULA float highest_ratio(const PolicyTerms& terms) { return (float)(1 + (double)terms.clip_high); }
 
-// PPO's clipped loss of a token. `log_ratio` is its own and not yet bounded; `ratio` is that of its bounded log ratio, or
-// its sequence's. dual_clip is +inf for none. At a tie, and at the very ceiling, the unclipped branch is in force.
+// PPO's clipped loss of a token. `log_ratio` is the token's, not yet clamped. `ratio` is exp of the clamped one, or
+// that of the token's sequence. dual_clip = +inf means none. At a tie, or at the ceiling itself, it is not clipped.
 template <class F>
 RLHF_FAST_FORMULA LossToken<F> policy_token(F log_ratio, F ratio, F advantage, float low, float high, float dual_clip) {
-  F held = where(ratio < low, F{} + low, ratio);
-  held = where(held > high, F{} + high, held);
+  F clipped_ratio = where(ratio < low, F{} + low, ratio);
+  clipped_ratio = where(clipped_ratio > high, F{} + high, clipped_ratio);
   const F unclipped = -advantage * ratio;
-  const F at_bound = -advantage * held;
+  const F at_bound = -advantage * clipped_ratio;
   const F ceiling = -advantage * dual_clip;
   const auto outside = at_bound > unclipped;
   const F loss = where(outside, at_bound, unclipped);
   const auto over = (advantage < 0.0f) & (loss > ceiling);
   const auto clipped = outside | over;
+  // d ratio / d logprob = ratio, so the slope of the unclipped loss is that loss. Where the ratio is clipped or its
+  // logarithm clamped, the loss does not depend on the log-prob.
   const auto constant = clipped | (abs(log_ratio) > kLogRatioBound);
   return {where(over, ceiling, loss), where(constant, F{}, unclipped), where(clipped, F{} + 1.0f, F{})};
 }
 
-// 0.5 * max((v - R)^2, (clip(v) - R)^2); clip is +inf for none. At a tie the unclipped branch is in force.
+// 0.5 * max((v - R)^2, (clip(v) - R)^2). clip = +inf means none. At a tie the unclipped branch counts.
 template <class F>
 RLHF_FAST_FORMULA LossToken<F> value_token(F value, F old_value, F target, float clip) {
-  F held = where(value < old_value - clip, old_value - clip, value);
-  held = where(held > old_value + clip, old_value + clip, held);
+  F clipped_value = where(value < old_value - clip, old_value - clip, value);
+  clipped_value = where(clipped_value > old_value + clip, old_value + clip, clipped_value);
   const F error = value - target;
-  const F held_error = held - target;
+  const F clipped_error = clipped_value - target;
   const F squared = error * error;
-  const F held_squared = held_error * held_error;
-  const auto clipped = held_squared > squared;
-  return {0.5f * where(clipped, held_squared, squared), where(clipped, F{}, error), where(clipped, F{} + 1.0f, F{})};
+  const F clipped_squared = clipped_error * clipped_error;
+  const auto clipped = clipped_squared > squared;
+  return {0.5f * where(clipped, clipped_squared, squared), where(clipped, F{}, error), where(clipped, F{} + 1.0f, F{})};
 }
 
-// One step backwards in time: the advantage of a token from the next live token's value and advantage.
+// One step of GAE, backwards in time: the advantage of a token from the value and the advantage of the next live token.
 template <class F>
 RLHF_FAST_FORMULA F gae_step(F reward, F value, F next_value, F next_advantage, float gamma, float gamma_lam) {
   return reward + gamma * next_value - value + gamma_lam * next_advantage;
 }
 
-// What a token adds to the one before it. With g_t = gamma * value_t + gamma_lam * advantage_t,
+// The gain of a token in the recurrence of GAE. With g_t = gamma * value_t + gamma_lam * advantage_t,
 //
-//     advantage_t = reward_t - value_t + g_{t+1}  and  g_t = gain_t + gamma_lam * g_{t+1},
+//     advantage_t = reward_t - value_t + g_{t+1}
+//     g_t         = gain_t + gamma_lam * g_{t+1}
 //
-// one number to carry instead of two. `gamma_rest` is gamma - gamma_lam, taken before the rounding, so that values cancel
-// exactly at lam = 1. An infinite value makes NaN of all before it, as in the reference.
+// so that one number is carried from token to token, not two. `gamma_rest` is gamma - gamma_lam, subtracted in double,
+// so that the values cancel exactly at lam = 1. An infinite value makes all earlier tokens NaN, as in the reference:
+// that is the term value - value.
 template <class F>
 RLHF_FAST_FORMULA F gae_gain(F reward, F value, float gamma_lam, float gamma_rest) {
   return gamma_lam * reward + gamma_rest * value + (value - value);

@@ -1,5 +1,5 @@
 // The launchers' arguments. Written by csrc/write_records.py from kernels/records.py: change that file.
-// `fields(a)` are a structure's fields in their order, `last` is an enum's last code.
+// `fields(a)` ties a structure's fields in their order; `last` is the last code of an enum.
 #pragma once
 
 #include <cstdint>
@@ -21,15 +21,17 @@ constexpr int32_t last(Aggregation) { return 3; }
 constexpr int kStatistics = 4;
 
 struct Rows {
-  int64_t length;  // rows
-  int64_t vocab;  // columns in the softmax
-  const int64_t* targets;  // (length,); in [0, vocab) where live
-  const uint8_t* live;  // (length,)
-  const float* temperature;  // (length,)
+  int64_t length;              // rows
+  int64_t vocab;               // columns in the softmax
+  const int64_t* targets;      // (length,); in [0, vocab) where live
+  const uint8_t* live;         // (length,)
+  const float* temperature;    // (length,)
   int64_t temperature_stride;  // 0 where all rows share one
-  float softcap;  // 0 = none
+  float softcap;               // 0 = none
 };
-inline auto fields(Rows& a) { return std::tie(a.length, a.vocab, a.targets, a.live, a.temperature, a.temperature_stride, a.softcap); }
+inline auto fields(Rows& a) {
+  return std::tie(a.length, a.vocab, a.targets, a.live, a.temperature, a.temperature_stride, a.softcap);
+}
 
 struct Logits {
   void* data;  // None = not wanted
@@ -42,7 +44,7 @@ struct MaskedLogprobs {
   Rows rows;
   Logits logits;
   float* logprobs;
-  float* entropy;  // None = not wanted
+  float* entropy;     // None = not wanted
   float* statistics;  // (length, STATISTICS)
 };
 inline auto fields(MaskedLogprobs& a) { return std::tie(a.rows, a.logits, a.logprobs, a.entropy, a.statistics); }
@@ -53,12 +55,15 @@ struct MaskedLogprobsBackward {
   int64_t columns;  // of grad; those past vocab get 0
   const float* statistics;
   const float* logprobs;
-  const float* entropy;  // needed with grad_entropy
+  const float* entropy;        // needed with grad_entropy
   const float* grad_logprobs;  // (length,), or None = 0
-  const float* grad_entropy;  // (length,), or None = 0
-  Logits grad;  // may be the logits themselves
+  const float* grad_entropy;   // (length,), or None = 0
+  Logits grad;                 // may be the logits themselves
 };
-inline auto fields(MaskedLogprobsBackward& a) { return std::tie(a.rows, a.logits, a.columns, a.statistics, a.logprobs, a.entropy, a.grad_logprobs, a.grad_entropy, a.grad); }
+inline auto fields(MaskedLogprobsBackward& a) {
+  return std::tie(a.rows, a.logits, a.columns, a.statistics, a.logprobs, a.entropy, a.grad_logprobs, a.grad_entropy,
+                  a.grad);
+}
 
 struct ExactKl {
   Rows rows;  // no targets, no softcap
@@ -76,9 +81,11 @@ struct ExactKlBackward {
   const float* statistics;
   const float* kl;
   const float* grad_kl;  // (length,)
-  Logits grad;  // may be the logits themselves
+  Logits grad;           // may be the logits themselves
 };
-inline auto fields(ExactKlBackward& a) { return std::tie(a.rows, a.logits, a.ref_logits, a.statistics, a.kl, a.grad_kl, a.grad); }
+inline auto fields(ExactKlBackward& a) {
+  return std::tie(a.rows, a.logits, a.ref_logits, a.statistics, a.kl, a.grad_kl, a.grad);
+}
 
 struct LinearLogprobs {
   Rows rows;
@@ -87,9 +94,11 @@ struct LinearLogprobs {
   float* entropy;  // None = not wanted
   Logits grad;
   const float* grad_logprobs;  // (length,), or None = 1
-  const float* grad_entropy;  // (length,), or None = 0
+  const float* grad_entropy;   // (length,), or None = 0
 };
-inline auto fields(LinearLogprobs& a) { return std::tie(a.rows, a.logits, a.logprobs, a.entropy, a.grad, a.grad_logprobs, a.grad_entropy); }
+inline auto fields(LinearLogprobs& a) {
+  return std::tie(a.rows, a.logits, a.logprobs, a.entropy, a.grad, a.grad_logprobs, a.grad_entropy);
+}
 
 struct PolicyTerms {
   float clip_low;  // the ratio is held within [1 - clip_low, 1 + clip_high]
@@ -97,10 +106,12 @@ struct PolicyTerms {
   float dual_clip;  // +inf = none
   float kl_coef;
   float entropy_coef;
-  Kl kl;  // whose value the KL has
+  Kl kl;        // whose value the KL has
   Kl kl_slope;  // and whose slope ("k3+" has k2's)
 };
-inline auto fields(PolicyTerms& a) { return std::tie(a.clip_low, a.clip_high, a.dual_clip, a.kl_coef, a.entropy_coef, a.kl, a.kl_slope); }
+inline auto fields(PolicyTerms& a) {
+  return std::tie(a.clip_low, a.clip_high, a.dual_clip, a.kl_coef, a.entropy_coef, a.kl, a.kl_slope);
+}
 
 struct LinearPolicyLoss {
   Rows rows;
@@ -108,13 +119,16 @@ struct LinearPolicyLoss {
   const float* old_logprobs;
   const float* advantages;
   const float* ref_logprobs;  // None = no KL
-  const float* share;  // (length,) of the token in the loss
+  const float* share;         // (length,) of the token in the loss
   PolicyTerms terms;
   Logits grad;
   float* logprobs;
   float* entropy;
 };
-inline auto fields(LinearPolicyLoss& a) { return std::tie(a.rows, a.logits, a.old_logprobs, a.advantages, a.ref_logprobs, a.share, a.terms, a.grad, a.logprobs, a.entropy); }
+inline auto fields(LinearPolicyLoss& a) {
+  return std::tie(a.rows, a.logits, a.old_logprobs, a.advantages, a.ref_logprobs, a.share, a.terms, a.grad, a.logprobs,
+                  a.entropy);
+}
 
 struct LinearPolicyRef {
   Rows rows;
@@ -129,7 +143,10 @@ struct LinearPolicyRef {
   const float* grad_entropy;
   const float* grad_kl;
 };
-inline auto fields(LinearPolicyRef& a) { return std::tie(a.rows, a.logits, a.ref_logits, a.logprobs, a.ref_logprobs, a.entropy, a.kl, a.grad, a.grad_logprobs, a.grad_entropy, a.grad_kl); }
+inline auto fields(LinearPolicyRef& a) {
+  return std::tie(a.rows, a.logits, a.ref_logits, a.logprobs, a.ref_logprobs, a.entropy, a.kl, a.grad, a.grad_logprobs,
+                  a.grad_entropy, a.grad_kl);
+}
 
 struct TokenKl {
   int64_t tokens;
@@ -150,11 +167,13 @@ struct TokenKlBackward {
   const float* grad_kl;
   float* grad;
 };
-inline auto fields(TokenKlBackward& a) { return std::tie(a.tokens, a.logprobs, a.ref_logprobs, a.live, a.slope, a.grad_kl, a.grad); }
+inline auto fields(TokenKlBackward& a) {
+  return std::tie(a.tokens, a.logprobs, a.ref_logprobs, a.live, a.slope, a.grad_kl, a.grad);
+}
 
 struct Gae {
   int64_t sequences;
-  int64_t length;  // of a padded row; of all sequences together where cu_seqlens is given
+  int64_t length;             // of a padded row; of all sequences together where cu_seqlens is given
   const int64_t* cu_seqlens;  // (sequences + 1,) bounds of packed sequences, or None = padded
   const float* rewards;
   const float* values;
@@ -165,7 +184,10 @@ struct Gae {
   float* advantages;
   float* returns;
 };
-inline auto fields(Gae& a) { return std::tie(a.sequences, a.length, a.cu_seqlens, a.rewards, a.values, a.live, a.gamma, a.lam, a.whiten, a.advantages, a.returns); }
+inline auto fields(Gae& a) {
+  return std::tie(a.sequences, a.length, a.cu_seqlens, a.rewards, a.values, a.live, a.gamma, a.lam, a.whiten,
+                  a.advantages, a.returns);
+}
 
 struct MaskedMoments {
   int64_t elements;
@@ -182,11 +204,13 @@ struct MaskedWhiten {
   const uint8_t* live;
   bool shift_mean;
   bool unbiased;
-  bool given;  // statistics are an input
+  bool given;          // statistics are an input
   double* statistics;  // 3: live elements, mean, scale = 1 / sqrt(variance + 1e-8)
   float* whitened;
 };
-inline auto fields(MaskedWhiten& a) { return std::tie(a.elements, a.x, a.live, a.shift_mean, a.unbiased, a.given, a.statistics, a.whitened); }
+inline auto fields(MaskedWhiten& a) {
+  return std::tie(a.elements, a.x, a.live, a.shift_mean, a.unbiased, a.given, a.statistics, a.whitened);
+}
 
 struct MaskedWhitenBackward {
   int64_t elements;
@@ -198,11 +222,13 @@ struct MaskedWhitenBackward {
   const float* grad_whitened;
   float* grad;
 };
-inline auto fields(MaskedWhitenBackward& a) { return std::tie(a.elements, a.x, a.live, a.shift_mean, a.unbiased, a.statistics, a.grad_whitened, a.grad); }
+inline auto fields(MaskedWhitenBackward& a) {
+  return std::tie(a.elements, a.x, a.live, a.shift_mean, a.unbiased, a.statistics, a.grad_whitened, a.grad);
+}
 
 struct LossDivisor {
   Aggregation aggregation;
-  double number;  // num_items, where it is known; below 0 = count here
+  double number;        // num_items, where it is known; below 0 = count here
   const double* items;  // or it is there, on the device: CUDA alone
 };
 inline auto fields(LossDivisor& a) { return std::tie(a.aggregation, a.number, a.items); }
@@ -232,7 +258,11 @@ struct PpoLoss {
   float* grad_values;
   float* grad_entropy;
 };
-inline auto fields(PpoLoss& a) { return std::tie(a.policy, a.value, a.sequences, a.length, a.logprobs, a.old_logprobs, a.advantages, a.values, a.old_values, a.returns, a.entropy, a.ref_logprobs, a.live, a.sequence_level, a.terms, a.value_clip, a.value_coef, a.divisor, a.loss, a.statistics, a.grad_logprobs, a.grad_values, a.grad_entropy); }
+inline auto fields(PpoLoss& a) {
+  return std::tie(a.policy, a.value, a.sequences, a.length, a.logprobs, a.old_logprobs, a.advantages, a.values,
+                  a.old_values, a.returns, a.entropy, a.ref_logprobs, a.live, a.sequence_level, a.terms, a.value_clip,
+                  a.value_coef, a.divisor, a.loss, a.statistics, a.grad_logprobs, a.grad_values, a.grad_entropy);
+}
 
 struct Hidden {
   void* data;  // None = not wanted
@@ -250,7 +280,9 @@ struct RmsNorm {
   Hidden normed;
   float* scale;  // (tokens,) 1 / sqrt(mean(x^2) + eps)
 };
-inline auto fields(RmsNorm& a) { return std::tie(a.tokens, a.width, a.dtype, a.hidden, a.weight, a.eps, a.normed, a.scale); }
+inline auto fields(RmsNorm& a) {
+  return std::tie(a.tokens, a.width, a.dtype, a.hidden, a.weight, a.eps, a.normed, a.scale);
+}
 
 struct RmsNormBackward {
   int64_t tokens;
@@ -263,7 +295,9 @@ struct RmsNormBackward {
   Hidden grad_hidden;
   float* grad_weight;  // (width,); None = not wanted
 };
-inline auto fields(RmsNormBackward& a) { return std::tie(a.tokens, a.width, a.dtype, a.hidden, a.weight, a.scale, a.grad_normed, a.grad_hidden, a.grad_weight); }
+inline auto fields(RmsNormBackward& a) {
+  return std::tie(a.tokens, a.width, a.dtype, a.hidden, a.weight, a.scale, a.grad_normed, a.grad_hidden, a.grad_weight);
+}
 
 struct GatedActivation {
   int64_t tokens;
@@ -274,7 +308,9 @@ struct GatedActivation {
   Hidden up;
   Hidden product;
 };
-inline auto fields(GatedActivation& a) { return std::tie(a.tokens, a.width, a.dtype, a.activation, a.gate, a.up, a.product); }
+inline auto fields(GatedActivation& a) {
+  return std::tie(a.tokens, a.width, a.dtype, a.activation, a.gate, a.up, a.product);
+}
 
 struct GatedActivationBackward {
   int64_t tokens;
@@ -287,7 +323,9 @@ struct GatedActivationBackward {
   Hidden grad_gate;
   Hidden grad_up;
 };
-inline auto fields(GatedActivationBackward& a) { return std::tie(a.tokens, a.width, a.dtype, a.activation, a.gate, a.up, a.grad_product, a.grad_gate, a.grad_up); }
+inline auto fields(GatedActivationBackward& a) {
+  return std::tie(a.tokens, a.width, a.dtype, a.activation, a.gate, a.up, a.grad_product, a.grad_gate, a.grad_up);
+}
 
 struct Heads {
   void* data;
@@ -300,7 +338,7 @@ inline auto fields(Heads& a) { return std::tie(a.data, a.sequence_stride, a.head
 struct Angles {
   void* cos;
   void* sin;
-  DType dtype;  // float32, or that of the heads
+  DType dtype;              // float32, or that of the heads
   int64_t sequence_stride;  // 0 where all sequences share them
   int64_t token_stride;
 };
@@ -310,7 +348,7 @@ struct RotaryEmbedding {
   int64_t sequences;
   int64_t heads;
   int64_t length;
-  int64_t width;  // of a head
+  int64_t width;   // of a head
   int64_t turned;  // even, at most width
   DType dtype;
   Heads x;
@@ -318,28 +356,30 @@ struct RotaryEmbedding {
   bool backward;  // the other way round: the gradient of x from that of the result
   Heads out;
 };
-inline auto fields(RotaryEmbedding& a) { return std::tie(a.sequences, a.heads, a.length, a.width, a.turned, a.dtype, a.x, a.angles, a.backward, a.out); }
+inline auto fields(RotaryEmbedding& a) {
+  return std::tie(a.sequences, a.heads, a.length, a.width, a.turned, a.dtype, a.x, a.angles, a.backward, a.out);
+}
 
 }  // namespace rlhf_fast
 
-// Name and arguments of every launcher, of the CPU's and of CUDA's.
-#define RLHF_FAST_LAUNCHERS(X) \
-  X(masked_logprobs, MaskedLogprobs) \
-  X(masked_logprobs_backward, MaskedLogprobsBackward) \
-  X(exact_kl, ExactKl) \
-  X(exact_kl_backward, ExactKlBackward) \
-  X(linear_logprobs, LinearLogprobs) \
-  X(linear_policy_loss, LinearPolicyLoss) \
-  X(linear_policy_ref, LinearPolicyRef) \
-  X(token_kl, TokenKl) \
-  X(token_kl_backward, TokenKlBackward) \
-  X(gae, Gae) \
-  X(masked_moments, MaskedMoments) \
-  X(masked_whiten, MaskedWhiten) \
-  X(masked_whiten_backward, MaskedWhitenBackward) \
-  X(ppo_loss, PpoLoss) \
-  X(rms_norm, RmsNorm) \
-  X(rms_norm_backward, RmsNormBackward) \
-  X(gated_activation, GatedActivation) \
+// Name and arguments of every launcher, for the CPU and for CUDA.
+#define RLHF_FAST_LAUNCHERS(X)                          \
+  X(masked_logprobs, MaskedLogprobs)                    \
+  X(masked_logprobs_backward, MaskedLogprobsBackward)   \
+  X(exact_kl, ExactKl)                                  \
+  X(exact_kl_backward, ExactKlBackward)                 \
+  X(linear_logprobs, LinearLogprobs)                    \
+  X(linear_policy_loss, LinearPolicyLoss)               \
+  X(linear_policy_ref, LinearPolicyRef)                 \
+  X(token_kl, TokenKl)                                  \
+  X(token_kl_backward, TokenKlBackward)                 \
+  X(gae, Gae)                                           \
+  X(masked_moments, MaskedMoments)                      \
+  X(masked_whiten, MaskedWhiten)                        \
+  X(masked_whiten_backward, MaskedWhitenBackward)       \
+  X(ppo_loss, PpoLoss)                                  \
+  X(rms_norm, RmsNorm)                                  \
+  X(rms_norm_backward, RmsNormBackward)                 \
+  X(gated_activation, GatedActivation)                  \
   X(gated_activation_backward, GatedActivationBackward) \
   X(rotary_embedding, RotaryEmbedding)

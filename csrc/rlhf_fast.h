@@ -1,4 +1,4 @@
-// Every launcher of the compiled engine, with its arguments as records.h has them. Nothing here knows torch or Python.
+// Every launcher of the compiled engine. Its arguments are a structure of records.h. No torch and no Python here.
 #pragma once
 
 #include <cstddef>
@@ -7,9 +7,9 @@
 
 namespace rlhf_fast {
 
-// What the backward of a row needs, as the kStatistics floats of its statistics.
+// What the backward needs of a row of logits: the kStatistics floats of its statistics.
 struct RowStatistics {
-  float shift;        // the largest other logit, after the softcap, before the temperature
+  float shift;        // the largest logit but the target's, after the softcap, before the temperature
   float others_mass;  // 1 - p_target
   float scale;        // p_j = e^((x_j - shift) / temperature) * scale
   float log_norm;     // log p_j = (x_j - shift) / temperature - log_norm
@@ -17,7 +17,7 @@ struct RowStatistics {
 
 static_assert(sizeof(RowStatistics) == kStatistics * sizeof(float));
 
-// ---- the launchers: the CPU's, compiled once for each instruction set, and CUDA's ------------------------------------
+// ---- the CPU's launchers, compiled once for each instruction set -----------------------------------------------------
 
 struct CpuLaunchers {
   const char* path;  // "avx512", "avx2" or "portable"
@@ -27,10 +27,10 @@ struct CpuLaunchers {
 };
 
 #define RLHF_FAST_DECLARE(name, Arguments) void name(const Arguments&, int threads);
-#define RLHF_FAST_DECLARE_PATH(path_name)           \
-  namespace path_name {                             \
-  extern const CpuLaunchers launchers;              \
-  RLHF_FAST_LAUNCHERS(RLHF_FAST_DECLARE)            \
+#define RLHF_FAST_DECLARE_PATH(path_name) \
+  namespace path_name {                   \
+  extern const CpuLaunchers launchers;    \
+  RLHF_FAST_LAUNCHERS(RLHF_FAST_DECLARE)  \
   }
 RLHF_FAST_DECLARE_PATH(avx512)
 RLHF_FAST_DECLARE_PATH(avx2)
@@ -38,13 +38,13 @@ RLHF_FAST_DECLARE_PATH(portable)
 #undef RLHF_FAST_DECLARE_PATH
 #undef RLHF_FAST_DECLARE
 
-// The paths that this build holds and this processor can run, best first; a nullptr ends the list.
+// The paths in this build that this processor can run, best first. A nullptr ends the list.
 const CpuLaunchers* const* cpu_paths();
-// The chosen one, the best unless `choose_cpu_path` named another. False where that one cannot run here.
+// The path in use: the best one, unless choose_cpu_path chose another. That returns false if the path cannot run here.
 const CpuLaunchers& cpu();
 bool choose_cpu_path(const char* path);
 
-// out (rows, columns) = left (rows, inner) right (columns, inner)^T, from bfloat16 to float32. The inner stride is 1.
+// out (rows, columns) = left (rows, inner) right (columns, inner)^T, from bfloat16 to float32. All last strides are 1.
 struct BFloat16Product {
   int64_t rows, columns, inner;
   const uint16_t* left;
@@ -55,15 +55,14 @@ struct BFloat16Product {
   int64_t out_stride;
   int threads;
 };
-// Whether the chosen path has the instructions for it; without, bfloat16_product must not be called.
+// Whether the chosen path has the instructions for bfloat16_product. If not, it must not be called.
 bool multiplies_bfloat16();
-// False when memory for its packed columns could not be had.
+// False if there is no memory for the packed columns.
 bool bfloat16_product(const BFloat16Product&);
 
-// ---- CUDA: the same arguments, and a stream ---------------------------------------------------------------------------
+// ---- CUDA's launchers: the same arguments, a scratch and a stream -----------------------------------------------------
 
-// Memory of the device for what a launch finds on its way. A launcher first sets `needed`; where `size` is less it
-// returns without a launch.
+// Device memory for intermediate results. A launcher sets `needed` first, and does not launch if `size` is less.
 struct Scratch {
   void* data;
   size_t size;
@@ -71,7 +70,7 @@ struct Scratch {
 };
 
 namespace cuda {
-// nullptr or the text of CUDA's error. Nothing waits for the device.
+// Returns nullptr, or the text of CUDA's error. No launcher waits for the device.
 #define RLHF_FAST_DECLARE(name, Arguments) const char* name(const Arguments&, Scratch&, void* stream);
 RLHF_FAST_LAUNCHERS(RLHF_FAST_DECLARE)
 #undef RLHF_FAST_DECLARE

@@ -1,5 +1,6 @@
-"""KL(policy || reference) over the whole vocabulary. The forward reads both rows for their normalisers and again for
-the terms; the backward reads them once more.
+"""KL(policy || reference) over the whole vocabulary.
+
+The forward reads both rows once for their normalisers and once more for the terms. The backward reads them once.
 
     formula         sum_j p_j log(p_j / r_j) - p_j + r_j, no term of which is negative
     bytes a row     of V columns of b bytes: forward 4 V b read, 20 written; backward 2 V b read, V b written
@@ -12,66 +13,101 @@ import triton
 from .formulas import FUSED
 from .gradients import empty_slopes, store_pair_slopes, store_slopes, write_gradient
 from .numbers import log1p
-from .pairs import empty_normalisers, join_terms, kl_parts, store_normalisers
+from .pairs import Normalisers, empty_normalisers, join_terms, kl_parts, store_normalisers
 from .records import ExactKl, ExactKlBackward
-from .rows import GENERAL, inverse_temperatures, lane_rows, lanes_of, load_rows, segments_of, store_rows
+from .rows import GENERAL, grid_of_rows, inverse_temperatures, lanes_of_program, load_rows, segments_of, store_rows
 from .sums import join_segments, sum_rows
 
 
 @triton.jit(do_not_specialize=GENERAL)
 def _normalise(
-    count, live, temperature, temperature_stride, parts, ref_parts, segments, normalisers, statistics
+    length, live, temperature, temperature_stride, parts, ref_parts, segments, normalisers, statistics
 ):  # fmt: skip
-    """A row with nothing above -inf has no normaliser: its infinite shift makes it NaN."""
-    row, alive = lane_rows(count, live)
-    inverse_temperature = inverse_temperatures(row, alive, temperature, temperature_stride)
-    shift, tops, rest, _ = join_segments(row, alive, parts, count, segments, inverse_temperature, False)
-    ref_shift, ref_tops, ref_rest, _ = join_segments(row, alive, ref_parts, count, segments, inverse_temperature, False)
-    offset = log1p(tops - 1.0 + rest) - log1p(ref_tops - 1.0 + ref_rest)
-    scale = 1.0 / (tops + rest)
-    store_normalisers(normalisers, row, count, alive, shift, scale, ref_shift, 1.0 / (ref_tops + ref_rest), offset)
-    store_rows(statistics, row * 4, count * 4, alive, shift)
-    store_rows(statistics + 1, row * 4, count * 4, alive, scale)
-    store_rows(statistics + 2, row * 4, count * 4, alive, ref_shift)
-    store_rows(statistics + 3, row * 4, count * 4, alive, offset)
+    """The normalisers of each pair, for the sweep over the terms and as the statistics of the backward.
+
+    A row with nothing above -inf has no softmax. Its infinite shift turns every later result into NaN.
+    """
+    lanes = lanes_of_program(length, live)
+    inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
+    p = join_segments(lanes, parts, segments, inverse_temperature, False)
+    r = join_segments(lanes, ref_parts, segments, inverse_temperature, False)
+    of_row = Normalisers(
+        shift=p.shift,
+        scale=1.0 / (p.tops + p.rest),
+        ref_shift=r.shift,
+        ref_scale=1.0 / (r.tops + r.rest),
+        # log1p of the sums without one of their 1s: exact where a single column has nearly all the mass
+        offset=log1p(p.tops - 1.0 + p.rest) - log1p(r.tops - 1.0 + r.rest),
+    )
+    store_normalisers(normalisers, lanes, of_row)
+    store_rows(statistics, lanes, of_row.shift, STRIDE=4)
+    store_rows(statistics + 1, lanes, of_row.scale, STRIDE=4)
+    store_rows(statistics + 2, lanes, of_row.ref_shift, STRIDE=4)
+    store_rows(statistics + 3, lanes, of_row.offset, STRIDE=4)
 
 
 @triton.jit(do_not_specialize=GENERAL)
-def _finish(count, live, terms, segments, kl):
-    row, alive = lane_rows(count, live)
-    store_rows(kl, row, count, alive, join_terms(row, alive, terms, count, segments))
+def _finish(length, live, terms, segments, kl):
+    lanes = lanes_of_program(length, live)
+    store_rows(kl, lanes, join_terms(lanes, terms, segments))
 
 
 def exact_kl(a: ExactKl) -> None:
-    rows, logits, ref_logits = a.rows, a.logits, a.ref_logits
-    parts = sum_rows(rows, logits, weighted=False)
-    ref_parts = sum_rows(rows, ref_logits, weighted=False)
+    rows, segments = a.rows, segments_of(a.rows)
     normalisers = empty_normalisers(rows, a.kl.device)
-    _normalise[lanes_of(rows)](
-        rows.length, rows.live, rows.temperature, rows.temperature_stride, parts, ref_parts, segments_of(rows),
-        normalisers, a.statistics, **FUSED,
+    _normalise[grid_of_rows(rows)](
+        length=rows.length,
+        live=rows.live,
+        temperature=rows.temperature,
+        temperature_stride=rows.temperature_stride,
+        parts=sum_rows(rows, a.logits, weighted=False),
+        ref_parts=sum_rows(rows, a.ref_logits, weighted=False),
+        segments=segments,
+        normalisers=normalisers,
+        statistics=a.statistics,
+        **FUSED,
+    )
+    terms = kl_parts(rows, a.logits, a.ref_logits, normalisers)
+    _finish[grid_of_rows(rows)](
+        length=rows.length, live=rows.live, terms=terms, segments=segments, kl=a.kl, **FUSED
     )  # fmt: skip
-    terms = kl_parts(rows, logits, ref_logits, normalisers)
-    _finish[lanes_of(rows)](rows.length, rows.live, terms, segments_of(rows), a.kl, **FUSED)
 
 
 @triton.jit(do_not_specialize=GENERAL)
-def _prepare(count, live, temperature, temperature_stride, statistics, kl, grad_kl, slopes):
-    """d KL / d x_j = p_j (log p_j - log r_j - KL) / temperature"""
-    row, alive = lane_rows(count, live)
-    pull = load_rows(grad_kl, row, alive) * inverse_temperatures(row, alive, temperature, temperature_stride)
-    pull *= load_rows(statistics + 1, row * 4, alive)
-    constant = -pull * load_rows(kl, row, alive)
-    store_slopes(slopes, row, count, alive, load_rows(statistics, row * 4, alive), constant, 0.0, 0.0)
-    ref_shift = load_rows(statistics + 2, row * 4, alive)
-    store_pair_slopes(slopes, row, count, alive, ref_shift, load_rows(statistics + 3, row * 4, alive), -pull)
+def _prepare(length, live, temperature, temperature_stride, statistics, kl, grad_kl, slopes):
+    """The slopes of d KL / d x_j = p_j (log p_j - log r_j - KL) / temperature, times grad_kl."""
+    lanes = lanes_of_program(length, live)
+    scaled_grad = load_rows(grad_kl, lanes) * inverse_temperatures(lanes, temperature, temperature_stride)
+    scaled_grad *= load_rows(statistics + 1, lanes, STRIDE=4)
+    store_slopes(
+        slopes,
+        lanes,
+        shift=load_rows(statistics, lanes, STRIDE=4),
+        constant=-scaled_grad * load_rows(kl, lanes),
+        slope=0.0,
+        at_target=0.0,  # no column is the target
+    )
+    store_pair_slopes(
+        slopes,
+        lanes,
+        ref_shift=load_rows(statistics + 2, lanes, STRIDE=4),
+        offset=load_rows(statistics + 3, lanes, STRIDE=4),
+        ratio_slope=-scaled_grad,
+    )
 
 
 def exact_kl_backward(a: ExactKlBackward) -> None:
     rows = a.rows
     slopes = empty_slopes(rows, a.kl.device)
-    _prepare[lanes_of(rows)](
-        rows.length, rows.live, rows.temperature, rows.temperature_stride, a.statistics, a.kl, a.grad_kl, slopes,
+    _prepare[grid_of_rows(rows)](
+        length=rows.length,
+        live=rows.live,
+        temperature=rows.temperature,
+        temperature_stride=rows.temperature_stride,
+        statistics=a.statistics,
+        kl=a.kl,
+        grad_kl=a.grad_kl,
+        slopes=slopes,
         **FUSED,
-    )  # fmt: skip
+    )
     write_gradient(rows, a.logits, slopes, a.grad, rows.vocab, sloped=False, reference=a.ref_logits)

@@ -1,13 +1,14 @@
-"""The token-level formulas, as in csrc/formulas.h: each is the formula of the torch reference of the same name.
+"""The token-level formulas, those of csrc/formulas.h. Each is the formula of the torch reference of the same name.
 
-The exponentials are written out. Triton has no expm1, its exp is 2^(x log2 e) with a product that loses digits as x
-grows, and CUDA's own library is there neither in the interpreter nor on other targets.
+The exponentials are written out. Triton has no expm1. Its exp is 2^(x log2 e), and the rounded product loses digits as
+x grows. CUDA's own library exists neither in the interpreter nor on other targets.
 """
 
 import triton
 import triton.language as tl
 
-# An option of every launch: a * b + c takes one instruction and one rounding. No formula needs the product's own.
+# An option of every launch: a * b + c compiles to one fused multiply-add with one rounding. No formula relies on the
+# rounding of the product.
 FUSED = {"enable_fp_fusion": True}
 
 K1 = tl.constexpr(0)
@@ -15,45 +16,52 @@ K2 = tl.constexpr(1)
 K3 = tl.constexpr(2)
 ABS = tl.constexpr(3)
 
-# The log ratio is held within +-20; NaN passes.
+# The log ratio is clamped to +-20, so that its exponential stays finite. NaN is kept.
 LOG_RATIO_BOUND = tl.constexpr(20.0)
 
 
 @triton.jit
-def _split(x):
-    """(half, fraction) with e^x = 2 * half * (1 + fraction): the factor 2 lets 2^128 pass. Below -86.9 half is 0."""
+def _split_exponential(x):
+    """(half, fraction) with e^x = 2 * half * (1 + fraction).
+
+    half is 2^(n - 1), not 2^n, because 2^128 is no float32. Below -86.9 it is 0.
+    """
+    # 1. x = n log 2 + r with an integer n and |r| <= log(2) / 2. The bounds keep the exponent of ``half`` in range.
     bounded = tl.where(x > 89.0, 89.0, x)
     bounded = tl.where(bounded < -86.9, -86.9, bounded)
-    # adding 1.5 * 2^23 rounds to an integer, left in the low bits
+    # Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum.
     shifted = bounded * 1.44269504 + 12582912.0
     n = shifted - 12582912.0
+    # log 2 in two parts, the first with zeros at its end: n times it is exact, and so r keeps its digits
     r = bounded - n * 0.693145752
     r = r - n * 1.42860677e-6
+    # 2. e^r - 1 = r + r^2 p(r)
     p = 1.9875691e-4 * r + 1.3981999e-3
     p = p * r + 8.3334519e-3
     p = p * r + 4.1665795e-2
     p = p * r + 1.6666665e-1
     p = p * r + 0.5
+    # 3. 2^(n - 1): the integer moved into the exponent bits
     half = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F000000).to(tl.float32, bitcast=True)
     return tl.where(x < -86.9, 0.0, half), p * (r * r) + r
 
 
 @triton.jit
 def exponential(x):
-    half, fraction = _split(x)
+    half, fraction = _split_exponential(x)
     return 2.0 * (half * fraction + half)
 
 
 @triton.jit
 def expm1(x):
-    """e^x - 1, exact for small x too."""
-    half, fraction = _split(x)
+    """e^x - 1. Small x keep their digits: there half is 1/2, and the fraction alone is left."""
+    half, fraction = _split_exponential(x)
     return 2.0 * (half * fraction + (half - 0.5))
 
 
 @triton.jit
 def k3(x):
-    """exp(x) - 1 - x to a few units in the last place: where it would cancel, its series."""
+    """exp(x) - 1 - x to a few units in the last place: by its Taylor series where the difference would cancel."""
     tail = 1.0 + x * (1.0 / 9)
     tail = 1.0 + x * (1.0 / 8) * tail
     tail = 1.0 + x * (1.0 / 7) * tail
@@ -61,14 +69,14 @@ def k3(x):
     tail = 1.0 + x * (1.0 / 5) * tail
     tail = 1.0 + x * (1.0 / 4) * tail
     tail = 1.0 + x * (1.0 / 3) * tail
-    # the bound keeps inf - inf out; wherever it acts, exp(x) is infinite already
+    # The bound prevents inf - inf. Where it acts, exp(x) is infinite already.
     bounded = tl.where(x > 1000.0, 1000.0, x)
     return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * tail, expm1(x) - bounded)
 
 
 @triton.jit
 def kl_value(d, ESTIMATOR: tl.constexpr):
-    """d = logprob - ref_logprob."""
+    """The estimate of the KL from d = logprob - ref_logprob."""
     if ESTIMATOR == K1:
         value = d
     elif ESTIMATOR == K2:
@@ -76,14 +84,14 @@ def kl_value(d, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == K3:
         value = k3(-d)
     else:
-        tl.static_assert(ESTIMATOR == ABS, "no such estimator")
+        tl.static_assert(ESTIMATOR == ABS, "expected K1, K2, K3 or ABS")
         value = tl.abs(d)
     return value
 
 
 @triton.jit
 def kl_slope(d, ESTIMATOR: tl.constexpr):
-    """d value / d logprob; that of abs is 0 at NaN, as torch.sign is."""
+    """d value / d logprob. That of abs is 0 at NaN, as torch.sign."""
     if ESTIMATOR == K1:
         slope = tl.full(d.shape, 1.0, tl.float32)
     elif ESTIMATOR == K2:
@@ -91,7 +99,7 @@ def kl_slope(d, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == K3:
         slope = -expm1(-d)
     else:
-        tl.static_assert(ESTIMATOR == ABS, "no such estimator")
+        tl.static_assert(ESTIMATOR == ABS, "expected K1, K2, K3 or ABS")
         slope = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0))
     return slope
 
@@ -104,48 +112,52 @@ def bounded_log_ratio(log_ratio):
 
 @triton.jit
 def policy_token(log_ratio, ratio, advantage, low, high, dual_clip):
-    """PPO's clipped loss of a token: (loss, its slope by the log-prob, whether the clipped branch is in force).
+    """PPO's clipped loss of a token: (loss, d loss / d logprob, whether it is clipped).
 
-    ``log_ratio`` is its own and not yet bounded; ``ratio`` is that of its bounded log ratio, or its sequence's.
-    dual_clip is +inf for none. At a tie, and at the very ceiling, the unclipped branch is in force.
+    ``log_ratio`` is the token's, not yet clamped. ``ratio`` is exp of the clamped one, or that of the token's sequence.
+    dual_clip = +inf means none. At a tie, and at the ceiling itself, the unclipped branch counts.
     """
-    held = tl.where(ratio < low, low, ratio)
-    held = tl.where(held > high, high, held)
+    clipped_ratio = tl.where(ratio < low, low, ratio)
+    clipped_ratio = tl.where(clipped_ratio > high, high, clipped_ratio)
     unclipped = -advantage * ratio
-    at_bound = -advantage * held
+    at_bound = -advantage * clipped_ratio
     ceiling = -advantage * dual_clip
     outside = at_bound > unclipped
     loss = tl.where(outside, at_bound, unclipped)
     over = (advantage < 0.0) & (loss > ceiling)
     clipped = outside | over
+    # d ratio / d logprob = ratio, so the slope of the unclipped loss is the loss. Where the ratio is clipped or its
+    # logarithm clamped, the loss does not depend on the log-prob.
     constant = clipped | (tl.abs(log_ratio) > LOG_RATIO_BOUND)
     return tl.where(over, ceiling, loss), tl.where(constant, 0.0, unclipped), clipped
 
 
 @triton.jit
 def value_token(value, old_value, target, clip):
-    """0.5 * max((v - R)^2, (clip(v) - R)^2): (loss, its slope by the value, whether the clipped branch is in force).
+    """0.5 * max((v - R)^2, (clip(v) - R)^2): (loss, d loss / d value, whether it is clipped).
 
-    clip is +inf for none. At a tie the unclipped branch is in force.
+    clip = +inf means none. At a tie the unclipped branch counts.
     """
-    held = tl.where(value < old_value - clip, old_value - clip, value)
-    held = tl.where(held > old_value + clip, old_value + clip, held)
+    clipped_value = tl.where(value < old_value - clip, old_value - clip, value)
+    clipped_value = tl.where(clipped_value > old_value + clip, old_value + clip, clipped_value)
     error = value - target
-    held_error = held - target
+    clipped_error = clipped_value - target
     squared = error * error
-    held_squared = held_error * held_error
-    clipped = held_squared > squared
-    return 0.5 * tl.where(clipped, held_squared, squared), tl.where(clipped, 0.0, error), clipped
+    clipped_squared = clipped_error * clipped_error
+    clipped = clipped_squared > squared
+    return 0.5 * tl.where(clipped, clipped_squared, squared), tl.where(clipped, 0.0, error), clipped
 
 
 @triton.jit
 def gae_gain(reward, value, gamma_lam, gamma_rest):
-    """What a token adds to the one before it. With g_t = gamma * value_t + gamma_lam * advantage_t,
+    """The gain of a token in the recurrence of GAE. With g_t = gamma * value_t + gamma_lam * advantage_t,
 
-    advantage_t = reward_t - value_t + g_{t+1}  and  g_t = gain_t + gamma_lam * g_{t+1},
+        advantage_t = reward_t - value_t + g_{t+1}
+        g_t         = gain_t + gamma_lam * g_{t+1}
 
-    one number to carry instead of two. ``gamma_rest`` is gamma - gamma_lam, taken before the rounding, so that values
-    cancel exactly at lam = 1. An infinite value makes NaN of all before it, as in the reference.
+    so that one number is carried from token to token, not two. ``gamma_rest`` is gamma - gamma_lam, subtracted in
+    float64, so that the values cancel exactly at lam = 1. An infinite value makes all earlier tokens NaN, as in the
+    reference: that is the term value - value.
     """
     return gamma_lam * reward + gamma_rest * value + (value - value)
 

@@ -1,17 +1,21 @@
 """Generalised advantage estimation: a scan over each sequence from its end.
 
-What a token adds to the one before it is one number (``gae_gain``), so that a stretch of tokens is a linear function of
-what follows it, rate * later + gain, and stretches join associatively. A masked token is the identity.
+The recurrence carries one number from a token to the one before it (``gae_gain``). So a run of tokens is a linear
+function of the number after it, rate * later + gain, and two neighbouring runs join into another such function. That
+join is associative: the runs can be computed in parallel and joined by a scan. A masked token is the identity.
 
-A program takes one long sequence or several short ones, in blocks from the end chained by a carry. A padded sequence
-past SPLIT tokens goes to a program a block: a first kernel finds each block's function, and the second begins with the
-carry that they give. How a sequence is cut depends on its own length alone.
+A program takes several short sequences or one long one. A long one is scanned in blocks from its end, each starting
+with the carry of the block after it. A padded sequence of more than SPLIT tokens has one program per block: a first
+kernel computes the function of each block, and in the second each program gets its carry from these. How a sequence is
+cut depends on its own length only.
 
     formula         A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, over the live tokens
-    bytes a token   8 read, 1 more where there is a mask; 8 written
-    passes          one; a long sequence that is split among blocks is read twice; whitening follows
+    bytes a token   8 read, 1 more with a mask; 8 written
+    passes          one; a sequence that is split among programs is read twice; whitening follows
     error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +31,19 @@ SPLIT = 4 * BLOCK
 WARPS = 4
 
 
+class Block(NamedTuple):
+    """The tokens of a block of one or several sequences, (ROWS, BLOCK) each."""
+
+    index: tl.tensor
+    inside: tl.tensor  # whether there is such a token
+    counted: tl.tensor  # whether it counts
+    reward: tl.tensor
+    value: tl.tensor
+    rate: tl.tensor  # the function of the token
+    gain: tl.tensor
+
+
+# The scans run from the end (reverse), so the first arguments of a join are the later run.
 @triton.jit
 def _join(later_rate, later_gain, rate, gain):
     return later_rate * rate, gain + rate * later_gain
@@ -34,29 +51,33 @@ def _join(later_rate, later_gain, rate, gain):
 
 @triton.jit
 def _join_with_advantage(later_rate, later_gain, later_slope, later_base, rate, gain, slope, base):
-    """Beside the function, slope * later + base: the advantage of the stretch's first token."""
-    rate_of_both, gain_of_both = _join(later_rate, later_gain, rate, gain)
-    return rate_of_both, gain_of_both, slope * later_rate, base + slope * later_gain
+    """Joins two runs, and keeps the advantage of the first token of the run: slope * later + base.
+
+    The advantage is not the carried number, but it is linear in the same ``later``. In the scan it costs two more
+    registers per token, and saves reading the tokens again.
+    """
+    joined_rate, joined_gain = _join(later_rate, later_gain, rate, gain)
+    return joined_rate, joined_gain, slope * later_rate, base + slope * later_gain
 
 
 @triton.jit
-def _tokens(rewards, values, live, start, size, block, gamma_lam, gamma_rest, BLOCK: tl.constexpr):
-    """(index, inside, counted, reward, value, rate, gain) of a block of each row."""
+def _load_block(rewards, values, live, start, size, block, gamma_lam, gamma_rest, BLOCK: tl.constexpr):
+    """Block number ``block`` of each sequence. The sequences start at ``start`` and have ``size`` tokens."""
     column = tl.arange(0, BLOCK)[None, :]
     index = start + block * BLOCK + column
-    # anything past a block is as good as 2 of them, which 32 bits hold
+    # Compared in 32 bits, which are cheaper: only the first BLOCK columns matter, so 2 BLOCK stands for any more.
     inside = tl.broadcast_to(column < tl.minimum(size - block * BLOCK, 2 * BLOCK).to(tl.int32), index.shape)
     counted = live_at(live, index, inside)
     reward = load_kept(rewards, index, inside, counted)
     value = load_kept(values, index, inside, counted)
     rate = tl.where(counted, gamma_lam, 1.0)
     gain = tl.where(counted, gae_gain(reward, value, gamma_lam, gamma_rest), 0.0)
-    return index, inside, counted, reward, value, rate, gain
+    return Block(index=index, inside=inside, counted=counted, reward=reward, value=value, rate=rate, gain=gain)
 
 
 @triton.jit
 def _first(x):
-    """Of each row."""
+    """The first column of each row. Triton cannot index a tensor, so all others are summed as 0."""
     return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :] == 0, x, 0.0), 1)
 
 
@@ -67,23 +88,31 @@ def _measure(
     """The function of one block of a sequence of ``length`` tokens."""
     sequence = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    _, _, _, _, _, rate, gain = _tokens(
-        rewards, values, live, sequence * length, length, block, gamma_lam, gamma_rest, BLOCK
+    tokens = _load_block(
+        rewards,
+        values,
+        live,
+        start=sequence * length,
+        size=length,
+        block=block,
+        gamma_lam=gamma_lam,
+        gamma_rest=gamma_rest,
+        BLOCK=BLOCK,
     )
-    rate, gain = tl.associative_scan((rate, gain), 1, _join, reverse=True)
+    rate, gain = tl.associative_scan((tokens.rate, tokens.gain), 1, _join, reverse=True)
     place = sequence * blocks + block + tl.arange(0, 1)
     tl.store(block_rates + place, _first(rate))
     tl.store(block_gains + place, _first(gain))
 
 
 @triton.jit
-def _without_a_sequence(advantages, returns, start, stop, BLOCK: tl.constexpr):
-    """NaN for tokens that wrong bounds leave out."""
+def _write_nan(advantages, returns, start, stop, BLOCK: tl.constexpr):
+    """For tokens that belong to no sequence because cu_seqlens is wrong."""
     for at in range(start, stop, BLOCK):
         index = at + tl.arange(0, BLOCK)
-        nothing = tl.full((BLOCK,), float("nan"), tl.float32)
-        tl.store(advantages + index, nothing, mask=index < stop)
-        tl.store(returns + index, nothing, mask=index < stop)
+        nan = tl.full((BLOCK,), float("nan"), tl.float32)
+        tl.store(advantages + index, nan, mask=index < stop)
+        tl.store(returns + index, nan, mask=index < stop)
 
 
 @triton.jit
@@ -106,26 +135,29 @@ def _sweep(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Whole sequences or, with the functions of all blocks, one block. BLOCKS is a power of 2, at least ``blocks``."""
+    """Whole sequences or, given the functions of all blocks, one block. BLOCKS is a power of 2, at least ``blocks``."""
+    # 1. The sequences of this program.
     if cu_seqlens is None:
-        # rows past the last sequence do the last one's work again, and write the same
+        # Rows past the last sequence repeat its work and write the same numbers: cheaper than a mask everywhere.
         sequence = tl.minimum(tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), sequences - 1)[:, None]
         start = sequence * length
         size = length
     else:
-        # wrong bounds must not lead out of the tokens
+        # Clamped, so that wrong bounds never lead to memory outside the tensors.
         bound = cu_seqlens + tl.program_id(0)
         start = tl.minimum(tl.maximum(tl.load(bound), 0), tokens)
         size = tl.minimum(tl.maximum(tl.load(bound + 1), start), tokens) - start
         if tl.program_id(0) == 0:
-            _without_a_sequence(advantages, returns, start * 0, start, BLOCK)
+            _write_nan(advantages, returns, start * 0, start, BLOCK)
         if tl.program_id(0) == sequences - 1:
-            _without_a_sequence(advantages, returns, start + size, tokens, BLOCK)
+            _write_nan(advantages, returns, start + size, tokens, BLOCK)
+    # 2. Its blocks, and the number carried into the last of them.
     if block_rates is None:
         first = 0
         last = tl.cdiv(size, BLOCK)
         carry = tl.zeros((ROWS,), tl.float32)
     else:
+        # One block. The blocks after it are joined by a scan over their functions, (1, BLOCKS), from a carry of 0.
         first = tl.program_id(1)
         last = first + 1
         other = tl.arange(0, BLOCKS)[None, :]
@@ -135,17 +167,27 @@ def _sweep(
             tl.load(block_gains + sequence * blocks + other, mask=after, other=0.0),
         )
         carry = _first(tl.associative_scan(functions, 1, _join, reverse=True)[1])
+    # 3. From the last block to the first: scan, write, carry on.
     for done in range(first, last):
-        index, inside, counted, reward, value, rate, gain = _tokens(
-            rewards, values, live, start, size, first + last - 1 - done, gamma_lam, gamma_rest, BLOCK
+        block = _load_block(
+            rewards,
+            values,
+            live,
+            start=start,
+            size=size,
+            block=first + last - 1 - done,
+            gamma_lam=gamma_lam,
+            gamma_rest=gamma_rest,
+            BLOCK=BLOCK,
         )
-        slope = tl.full(rate.shape, 1.0, tl.float32)
+        slope = tl.full(block.rate.shape, 1.0, tl.float32)
+        base = block.reward - block.value
         rate, gain, slope, base = tl.associative_scan(
-            (rate, gain, slope, reward - value), 1, _join_with_advantage, reverse=True
+            (block.rate, block.gain, slope, base), 1, _join_with_advantage, reverse=True
         )
-        advantage = tl.where(counted, base + slope * carry[:, None], 0.0)
-        tl.store(advantages + index, advantage, mask=inside)
-        tl.store(returns + index, advantage + value, mask=inside)
+        advantage = tl.where(block.counted, base + slope * carry[:, None], 0.0)
+        tl.store(advantages + block.index, advantage, mask=block.inside)
+        tl.store(returns + block.index, advantage + block.value, mask=block.inside)
         carry = _first(gain + rate * carry[:, None])
 
 
@@ -153,11 +195,11 @@ def gae(a: Gae) -> None:
     tokens = a.rewards.numel()
     if tokens == 0:
         return
-    if a.sequences == 0:  # packed, and wrongly so
+    if a.sequences == 0:  # wrong cu_seqlens: tokens that belong to no sequence
         a.advantages.fill_(float("nan"))
         a.returns.fill_(float("nan"))
         return
-    # packed sequences are cut alike, whatever lies beside them
+    # Packed sequences all have the same block size, so that none depends on the length of another.
     block = BLOCK if a.cu_seqlens is not None else min(max(triton.next_power_of_2(a.length), 32), BLOCK)
     rows = BLOCK // block
     gamma_lam, gamma_rest = a.gamma * a.lam, a.gamma - a.gamma * a.lam
@@ -166,14 +208,40 @@ def gae(a: Gae) -> None:
     if blocks > 1:
         rates, gains = torch.empty((2, a.sequences, blocks), dtype=torch.float32, device=a.rewards.device)
         _measure[(a.sequences, blocks)](
-            a.rewards, a.values, a.live, a.length, blocks, gamma_lam, gamma_rest, rates, gains, BLOCK=BLOCK,
-            num_warps=WARPS, **FUSED,
-        )  # fmt: skip
+            rewards=a.rewards,
+            values=a.values,
+            live=a.live,
+            length=a.length,
+            blocks=blocks,
+            gamma_lam=gamma_lam,
+            gamma_rest=gamma_rest,
+            block_rates=rates,
+            block_gains=gains,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            **FUSED,
+        )
     _sweep[(triton.cdiv(a.sequences, rows), blocks)](
-        a.rewards, a.values, a.live, a.cu_seqlens, a.sequences, a.length, tokens, gamma_lam, gamma_rest, rates, gains,
-        blocks, a.advantages, a.returns, ROWS=rows, BLOCK=block, BLOCKS=triton.next_power_of_2(blocks),
-        num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+        rewards=a.rewards,
+        values=a.values,
+        live=a.live,
+        cu_seqlens=a.cu_seqlens,
+        sequences=a.sequences,
+        length=a.length,
+        tokens=tokens,
+        gamma_lam=gamma_lam,
+        gamma_rest=gamma_rest,
+        block_rates=rates,
+        block_gains=gains,
+        blocks=blocks,
+        advantages=a.advantages,
+        returns=a.returns,
+        ROWS=rows,
+        BLOCK=block,
+        BLOCKS=triton.next_power_of_2(blocks),
+        num_warps=WARPS,
+        **FUSED,
+    )
     if a.whiten:
         statistics = torch.empty(3, dtype=torch.float64, device=a.rewards.device)
         masked_whiten(

@@ -1,11 +1,16 @@
-"""The gradient of rows of logits in one sweep. A small kernel, one row a lane, prepares the factors of each row; so the
-sweep is the same for every op. slopes (7, count), of which the last three are there for a pair of rows alone:
+"""The gradient of rows of logits in one sweep, the same for every op.
 
-    shift, constant, slope              e^(gap / temperature) * (constant + slope * gap + ratio_slope * ratio), for a
-    ref_shift, offset, ratio_slope      column other than the target, with gap = x - shift and
-                                        ratio = (ref_x - ref_shift - gap) / temperature + offset = log(r_j / p_j)
-    at_target                           the target's column
+A kernel per row first writes what the gradient needs of each row, the RowSlopes, as a table (7, length). The sweep
+then reads the logits once and writes the gradient once. With gap = x - shift, the gradient of a column that is not the
+target is
+
+    e^(gap / temperature) * (constant + slope * gap + ratio_slope * ratio)
+    ratio = log(r_j / p_j) = (ref_x - ref_shift - gap) / temperature + offset
+
+The last term and the last three fields are there only for a pair of rows, policy p and reference r.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,11 +25,14 @@ from .rows import (
     GENERAL,
     SEGMENT,
     WARPS,
+    Row,
     block_columns,
     cap_slope,
+    field_of,
     is_plain,
     load_block,
     row_and_segment,
+    row_arguments,
     row_target,
     store_rows,
     vector,
@@ -32,119 +40,140 @@ from .rows import (
 )
 
 
+class RowSlopes(NamedTuple):
+    """What the gradient needs of a row, in the order of the table's fields."""
+
+    shift: tl.tensor
+    constant: tl.tensor
+    slope: tl.tensor
+    at_target: tl.tensor  # the gradient of the target's column
+    ref_shift: tl.tensor
+    offset: tl.tensor
+    ratio_slope: tl.tensor
+
+
 def empty_slopes(rows: Rows, device: torch.device) -> Tensor:
-    return torch.empty(7, rows.length, dtype=torch.float32, device=device)
+    return torch.empty(len(RowSlopes._fields), rows.length, dtype=torch.float32, device=device)
 
 
 @triton.jit
-def target_slope(mass, logprob, entropy, grad_logprob, grad_entropy):
-    """grad_logprob * d logprob + grad_entropy * d entropy, by the target's logit after cap and temperature."""
-    far_logprob = tl.where(logprob < -FAR, -FAR, logprob)
+def target_slope(others_mass, logprob, entropy, grad_logprob, grad_entropy):
+    """d (grad_logprob * logprob + grad_entropy * entropy) / d target's logit, before softcap and temperature."""
+    far_logprob = tl.where(logprob < -FAR, -FAR, logprob)  # e^-inf * -inf would be NaN
     by_entropy = grad_entropy * exponential(logprob) * (entropy + far_logprob)
-    return grad_logprob * mass - tl.where(grad_entropy == 0.0, 0.0, by_entropy)
+    return grad_logprob * others_mass - tl.where(grad_entropy == 0.0, 0.0, by_entropy)
 
 
 @triton.jit
-def store_slopes(slopes, row, count, alive, shift, constant, slope, at_target):
-    store_rows(slopes, row, count, alive, shift)
-    store_rows(slopes + count, row, count, alive, constant)
-    store_rows(slopes + 2 * count.to(tl.int64), row, count, alive, slope)
-    store_rows(slopes + 3 * count.to(tl.int64), row, count, alive, at_target)
+def store_slopes(slopes, lanes, shift, constant, slope, at_target):
+    store_rows(field_of(slopes, 0, lanes.length), lanes, shift)
+    store_rows(field_of(slopes, 1, lanes.length), lanes, constant)
+    store_rows(field_of(slopes, 2, lanes.length), lanes, slope)
+    store_rows(field_of(slopes, 3, lanes.length), lanes, at_target)
+
+
+@triton.jit
+def store_pair_slopes(slopes, lanes, ref_shift, offset, ratio_slope):
+    store_rows(field_of(slopes, 4, lanes.length), lanes, ref_shift)
+    store_rows(field_of(slopes, 5, lanes.length), lanes, offset)
+    store_rows(field_of(slopes, 6, lanes.length), lanes, ratio_slope)
 
 
 @triton.jit
 def store_row_slopes(
-    slopes, row, count, alive, shift, mass, scale, log_norm, target_logit, inverse_temperature, logprob, entropy,
-    grad_logprob, grad_entropy, softcap, CAPPED: tl.constexpr,
+    slopes, lanes, result, target_logit, softcap, inverse_temperature, grad_logprob, grad_entropy
 ):  # fmt: skip
-    """Those of grad_logprob * logprob + grad_entropy * entropy."""
-    scale *= inverse_temperature
-    by_entropy = tl.where(grad_entropy == 0.0, 0.0, grad_entropy * (at_most(log_norm, FAR) - entropy))
-    at_target = target_slope(mass, logprob, entropy, grad_logprob, grad_entropy)
-    at_target *= inverse_temperature * cap_slope(target_logit, softcap, CAPPED)
-    slope = -grad_entropy * scale * inverse_temperature
-    store_slopes(slopes, row, count, alive, shift, scale * (by_entropy - grad_logprob), slope, at_target)
+    """The slopes of grad_logprob * logprob + grad_entropy * entropy, from the RowResult of each row."""
+    scale = result.scale * inverse_temperature
+    # An entropy that no one asks the gradient of may be infinite or NaN: 0 times it must be 0.
+    by_entropy = grad_entropy * (at_most(result.log_norm, FAR) - result.entropy)
+    by_entropy = tl.where(grad_entropy == 0.0, 0.0, by_entropy)
+    at_target = target_slope(result.others_mass, result.logprob, result.entropy, grad_logprob, grad_entropy)
+    store_slopes(
+        slopes,
+        lanes,
+        shift=result.shift,
+        constant=scale * (by_entropy - grad_logprob),
+        slope=-grad_entropy * scale * inverse_temperature,
+        at_target=at_target * (inverse_temperature * cap_slope(target_logit, softcap)),
+    )
 
 
 @triton.jit
-def store_pair_slopes(slopes, row, count, alive, ref_shift, offset, ratio_slope):
-    store_rows(slopes + 4 * count.to(tl.int64), row, count, alive, ref_shift)
-    store_rows(slopes + 5 * count.to(tl.int64), row, count, alive, offset)
-    store_rows(slopes + 6 * count.to(tl.int64), row, count, alive, ratio_slope)
+def load_slopes(slopes, index, length):
+    """The slopes of one row. The compiler drops the loads that are not used, so those fields need no value."""
+    at = slopes + index
+    return RowSlopes(
+        shift=tl.load(field_of(at, 0, length)),
+        constant=tl.load(field_of(at, 1, length)),
+        slope=tl.load(field_of(at, 2, length)),
+        at_target=tl.load(field_of(at, 3, length)),
+        ref_shift=tl.load(field_of(at, 4, length)),
+        offset=tl.load(field_of(at, 5, length)),
+        ratio_slope=tl.load(field_of(at, 6, length)),
+    )
 
 
 @triton.jit
-def load_slopes(slopes, row, count):
-    """Those of a row. What is not used is not loaded, and need not have been stored."""
-    field = count.to(tl.int64)
-    at = slopes + row
-    first = tl.load(at), tl.load(at + field), tl.load(at + 2 * field), tl.load(at + 3 * field)
-    return first, (tl.load(at + 4 * field), tl.load(at + 5 * field), tl.load(at + 6 * field))
-
-
-@triton.jit
-def block_gradient(
-    data, ref_data, at, offsets, vocab, target, rate, softcap, slopes, CAPPED: tl.constexpr,
-    SLOPED: tl.constexpr, PLAIN: tl.constexpr,
-):  # fmt: skip
-    """Of the block at ``at``, with the slopes of its row."""
-    of_row, of_pair = slopes
-    shift, constant, slope, at_target = of_row
-    ref_shift, offset, ratio_slope = of_pair
-    x = load_block(data, at, offsets, vocab, target, softcap, CAPPED, PLAIN)
-    gap = x - shift
+def block_gradient(row, ref_row, at, columns, rate, slopes, SLOPED: tl.constexpr, PLAIN: tl.constexpr):
+    """The gradient of the block at ``at``. ``ref_row`` is None without a reference."""
+    x = load_block(row, at, columns, PLAIN)
+    gap = x - slopes.shift
     e = tl.exp2(gap * rate)
-    factor = constant
+    factor = slopes.constant
     if SLOPED:
-        # an infinite gap meets 0, but a NaN in the factors has to show
-        factor += slope * tl.where(e == 0.0, 0.0, gap)
-    if ref_data is not None:
-        ref_x = load_block(ref_data, at, offsets, vocab, target, softcap, CAPPED, PLAIN)
-        ratio = ((ref_x - ref_shift) - gap) * (rate / LOG2E) + offset
-        factor += ratio_slope * tl.where(e * ratio_slope == 0.0, 0.0, ratio)
-    g = e * factor * cap_slope(x, softcap, CAPPED)
+        # A gap of -inf has e = 0, and counts as 0. A NaN in the slopes still shows in the gradient.
+        factor += slopes.slope * tl.where(e == 0.0, 0.0, gap)
+    if ref_row is not None:
+        ref_x = load_block(ref_row, at, columns, PLAIN)
+        # the gaps are subtracted before the temperature rounds them, so that equal rows give exactly 0
+        ratio = ((ref_x - slopes.ref_shift) - gap) * (rate / LOG2E) + slopes.offset
+        factor += slopes.ratio_slope * tl.where(e * slopes.ratio_slope == 0.0, 0.0, ratio)
+    g = e * factor * cap_slope(x, row.softcap)
     if not PLAIN:
-        g = tl.where(at + offsets == target, at_target, g)
-        g = tl.where(at + offsets < vocab, g, 0.0)
+        g = tl.where(at + columns == row.target, slopes.at_target, g)
+        g = tl.where(at + columns < row.vocab, g, 0.0)
     return g
 
 
 @triton.jit(do_not_specialize=GENERAL)
 def write_segments(
-    vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, ref_logits, ref_stride, slopes,
-    grad, grad_stride, columns, count, VECTOR: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr,
+    length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, ref_logits,
+    ref_stride, slopes, grad, grad_stride, columns, VECTOR: tl.constexpr, SLOPED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a segment. ``grad`` may be the logits, where it is of their type."""
-    row, segment = row_and_segment(columns)
+    """The gradient of a segment. ``grad`` may be the logits themselves if it has their type.
+
+    In place is safe: a block of columns is read whole before it is written, and no other program reads it.
+    """
+    index, segment = row_and_segment(columns)
     start = segment * SEGMENT
     stop = tl.minimum(start + SEGMENT, columns)
     offsets = block_columns(VECTOR)
     begins = vector_starts(VECTOR)
-    out = grad + tl.multiple_of(row * grad_stride, VECTOR)
+    out = grad + tl.multiple_of(index * grad_stride, VECTOR)
     kind: tl.constexpr = grad.dtype.element_ty
     alive = True
     if live is not None:
-        alive = tl.load(live + row) != 0
+        alive = tl.load(live + index) != 0
     if alive:
-        target = row_target(targets, row, vocab)
-        rate = LOG2E / tl.load(temperature + row * temperature_stride)
-        data = logits + tl.multiple_of(row * stride, VECTOR)
-        ref_data = None
+        # 1. What the row has in common, once per program.
+        rate = LOG2E / tl.load(temperature + index * temperature_stride)
+        target = row_target(targets, index, vocab)
+        row = Row(logits + tl.multiple_of(index * logits_stride, VECTOR), vocab, target, softcap)
+        ref_row = None
         if ref_logits is not None:
-            ref_data = ref_logits + tl.multiple_of(row * ref_stride, VECTOR)
-        factors = load_slopes(slopes, row, count)
+            ref_row = Row(ref_logits + tl.multiple_of(index * ref_stride, VECTOR), vocab, target, softcap)
+        of_row = load_slopes(slopes, index, length)
+        # 2. Block by block: read, compute, write.
         for at in range(start, stop, BLOCK):
-            if is_plain(at, vocab, target):
-                g = block_gradient(
-                    data, ref_data, at, offsets, vocab, target, rate, softcap, factors, CAPPED, SLOPED, True
-                )
+            if is_plain(at, row):
+                g = block_gradient(row, ref_row, at, offsets, rate=rate, slopes=of_row, SLOPED=SLOPED, PLAIN=True)
                 tl.store(out + at + offsets, rounded(g, kind))
             else:
-                g = block_gradient(
-                    data, ref_data, at, offsets, vocab, target, rate, softcap, factors, CAPPED, SLOPED, False
-                )
+                g = block_gradient(row, ref_row, at, offsets, rate=rate, slopes=of_row, SLOPED=SLOPED, PLAIN=False)
                 tl.store(out + at + offsets, rounded(g, kind), mask=at + begins < stop)
     else:
+        # A dead row is not read: its logits may hold anything.
         for at in range(start, stop, BLOCK):
             tl.store(out + at + offsets, tl.zeros(offsets.shape, kind), mask=at + begins < stop)
 
@@ -159,15 +188,25 @@ def write_gradient(
     sloped: bool,
     reference: Logits | None = None,
 ) -> None:
-    """Into ``columns`` columns of grad, 0 past the vocabulary and in dead rows. Without ``sloped`` the slopes are 0.
+    """Writes ``columns`` columns of grad, 0 past the vocabulary and in dead rows.
 
-    ``reference`` is the other row of a pair.
+    Without ``sloped`` every slope is 0. ``reference`` is the other row of a pair.
     """
     segments = triton.cdiv(columns, SEGMENT.value)
     ref_data, ref_stride = (None, 0) if reference is None else (reference.data, reference.row_stride)
     width = vector(logits, reference or logits, grad)
     write_segments[(rows.length * segments,)](
-        *rows[1:], logits.data, logits.row_stride, ref_data, ref_stride, slopes, grad.data, grad.row_stride, columns,
-        rows.length, VECTOR=width if columns % width == 0 else 1, CAPPED=rows.softcap != 0, SLOPED=sloped,
-        num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+        **row_arguments(rows),
+        logits=logits.data,
+        logits_stride=logits.row_stride,
+        ref_logits=ref_data,
+        ref_stride=ref_stride,
+        slopes=slopes,
+        grad=grad.data,
+        grad_stride=grad.row_stride,
+        columns=columns,
+        VECTOR=width if columns % width == 0 else 1,  # a vector that ends past the last column must not be stored
+        SLOPED=sloped,
+        num_warps=WARPS,
+        **FUSED,
+    )

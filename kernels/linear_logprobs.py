@@ -1,7 +1,8 @@
-"""The fold of linear_logprobs and linear_cross_entropy: float32 logits, fresh from their matrix product, give their
-log-probs and become their gradient in place.
+"""linear_logprobs and linear_cross_entropy on one tile of float32 logits, straight from the matrix product.
 
-    formula         as masked_logprobs; its gradient, p_j times a factor of the row, and the target set apart
+The tile gives its log-probs and is then overwritten by their gradient.
+
+    formula         as masked_logprobs; its gradient, p_j times a factor of the row, and the target apart
     bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
     passes          one, and one more for the gradient
     error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
@@ -16,10 +17,11 @@ from .records import LinearLogprobs
 from .rows import (
     GENERAL,
     ROWS,
+    grid_of_rows,
     inverse_temperatures,
-    lane_rows,
-    lanes_of,
+    lanes_of_program,
     load_rows,
+    row_arguments,
     segments_of,
     store_rows,
     target_logits,
@@ -29,34 +31,52 @@ from .sums import finish_rows, join_segments, sum_rows
 
 @triton.jit(do_not_specialize=GENERAL)
 def _finish(
-    count, vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, parts, segments, logprobs,
-    entropy, grad_logprobs, grad_entropy, slopes, CAPPED: tl.constexpr,
+    length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts, segments,
+    logprobs, entropy, grad_logprobs, grad_entropy, slopes,
 ):  # fmt: skip
-    row, alive = lane_rows(count, live)
-    inverse_temperature = inverse_temperatures(row, alive, temperature, temperature_stride)
-    target_logit = target_logits(row, alive, targets, vocab, logits, stride, softcap, CAPPED)
+    """Joins the segments of each row, writes its results and, for the gradient, its slopes.
+
+    The target's logit is read here, before the gradient overwrites it.
+    """
+    lanes = lanes_of_program(length, live)
+    inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
+    target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
     weighted: tl.constexpr = entropy is not None or grad_entropy is not None
-    sums = join_segments(row, alive, parts, count, segments, inverse_temperature, weighted)
-    logprob, spread, shift, mass, scale, log_norm = finish_rows(*sums, target_logit, inverse_temperature)
-    store_rows(logprobs, row, count, alive, logprob)
-    store_rows(entropy, row, count, alive, spread)
+    sums = join_segments(lanes, parts, segments, inverse_temperature, weighted)
+    result = finish_rows(sums, target_logit, inverse_temperature)
+    store_rows(logprobs, lanes, result.logprob)
+    store_rows(entropy, lanes, result.entropy)
     if slopes is not None:
         grad_logprob = tl.full((ROWS,), 1.0, tl.float32)
         if grad_logprobs is not None:
-            grad_logprob = load_rows(grad_logprobs, row, alive)
+            grad_logprob = load_rows(grad_logprobs, lanes)
         store_row_slopes(
-            slopes, row, count, alive, shift, mass, scale, log_norm, target_logit, inverse_temperature, logprob,
-            spread, grad_logprob, load_rows(grad_entropy, row, alive), softcap, CAPPED,
-        )  # fmt: skip
+            slopes,
+            lanes,
+            result,
+            target_logit=target_logit,
+            softcap=softcap,
+            inverse_temperature=inverse_temperature,
+            grad_logprob=grad_logprob,
+            grad_entropy=load_rows(grad_entropy, lanes),
+        )
 
 
 def linear_logprobs(a: LinearLogprobs) -> None:
     rows, logits = a.rows, a.logits
-    parts = sum_rows(rows, logits, weighted=a.entropy is not None or a.grad_entropy is not None)
     slopes = empty_slopes(rows, a.logprobs.device) if a.grad.data is not None else None
-    _finish[lanes_of(rows)](
-        *rows, logits.data, logits.row_stride, parts, segments_of(rows), a.logprobs, a.entropy, a.grad_logprobs,
-        a.grad_entropy, slopes, CAPPED=rows.softcap != 0, **FUSED,
-    )  # fmt: skip
+    _finish[grid_of_rows(rows)](
+        **row_arguments(rows),
+        logits=logits.data,
+        logits_stride=logits.row_stride,
+        parts=sum_rows(rows, logits, weighted=a.entropy is not None or a.grad_entropy is not None),
+        segments=segments_of(rows),
+        logprobs=a.logprobs,
+        entropy=a.entropy,
+        grad_logprobs=a.grad_logprobs,
+        grad_entropy=a.grad_entropy,
+        slopes=slopes,
+        **FUSED,
+    )
     if slopes is not None:
         write_gradient(rows, logits, slopes, a.grad, rows.vocab, sloped=a.grad_entropy is not None)

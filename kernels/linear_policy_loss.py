@@ -1,5 +1,7 @@
-"""The fold of linear_policy_loss: float32 logits give their log-probs and entropies and become, in place, the gradient
-of the clipped policy loss, the KL to the reference and the entropy bonus together.
+"""linear_policy_loss on one tile of float32 logits, straight from the matrix product.
+
+The tile gives log-probs and entropies. It is then overwritten by the gradient of the clipped policy loss, the KL to the
+reference and the entropy bonus together.
 
     formula         share * (max(-A r, -A clip(r)) + kl_coef KL - entropy_coef H), by logit (policy_token, kl_slope)
     bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
@@ -15,10 +17,11 @@ from .gradients import empty_slopes, store_row_slopes, write_gradient
 from .records import LinearPolicyLoss
 from .rows import (
     GENERAL,
+    grid_of_rows,
     inverse_temperatures,
-    lane_rows,
-    lanes_of,
+    lanes_of_program,
     load_rows,
+    row_arguments,
     segments_of,
     store_rows,
     target_logits,
@@ -28,39 +31,62 @@ from .sums import finish_rows, join_segments, sum_rows
 
 @triton.jit(do_not_specialize=GENERAL)
 def _finish(
-    count, vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, parts, segments,
+    length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts, segments,
     old_logprobs, advantages, ref_logprobs, share, low, high, dual_clip, kl_coef, entropy_coef, logprobs, entropy,
-    slopes, CAPPED: tl.constexpr, KL: tl.constexpr,
+    slopes, KL: tl.constexpr,
 ):  # fmt: skip
-    row, alive = lane_rows(count, live)
-    inverse_temperature = inverse_temperatures(row, alive, temperature, temperature_stride)
-    target_logit = target_logits(row, alive, targets, vocab, logits, stride, softcap, CAPPED)
-    sums = join_segments(row, alive, parts, count, segments, inverse_temperature, True)
-    logprob, spread, shift, mass, scale, log_norm = finish_rows(*sums, target_logit, inverse_temperature)
-    store_rows(logprobs, row, count, alive, logprob)
-    store_rows(entropy, row, count, alive, spread)
+    """Joins the segments of each row, writes its results and, for the gradient, its slopes."""
+    lanes = lanes_of_program(length, live)
+    inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
+    target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
+    sums = join_segments(lanes, parts, segments, inverse_temperature, True)
+    result = finish_rows(sums, target_logit, inverse_temperature)
+    store_rows(logprobs, lanes, result.logprob)
+    store_rows(entropy, lanes, result.entropy)
     if slopes is not None:
-        log_ratio = logprob - load_rows(old_logprobs, row, alive)
+        # By the chain rule the gradient of the loss by the logits is that of the log-prob and that of the entropy, each
+        # times the derivative of the loss by it.
+        log_ratio = result.logprob - load_rows(old_logprobs, lanes)
         ratio = exponential(bounded_log_ratio(log_ratio))
-        _, grad_logprob, _ = policy_token(log_ratio, ratio, load_rows(advantages, row, alive), low, high, dual_clip)
+        _, grad_logprob, _ = policy_token(log_ratio, ratio, load_rows(advantages, lanes), low, high, dual_clip)
         if ref_logprobs is not None:
-            grad_logprob += kl_coef * kl_slope(logprob - load_rows(ref_logprobs, row, alive), KL)
-        weight = load_rows(share, row, alive)
+            grad_logprob += kl_coef * kl_slope(result.logprob - load_rows(ref_logprobs, lanes), KL)
+        weight = load_rows(share, lanes)
         store_row_slopes(
-            slopes, row, count, alive, shift, mass, scale, log_norm, target_logit, inverse_temperature, logprob,
-            spread, weight * grad_logprob, -weight * entropy_coef, softcap, CAPPED,
-        )  # fmt: skip
+            slopes,
+            lanes,
+            result,
+            target_logit=target_logit,
+            softcap=softcap,
+            inverse_temperature=inverse_temperature,
+            grad_logprob=weight * grad_logprob,
+            grad_entropy=-weight * entropy_coef,
+        )
 
 
 def linear_policy_loss(a: LinearPolicyLoss) -> None:
     rows, logits, terms = a.rows, a.logits, a.terms
-    parts = sum_rows(rows, logits, weighted=True)
     slopes = empty_slopes(rows, a.logprobs.device) if a.grad.data is not None else None
-    _finish[lanes_of(rows)](
-        *rows, logits.data, logits.row_stride, parts, segments_of(rows), a.old_logprobs, a.advantages,
-        a.ref_logprobs if terms.kl_coef != 0 else None, a.share, 1 - terms.clip_low, 1 + terms.clip_high,
-        terms.dual_clip, terms.kl_coef, terms.entropy_coef, a.logprobs, a.entropy, slopes,
-        CAPPED=rows.softcap != 0, KL=terms.kl_slope, **FUSED,
-    )  # fmt: skip
+    _finish[grid_of_rows(rows)](
+        **row_arguments(rows),
+        logits=logits.data,
+        logits_stride=logits.row_stride,
+        parts=sum_rows(rows, logits, weighted=True),
+        segments=segments_of(rows),
+        old_logprobs=a.old_logprobs,
+        advantages=a.advantages,
+        ref_logprobs=a.ref_logprobs if terms.kl_coef != 0 else None,
+        share=a.share,
+        low=1 - terms.clip_low,
+        high=1 + terms.clip_high,
+        dual_clip=terms.dual_clip,
+        kl_coef=terms.kl_coef,
+        entropy_coef=terms.entropy_coef,
+        logprobs=a.logprobs,
+        entropy=a.entropy,
+        slopes=slopes,
+        KL=terms.kl_slope,
+        **FUSED,
+    )
     if slopes is not None:
         write_gradient(rows, logits, slopes, a.grad, rows.vocab, sloped=terms.entropy_coef != 0)

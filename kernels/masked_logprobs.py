@@ -1,4 +1,4 @@
-"""log softmax(logits)[target] and the entropy: the logits are read once forward, and once backward.
+"""log softmax(logits)[target] and the entropy: one read of the logits forward, one backward.
 
 formula         log p_t = -softplus(d), d = logsumexp_{j != t} x_j - x_t (rlhf_fast/ops/_vocab.py)
 bytes a row     of V columns of b bytes: forward V b read, 20 to 24 written; backward V b read, V b written
@@ -7,7 +7,6 @@ error           at most that of the plain float32 formula, against float64 (test
 """
 
 import triton
-import triton.language as tl
 
 from .formulas import FUSED
 from .gradients import empty_slopes, store_row_slopes, write_gradient
@@ -15,79 +14,92 @@ from .numbers import FAR, at_most
 from .records import MaskedLogprobs, MaskedLogprobsBackward
 from .rows import (
     GENERAL,
+    grid_of_rows,
     inverse_temperatures,
-    lane_rows,
-    lanes_of,
+    lanes_of_program,
     load_rows,
+    row_arguments,
     segments_of,
     store_rows,
     target_logits,
 )
-from .sums import finish_rows, join_segments, sum_rows
+from .sums import RowResult, finish_rows, join_segments, sum_rows
 
 
 @triton.jit(do_not_specialize=GENERAL)
 def _finish(
-    count, vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, parts, segments, logprobs,
-    entropy, statistics, CAPPED: tl.constexpr,
+    length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts, segments,
+    logprobs, entropy, statistics,
 ):  # fmt: skip
-    row, alive = lane_rows(count, live)
-    inverse_temperature = inverse_temperatures(row, alive, temperature, temperature_stride)
-    target_logit = target_logits(row, alive, targets, vocab, logits, stride, softcap, CAPPED)
-    shift, tops, rest, weighted = join_segments(
-        row, alive, parts, count, segments, inverse_temperature, entropy is not None
-    )
-    logprob, spread, shift, mass, scale, log_norm = finish_rows(
-        shift, tops, rest, weighted, target_logit, inverse_temperature
-    )
-    store_rows(logprobs, row, count, alive, logprob)
-    store_rows(entropy, row, count, alive, spread)
-    store_rows(statistics, row * 4, count * 4, alive, shift)
-    store_rows(statistics + 1, row * 4, count * 4, alive, mass)
-    store_rows(statistics + 2, row * 4, count * 4, alive, scale)
-    store_rows(statistics + 3, row * 4, count * 4, alive, at_most(log_norm, FAR))
+    """Joins the segments of each row and writes its results."""
+    lanes = lanes_of_program(length, live)
+    inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
+    target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
+    sums = join_segments(lanes, parts, segments, inverse_temperature, entropy is not None)
+    result = finish_rows(sums, target_logit, inverse_temperature)
+    store_rows(logprobs, lanes, result.logprob)
+    store_rows(entropy, lanes, result.entropy)
+    store_rows(statistics, lanes, result.shift, STRIDE=4)
+    store_rows(statistics + 1, lanes, result.others_mass, STRIDE=4)
+    store_rows(statistics + 2, lanes, result.scale, STRIDE=4)
+    store_rows(statistics + 3, lanes, at_most(result.log_norm, FAR), STRIDE=4)
 
 
 def masked_logprobs(a: MaskedLogprobs) -> None:
     rows, logits = a.rows, a.logits
-    parts = sum_rows(rows, logits, a.entropy is not None)
-    _finish[lanes_of(rows)](
-        *rows, logits.data, logits.row_stride, parts, segments_of(rows), a.logprobs, a.entropy, a.statistics,
-        CAPPED=rows.softcap != 0, **FUSED,
-    )  # fmt: skip
+    _finish[grid_of_rows(rows)](
+        **row_arguments(rows),
+        logits=logits.data,
+        logits_stride=logits.row_stride,
+        parts=sum_rows(rows, logits, a.entropy is not None),
+        segments=segments_of(rows),
+        logprobs=a.logprobs,
+        entropy=a.entropy,
+        statistics=a.statistics,
+        **FUSED,
+    )
 
 
 @triton.jit(do_not_specialize=GENERAL)
 def _prepare(
-    count, vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, statistics, logprobs,
-    entropy, grad_logprobs, grad_entropy, slopes, CAPPED: tl.constexpr,
+    length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, statistics, logprobs,
+    entropy, grad_logprobs, grad_entropy, slopes,
 ):  # fmt: skip
-    row, alive = lane_rows(count, live)
+    """The slopes of each row, from what the forward kept."""
+    lanes = lanes_of_program(length, live)
+    result = RowResult(
+        logprob=load_rows(logprobs, lanes),
+        entropy=load_rows(entropy, lanes),
+        shift=load_rows(statistics, lanes, STRIDE=4),
+        others_mass=load_rows(statistics + 1, lanes, STRIDE=4),
+        scale=load_rows(statistics + 2, lanes, STRIDE=4),
+        log_norm=load_rows(statistics + 3, lanes, STRIDE=4),
+    )
     store_row_slopes(
         slopes,
-        row,
-        count,
-        alive,
-        load_rows(statistics, row * 4, alive),
-        load_rows(statistics + 1, row * 4, alive),
-        load_rows(statistics + 2, row * 4, alive),
-        load_rows(statistics + 3, row * 4, alive),
-        target_logits(row, alive, targets, vocab, logits, stride, softcap, CAPPED),
-        inverse_temperatures(row, alive, temperature, temperature_stride),
-        load_rows(logprobs, row, alive),
-        load_rows(entropy, row, alive),
-        load_rows(grad_logprobs, row, alive),
-        load_rows(grad_entropy, row, alive),
-        softcap,
-        CAPPED,
+        lanes,
+        result,
+        target_logit=target_logits(lanes, targets, vocab, logits, logits_stride, softcap),
+        softcap=softcap,
+        inverse_temperature=inverse_temperatures(lanes, temperature, temperature_stride),
+        grad_logprob=load_rows(grad_logprobs, lanes),
+        grad_entropy=load_rows(grad_entropy, lanes),
     )
 
 
 def masked_logprobs_backward(a: MaskedLogprobsBackward) -> None:
     rows, logits = a.rows, a.logits
     slopes = empty_slopes(rows, a.logprobs.device)
-    _prepare[lanes_of(rows)](
-        *rows, logits.data, logits.row_stride, a.statistics, a.logprobs, a.entropy, a.grad_logprobs, a.grad_entropy,
-        slopes, CAPPED=rows.softcap != 0, **FUSED,
-    )  # fmt: skip
+    _prepare[grid_of_rows(rows)](
+        **row_arguments(rows),
+        logits=logits.data,
+        logits_stride=logits.row_stride,
+        statistics=a.statistics,
+        logprobs=a.logprobs,
+        entropy=a.entropy,
+        grad_logprobs=a.grad_logprobs,
+        grad_entropy=a.grad_entropy,
+        slopes=slopes,
+        **FUSED,
+    )
     write_gradient(rows, logits, slopes, a.grad, a.columns, sloped=a.grad_entropy is not None)

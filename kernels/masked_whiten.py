@@ -1,11 +1,12 @@
 """Whitening: mean 0 and variance 1 over the live elements. ``whitened`` may be ``x`` itself.
 
-Nothing but the few numbers that come of the sums is float64: a mean far from 0 costs no digits, because deviations are
-taken from a mean of two floats, and the moments of a tile are about its own mean.
+Only the few numbers that come from the sums are float64; float64 arithmetic per element would be slow on a GPU. A mean
+far from 0 costs no digits all the same: the moments of a tile are about its own mean, and deviations are taken from a
+mean that is kept as the sum of two floats.
 
     formula         (x - mean) / sqrt(variance + 1e-8)
-    bytes a value   forward 8 read, 4 written; backward 16 read, 4 written; half as much in one tile
-    passes          two each way; one where all is one tile
+    bytes a value   forward 8 read, 4 written; backward 16 read, 4 written; half as much for one tile
+    passes          two each way; one for a single tile
     error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 """
 
@@ -32,7 +33,8 @@ EPSILON = tl.constexpr(1e-8)  # added to the variance, as in rlhf_fast/ops/maske
 
 
 @triton.jit
-def _tile(x, live, count, TILE: tl.constexpr):
+def _load_tile(x, live, count, TILE: tl.constexpr):
+    """(index, inside, counted, x) of this program's tile."""
     index = tile_of_tokens(TILE)
     inside = index < count
     counted = live_at(live, index, inside)
@@ -41,14 +43,15 @@ def _tile(x, live, count, TILE: tl.constexpr):
 
 @triton.jit
 def _deviations(x, mean, counted):
-    """x - mean, of a float64 mean as two floats."""
+    """x - mean in float32, without rounding the float64 mean: it is the sum of two floats."""
     near = mean.to(tl.float32)
     return tl.where(counted, (x - near) - (mean - near).to(tl.float32), 0.0)
 
 
 @triton.jit
 def _measure(x, live, count, parts, TILE: tl.constexpr):
-    _, _, counted, x = _tile(x, live, count, TILE)
+    """parts (4, tiles): count, the two floats of the mean, and squared deviations of each tile."""
+    _, _, counted, x = _load_tile(x, live, count, TILE)
     part_count, near, off, deviation = tile_moments(x, counted)
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     tl.store(parts + tile, part_count)
@@ -59,6 +62,7 @@ def _measure(x, live, count, parts, TILE: tl.constexpr):
 
 @triton.jit
 def _all_moments(parts, tiles):
+    """(count, mean, deviation) over all tiles, in float64. One program adds them, always in the same order."""
     count = tl.zeros((), tl.float64)
     mean = tl.zeros((), tl.float64)
     deviation = tl.zeros((), tl.float64)
@@ -73,6 +77,7 @@ def _all_moments(parts, tiles):
 
 @triton.jit
 def _add_moments(parts, tiles, given_mean, moments):
+    """The second moment is the sum or, with a given mean, the sum of squared deviations from it."""
     count, mean, deviation = _all_moments(parts, tiles)
     if given_mean is None:
         second = count * mean
@@ -85,6 +90,7 @@ def _add_moments(parts, tiles, given_mean, moments):
 
 @triton.jit
 def _store_statistics(count, mean, deviation, statistics, UNBIASED: tl.constexpr):
+    """Writes count, mean and scale = 1 / sqrt(variance + epsilon). Returns the scale."""
     scale = 1.0 / tl.sqrt(deviation / tl.maximum(count - UNBIASED, 1.0) + EPSILON)
     tl.store(statistics, count)
     tl.store(statistics + 1, mean)
@@ -110,8 +116,8 @@ def _whiten(
     MEASURE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """With MEASURE the tile is all there is, and the statistics are an output."""
-    index, inside, counted, x = _tile(x, live, count, TILE)
+    """With MEASURE there is one tile: its statistics are computed here and are an output, which saves two launches."""
+    index, inside, counted, x = _load_tile(x, live, count, TILE)
     if MEASURE:
         tile_count, near, off, deviation = tile_moments(x, counted)
         mean = near.to(tl.float64) + off.to(tl.float64)
@@ -127,7 +133,8 @@ def _whiten(
 
 @triton.jit
 def _measure_backward(x, live, count, statistics, grad_whitened, parts, TILE: tl.constexpr):
-    index, inside, counted, x = _tile(x, live, count, TILE)
+    """parts (2, tiles): sum(grad) and sum(grad * d) of each tile."""
+    index, inside, counted, x = _load_tile(x, live, count, TILE)
     upstream = load_kept(grad_whitened, index, inside, counted)
     deviations = _deviations(x, tl.load(statistics + 1), counted)
     tile, tiles = tl.program_id(0), tl.num_programs(0)
@@ -136,7 +143,7 @@ def _measure_backward(x, live, count, statistics, grad_whitened, parts, TILE: tl
 
 
 # With d = x - mean and variance = sum(d^2) / k:
-# d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, + mean(grad) where not shift_mean.
+# d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, and + mean(grad) without shift_mean.
 @triton.jit
 def _whiten_backward(
     x,
@@ -151,14 +158,15 @@ def _whiten_backward(
     UNBIASED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Without ``parts`` the tile is all there is."""
-    index, inside, counted, x = _tile(x, live, count, TILE)
+    """Without ``parts`` there is one tile, whose sums are computed here."""
+    index, inside, counted, x = _load_tile(x, live, count, TILE)
     upstream = load_kept(grad_whitened, index, inside, counted)
     deviations = _deviations(x, tl.load(statistics + 1), counted)
     if parts is None:
         total = tl.sum(upstream).to(tl.float64)
         product = tl.sum(upstream * deviations).to(tl.float64)
     else:
+        # Every program adds the few parts by itself. That costs less than another launch.
         total = tl.zeros((), tl.float64)
         product = tl.zeros((), tl.float64)
         for start in range(0, tiles, PARTS):
@@ -177,19 +185,28 @@ def _whiten_backward(
 
 def masked_moments(a: MaskedMoments) -> None:
     tiles = _tiles(a.elements)
-    _add_moments[(1,)](_measured(a, tiles), tiles, a.mean, a.moments, num_warps=4, **FUSED)
+    parts = _measured(a, tiles)
+    _add_moments[(1,)](parts, tiles, given_mean=a.mean, moments=a.moments, num_warps=4, **FUSED)
 
 
 def masked_whiten(a: MaskedWhiten) -> None:
     tiles = _tiles(a.elements)
     if tiles > 1 and not a.given:
-        _add_statistics[(1,)](
-            _measured(a, tiles), tiles, a.statistics, UNBIASED=a.unbiased, num_warps=4, **FUSED
-        )  # fmt: skip
+        parts = _measured(a, tiles)
+        _add_statistics[(1,)](parts, tiles, a.statistics, UNBIASED=a.unbiased, num_warps=4, **FUSED)
     _whiten[(tiles,)](
-        a.x, a.live, a.elements, a.statistics, a.whitened, SHIFT_MEAN=a.shift_mean, UNBIASED=a.unbiased,
-        MEASURE=tiles == 1 and not a.given, TILE=TILE, num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+        x=a.x,
+        live=a.live,
+        count=a.elements,
+        statistics=a.statistics,
+        whitened=a.whitened,
+        SHIFT_MEAN=a.shift_mean,
+        UNBIASED=a.unbiased,
+        MEASURE=tiles == 1 and not a.given,
+        TILE=TILE,
+        num_warps=WARPS,
+        **FUSED,
+    )
 
 
 def masked_whiten_backward(a: MaskedWhitenBackward) -> None:
@@ -198,12 +215,31 @@ def masked_whiten_backward(a: MaskedWhitenBackward) -> None:
     if tiles > 1:
         parts = torch.empty((2, tiles), dtype=torch.float32, device=a.x.device)
         _measure_backward[(tiles,)](
-            a.x, a.live, a.elements, a.statistics, a.grad_whitened, parts, TILE=TILE, num_warps=WARPS, **FUSED
+            x=a.x,
+            live=a.live,
+            count=a.elements,
+            statistics=a.statistics,
+            grad_whitened=a.grad_whitened,
+            parts=parts,
+            TILE=TILE,
+            num_warps=WARPS,
+            **FUSED,
         )
     _whiten_backward[(tiles,)](
-        a.x, a.live, a.elements, a.statistics, a.grad_whitened, parts, tiles, a.grad, SHIFT_MEAN=a.shift_mean,
-        UNBIASED=a.unbiased, TILE=TILE, num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+        x=a.x,
+        live=a.live,
+        count=a.elements,
+        statistics=a.statistics,
+        grad_whitened=a.grad_whitened,
+        parts=parts,
+        tiles=tiles,
+        grad=a.grad,
+        SHIFT_MEAN=a.shift_mean,
+        UNBIASED=a.unbiased,
+        TILE=TILE,
+        num_warps=WARPS,
+        **FUSED,
+    )
 
 
 def _tiles(elements: int) -> int:
@@ -212,5 +248,5 @@ def _tiles(elements: int) -> int:
 
 def _measured(a: MaskedMoments | MaskedWhiten, tiles: int) -> Tensor:
     parts = torch.empty((4, tiles), dtype=torch.float32, device=a.x.device)
-    _measure[(tiles,)](a.x, a.live, a.elements, parts, TILE=TILE, num_warps=WARPS, **FUSED)
+    _measure[(tiles,)](x=a.x, live=a.live, count=a.elements, parts=parts, TILE=TILE, num_warps=WARPS, **FUSED)
     return parts

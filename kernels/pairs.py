@@ -1,9 +1,10 @@
-"""Two rows of logits side by side, x of the policy and y of the reference: KL(policy || reference) in a second sweep,
-with the formulas of csrc/cpu/pairs.h, over the columns other than the target.
+"""Two rows of logits side by side, x of the policy and y of the reference: KL(policy || reference) in a second sweep.
 
-normalisers (5, count): shift, scale, ref_shift, ref_scale, offset, where p_j = e^((x_j - shift) / temperature) * scale,
-r_j the same of the reference, and offset = log(ref_scale / scale), exact where both scales are next to 1.
+The formulas are those of csrc/cpu/pairs.h, over all columns but the target. A kernel per row writes the Normalisers of
+each pair as a table (5, length) before the sweep.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,14 +17,17 @@ from .records import Logits, Rows
 from .rows import (
     BLOCK,
     GENERAL,
-    LANES,
     ROWS,
     SEGMENT,
+    THREADS,
     WARPS,
+    Row,
     block_columns,
+    field_of,
     is_plain,
     load_block,
     row_and_segment,
+    row_arguments,
     row_target,
     segments_of,
     store_rows,
@@ -32,90 +36,118 @@ from .rows import (
 )
 
 
+class Normalisers(NamedTuple):
+    """p_j = e^((x_j - shift) / temperature) * scale, and r_j the same with the reference's."""
+
+    shift: tl.tensor
+    scale: tl.tensor
+    ref_shift: tl.tensor
+    ref_scale: tl.tensor
+    offset: tl.tensor  # log(ref_scale / scale), but exact where both scales are close to 1
+
+
 @triton.jit
 def kl_terms(p, ratio, r):
-    """p log(p / r) - p + r, with ratio = log(r / p). Where it is next to 0 the three cancel, so they are joined."""
-    ratio = tl.where(p == 0.0, 2.0, ratio)  # p has no log: r alone is left
+    """p log(p / r) - p + r with ratio = log(r / p), which is never negative.
+
+    Near ratio = 0 the three terms cancel. As p * (e^ratio - 1 - ratio) nothing does: k3 has a series for it.
+    """
+    ratio = tl.where(p == 0.0, 2.0, ratio)  # log p is -inf: take the other branch, which leaves r
     return tl.where(ratio <= 1.0, p * k3(ratio), r - p - p * ratio)
 
 
 @triton.jit
-def store_normalisers(normalisers, row, count, alive, shift, scale, ref_shift, ref_scale, offset):
-    store_rows(normalisers, row, count, alive, shift)
-    store_rows(normalisers + count, row, count, alive, scale)
-    store_rows(normalisers + 2 * count.to(tl.int64), row, count, alive, ref_shift)
-    store_rows(normalisers + 3 * count.to(tl.int64), row, count, alive, ref_scale)
-    store_rows(normalisers + 4 * count.to(tl.int64), row, count, alive, offset)
+def store_normalisers(table, lanes, normalisers):
+    store_rows(field_of(table, 0, lanes.length), lanes, normalisers.shift)
+    store_rows(field_of(table, 1, lanes.length), lanes, normalisers.scale)
+    store_rows(field_of(table, 2, lanes.length), lanes, normalisers.ref_shift)
+    store_rows(field_of(table, 3, lanes.length), lanes, normalisers.ref_scale)
+    store_rows(field_of(table, 4, lanes.length), lanes, normalisers.offset)
 
 
 @triton.jit
-def block_terms(
-    data, ref_data, at, columns, vocab, target, rate, softcap, normaliser, CAPPED: tl.constexpr, PLAIN: tl.constexpr
-):
-    shift, scale, ref_shift, ref_scale, offset = normaliser
-    gap = load_block(data, at, columns, vocab, target, softcap, CAPPED, PLAIN) - shift
-    ref_gap = load_block(ref_data, at, columns, vocab, target, softcap, CAPPED, PLAIN) - ref_shift
-    # the gaps meet before the temperature rounds them, so that equal rows give exactly 0
-    ratio = (ref_gap - gap) * (rate / LOG2E) + offset
-    return thread_sum(kl_terms(tl.exp2(gap * rate) * scale, ratio, tl.exp2(ref_gap * rate) * ref_scale))
+def load_normalisers(table, index, length):
+    """Those of one row."""
+    at = table + index
+    return Normalisers(
+        shift=tl.load(field_of(at, 0, length)),
+        scale=tl.load(field_of(at, 1, length)),
+        ref_shift=tl.load(field_of(at, 2, length)),
+        ref_scale=tl.load(field_of(at, 3, length)),
+        offset=tl.load(field_of(at, 4, length)),
+    )
+
+
+@triton.jit
+def block_terms(row, ref_row, at, columns, rate, normalisers, PLAIN: tl.constexpr):
+    """(THREADS,): the KL terms of a block, summed per thread."""
+    gap = load_block(row, at, columns, PLAIN) - normalisers.shift
+    ref_gap = load_block(ref_row, at, columns, PLAIN) - normalisers.ref_shift
+    # the gaps are subtracted before the temperature rounds them, so that equal rows give exactly 0
+    ratio = (ref_gap - gap) * (rate / LOG2E) + normalisers.offset
+    p = tl.exp2(gap * rate) * normalisers.scale
+    r = tl.exp2(ref_gap * rate) * normalisers.ref_scale
+    return thread_sum(kl_terms(p, ratio, r))
 
 
 @triton.jit(do_not_specialize=GENERAL)
 def sum_terms(
-    vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, ref_logits, ref_stride,
-    normalisers, terms, count, VECTOR: tl.constexpr, CAPPED: tl.constexpr,
+    length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, ref_logits,
+    ref_stride, normalisers, terms, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """terms (segments, count): the KL's terms over every segment of every live row."""
-    row, segment = row_and_segment(vocab)
+    """terms (segments, length): the sum of the KL terms of each segment of each live row."""
+    index, segment = row_and_segment(vocab)
     if live is not None:
-        if tl.load(live + row) == 0:
+        if tl.load(live + index) == 0:
             return
-    target = row_target(targets, row, vocab)
-    rate = LOG2E / tl.load(temperature + row * temperature_stride)
-    field = count.to(tl.int64)
-    of_row = normalisers + row
-    normaliser = (
-        tl.load(of_row),
-        tl.load(of_row + field),
-        tl.load(of_row + 2 * field),
-        tl.load(of_row + 3 * field),
-        tl.load(of_row + 4 * field),
-    )
-    data = logits + tl.multiple_of(row * stride, VECTOR)
-    ref_data = ref_logits + tl.multiple_of(row * ref_stride, VECTOR)
+    target = row_target(targets, index, vocab)
+    rate = LOG2E / tl.load(temperature + index * temperature_stride)
+    of_row = load_normalisers(normalisers, index, length)
+    row = Row(logits + tl.multiple_of(index * logits_stride, VECTOR), vocab, target, softcap)
+    ref_row = Row(ref_logits + tl.multiple_of(index * ref_stride, VECTOR), vocab, target, softcap)
     columns = block_columns(VECTOR)
-    total = tl.zeros((LANES,), tl.float32)
+
+    # Each thread keeps one sum in a register; the threads are added once, at the end.
+    total = tl.zeros((THREADS,), tl.float32)
     start = segment * SEGMENT
     stop = tl.minimum(start + SEGMENT, vocab)
     for at in range(start, stop, BLOCK):
-        if is_plain(at, vocab, target):
-            total += block_terms(data, ref_data, at, columns, vocab, target, rate, softcap, normaliser, CAPPED, True)
+        if is_plain(at, row):
+            total += block_terms(row, ref_row, at, columns, rate=rate, normalisers=of_row, PLAIN=True)
         else:
-            total += block_terms(data, ref_data, at, columns, vocab, target, rate, softcap, normaliser, CAPPED, False)
-    tl.store(terms + segment * field + row, tl.sum(total, axis=0))
+            total += block_terms(row, ref_row, at, columns, rate=rate, normalisers=of_row, PLAIN=False)
+    tl.store(terms + segment * length.to(tl.int64) + index, tl.sum(total, axis=0))
 
 
 def kl_parts(rows: Rows, logits: Logits, ref_logits: Logits, normalisers: Tensor) -> Tensor:
-    """The KL's terms over every segment of the live rows, (segments, count)."""
+    """The KL terms of each segment of the live rows, (segments, length)."""
     segments = segments_of(rows)
     terms = torch.empty(segments, rows.length, dtype=torch.float32, device=normalisers.device)
     sum_terms[(rows.length * segments,)](
-        *rows[1:], logits.data, logits.row_stride, ref_logits.data, ref_logits.row_stride, normalisers, terms,
-        rows.length, VECTOR=vector(logits, ref_logits), CAPPED=rows.softcap != 0, num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+        **row_arguments(rows),
+        logits=logits.data,
+        logits_stride=logits.row_stride,
+        ref_logits=ref_logits.data,
+        ref_stride=ref_logits.row_stride,
+        normalisers=normalisers,
+        terms=terms,
+        VECTOR=vector(logits, ref_logits),
+        num_warps=WARPS,
+        **FUSED,
+    )
     return terms
 
 
 @triton.jit
-def join_terms(row, alive, terms, count, segments):
-    """-> the sum of each row, in the segments' order."""
+def join_terms(lanes, terms, segments):
+    """The sum of each row, over its segments in their order."""
     total = tl.zeros((ROWS,), tl.float32)
-    term = terms + row
+    term = terms + lanes.row
     for _ in range(segments):
-        total += tl.load(term, mask=alive, other=0.0)
-        term += count
+        total += tl.load(term, mask=lanes.alive, other=0.0)
+        term += lanes.length
     return total
 
 
 def empty_normalisers(rows: Rows, device: torch.device) -> Tensor:
-    return torch.empty(5, rows.length, dtype=torch.float32, device=device)
+    return torch.empty(len(Normalisers._fields), rows.length, dtype=torch.float32, device=device)

@@ -1,13 +1,14 @@
-"""PPO's joint loss, its gradients and its statistics in one launch; the policy's or the value's loss alone where the
-other's data is not given.
+"""PPO's joint loss, its gradients and its statistics in one launch.
 
-A program reads each input of its tile once, and writes the gradients as if the divisor of the loss were 1: how many
-tokens count is known only to the last program. That one adds the parts, and writes 1 / divisor as the scale of them.
-Ratios by the sequence, and divisors that count sequences, take a launch before it.
+Without the value's data this is the clipped policy loss alone, and without the policy's data the value loss alone.
+
+A program reads each input of its tile once. It writes the gradients as if the divisor of the loss were 1, because only
+the last program knows how many tokens count. That one adds the parts of the loss and writes 1 / divisor, by which the
+caller multiplies the gradients. Ratios per sequence, and divisors that count sequences, take a launch before.
 
     formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
-    bytes a token   4 read of each tensor that is given and 1 of a mask; 4 written of each gradient that is wanted
-    passes          one; one before it over what ratios by the sequence, or a count of sequences, take
+    bytes a token   4 read of each given tensor, 1 of a mask; 4 written of each gradient
+    passes          one; one more before it for ratios per sequence or a count of sequences
     error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 """
 
@@ -37,8 +38,9 @@ from .tokens import (
     token_weight,
 )
 
-PARTS = tl.constexpr(256)  # read at once by the last program
-# the rows of the parts
+# Parts that the last program reads at once: few, because it has about ten numbers of each in registers.
+PARTS = tl.constexpr(256)
+# The rows of the table of parts. PEAK is the largest ratio; MEAN and DEVIATION are those of the ratios of a tile.
 COUNT, POLICY, CLIPPED, SQUARED, PEAK, MEAN, DEVIATION, KL, ENTROPY, VALUE, VALUE_CLIPPED = map(tl.constexpr, range(11))
 ROWS = 11
 
@@ -50,11 +52,12 @@ def _evaluate(
     statistics, grad_logprobs, grad_values, grad_entropy, parts, ticket,
     KL_VALUE: tl.constexpr, KL_SLOPE: tl.constexpr, ITEMS: tl.constexpr, DIFFER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """The gradients and the parts of one tile; in the last program the loss and the statistics too."""
     index = tile_of_tokens(TILE)
     inside = index < tokens
     counted = live_at(live, index, inside)
     weight = token_weight(lengths, index, tokens, length, inside, DIFFER)
-    # the loads before the sums, whose barriers hold back what comes after them
+    # 1. All loads, before the first sum: a sum is a barrier, and a load behind it would wait for it.
     if logprobs is not None:
         logprob = load_kept(logprobs, index, inside, counted)
         old_logprob = load_kept(old_logprobs, index, inside, counted)
@@ -68,6 +71,7 @@ def _evaluate(
         old_value = load_kept(old_values, index, inside, counted)
         target = load_kept(returns, index, inside, counted)
 
+    # 2. The policy, with KL and entropy. Every sum of the tile becomes a part.
     store_part(parts, COUNT, tl.sum(counted.to(tl.float32)))
     if logprobs is not None:
         log_ratio = logprob - old_logprob
@@ -96,6 +100,7 @@ def _evaluate(
         store_part(parts, ENTROPY, tl.sum(spread * weight))
         if grad_entropy is not None:
             tl.store(grad_entropy + index, tl.where(counted, -entropy_coef * weight, 0.0), mask=inside)
+    # 3. The value.
     if values is not None:
         value_loss, value_slope, value_clipped = value_token(value, old_value, target, value_clip)
         if grad_values is not None:
@@ -103,11 +108,25 @@ def _evaluate(
         store_part(parts, VALUE, tl.sum(value_loss * weight))
         store_part(parts, VALUE_CLIPPED, tl.sum(value_clipped.to(tl.float32)))
 
+    # 4. The last program of the launch adds the parts.
     if is_last(ticket):
         _finish(
-            parts, logprobs, values, entropy, ref_logprobs, value_coef, entropy_coef, kl_coef, lengths, sequences,
-            items, norm, loss, statistics, ITEMS,
-        )  # fmt: skip
+            parts,
+            logprobs=logprobs,
+            values=values,
+            entropy=entropy,
+            ref_logprobs=ref_logprobs,
+            value_coef=value_coef,
+            entropy_coef=entropy_coef,
+            kl_coef=kl_coef,
+            lengths=lengths,
+            sequences=sequences,
+            items=items,
+            norm=norm,
+            loss=loss,
+            statistics=statistics,
+            ITEMS=ITEMS,
+        )
 
 
 @triton.jit
@@ -115,6 +134,8 @@ def _finish(
     parts, logprobs, values, entropy, ref_logprobs, value_coef, entropy_coef, kl_coef, lengths, sequences, items, norm,
     loss, statistics, ITEMS: tl.constexpr,
 ):  # fmt: skip
+    """Adds the parts, and writes loss and statistics. Of the four tensors it only asks whether they are given."""
+    # 1. Sums per lane: lane i adds the tiles i, i + PARTS, ... in their order.
     zero = tl.zeros((PARTS,), tl.float64)
     count, total, squares, peak = zero, zero, zero, zero  # of the ratios
     policy, kl, spread, value = zero, zero, zero, zero
@@ -140,6 +161,7 @@ def _finish(
             value += load_part(parts, VALUE, tiles, tile)
             value_clipped += load_part(parts, VALUE_CLIPPED, tiles, tile)
 
+    # 2. Over the lanes. The variance may cancel here: float64 has the digits for it.
     live_tokens = tl.sum(count)
     scale = loss_scale(lengths, sequences, items, norm, live_tokens, ITEMS)
     inverse = reciprocal(tl.maximum(live_tokens, 1.0))
@@ -148,6 +170,7 @@ def _finish(
     mean = tl.sum(total) * inverse
     variance = tl.sum(squares) * inverse - mean * mean
 
+    # 3. In the order of the statistics of PpoLoss (records.py).
     joint = policy_loss + _term(value_coef, value_loss) + _term(kl_coef, kl_loss) - _term(entropy_coef, entropy_loss)
     tl.store(loss, joint.to(tl.float32))
     if logprobs is not None and values is not None:
@@ -160,7 +183,7 @@ def _finish(
         tl.store(statistics, (tl.sum(clipped) * inverse).to(tl.float32))
         tl.store(statistics + 1, (0.5 * tl.sum(squared) * inverse).to(tl.float32))
         tl.store(statistics + 2, mean.to(tl.float32))
-        # a NaN, which the largest may have passed over, is in the mean
+        # tl.max may pass over a NaN, but the mean does not
         tl.store(statistics + 3, tl.where(mean == mean, tl.max(peak), mean).to(tl.float32))
         tl.store(statistics + 4, tl.where(variance < 0.0, 0.0, variance).to(tl.float32))
         statistics += 5
@@ -172,13 +195,13 @@ def _finish(
 
 @triton.jit
 def _term(coef, value):
-    """A term of weight 0 adds nothing, infinite or not."""
+    """A term with coefficient 0 adds 0, even if it is infinite."""
     return tl.where(coef != 0.0, coef * value, 0.0)
 
 
 @triton.jit
 def _sequence_ratio(logprobs, old_logprobs, live, ratios, length, TILE: tl.constexpr):
-    """exp(mean log ratio over the live tokens of the sequence)."""
+    """exp of the mean log ratio over the live tokens of a sequence, one sequence per program."""
     sequence = tl.program_id(0).to(tl.int64)
     total = tl.zeros((), tl.float64)
     count = tl.zeros((), tl.float64)
@@ -198,16 +221,54 @@ def ppo_loss(a: PpoLoss) -> None:
     ratios = torch.empty(a.sequences, dtype=torch.float32, device=device) if a.sequence_level else None
     if ratios is not None and a.sequences > 0:
         _sequence_ratio[(a.sequences,)](
-            a.logprobs, a.old_logprobs, a.live, ratios, a.length, TILE=tile_of(a.length), num_warps=4, **FUSED
+            logprobs=a.logprobs,
+            old_logprobs=a.old_logprobs,
+            live=a.live,
+            ratios=ratios,
+            length=a.length,
+            TILE=tile_of(a.length),
+            num_warps=4,
+            **FUSED,
         )
     divisor = Divisor(a.sequences, a.length, a.live, a.divisor, device)
     tiles = max(triton.cdiv(tokens, TILE), 1)
     parts = torch.empty(ROWS * tiles, dtype=torch.float32, device=device)
     _evaluate[(tiles,)](
-        tokens, a.sequences, max(a.length, 1), a.logprobs, a.old_logprobs, a.advantages, a.values, a.old_values,
-        a.returns, a.entropy, a.ref_logprobs, a.live, ratios, 1 - terms.clip_low, 1 + terms.clip_high, terms.dual_clip,
-        a.value_clip, a.value_coef, terms.entropy_coef, terms.kl_coef, divisor.lengths, divisor.items, divisor.norm,
-        a.loss, a.statistics, a.grad_logprobs, a.grad_values, a.grad_entropy, parts, ticket_of(device),
-        KL_VALUE=terms.kl, KL_SLOPE=terms.kl_slope if terms.kl_coef != 0 else None, ITEMS=divisor.ITEMS,
-        DIFFER=divisor.differ, TILE=TILE, num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+        tokens=tokens,
+        sequences=a.sequences,
+        length=max(a.length, 1),
+        logprobs=a.logprobs,
+        old_logprobs=a.old_logprobs,
+        advantages=a.advantages,
+        values=a.values,
+        old_values=a.old_values,
+        returns=a.returns,
+        entropy=a.entropy,
+        ref_logprobs=a.ref_logprobs,
+        live=a.live,
+        ratios=ratios,
+        low=1 - terms.clip_low,
+        high=1 + terms.clip_high,
+        dual_clip=terms.dual_clip,
+        value_clip=a.value_clip,
+        value_coef=a.value_coef,
+        entropy_coef=terms.entropy_coef,
+        kl_coef=terms.kl_coef,
+        lengths=divisor.lengths,
+        items=divisor.items,
+        norm=divisor.norm,
+        loss=a.loss,
+        statistics=a.statistics,
+        grad_logprobs=a.grad_logprobs,
+        grad_values=a.grad_values,
+        grad_entropy=a.grad_entropy,
+        parts=parts,
+        ticket=ticket_of(device),
+        KL_VALUE=terms.kl,
+        KL_SLOPE=terms.kl_slope if terms.kl_coef != 0 else None,
+        ITEMS=divisor.ITEMS,
+        DIFFER=divisor.differ,
+        TILE=TILE,
+        num_warps=WARPS,
+        **FUSED,
+    )

@@ -1,4 +1,12 @@
-"""Rows of logits on a GPU: how their columns are read by programs, and how per-row numbers are read by lanes."""
+"""Rows of logits on a GPU: how a program reads the columns of a row, and how a thread reads the numbers of a row.
+
+Two kinds of kernels work on rows:
+
+- A sweep reads the logits. A program takes one SEGMENT of one row and reads it in blocks of BLOCK columns.
+- A kernel per row reads and writes a few numbers of each row. A program takes ROWS rows, one per lane (thread).
+"""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -6,34 +14,56 @@ import triton.language as tl
 from .numbers import tanh
 from .records import Logits, Rows
 
-# Columns that a program sums: long enough to pay for its start, short enough to spread 16 rows over 132 processors.
+# Columns of a program in a sweep: enough work to pay for its start, and few enough that 16 rows fill 132 processors.
 SEGMENT: tl.constexpr = tl.constexpr(8192)
-# Columns that it reads at a time, by LANES threads: 32 bytes a thread of a half type, 64 of float32.
+# Columns that a program reads at a time: 16 of a thread, 32 bytes of a 16-bit type or 64 bytes of float32.
 BLOCK: tl.constexpr = tl.constexpr(2048)
-LANES: tl.constexpr = tl.constexpr(128)
-WARPS = LANES.value // 32
-# Rows a program of the kernels that take one row a lane.
+THREADS: tl.constexpr = tl.constexpr(128)
+WARPS = THREADS.value // 32
+# Rows of a program in a kernel per row.
 ROWS: tl.constexpr = tl.constexpr(128)
 
-# Arguments for whose values no kernel is compiled anew.
+# Arguments whose values Triton must not specialise on: another number of rows must not compile a kernel again.
 GENERAL = (
-    "count vocab targets live temperature temperature_stride softcap stride ref_stride grad_stride columns segments "
-    "parts ref_parts terms normalisers slopes statistics logprobs ref_logprobs entropy kl grad_logprobs grad_entropy "
-    "grad_kl old_logprobs advantages share"
+    "length vocab targets live temperature temperature_stride softcap logits_stride ref_stride grad_stride columns "
+    "segments parts ref_parts terms normalisers slopes statistics logprobs ref_logprobs entropy kl grad_logprobs "
+    "grad_entropy grad_kl old_logprobs advantages share"
 ).split()
+
+
+class Row(NamedTuple):
+    """One row of logits inside a kernel."""
+
+    data: tl.tensor  # pointer to its first column
+    vocab: tl.tensor
+    target: tl.tensor  # -1 = none in the vocabulary
+    softcap: tl.tensor | None  # None = none
+
+
+class Lanes(NamedTuple):
+    """The rows of a program in a kernel per row: (ROWS,), one per lane."""
+
+    row: tl.tensor
+    alive: tl.tensor  # whether it exists and is live
+    length: tl.tensor  # rows of the launch
+
+
+def row_arguments(rows: Rows) -> dict[str, Any]:
+    """The kernel arguments that every row has, by name. No softcap is None, so that no code is compiled for it."""
+    return {**rows._asdict(), "softcap": rows.softcap or None}
 
 
 def segments_of(rows: Rows) -> int:
     return triton.cdiv(rows.vocab, SEGMENT.value)
 
 
-def lanes_of(rows: Rows) -> tuple[int]:
-    """The grid of a kernel that takes one row a lane."""
+def grid_of_rows(rows: Rows) -> tuple[int]:
+    """The grid of a kernel per row."""
     return (triton.cdiv(rows.length, ROWS.value),)
 
 
 def vector(*logits: Logits) -> int:
-    """Columns in a load of 16 bytes, or 1 where one of them has rows that begin elsewhere."""
+    """Columns in a load of 16 bytes, or 1 if some row does not start at a multiple of 16 bytes."""
     given = [(each.data, each.row_stride) for each in logits if each.data is not None]
     aligned = all(data.data_ptr() % 16 == 0 and stride * data.element_size() % 16 == 0 for data, stride in given)
     return 16 // given[0][0].element_size() if aligned else 1
@@ -41,40 +71,44 @@ def vector(*logits: Logits) -> int:
 
 @triton.jit
 def row_and_segment(columns):
-    """Of this program. Programs side by side read memory side by side."""
+    """The row and the segment of this program. Neighbouring programs read neighbouring memory."""
     segments = tl.cdiv(columns, SEGMENT).to(tl.uint32)
+    # divided as 32 bits, which takes far fewer instructions than 64
     row = tl.program_id(0).to(tl.uint32) // segments
     return row.to(tl.int64), (tl.program_id(0) - row * segments).to(tl.int32)
 
 
-# ---- a block of columns ----------------------------------------------------------------------------------------------
+# ---- a sweep: blocks of columns --------------------------------------------------------------------------------------
 
 
 @triton.jit
 def vector_starts(VECTOR: tl.constexpr):
-    """(steps, LANES, 1) columns of a block that a vector begins at."""
-    STEPS: tl.constexpr = BLOCK // (LANES * VECTOR)
-    return tl.arange(0, STEPS)[:, None, None] * (LANES * VECTOR) + tl.arange(0, LANES)[None, :, None] * VECTOR
+    """(steps, THREADS, 1): the columns of a block at which a thread's vectors start."""
+    STEPS: tl.constexpr = BLOCK // (THREADS * VECTOR)
+    return tl.arange(0, STEPS)[:, None, None] * (THREADS * VECTOR) + tl.arange(0, THREADS)[None, :, None] * VECTOR
 
 
 @triton.jit
 def block_columns(VECTOR: tl.constexpr):
-    """(steps, LANES, VECTOR) columns of a block: in every step a thread has VECTOR of them, side by side."""
+    """(steps, THREADS, VECTOR): the columns of a block. In every step a thread reads one vector.
+
+    This shape makes Triton emit one 16-byte load per step and thread, with the threads of a warp side by side.
+    """
     return vector_starts(VECTOR) + tl.arange(0, VECTOR)[None, None, :]
 
 
 @triton.jit
-def capped(x, softcap, CAPPED: tl.constexpr):
-    if CAPPED:
+def capped(x, softcap):
+    if softcap is not None:
         x = softcap * tanh(x / softcap)
     return x
 
 
 @triton.jit
-def cap_slope(x, softcap, CAPPED: tl.constexpr):
-    """Of the cap, where it gave ``x``; a -inf that stands for no column has none."""
+def cap_slope(x, softcap):
+    """d capped / d logit at the capped value ``x``. It is 0 at the -inf that stands for no column."""
     slope = 1.0
-    if CAPPED:
+    if softcap is not None:
         t = x / softcap
         slope = tl.where(x == -float("inf"), 0.0, 1.0 - t * t)
     return slope
@@ -82,7 +116,7 @@ def cap_slope(x, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def row_target(targets, row, vocab):
-    """-1 where the row has none in the vocabulary."""
+    """The target of a row, or -1 if it is not in the vocabulary."""
     target = -1
     if targets is not None:
         given = tl.load(targets + row)
@@ -91,73 +125,81 @@ def row_target(targets, row, vocab):
 
 
 @triton.jit
-def is_plain(start, vocab, target):
-    """Whether the block from ``start`` on lies in the vocabulary and does not hold the target: most do, and need no
-    comparison a column.
+def is_plain(start, row):
+    """Whether the block at ``start`` lies in the vocabulary and does not hold the target.
+
+    Most blocks do. They need no mask and no comparison per column.
     """
-    return (start + BLOCK <= vocab) & ((target < start) | (target >= start + BLOCK))
+    return (start + BLOCK <= row.vocab) & ((row.target < start) | (row.target >= start + BLOCK))
 
 
 @triton.jit
-def load_block(row, start, columns, vocab, target, softcap, CAPPED: tl.constexpr, PLAIN: tl.constexpr):
-    """The block from ``start`` on as floats, after the softcap. The target's column (none: -1) reads as -inf, and so
-    does whatever lies past the vocabulary, unless the block is PLAIN. A vector that begins in the row is read whole:
-    it ends before the next row begins, and 16 aligned bytes lie in one piece of memory.
+def load_block(row, start, columns, PLAIN: tl.constexpr):
+    """The block at ``start`` as float32, after the softcap. The target and the columns past the vocabulary are -inf.
+
+    A vector that starts in the row is read whole, past the row's end too. That is safe: the 16 bytes are aligned, so
+    they lie in one page, and the next row starts no earlier than they end.
     """
     if PLAIN:
-        x = capped(tl.load(row + start + columns).to(tl.float32), softcap, CAPPED)
+        x = capped(tl.load(row.data + start + columns).to(tl.float32), row.softcap)
     else:
-        begins = start + vector_starts(columns.shape[2]) < vocab
-        x = capped(tl.load(row + start + columns, mask=begins, other=0.0).to(tl.float32), softcap, CAPPED)
-        other = (start + columns < vocab) & (start + columns != target)
+        # A mask per vector, not per column, keeps the load 16 bytes wide. What it must not see is replaced afterwards.
+        begins = start + vector_starts(columns.shape[2]) < row.vocab
+        x = capped(tl.load(row.data + start + columns, mask=begins, other=0.0).to(tl.float32), row.softcap)
+        other = (start + columns < row.vocab) & (start + columns != row.target)
         x = tl.where(other, x, -float("inf"))
     return x
 
 
 @triton.jit
 def thread_sum(x):
-    """(steps, LANES, VECTOR) -> (LANES,), each thread its own."""
+    """(steps, THREADS, VECTOR) -> (THREADS,): each thread sums its own columns, without a shuffle or a barrier."""
     return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
-# ---- a row a lane ----------------------------------------------------------------------------------------------------
+# ---- a kernel per row ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def lane_rows(count, live):
-    """The rows of this program, and which of them are there and live."""
+def lanes_of_program(length, live):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    alive = row < count
+    alive = row < length
     if live is not None:
         alive = alive & (tl.load(live + row, mask=alive, other=0) != 0)
-    return row, alive
+    return Lanes(row, alive, length)
 
 
 @triton.jit
-def inverse_temperatures(row, alive, temperature, temperature_stride):
-    return 1.0 / tl.load(temperature + row * temperature_stride, mask=alive, other=1.0)
+def inverse_temperatures(lanes, temperature, temperature_stride):
+    return 1.0 / tl.load(temperature + lanes.row * temperature_stride, mask=lanes.alive, other=1.0)
 
 
 @triton.jit
-def target_logits(row, alive, targets, vocab, logits, stride, softcap, CAPPED: tl.constexpr):
-    """After the softcap; NaN where the target is out of range."""
-    target = tl.load(targets + row, mask=alive, other=0)
-    inside = alive & (target >= 0) & (target < vocab)
-    x = tl.load(logits + row * stride + target, mask=inside, other=float("nan")).to(tl.float32)
-    return capped(x, softcap, CAPPED)
+def target_logits(lanes, targets, vocab, logits, logits_stride, softcap):
+    """The target's logit of each row, after the softcap. NaN if the target is not in the vocabulary."""
+    target = tl.load(targets + lanes.row, mask=lanes.alive, other=0)
+    inside = lanes.alive & (target >= 0) & (target < vocab)
+    x = tl.load(logits + lanes.row * logits_stride + target, mask=inside, other=float("nan")).to(tl.float32)
+    return capped(x, softcap)
 
 
 @triton.jit
-def load_rows(tensor, row, alive):
-    """0 where dead, or where there is no tensor."""
+def load_rows(tensor, lanes, STRIDE: tl.constexpr = 1):
+    """A number of each row. 0 if the row is dead or ``tensor`` is None."""
     value = tl.zeros((ROWS,), tl.float32)
     if tensor is not None:
-        value = tl.load(tensor + row, mask=alive, other=0.0)
+        value = tl.load(tensor + lanes.row * STRIDE, mask=lanes.alive, other=0.0)
     return value
 
 
 @triton.jit
-def store_rows(to, row, count, alive, value):
-    """0 where dead."""
-    if to is not None:
-        tl.store(to + row, tl.where(alive, value, 0.0), mask=row < count)
+def store_rows(tensor, lanes, value, STRIDE: tl.constexpr = 1):
+    """Writes a number of each row, 0 if the row is dead. Does nothing if ``tensor`` is None."""
+    if tensor is not None:
+        tl.store(tensor + lanes.row * STRIDE, tl.where(lanes.alive, value, 0.0), mask=lanes.row < lanes.length)
+
+
+@triton.jit
+def field_of(table, FIELD: tl.constexpr, length):
+    """Row FIELD of a scratch table (fields, length). The offset needs 64 bits, ``length`` may have 32."""
+    return table + FIELD * length.to(tl.int64)

@@ -1,16 +1,20 @@
-"""The sums of rows of logits in one sweep, and what they say of the target, with the formulas of csrc/cpu/rows.h.
+"""The log-sum-exp of rows of logits in one sweep (online softmax), and log-prob and entropy from it.
 
-A row is cut into segments, and a program sums one: a thousand rows and a single one of 151936 columns both fill the
-chip. A small kernel then joins a row's segments in their order, one row a lane. So a row's result depends neither on
-its place nor on the rows beside it.
+The formulas are those of csrc/cpu/rows.h. A row is cut into segments and each program sums one, so that a thousand
+rows and a single row of 151936 columns both fill the GPU. A kernel per row then joins the segments of each row in
+their order. So the result of a row depends neither on its position nor on the other rows.
 
-The sums are over the columns other than the target, with gap = x - shift:
+The sums run over all columns but the target, with gap = x - shift:
 
-    shift      the largest
-    tops       how many have it. Next to their 1, a float has no digits left for a tail of 1e-8
-    rest       the sum of e^(gap / temperature) over the others
-    weighted   the sum of e^(gap / temperature) * -gap
+    shift      the largest x
+    tops       how many columns have it
+    rest       sum of e^(gap / temperature) over the other columns
+    weighted   sum of e^(gap / temperature) * -gap, for the entropy
+
+``tops`` is separate from ``rest`` because 1 + 1e-8 is 1 in float32: a confident row would lose its tail.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,14 +27,16 @@ from .records import Logits, Rows
 from .rows import (
     BLOCK,
     GENERAL,
-    LANES,
     ROWS,
     SEGMENT,
+    THREADS,
     WARPS,
+    Row,
     block_columns,
     is_plain,
     load_block,
     row_and_segment,
+    row_arguments,
     row_target,
     segments_of,
     thread_sum,
@@ -38,132 +44,178 @@ from .rows import (
 )
 
 
+class RowSums(NamedTuple):
+    """The four sums above, of some of a row's columns."""
+
+    shift: tl.tensor
+    tops: tl.tensor
+    rest: tl.tensor
+    weighted: tl.tensor
+
+
+class RowResult(NamedTuple):
+    """What the sums of a whole row give. The last four are the fields of RowStatistics in csrc/rlhf_fast.h."""
+
+    logprob: tl.tensor
+    entropy: tl.tensor  # only if the sums are weighted
+    shift: tl.tensor
+    others_mass: tl.tensor  # 1 - p_target
+    scale: tl.tensor  # p_j = e^((x_j - shift) / temperature) * scale
+    log_norm: tl.tensor  # log p_j = (x_j - shift) / temperature - log_norm; not bounded by FAR
+
+
 @triton.jit
-def lowered(shift, tops, rest, weighted, to, rate):
-    """The sums by another shift, ``to``, which is no smaller."""
-    below = to > shift
-    rise = tl.where(below & (shift > -float("inf")), to - shift, 0.0)
+def no_columns(SIZE: tl.constexpr):
+    zero = tl.zeros((SIZE,), tl.float32)
+    return RowSums(tl.full((SIZE,), -float("inf"), tl.float32), zero, zero, zero)
+
+
+@triton.jit
+def rescaled(sums, shift, rate):
+    """The same sums relative to ``shift``, which is no smaller than theirs: the rescaling of the online softmax."""
+    below = shift > sums.shift
+    # no columns so far: their shift of -inf must not give inf - inf
+    rise = tl.where(below & (sums.shift > -float("inf")), shift - sums.shift, 0.0)
     shrink = tl.exp2(-rise * rate)
-    total = tops + rest
-    moved = tl.where(shrink == 0.0, 0.0, shrink * (weighted + rise * total))
-    return tl.where(below, 0.0, tops), tl.where(below, shrink * total, rest), tl.where(below, moved, weighted)
+    # The columns that were largest no longer are: they join the rest. A gap grows by the rise.
+    total = sums.tops + sums.rest
+    moved = tl.where(shrink == 0.0, 0.0, shrink * (sums.weighted + rise * total))
+    return RowSums(
+        shift=shift,
+        tops=tl.where(below, 0.0, sums.tops),
+        rest=tl.where(below, shrink * total, sums.rest),
+        weighted=tl.where(below, moved, sums.weighted),
+    )
 
 
 @triton.jit
-def add_block(x, shift, tops, rest, weighted, rate, WEIGHTED: tl.constexpr):
-    """Sums (LANES,) of a thread each, and what a block adds to them."""
-    raised = tl.maximum(shift, tl.max(tl.max(x, axis=2), axis=0))
-    tops, rest, weighted = lowered(shift, tops, rest, weighted, raised, rate)
-    gap = x - tl.where(raised == -float("inf"), 0.0, raised)[None, :, None]
+def add_block(sums, x, rate, WEIGHTED: tl.constexpr):
+    """The sums (THREADS,) of each thread and its columns of another block."""
+    # 1. The new maximum first: then no exponential exceeds 1, and none overflows.
+    sums = rescaled(sums, tl.maximum(sums.shift, tl.max(tl.max(x, axis=2), axis=0)), rate)
+    # 2. All exponentials of the block, relative to it. (Every column may be -inf: subtract 0 then.)
+    gap = x - tl.where(sums.shift == -float("inf"), 0.0, sums.shift)[None, :, None]
     e = tl.exp2(gap * rate)
-    others = thread_sum(tl.where(gap == 0.0, 0.0, e))
-    tops += tl.floor(thread_sum(e) - others + 0.5)  # counted so, they take no selection of their own
-    rest += others
+    rest = thread_sum(tl.where(gap == 0.0, 0.0, e))
+    # 3. The largest columns have e = 1 exactly. Their number is the difference of two sums, rounded: that saves a
+    #    comparison and a selection per column.
+    tops = tl.floor(thread_sum(e) - rest + 0.5)
+    weighted = sums.weighted
     if WEIGHTED:
-        weighted -= thread_sum(e * tl.maximum(gap, -3.0e38))  # -inf would make it NaN
-    return raised, tops, rest, weighted
+        weighted -= thread_sum(e * tl.maximum(gap, -3.0e38))  # 0 * -inf would be NaN
+    return RowSums(sums.shift, sums.tops + tops, sums.rest + rest, weighted)
 
 
 @triton.jit(do_not_specialize=GENERAL)
 def sum_segments(
-    vocab, targets, live, temperature, temperature_stride, softcap, logits, stride, parts, count,
-    VECTOR: tl.constexpr, CAPPED: tl.constexpr, WEIGHTED: tl.constexpr,
+    length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts,
+    VECTOR: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """parts (4, segments, count): shift, tops, rest, weighted of every segment of every live row."""
-    row, segment = row_and_segment(vocab)
+    """parts (4, segments, length): the RowSums of each segment of each live row."""
+    index, segment = row_and_segment(vocab)
     if live is not None:
-        if tl.load(live + row) == 0:
+        if tl.load(live + index) == 0:
             return
-    target = row_target(targets, row, vocab)
-    rate = LOG2E / tl.load(temperature + row * temperature_stride)
-    data = logits + tl.multiple_of(row * stride, VECTOR)
+    target = row_target(targets, index, vocab)
+    rate = LOG2E / tl.load(temperature + index * temperature_stride)
+    # multiple_of lets Triton emit vector loads: a stride known only at run time proves no alignment.
+    row = Row(logits + tl.multiple_of(index * logits_stride, VECTOR), vocab, target, softcap)
     columns = block_columns(VECTOR)
-    shift = tl.full((LANES,), -float("inf"), tl.float32)
-    tops = tl.zeros((LANES,), tl.float32)
-    rest = tl.zeros((LANES,), tl.float32)
-    weighted = tl.zeros((LANES,), tl.float32)
+
+    # 1. Each thread keeps sums of its own, in registers: the loop has no barrier.
+    sums = no_columns(THREADS)
     start = segment * SEGMENT
     stop = tl.minimum(start + SEGMENT, vocab)
     for at in range(start, stop, BLOCK):
-        if is_plain(at, vocab, target):
-            x = load_block(data, at, columns, vocab, target, softcap, CAPPED, True)
-            shift, tops, rest, weighted = add_block(x, shift, tops, rest, weighted, rate, WEIGHTED)
+        if is_plain(at, row):
+            sums = add_block(sums, load_block(row, at, columns, True), rate, WEIGHTED)
         else:
-            x = load_block(data, at, columns, vocab, target, softcap, CAPPED, False)
-            shift, tops, rest, weighted = add_block(x, shift, tops, rest, weighted, rate, WEIGHTED)
-    largest = tl.max(shift, axis=0)
-    tops, rest, weighted = lowered(shift, tops, rest, weighted, largest, rate)
-    part = parts + segment.to(tl.int64) * count + row
-    field = tl.num_programs(0).to(tl.int64)
+            sums = add_block(sums, load_block(row, at, columns, False), rate, WEIGHTED)
+
+    # 2. One reduction over the threads, relative to their common maximum.
+    largest = tl.max(sums.shift, axis=0)
+    sums = rescaled(sums, largest, rate)
+    part = parts + segment.to(tl.int64) * length + index
+    field = tl.num_programs(0).to(tl.int64)  # segments * length
     tl.store(part, largest)
-    tl.store(part + field, tl.sum(tops, axis=0))
-    tl.store(part + 2 * field, tl.sum(rest, axis=0))
+    tl.store(part + field, tl.sum(sums.tops, axis=0))
+    tl.store(part + 2 * field, tl.sum(sums.rest, axis=0))
     if WEIGHTED:
-        tl.store(part + 3 * field, tl.sum(weighted, axis=0))
+        tl.store(part + 3 * field, tl.sum(sums.weighted, axis=0))
 
 
 def sum_rows(rows: Rows, logits: Logits, weighted: bool) -> Tensor:
-    """The sums of every segment of the live rows, (4, segments, count); ``weighted`` is what an entropy needs."""
+    """The sums of each segment of the live rows, (4, segments, length). An entropy needs ``weighted``."""
     segments = segments_of(rows)
     parts = torch.empty(4, segments, rows.length, dtype=torch.float32, device=rows.temperature.device)
     sum_segments[(rows.length * segments,)](
-        *rows[1:], logits.data, logits.row_stride, parts, rows.length, VECTOR=vector(logits), CAPPED=rows.softcap != 0,
-        WEIGHTED=weighted, num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+        **row_arguments(rows),
+        logits=logits.data,
+        logits_stride=logits.row_stride,
+        parts=parts,
+        VECTOR=vector(logits),
+        WEIGHTED=weighted,
+        num_warps=WARPS,
+        **FUSED,
+    )
     return parts
 
 
 @triton.jit
-def join_segments(row, alive, parts, count, segments, inverse_temperature, WEIGHTED: tl.constexpr):
-    """-> shift, tops, rest, weighted of each row."""
+def join_segments(lanes, parts, segments, inverse_temperature, WEIGHTED: tl.constexpr):
+    """The sums of each row, from those of its segments in their order."""
     rate = LOG2E * inverse_temperature
-    shift = tl.full((ROWS,), -float("inf"), tl.float32)
-    tops = tl.zeros((ROWS,), tl.float32)
-    rest = tl.zeros((ROWS,), tl.float32)
-    weighted = tl.zeros((ROWS,), tl.float32)
-    field = segments.to(tl.int64) * count
-    part = parts + row
+    sums = no_columns(ROWS)
+    field = segments.to(tl.int64) * lanes.length
+    part = parts + lanes.row
     for _ in range(segments):
-        other_shift = tl.load(part, mask=alive, other=0.0)
-        other_tops = tl.load(part + field, mask=alive, other=1.0)
-        other_rest = tl.load(part + 2 * field, mask=alive, other=0.0)
-        other_weighted = tl.zeros((ROWS,), tl.float32)
+        weighted = tl.zeros((ROWS,), tl.float32)
         if WEIGHTED:
-            other_weighted = tl.load(part + 3 * field, mask=alive, other=0.0)
-        raised = tl.maximum(shift, other_shift)
-        tops, rest, weighted = lowered(shift, tops, rest, weighted, raised, rate)
-        other_tops, other_rest, other_weighted = lowered(
-            other_shift, other_tops, other_rest, other_weighted, raised, rate
+            weighted = tl.load(part + 3 * field, mask=lanes.alive, other=0.0)
+        other = RowSums(
+            shift=tl.load(part, mask=lanes.alive, other=0.0),
+            tops=tl.load(part + field, mask=lanes.alive, other=1.0),  # a dead row must not divide by 0
+            rest=tl.load(part + 2 * field, mask=lanes.alive, other=0.0),
+            weighted=weighted,
         )
-        shift = raised
-        tops += other_tops
-        rest += other_rest
-        weighted += other_weighted
-        part += count
-    return shift, tops, rest, weighted
+        largest = tl.maximum(sums.shift, other.shift)
+        sums = rescaled(sums, largest, rate)
+        other = rescaled(other, largest, rate)
+        sums = RowSums(largest, sums.tops + other.tops, sums.rest + other.rest, sums.weighted + other.weighted)
+        part += lanes.length
+    return sums
 
 
 @triton.jit
-def finish_rows(shift, tops, rest, weighted, target_logit, inverse_temperature):
-    """-> logprob, entropy (where the sums are weighted), and the statistics of csrc/rlhf_fast.h: shift, others_mass,
-    scale, log_norm, the last without its bound.
+def finish_rows(sums, target_logit, inverse_temperature):
+    """The RowResult of each row: the formulas of rlhf_fast/ops/_vocab.py.
+
+    With d the log odds against the target, log p_target = -softplus(d) and 1 - p_target = sigmoid(d): neither subtracts
+    near-equal numbers, so that a confident token keeps its digits.
     """
-    alone = shift == -float("inf")
-    empty = alone & (rest == 0.0)
-    total = tl.where(empty, 1.0, tops + rest)
-    log_total = tl.where(empty, 0.0, log1p(tops - 1.0 + rest))
-    # log odds against the target
-    d = (shift - target_logit) * inverse_temperature + log_total
+    # 1. The log-sum-exp of the other columns, relative to the shift; 0 if there is none above -inf.
+    alone = sums.shift == -float("inf")
+    empty = alone & (sums.rest == 0.0)
+    total = tl.where(empty, 1.0, sums.tops + sums.rest)
+    log_total = tl.where(empty, 0.0, log1p(sums.tops - 1.0 + sums.rest))
+    # 2. The log odds. A target at +inf has no log-prob: the reference gives NaN, not 0.
+    d = (sums.shift - target_logit) * inverse_temperature + log_total
     d = tl.where(target_logit == float("inf"), float("nan"), d)
+    # 3. Everything by e^-|d| <= 1, which cannot overflow.
     certainty = tl.abs(d)
     odds = exponential(-certainty)
     softplus = log1p(odds)
-    likelier = 1.0 / (1.0 + odds)
-    unlikelier = odds * likelier
-    mass = tl.where(d > 0.0, likelier, unlikelier)
-    split = unlikelier * at_most(certainty, FAR) + softplus
-    spread = log_total + weighted * inverse_temperature / total
-    logprob = -(tl.where(d > 0.0, d, 0.0) + softplus)
-    log_norm = log_total + tl.where(d < 0.0, -d, 0.0) + softplus
-    shift = tl.where(alone, 0.0, shift)
-    return logprob, split + mass * spread, shift, mass, mass / total, log_norm
+    larger_mass = 1.0 / (1.0 + odds)  # of the target and the others together, the more likely
+    smaller_mass = odds * larger_mass
+    others_mass = tl.where(d > 0.0, larger_mass, smaller_mass)
+    # 4. entropy = H(target or not) + others_mass * H(the others among themselves)
+    binary_entropy = smaller_mass * at_most(certainty, FAR) + softplus
+    others_entropy = log_total + sums.weighted * inverse_temperature / total
+    return RowResult(
+        logprob=-(tl.where(d > 0.0, d, 0.0) + softplus),
+        entropy=binary_entropy + others_mass * others_entropy,
+        shift=tl.where(alone, 0.0, sums.shift),
+        others_mass=others_mass,
+        scale=others_mass / total,
+        log_norm=log_total + tl.where(d < 0.0, -d, 0.0) + softplus,
+    )

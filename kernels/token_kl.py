@@ -1,7 +1,7 @@
-"""Estimates of the KL from two log-probs a token: one sweep forward, one backward.
+"""Estimates of the KL from two log-probs per token: one sweep forward, one backward.
 
 formula         value and slope of the table in rlhf_fast/ops/token_kl.py, d = logprob - ref_logprob
-bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read where there is a mask
+bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read with a mask
 passes          one each way
 error           1 ulp of the difference; k3 to a few ulps, by its series where exp(x) - 1 - x would cancel
 """
@@ -17,11 +17,12 @@ from .tokens import TILE, WARPS, live_at, tile_of_tokens
 
 @triton.jit
 def _sweep(logprobs, ref_logprobs, live, grad_kl, out, tokens, ESTIMATOR: tl.constexpr, TILE: tl.constexpr):
-    """The estimates or, with grad_kl, the gradient."""
+    """The estimates or, with grad_kl, the gradient. A token that does not count gives 0 both ways."""
     index = tile_of_tokens(TILE)
     inside = index < tokens
     counted = live_at(live, index, inside)
     logprob = tl.load(logprobs + index, mask=inside, other=0.0)
+    # Selected after the loads, which thus stay vectors: a masked token may hold anything, NaN included.
     difference = tl.where(counted, logprob - tl.load(ref_logprobs + index, mask=inside, other=0.0), 0.0)
     if grad_kl is None:
         result = kl_value(difference, ESTIMATOR)
@@ -43,6 +44,14 @@ def _launch(a: TokenKl | TokenKlBackward, grad_kl: Tensor | None, out: Tensor, e
     if a.tokens == 0:
         return
     _sweep[(triton.cdiv(a.tokens, TILE),)](
-        a.logprobs, a.ref_logprobs, a.live, grad_kl, out, a.tokens, ESTIMATOR=estimator, TILE=TILE, num_warps=WARPS,
+        logprobs=a.logprobs,
+        ref_logprobs=a.ref_logprobs,
+        live=a.live,
+        grad_kl=grad_kl,
+        out=out,
+        tokens=a.tokens,
+        ESTIMATOR=estimator,
+        TILE=TILE,
+        num_warps=WARPS,
         **FUSED,
-    )  # fmt: skip
+    )

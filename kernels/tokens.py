@@ -1,8 +1,8 @@
-"""Ops of a number a token: which tokens count, what a loss is divided by, and sums over them.
+"""Ops with one number per token: which tokens count, the divisor of a loss, and sums over tokens.
 
-A program takes a tile of TILE tokens. Where a sum goes over several tiles, each writes its part to a scratch of one row
-a sum and one column a tile, and one last program adds the parts in the tiles' order: the result is the same every time.
-Sums are float32 within a tile and float64 over tiles.
+A program takes a tile of TILE tokens. A sum over several tiles takes two steps: each program writes its part to a
+scratch table with one row per sum and one column per tile, and one last program adds the parts in the order of the
+tiles. So the result is the same on every run. Sums are float32 within a tile and float64 over tiles.
 """
 
 import functools
@@ -16,8 +16,9 @@ from .formulas import FUSED
 from .records import AGGREGATIONS, LossDivisor
 
 TILE = 1024
-WARPS = 8  # 4 tokens a thread: its 16-byte loads lie side by side with its neighbours', as the bytes of a mask do
-PARTS = tl.constexpr(1024)  # read at once by the program that adds them
+# 4 tokens per thread: one 16-byte load of floats and one 4-byte load of the mask.
+WARPS = 8
+PARTS = tl.constexpr(1024)  # parts read at once by the program that adds them
 
 
 @triton.jit
@@ -27,6 +28,7 @@ def tile_of_tokens(TILE: tl.constexpr):
 
 @triton.jit
 def live_at(live, index, inside):
+    """Which tokens count: those inside, with a mask those that it marks."""
     if live is not None:
         inside = inside & (tl.load(live + index, mask=inside, other=0) != 0)
     return inside
@@ -34,7 +36,10 @@ def live_at(live, index, inside):
 
 @triton.jit
 def load_kept(data, index, inside, counted):
-    """0 where a token does not count; selected after the load, so that the load stays a vector's."""
+    """The tokens' numbers, 0 where a token does not count.
+
+    The load covers the masked tokens too: with ``counted`` as its mask it would be one load per token, not a vector.
+    """
     return tl.where(counted, tl.load(data + index, mask=inside, other=0.0), 0.0)
 
 
@@ -45,28 +50,32 @@ def store_part(parts, row, value):
 
 @triton.jit
 def load_part(parts, row, tiles, tile):
-    # past the first-level cache, which knows nothing of what other programs stored
+    """The parts of some tiles, as float64. ".cg" bypasses the L1 cache, which does not see other programs' stores."""
     part = tl.load(parts + row * tiles + tile, mask=tile < tiles, other=0.0, cache_modifier=".cg")
     return part.to(tl.float64)
 
 
 @triton.jit
 def is_last(ticket):
-    """Whether this program is the launch's last to come here; it sees what all others stored before they did.
+    """Whether this program is the last of the launch to get here. It then sees what all others stored before.
 
-    Who is last changes from run to run, so that nothing but the place of a sum may depend on it.
+    Which program is last differs from run to run. So it may decide who adds the parts, but not what is added.
     """
+    # 1. The barrier: all threads have stored their parts before any thread takes the ticket.
     tl.debug_barrier()
+    # 2. acq_rel makes these stores visible to the last program, and those of the others to this one.
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    # 3. Back to 0 for the next launch, which saves a memset.
     if last:
         tl.store(ticket, 0)
     return last
 
 
 def ticket_of(device: torch.device) -> Tensor:
-    """The counter of ``is_last``, 0 before and after a launch.
+    """The counter of ``is_last``, 0 before and after each launch.
 
-    A stream has one, since its launches follow one another. A captured graph, which may run on any, has its own.
+    There is one per stream: launches on a stream do not overlap. A captured graph may run on any stream, so it gets its
+    own.
     """
     if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
         return torch.zeros((), dtype=torch.int32, device=device)
@@ -78,18 +87,18 @@ def _ticket(device: torch.device, stream: int) -> Tensor:
     return torch.zeros((), dtype=torch.int32, device=device)
 
 
-# ---- moments: (count, mean, sum of squared deviations from the mean) -------------------------------------------------
+# ---- moments: count, mean and sum of squared deviations from the mean ------------------------------------------------
 
 
 @triton.jit
 def tile_moments(x, counted):
-    """(count, near, off, deviation), mean = near + off: deviations from the rounded mean also tell how far off it is.
-
-    ``x`` is 0 where it does not count.
-    """
+    """(count, near, off, deviation) of a tile; the mean is near + off. ``x`` is 0 where a token does not count."""
+    # 1. The mean, rounded to float32.
     count = tl.sum(counted.to(tl.float32))
     divisor = tl.maximum(count, 1.0)
     near = tl.sum(x) / divisor
+    # 2. Deviations from it are small, so their sums keep their digits where a sum of squares would cancel. Their mean
+    #    is the rounding error of ``near``.
     deviations = tl.where(counted, x - near, 0.0)
     off = tl.sum(deviations) / divisor
     deviation = tl.sum(deviations * deviations) - count * off * off
@@ -98,7 +107,7 @@ def tile_moments(x, counted):
 
 @triton.jit
 def merge_moments(count, mean, deviation, counts, means, deviations):
-    """With those of further parts, a vector of each; all float64."""
+    """The moments so far, merged with those of further parts (a vector of each). All float64."""
     total = count + tl.sum(counts)
     merged = (count * mean + tl.sum(counts * means)) / tl.maximum(total, 1.0)
     step = mean - merged
@@ -111,7 +120,7 @@ def merge_moments(count, mean, deviation, counts, means, deviations):
 
 @triton.jit
 def _count_live(live, lengths, length, TILE: tl.constexpr):
-    """The live tokens of a sequence."""
+    """The live tokens of each sequence, one sequence per program."""
     sequence = tl.program_id(0).to(tl.int64)
     count = tl.zeros((), tl.int64)
     for start in range(0, length, TILE):
@@ -122,7 +131,7 @@ def _count_live(live, lengths, length, TILE: tl.constexpr):
 
 @triton.jit
 def token_weight(lengths, index, tokens, length, inside, DIFFER: tl.constexpr):
-    """What a token counts before the divisor: 1 or, with DIFFER, 1 / the live tokens of its sequence."""
+    """The weight of a token before the division: 1 or, with DIFFER, 1 / the live tokens of its sequence."""
     weight = 1.0
     if DIFFER:
         live_tokens = tl.load(lengths + sequence_at(index, tokens, length), mask=inside, other=1)
@@ -132,13 +141,15 @@ def token_weight(lengths, index, tokens, length, inside, DIFFER: tl.constexpr):
 
 @triton.jit
 def sequence_at(index, tokens, length):
-    """The sequence of each token of a tile, divided in 32 bits unless there are more tokens than they count."""
+    """The sequence of each token. Divided in 32 bits, unless the number of tokens needs 64: that is several times
+    slower.
+    """
     return index.to((tokens + length).dtype) // length
 
 
 @triton.jit
 def loss_scale(lengths, sequences, items, norm, count, ITEMS: tl.constexpr):
-    """1 / divisor, by the ``count`` of all live tokens; float64."""
+    """1 / divisor in float64. ``count`` is the number of live tokens. The other arguments are those of Divisor."""
     if ITEMS == "tokens":
         found = count
     elif ITEMS == "sequences":
@@ -156,16 +167,19 @@ def loss_scale(lengths, sequences, items, norm, count, ITEMS: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x of a float64 to all but its last digits; a division proper is a call, for which registers go on a stack."""
+    """1 / x of a float64, to all but its last digits: a float32 reciprocal and one Newton step.
+
+    A float64 division would be a function call, which puts registers on a stack.
+    """
     near = (1.0 / x.to(tl.float32)).to(tl.float64)
     return near * (2.0 - x * near)
 
 
 class Divisor:
-    """What a loss of (sequences, length) is divided by: ``norm`` times what ITEMS names.
+    """What a loss over (sequences, length) tokens is divided by: ``norm`` times the number that ITEMS names.
 
-    ITEMS is "tokens" or "sequences" for their live number, "given" for what is at the address ``items``, or None.
-    ``lengths``, the live tokens of each sequence, are counted where that takes them.
+    ITEMS is "tokens" or "sequences" for the number of live ones, "given" for the number at the address ``items``, or
+    None for 1. ``lengths`` are the live tokens of each sequence, counted by a launch if the divisor needs them.
     """
 
     def __init__(
@@ -196,5 +210,5 @@ class Divisor:
 
 
 def tile_of(length: int) -> int:
-    """For a program that goes through a whole sequence."""
+    """The tile of a program that walks over a whole sequence."""
     return min(max(triton.next_power_of_2(length), 128), TILE)

@@ -1,8 +1,8 @@
-// out = left right^T, bfloat16 in, float32 out: torch's own product would round the logits to bfloat16, which moves a
-// log-prob by up to 2^-9 of the largest logit. For processors with AVX-512 BF16, the only file written in intrinsics.
+// out = left right^T, from bfloat16 to float32. torch's own product would round the logits to bfloat16, which changes a
+// log-prob by up to 2^-9 of the largest logit. For processors with AVX-512 BF16; the only file written in intrinsics.
 //
-// 64 columns at a time are packed as pairs along the inner dimension, as the instruction wants them; against them go six
-// rows at a time, whose 6 x 64 sums stay in registers. The order of the sums depends on the inner size alone.
+// A task is a panel of 64 columns. It is packed once as pairs along the inner dimension, the operand of vdpbf16ps, and
+// then multiplied by six rows at a time. The order of the sums depends only on the inner size.
 #include <cstdlib>
 #include <cstring>
 
@@ -14,10 +14,12 @@
 namespace rlhf_fast {
 namespace {
 
+// 6 x 4 vectors of sums, 4 of columns and 1 of the left matrix: 29 of the 32 registers. Every loaded vector is used for
+// several products, and 24 independent sums hide the latency of the instruction.
 constexpr int kColumns = 64;
 constexpr int kVectors = kColumns / 16;
 constexpr int kRows = 6;
-constexpr int64_t kInner = 2048;  // a packed block of 256 KB stays in the second-level cache
+constexpr int64_t kInner = 2048;  // a packed panel has 256 KB and stays in the L2 cache
 
 // Columns [column, column + 64) of right^T, inner indices [from, to), as (pairs, 64) of two bfloat16; 0 past the ends.
 void pack(const BFloat16Product& a, int64_t column, int64_t from, int64_t to, uint32_t* packed) {
@@ -33,27 +35,32 @@ void pack(const BFloat16Product& a, int64_t column, int64_t from, int64_t to, ui
   }
 }
 
+// Two neighbours of a row of `left`, in all lanes. At an odd end the second is 0, which is not read from memory.
 inline __m512bh pair_of(const uint16_t* left, int64_t index, bool whole) {
   uint32_t pair = left[index];
   if (whole) memcpy(&pair, left + index, 4);
   return (__m512bh)_mm512_set1_epi32((int)pair);
 }
 
+// Adds inner indices [from, to) of a tile of `rows` x 64 to `out`.
 template <int rows>
 void multiply(const BFloat16Product& a, int64_t row, int64_t column, int64_t from, int64_t to, const uint32_t* packed) {
   __m512 sums[rows][kVectors];
   float* out = a.out + row * a.out_stride + column;
   const int64_t width = a.columns - column < kColumns ? a.columns - column : kColumns;
+  // 1. At the right edge the masks leave out the columns that do not exist.
   __mmask16 masks[kVectors];
   for (int v = 0; v < kVectors; v++) {
     const int64_t left = width - 16 * v;
     masks[v] = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
   }
+  // 2. The sums so far. They continue in the same order, as if the inner dimension had not been cut.
   for (int r = 0; r < rows; r++) {
     for (int v = 0; v < kVectors; v++) {
       sums[r][v] = from == 0 ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(masks[v], out + r * a.out_stride + 16 * v);
     }
   }
+  // 3. The products: each packed vector is loaded once for all rows.
   const uint16_t* left = a.left + row * a.left_stride + from;
   const int64_t pairs = (to - from + 1) / 2;
   for (int64_t p = 0; p < pairs; p++) {
@@ -70,6 +77,7 @@ void multiply(const BFloat16Product& a, int64_t row, int64_t column, int64_t fro
   }
 }
 
+// The number of rows is a template argument, so that the loops unroll and the sums stay in registers.
 void multiply_rows(const BFloat16Product& a, int64_t row, int64_t column, int64_t from, int64_t to,
                    const uint32_t* packed) {
   switch (a.rows - row) {

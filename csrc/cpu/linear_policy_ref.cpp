@@ -1,8 +1,8 @@
-// The fold of linear_policy_ref: a tile of the policy's logits and one of the reference's give both log-probs, the
-// policy's entropy and the exact KL; the policy's becomes the gradient of all of them together, in place.
+// linear_policy_ref on one tile of the policy's logits and one of the reference's. They give both log-probs, the
+// policy's entropy and the exact KL. The policy's tile is then overwritten by the gradient of all of them together.
 //
 //   formula         those of masked_logprobs and exact_kl, over two tiles side by side
-//   bytes a row     of V columns: 8 V read for the sums, 8 V for the KL, 8 V read and at most 4 V written for the gradient
+//   bytes a row     of V columns: 8 V read for the sums, 8 V for the KL, 8 V read, up to 4 V written for the gradient
 //   passes          two, and one more for the gradient
 //   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "pairs.h"
@@ -12,13 +12,14 @@ namespace {
 
 Normaliser normaliser_of(const RowResult& result) { return {result.statistics.shift, result.statistics.scale}; }
 
-// The target's own part of the KL: p log(p / r) - p + r.
+// The target's term of the KL, p log(p / r) - p + r, in double: kl_terms is for the other columns.
 double kl_at_target(double log_p, double log_r) {
   const double p = std::exp(log_p), r = std::exp(log_r), ratio = log_r - log_p;
   if (p == 0) return r;
   return ratio <= 1 ? p * (std::expm1(ratio) - ratio) : r - p - p * ratio;
 }
 
+// d KL / d target's logit, before softcap and temperature.
 float kl_slope_at_target(float log_p, float log_r, float kl) {
   const float p = std::exp(log_p);
   return p == 0 ? 0 : p * (log_p - log_r - kl);
@@ -33,9 +34,11 @@ void linear_policy_ref(const LinearPolicyRef& a, int threads) {
     const Row policy(data, a.rows.vocab, target, a.rows.softcap);
     const Row reference(row_of<float>(a.ref_logits, i), a.rows.vocab, target, a.rows.softcap);
     const float inverse_temperature = inverse_temperature_of(a.rows, i);
+    // 1. Both softmaxes; the target's logit first, since the gradient may overwrite it.
     const float target_logit = policy.target_logit();
     const RowResult p = evaluate_row(policy, inverse_temperature, true);
     const RowResult r = evaluate_row(reference, inverse_temperature, false);
+    // 2. The KL: the target's term and those of the other columns.
     const Pair pair(policy, reference, normaliser_of(p), normaliser_of(r), (float)(p.log_norm - r.log_norm),
                     inverse_temperature);
     const float kl = (float)(kl_at_target(p.logprob, r.logprob) + pair.kl());
@@ -43,6 +46,7 @@ void linear_policy_ref(const LinearPolicyRef& a, int threads) {
     a.ref_logprobs[i] = r.logprob;
     a.entropy[i] = p.entropy;
     a.kl[i] = kl;
+    // 3. The gradient. Without a gradient of the KL the reference need not be read again.
     if (!a.grad.data) return;
     const float grad_logprob = a.grad_logprobs[i], grad_entropy = a.grad_entropy[i], grad_kl = a.grad_kl[i];
     typed(a.grad.data, a.grad.dtype, [&](auto* grads) {

@@ -1,5 +1,5 @@
-// log softmax(logits)[target] and the entropy. The forward reads the logits once; the backward reads them once more and
-// writes the gradient, over them where it may. The rows' statistics come between.
+// log softmax(logits)[target] and the entropy. The forward reads the logits once and keeps four numbers of each row.
+// The backward reads the logits once and writes the gradient, which may overwrite them.
 //
 //   formula         log p_t = -softplus(d), d = logsumexp_{j != t} x_j - x_t (rlhf_fast/ops/_vocab.py)
 //   bytes a row     of V columns of b bytes: forward V b read, 20 to 24 written; backward V b read, V b written
@@ -12,7 +12,7 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 void masked_logprobs(const MaskedLogprobs& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
     parallel_for(a.rows.length, a.rows.vocab, threads, [&](int64_t i) {
-      RowResult result{};
+      RowResult result{};  // a dead row is not read, and gives 0
       if (is_live(a.rows, i)) {
         const Row row(logits + i * a.logits.row_stride, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
         result = evaluate_row(row, inverse_temperature_of(a.rows, i), a.entropy);

@@ -1,5 +1,6 @@
-// Whitening: mean 0 and variance 1 over the live elements. All arithmetic is double, so that a mean far from 0 costs no
-// digits. `whitened` may be `x` itself.
+// Whitening: mean 0 and variance 1 over the live elements. `whitened` may be `x` itself.
+//
+// All arithmetic is double, so that a mean far from 0 costs no digits. The loops are bound by memory all the same.
 //
 //   formula         (x - mean) / sqrt(variance + 1e-8)
 //   bytes a value   forward 12 read, 4 written; backward 16 read, 4 written
@@ -13,6 +14,7 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 
 namespace {
 
+// Vectors of doubles, and of as many floats, int64s and bytes.
 constexpr int kDoubles = kLanes / 2;
 typedef double F64 __attribute__((vector_size(8 * kDoubles)));
 typedef int64_t I64 __attribute__((vector_size(8 * kDoubles)));
@@ -49,7 +51,7 @@ struct Sums {
   double first, second;
 };
 
-// The sums of term(i, lanes) over the live elements.
+// The sums of term(i, lanes) over the live elements: in lanes within a block, then over lanes and blocks in order.
 template <class Arguments, class Term>
 RLHF_FAST_INLINE Sums sum_live(const Arguments& a, int threads, const Term& term) {
   const Array<Sums> blocks(blocks_of(a.elements));
@@ -100,6 +102,7 @@ void masked_moments(const MaskedMoments& a, int threads) {
 
 void masked_whiten(const MaskedWhiten& a, int threads) {
   if (!a.given) {
+    // The deviations are taken from the mean in a second pass: E[x^2] - mean^2 would cancel.
     double moments[2];
     masked_moments({a.elements, a.x, a.live, nullptr, moments}, threads);
     a.statistics[0] = moments[0];
@@ -114,7 +117,7 @@ void masked_whiten(const MaskedWhiten& a, int threads) {
 }
 
 // With d = x - mean and variance = sum(d^2) / k:
-// d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, + mean(grad) where not shift_mean.
+// d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, and + mean(grad) without shift_mean.
 void masked_whiten_backward(const MaskedWhitenBackward& a, int threads) {
   const double count = a.statistics[0], mean = a.statistics[1], scale = a.statistics[2];
   const Sums sums = sum_live(a, threads, [&](int64_t i, int lanes) __attribute__((always_inline)) {

@@ -1,5 +1,5 @@
 // Two rows of logits side by side, x of the policy and y of the reference: KL(policy || reference) and its gradient.
-// The formulas are those of rlhf_fast/ops/exact_kl.py, over the columns other than the target, which is -inf in both.
+// The formulas are those of rlhf_fast/ops/exact_kl.py, over all columns but the target, which is -inf in both.
 #pragma once
 
 #include "rows.h"
@@ -11,10 +11,12 @@ struct Normaliser {
   float shift, scale;
 };
 
-// p log(p / r) - p + r, with ratio = log(r / p) and r = e^ref_gap * ref_scale. It takes one exponential: the ratio's,
-// where next to 0 the tail of its series is e^x - 1 - x and nothing cancels, or r's own where r lies far above p.
+// p log(p / r) - p + r, with ratio = log(r / p) and r = e^ref_gap * ref_scale.
+//
+// Each lane needs only one exponential. For ratio <= 1 it is that of the ratio: p * (e^ratio - 1 - ratio), in which
+// nothing cancels, because near 0 the tail of the series is e^x - 1 - x itself. For a larger ratio it is r's own.
 RLHF_FAST_INLINE F32 kl_terms(F32 p, F32 ratio, F32 ref_gap, float ref_scale) {
-  ratio = where(p == 0.0f, all(2.0f), ratio);  // p has no log: r alone is left
+  ratio = where(p == 0.0f, all(2.0f), ratio);  // log p is -inf: take the other branch, which leaves r
   const I32 near = ratio <= 1.0f;
   const F32 x = where(near, ratio, ref_gap);
   const Exponential e = split_exponential(x < -87.0f ? all(-87.0f) : x);
@@ -27,7 +29,7 @@ RLHF_FAST_INLINE F32 kl_terms(F32 p, F32 ratio, F32 ref_gap, float ref_scale) {
 template <class T>
 class Pair {
  public:
-  // `offset` is log(p.scale / r.scale) with its sign turned, exact where both scales are next to 1.
+  // `offset` is log(r.scale / p.scale), given apart because it must be exact where both scales are close to 1.
   Pair(const Row<T>& policy, const Row<T>& reference, const Normaliser& p, const Normaliser& r, float offset,
        float inverse_temperature)
       : policy_(policy),
@@ -38,7 +40,7 @@ class Pair {
         rate_(kLog2E * inverse_temperature),
         offset_(offset) {}
 
-  // The sum of p log(p / r) - p + r, whose terms are never negative.
+  // The sum of p log(p / r) - p + r. No term is negative, so that none cancels another.
   double kl() const {
     double total = 0;
     over_blocks_of_both([&](int64_t, int count, const auto* x, const auto* y) __attribute__((always_inline)) {
@@ -53,8 +55,8 @@ class Pair {
     return total;
   }
 
-  // p_j * (constant + slope * (x_j - shift) / temperature + ratio_slope * log(r_j / p_j)), and the softcap's own slope.
-  // `grad` may be the policy's row.
+  // p_j * (constant + slope * (x_j - shift) / temperature + ratio_slope * log(r_j / p_j)), times the derivative of the
+  // softcap. `grad` may be the policy's row: a vector is read before it is written.
   template <class Out>
   void write_gradient(float constant, float slope, float ratio_slope, Out* grad) const {
     const float inverse_softcap = policy_.softcap() == 0 ? 0 : 1 / policy_.softcap();
@@ -74,7 +76,7 @@ class Pair {
   RLHF_FAST_INLINE F32 probability(const Normaliser& of, F32 logit) const {
     return exp2_scaled(logit - of.shift, rate_) * of.scale;
   }
-  // log(r_j / p_j). The gaps meet before the temperature rounds them, so that equal rows give exactly 0.
+  // log(r_j / p_j). The gaps are subtracted before the temperature rounds them, so that equal rows give exactly 0.
   RLHF_FAST_INLINE F32 log_ratio(F32 logit, F32 ref_logit) const {
     return ((ref_logit - r_.shift) - (logit - p_.shift)) * inverse_temperature_ + offset_;
   }
@@ -84,9 +86,8 @@ class Pair {
     alignas(64) float scratch[kRowBlock], ref_scratch[kRowBlock];
     over_blocks(policy_.vocab(), [&](int64_t start, int count) __attribute__((always_inline)) {
       policy_.visit_block(start, count, scratch, [&](const auto* x) __attribute__((always_inline)) {
-        reference_.visit_block(start, count, ref_scratch, [&](const auto* y) __attribute__((always_inline)) {
-          visit(start, count, x, y);
-        });
+        reference_.visit_block(start, count, ref_scratch,
+                               [&](const auto* y) __attribute__((always_inline)) { visit(start, count, x, y); });
       });
     });
   }

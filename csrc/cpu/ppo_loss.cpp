@@ -1,9 +1,9 @@
-// PPO's joint loss, its gradients and its statistics in one sweep over the tokens; the policy's or the value's loss alone
-// where the other's data is not given.
+// PPO's joint loss, its gradients and its statistics in one sweep over the tokens. Without the value's data it is the
+// clipped policy loss alone, and without the policy's data the value loss alone.
 //
 //   formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
-//   bytes a token   4 read of each tensor that is given and 1 of a mask; 4 written of each gradient that is wanted
-//   passes          one; one before it over what ratios by the sequence, or a count of sequences, take
+//   bytes a token   4 read of each given tensor, 1 of a mask; 4 written of each gradient
+//   passes          one; one more before it for ratios per sequence or a count of sequences
 //   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
@@ -11,7 +11,7 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 
 namespace {
 
-// Over the live tokens of a block, or of all blocks so far. The parts of the loss are weighted by the tokens' shares.
+// Sums over the live tokens of a block, or of all blocks so far. The losses are weighted by the tokens' shares.
 struct Sums {
   double count, policy, kl, entropy, value;
   double clipped, value_clipped, squared_log_ratio;
@@ -19,7 +19,7 @@ struct Sums {
   float ratio_max;
 };
 
-// The log ratios from token i on, and which of them count.
+// The log ratios of the tokens from i on, and which of them count.
 struct LogRatios {
   I32 live;
   F32 unbounded, bounded;  // 0 where not live
@@ -30,7 +30,7 @@ struct LogRatios {
         bounded(bounded_log_ratio(unbounded)) {}
 };
 
-// exp(mean log ratio over the live tokens [start, end)).
+// exp of the mean log ratio over the live tokens in [start, end). Float sums within a block, double over blocks.
 float sequence_ratio(const PpoLoss& a, int64_t start, int64_t end) {
   double total = 0, count = 0;
   for (; start < end; start += kBlock) {
@@ -46,12 +46,13 @@ float sequence_ratio(const PpoLoss& a, int64_t start, int64_t end) {
   return exp(all((float)(total / (count > 0 ? count : 1))))[0];
 }
 
-// Writes the gradients of the tokens [start, end).
+// The sums of the tokens [start, end), and their gradients. The template arguments remove what a loss does not have.
 template <bool kPolicy, bool kValue>
 Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end, const Shares& shares,
                     const Array<float>& sequence_ratios) {
-  constexpr bool kJoint = kPolicy && kValue;  // alone, the policy has neither KL nor entropy
+  constexpr bool kJoint = kPolicy && kValue;  // the clipped policy loss alone has neither KL nor entropy
   const float low = lowest_ratio(a.terms), high = highest_ratio(a.terms);
+  // The ratios of the block, for their variance. The last vector of each sequence may write past its end.
   alignas(64) float ratios[kBlock + kLanes];
   F32 counts{}, policy{}, kl{}, entropy{}, value{}, clipped{}, value_clipped{}, squared{}, totals{}, peaks{};
   over_sequences(length, start, end, [&](int64_t sequence, int64_t from, int64_t to) {
@@ -104,7 +105,8 @@ Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end
   sums.squared_log_ratio = sum(squared);
   sums.ratio_max = largest(peaks);
   if (kPolicy) {
-    // Deviations from the rounded mean also tell how far off it is.
+    // The variance of the ratios, from their deviations: near 1, a sum of squares would cancel. The mean of the
+    // deviations is the rounding error of the mean.
     const double divisor = sums.count > 0 ? sums.count : 1;
     const float near_mean = (float)(sum(totals) / divisor);
     F32 deviations{}, squared_deviations{};
@@ -121,6 +123,7 @@ Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end
   return sums;
 }
 
+// Adds a block to the sums so far. Means and squared deviations merge by Chan's formula.
 void add(Sums& total, const Sums& block) {
   if (block.count == 0) return;
   const double before = total.count, step = block.ratio_mean - total.ratio_mean;
@@ -137,12 +140,13 @@ void add(Sums& total, const Sums& block) {
   total.ratio_max = block.ratio_max > total.ratio_max ? block.ratio_max : total.ratio_max;
 }
 
-// A term of weight 0 adds nothing, infinite or not.
+// A term with coefficient 0 adds 0, even if it is infinite.
 double term(double coef, double value) { return coef != 0 ? coef * value : 0; }
 
 }  // namespace
 
 void ppo_loss(const PpoLoss& a, int threads) {
+  // 1. What a token needs of its sequence: the share, and with sequence_level the ratio.
   const Shares shares(a, threads);
   const Array<float> sequence_ratios(a.sequence_level ? a.sequences : 0);
   if (a.sequence_level) {
@@ -150,8 +154,9 @@ void ppo_loss(const PpoLoss& a, int threads) {
       sequence_ratios[sequence] = sequence_ratio(a, sequence * a.length, (sequence + 1) * a.length);
     });
   }
+  // 2. Gradients and sums, block by block. Blocks do not depend on the sequences; if no number of a sequence is needed,
+  //    the tokens are treated as one long sequence.
   const int64_t tokens = a.sequences * a.length;
-  // where all sequences are alike, their bounds do not matter
   const int64_t length = shares.differ || a.sequence_level ? a.length : tokens;
   const auto evaluate = !a.value    ? evaluate_block<true, false>
                         : !a.policy ? evaluate_block<false, true>
@@ -161,12 +166,13 @@ void ppo_loss(const PpoLoss& a, int threads) {
     blocks[i] = evaluate(a, length, i * kBlock, smaller((i + 1) * kBlock, tokens), shares, sequence_ratios);
   });
 
+  // 3. The loss and the statistics.
   Sums total{};
   for (int64_t i = 0; i < blocks_of(tokens); i++) add(total, blocks[i]);
   const double count = total.count > 0 ? total.count : 1;
   const double loss = total.policy + term(a.value_coef, total.value) + term(a.terms.kl_coef, total.kl);
   *a.loss = (float)(loss - term(a.terms.entropy_coef, total.entropy));
-  // a NaN, which no comparison takes for the largest, is in the mean
+  // the maximum ignores NaN, but the mean does not
   const double ratio_max = total.ratio_mean == total.ratio_mean ? total.ratio_max : total.ratio_mean;
   float* out = a.statistics;
   const auto put = [&](double statistic) { *out++ = (float)statistic; };
@@ -178,7 +184,7 @@ void ppo_loss(const PpoLoss& a, int threads) {
     put(total.ratio_mean), put(ratio_max), put(total.ratio_deviation / count);
   }
   if (a.value) put(total.value_clipped / count);
-  put(1);  // the gradients are whole
+  put(1);  // the scale of the gradients: they already include the divisor
 }
 
 }  // namespace rlhf_fast::RLHF_FAST_PATH

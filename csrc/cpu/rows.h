@@ -1,8 +1,9 @@
-// One row of logits: its statistics in one sweep, its gradient in another. The formulas are those of
-// rlhf_fast/ops/_vocab.py: the target stands apart from the other columns, so that no step subtracts near-equal numbers.
+// One row of logits: its log-sum-exp in one sweep (online softmax), its gradient in another. The formulas are those of
+// rlhf_fast/ops/_vocab.py. They treat the target apart from the other columns, so that no step subtracts near-equal
+// numbers.
 //
-// A row is read in blocks, the running maximum of which is the shift of the exponentials. Sums inside a block are float
-// lanes, sums over blocks double, so a row of 151936 columns is as exact as a short one.
+// A row is read in blocks, and exponentials are taken relative to the largest column so far. Sums within a block are
+// float, sums over blocks double, so that a row of 151936 columns is as exact as a short one.
 #pragma once
 
 #include <cmath>
@@ -11,13 +12,16 @@
 
 namespace rlhf_fast::RLHF_FAST_PATH {
 
+// Columns of a block: two sweeps over it, for the maximum and for the sums, find it in the L1 cache (8 KB of floats).
 constexpr int kRowBlock = 2048;
+// Replaces an infinite log-ratio where the probability that it is multiplied by is 0, so that the product is not NaN.
 constexpr double kFar = 1e4;
 
+// min(x, bound) that keeps NaN.
 RLHF_FAST_INLINE double at_most(double x, double bound) { return x > bound ? bound : x; }
 
-// A row of logits as floats, after the softcap. The target's column (none: -1) reads as -inf, and so does whatever
-// fills the last vector.
+// A row of logits as floats, after the softcap. The target's column reads as -inf (target -1 = none), and so do the
+// lanes of the last vector that lie past the row.
 template <class T>
 class Row {
  public:
@@ -32,8 +36,9 @@ class Row {
     return capped(load(data_ + target_, 1))[0];
   }
 
-  // Calls `visit` with the block from `start` on, in whole vectors: with the row's own elements where they serve as they
-  // are, else with floats in `scratch`.
+  // Calls `visit` with the block at `start`, in whole vectors. Most blocks can be used as they are. One with the
+  // target, with a softcap or with an incomplete last vector is copied to `scratch` as floats first, so that the loops
+  // over the columns need no special case.
   template <class Visit>
   RLHF_FAST_INLINE void visit_block(int64_t start, int count, float* scratch, const Visit& visit) const {
     const bool holds_target = target_ >= start && target_ < start + count;
@@ -66,17 +71,19 @@ RLHF_FAST_INLINE void over_blocks(int64_t vocab, const Visit& visit) {
   }
 }
 
-// Over the columns other than the target, with gap = (x - shift) / temperature. The largest columns, whose e^gap is 1,
-// are counted apart: next to a 1, a float has no digits left for a tail of 1e-8.
+// Sums over all columns but the target, with gap = (x - shift) / temperature. The largest columns, whose e^gap is 1,
+// are counted apart: 1 + 1e-8 is 1 in float, so that a confident row would lose its tail.
 struct RowSums {
-  float shift = -__builtin_inff();  // the largest
-  int64_t tops = 0;                 // columns with it
+  float shift = -__builtin_inff();  // the largest x
+  int64_t tops = 0;                 // columns that have it
   double rest = 0;                  // sum of e^gap over the others
-  double weighted = 0;              // sum of e^gap * -gap, where asked for
+  double weighted = 0;              // sum of e^gap * -gap, for the entropy
 
   double total() const { return tops + rest; }
   double log_total() const { return tops > 0 ? std::log1p(tops - 1 + rest) : std::log(rest); }
 
+  // Makes the sums relative to a larger maximum: the rescaling of the online softmax. The columns that were the largest
+  // join the rest, and every gap grows by `rise`.
   void raise_shift(float peak, float inverse_temperature) {
     if (!(peak > shift)) return;
     if (shift > -__builtin_inff()) {
@@ -90,18 +97,20 @@ struct RowSums {
   }
 };
 
-// Adds a block whose largest columns are those of the row so far (kTop), or lie below.
+// Adds a block. kTop: its largest columns are also the largest of the row so far. In the other blocks no column can
+// have gap 0, so that their loop needs no comparison.
 template <bool kWeighted, bool kTop, class T>
 RLHF_FAST_INLINE void add_block(const T* x, int count, float inverse_temperature, RowSums& sums) {
   const float rate = kLog2E * inverse_temperature;
   const F32 shift = all(sums.shift == -__builtin_inff() ? 0.0f : sums.shift);
+  // gap is not divided by the temperature here: exp2_scaled multiplies by `rate`, and the weighted sum is scaled once.
   F32 rest{}, weighted{}, tops{};
   for (int i = 0; i < count; i += kLanes) {
     const F32 gap = load(x + i) - shift;
     const F32 e = exp2_scaled(gap, rate);
     rest += kTop ? where(gap == 0.0f, F32{}, e) : e;
     if (kTop) tops += where(gap == 0.0f, e, F32{});
-    if (kWeighted) weighted -= where(e == 0.0f, F32{}, e * gap);
+    if (kWeighted) weighted -= where(e == 0.0f, F32{}, e * gap);  // 0 * -inf would be NaN
   }
   sums.rest += sum(rest);
   if (kTop) sums.tops += (int64_t)sum(tops);
@@ -114,6 +123,7 @@ RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
   alignas(64) float scratch[kRowBlock];
   over_blocks(row.vocab(), [&](int64_t start, int count) __attribute__((always_inline)) {
     row.visit_block(start, count, scratch, [&](const auto* x) __attribute__((always_inline)) {
+      // 1. The maximum of the block, in four independent chains: one chain would wait for the latency of each maximum.
       F32 peaks[4];
       for (int k = 0; k < 4; k++) peaks[k] = all(-__builtin_inff());
       int i = 0;
@@ -122,6 +132,7 @@ RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
       }
       for (; i < count; i += kLanes) peaks[0] = larger(load(x + i), peaks[0]);
       const float peak = largest(larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3])));
+      // 2. The sums relative to the maximum so far, so that no exponential exceeds 1 and none overflows.
       sums.raise_shift(peak, inverse_temperature);
       if (peak == sums.shift) {
         add_block<kWeighted, true>(x, count, inverse_temperature, sums);
@@ -135,44 +146,51 @@ RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
 
 struct RowResult {
   RowStatistics statistics;
-  double log_norm;  // unrounded and unbounded
+  double log_norm;  // that of the statistics, not rounded and not bounded by kFar
   float logprob;
-  float entropy;  // where the sums are weighted
+  float entropy;  // only if the sums are weighted
 };
 
-// d = log odds against the target: logsumexp of the others minus the target's logit.
+// With d the log odds against the target (log-sum-exp of the others minus the target's logit),
+// log p_target = -softplus(d) and 1 - p_target = sigmoid(d).
 RLHF_FAST_INLINE RowResult finish_row(const RowSums& sums, float target_logit, float inverse_temperature) {
+  // 1. The log-sum-exp of the other columns, relative to the shift; 0 if there is none above -inf.
   const bool alone = sums.shift == -__builtin_inff();
   const bool empty = alone && sums.rest == 0;
   const double total = empty ? 1 : sums.total(), log_total = empty ? 0 : sums.log_total();
+  // 2. The log odds. A target at +inf has no log-prob: the reference gives NaN, not 0.
   double d = ((double)sums.shift - target_logit) * inverse_temperature + log_total;
   if (target_logit == __builtin_inff()) d = __builtin_nan("");
+  // 3. Everything by e^-|d| <= 1, which cannot overflow.
   const double certainty = std::fabs(d), odds = std::exp(-certainty), softplus = std::log1p(odds);
-  const double likelier = 1 / (1 + odds), unlikelier = odds * likelier;  // of the target and the others
-  const double mass = d > 0 ? likelier : unlikelier;
-  const double split = unlikelier * at_most(certainty, kFar) + softplus;
-  const double spread = log_total + sums.weighted / total;
+  const double larger_mass = 1 / (1 + odds), smaller_mass = odds * larger_mass;  // of the target and the others
+  const double others_mass = d > 0 ? larger_mass : smaller_mass;
+  // 4. entropy = H(target or not) + others_mass * H(the others among themselves)
+  const double binary_entropy = smaller_mass * at_most(certainty, kFar) + softplus;
+  const double others_entropy = log_total + sums.weighted / total;
   RowResult result;
   result.statistics.shift = alone ? 0 : sums.shift;
-  result.statistics.others_mass = (float)mass;
-  result.statistics.scale = (float)(mass / total);
+  result.statistics.others_mass = (float)others_mass;
+  result.statistics.scale = (float)(others_mass / total);
   result.log_norm = log_total + (d < 0 ? -d : 0) + softplus;
   result.statistics.log_norm = (float)at_most(result.log_norm, kFar);
   result.logprob = (float)-((d > 0 ? d : 0) + softplus);
-  result.entropy = (float)(split + mass * spread);
+  result.entropy = (float)(binary_entropy + others_mass * others_entropy);
   return result;
 }
 
 template <class T>
 RLHF_FAST_INLINE RowResult evaluate_row(const Row<T>& row, float inverse_temperature, bool want_entropy) {
-  const RowSums sums = want_entropy ? sum_row<true>(row, inverse_temperature) : sum_row<false>(row, inverse_temperature);
+  const RowSums sums =
+      want_entropy ? sum_row<true>(row, inverse_temperature) : sum_row<false>(row, inverse_temperature);
   return finish_row(sums, row.target_logit(), inverse_temperature);
 }
 
-// p_j-like: e^gap * (constant + slope * gap), and the softcap's own slope.
+// Writes e^gap * (constant + slope * gap) to all columns, times the derivative of the softcap. The target's column is
+// written by write_target_gradient afterwards.
 template <bool kSloped, class T, class Out>
-RLHF_FAST_INLINE void write_others(const Row<T>& row, float inverse_temperature, float shift, float constant, float slope,
-                                   Out* grad) {
+RLHF_FAST_INLINE void write_others(const Row<T>& row, float inverse_temperature, float shift, float constant,
+                                   float slope, Out* grad) {
   alignas(64) float scratch[kRowBlock];
   const float inverse_softcap = row.softcap() == 0 ? 0 : 1 / row.softcap();
   const float rate = kLog2E * inverse_temperature;
@@ -182,7 +200,7 @@ RLHF_FAST_INLINE void write_others(const Row<T>& row, float inverse_temperature,
       over_vectors(0, count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
         const F32 logit = load(x + i), gap = logit - shift;
         const F32 e = exp2_scaled(gap, rate);
-        // an infinite gap meets 0, but a NaN in the factors has to show
+        // A gap of -inf has e = 0, and counts as 0. A NaN in the factors still shows in the gradient.
         F32 g = e * (kSloped ? constant + slope * where(e == 0.0f, F32{}, gap) : all(constant));
         if (inverse_softcap != 0) g *= 1.0f - (logit * inverse_softcap) * (logit * inverse_softcap);
         store(grad + start + i, g, lanes);
@@ -191,12 +209,12 @@ RLHF_FAST_INLINE void write_others(const Row<T>& row, float inverse_temperature,
   });
 }
 
-// grad_logprob * d logprob + grad_entropy * d entropy, by the target's logit as it is after cap and temperature.
+// d (grad_logprob * logprob + grad_entropy * entropy) / d target's logit, before softcap and temperature.
 RLHF_FAST_INLINE float target_slope(const RowStatistics& s, float logprob, float entropy, float grad_logprob,
                                     float grad_entropy) {
   const float slope = grad_logprob * s.others_mass;
   if (grad_entropy == 0) return slope;
-  const float far_logprob = logprob < (float)-kFar ? (float)-kFar : logprob;
+  const float far_logprob = logprob < (float)-kFar ? (float)-kFar : logprob;  // e^-inf * -inf would be NaN
   return slope - grad_entropy * std::exp(logprob) * (entropy + far_logprob);
 }
 
@@ -211,7 +229,8 @@ RLHF_FAST_INLINE void write_target_gradient(const Row<T>& row, int64_t target, f
   if (target >= 0 && target < row.vocab()) store(grad + target, all(slope), 1);
 }
 
-// grad_logprob * d logprob / d logits + grad_entropy * d entropy / d logits, over `vocab` columns. `grad` may be the row.
+// grad_logprob * d logprob / d logits + grad_entropy * d entropy / d logits, in `vocab` columns. `grad` may be the row
+// itself: the target's logit was read before, and every other column is read before it is written.
 template <class T, class Out>
 RLHF_FAST_INLINE void write_row_gradient(const Row<T>& row, int64_t target, float target_logit, const RowStatistics& s,
                                          float inverse_temperature, float logprob, float entropy, float grad_logprob,

@@ -1,4 +1,4 @@
-// The launchers of one path.
+// The table of the launchers of one path. The only symbol of a path that code outside its namespace uses.
 #include "vec.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {

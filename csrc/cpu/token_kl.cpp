@@ -1,7 +1,7 @@
-// Estimates of the KL from two log-probs a token.
+// Estimates of the KL from two log-probs per token.
 //
 //   formula         value and slope of the table in rlhf_fast/ops/token_kl.py, d = logprob - ref_logprob
-//   bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read where there is a mask
+//   bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read with a mask
 //   passes          one each way
 //   error           1 ulp of the difference; k3 to a few ulps, by its series where exp(x) - 1 - x would cancel
 #include "tokens.h"
@@ -10,7 +10,8 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 
 namespace {
 
-// Calls visit(i, lanes, live, d) for each vector, d = logprob - ref_logprob and 0 where the token does not count.
+// Calls visit(i, lanes, live, d) for each vector, with d = logprob - ref_logprob, and 0 where a token does not count.
+// Every estimate is 0 at d = 0, so that the forward needs no further mask.
 template <class Arguments, class Visit>
 RLHF_FAST_INLINE void over_differences(const Arguments& a, int threads, const Visit& visit) {
   parallel_for(blocks_of(a.tokens), kBlock, threads, [&](int64_t block) {
@@ -24,7 +25,8 @@ RLHF_FAST_INLINE void over_differences(const Arguments& a, int threads, const Vi
 }  // namespace
 
 void token_kl(const TokenKl& a, int threads) {
-  over_differences(a, threads, [&](int64_t i, int lanes, I32, F32 d) { store(a.kl + i, kl_value(a.estimator, d), lanes); });
+  over_differences(a, threads,
+                   [&](int64_t i, int lanes, I32, F32 d) { store(a.kl + i, kl_value(a.estimator, d), lanes); });
 }
 
 void token_kl_backward(const TokenKlBackward& a, int threads) {

@@ -1,5 +1,5 @@
-// Ops of a number a token: which tokens count, each one's share in a loss, and the walk over them. It goes in blocks, the
-// tasks of parallel_for, whose partial sums are added in the blocks' order.
+// Ops with one number per token: which tokens count, the weight of a token in a loss, and loops over tokens. Tokens are
+// processed in blocks, the tasks of parallel_for. Their partial sums are added in the order of the blocks.
 #pragma once
 
 #include "parallel.h"
@@ -8,15 +8,15 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 
 RLHF_FAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The lanes from token i on that count, at most `lanes`.
+// Which of the `lanes` tokens from i on count.
 RLHF_FAST_INLINE I32 live_lanes(const uint8_t* live, int64_t i, int lanes) {
   return live ? load_mask(live + i, lanes) : first_lanes(lanes);
 }
 
-// x where it counts, else 0.
+// x where a token counts, else 0. A bitwise and, not a product: a masked token may be NaN.
 RLHF_FAST_INLINE F32 kept(I32 live, F32 x) { return as_float(as_bits(x) & live); }
 
-// Calls visit(sequence, start, end) for each part of the tokens [start, end) that lies in one sequence.
+// Splits the tokens [start, end) by sequence: calls visit(sequence, start, end) for each part.
 template <class Visit>
 RLHF_FAST_INLINE void over_sequences(int64_t length, int64_t start, int64_t end, const Visit& visit) {
   for (int64_t sequence = start / length; start < end; sequence++) {
@@ -33,6 +33,7 @@ RLHF_FAST_INLINE int64_t count_live(const uint8_t* live, int64_t start, int64_t 
   return count;
 }
 
+// std::vector would be a template of std::, see vec.h.
 template <class T>
 class Array {
  public:
@@ -46,7 +47,7 @@ class Array {
   T* data_;
 };
 
-// The share of a sequence's tokens in the loss: the divisors of rlhf_fast/ops/_aggregate.py.
+// The weight of a token in an aggregated loss, 1 / divisor: the divisors of rlhf_fast/ops/_aggregate.py.
 class Shares {
  public:
   template <class Loss>
@@ -60,7 +61,7 @@ class Shares {
       parallel_for(by_token ? blocks_of(tokens) : a.sequences, span, threads, [&](int64_t i) {
         const int64_t count = count_live(a.live, i * span, smaller((i + 1) * span, tokens));
         if (differ) lengths_[i] = count;
-        // whole numbers: the order in which the threads add them changes nothing
+        // integers, so that the order in which the threads add them does not matter
         __atomic_fetch_add(&items, by_token ? count : count > 0, __ATOMIC_RELAXED);
       });
     }
@@ -74,7 +75,7 @@ class Shares {
     return (float)(differ && lengths_[sequence] > 0 ? share_ / lengths_[sequence] : share_);
   }
 
-  const bool differ;  // between sequences
+  const bool differ;  // whether sequences have different shares
 
  private:
   Array<int64_t> lengths_;

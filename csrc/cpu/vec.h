@@ -1,6 +1,8 @@
-// One vector of floats for every instruction set. GCC's and Clang's vector extensions spell the arithmetic, so that the
-// AVX-512, AVX2 and portable paths are the same lines, compiled three times into three namespaces (RLHF_FAST_PATH).
-// No std:: templates in this folder: the linker would keep one copy of each, perhaps the one with AVX-512 in it.
+// One vector of floats for every instruction set, in the vector extensions of GCC and Clang. The AVX-512, AVX2 and
+// portable paths are the same source, compiled three times into three namespaces (RLHF_FAST_PATH).
+//
+// This folder uses no templates of std:: that may be emitted as functions: the linker keeps one copy of each, and that
+// could be the one with AVX-512 instructions.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +31,7 @@ typedef uint8_t U8 __attribute__((vector_size(kLanes)));
 
 #define RLHF_FAST_INLINE inline __attribute__((always_inline))
 
-RLHF_FAST_INLINE F32 all(float x) { return x - F32{}; }  // 0 + x would be an instruction, since it is not x at -0
+RLHF_FAST_INLINE F32 all(float x) { return x - F32{}; }  // x + 0 is not x at -0, so it would cost an addition
 RLHF_FAST_INLINE F32 where(I32 condition, F32 a, F32 b) { return condition ? a : b; }
 RLHF_FAST_INLINE F32 as_float(I32 bits) { return (F32)bits; }
 RLHF_FAST_INLINE I32 as_bits(F32 x) { return (I32)x; }
@@ -45,24 +47,26 @@ RLHF_FAST_INLINE F32 at_most(F32 x, F32 bound) { return (F32)_mm256_min_ps((__m2
 RLHF_FAST_INLINE F32 at_least(F32 x, F32 bound) { return x < bound ? bound : x; }
 RLHF_FAST_INLINE F32 at_most(F32 x, F32 bound) { return x > bound ? bound : x; }
 #endif
-// A NaN in `kept` stays, a NaN in `x` is passed over.
+// max(x, kept): a NaN in `kept` stays, a NaN in `x` is ignored.
 RLHF_FAST_INLINE F32 larger(F32 x, F32 kept) { return x > kept ? x : kept; }
 
 constexpr float kLog2E = 1.44269504f;
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then fills the low bits
 
 // e^x as 2^n (1 + f), n an integer, 1 + f in [0.7, 1.42], for |x| < 90.
 struct Exponential {
-  F32 fraction;  // f
-  U32 exponent;  // n, in the place of a float's exponent
+  F32 fraction;         // f
+  U32 exponent;         // n, shifted to the exponent bits of a float
   F32 remainder, tail;  // f = remainder + tail, and x = remainder where n = 0
 };
 
 RLHF_FAST_INLINE Exponential split_exponential(F32 x) {
+  // 1. x = n log 2 + r. log 2 comes in two parts: n times the first is exact, so that r keeps its digits.
   const F32 shifted = x * kLog2E + kRounder;
   const F32 n = shifted - kRounder;
   F32 r = x - n * 0.693145752f;
   r = r - n * 1.42860677e-6f;
+  // 2. e^r - 1 = r + r^2 p(r), on |r| <= log(2) / 2
   F32 p = all(1.9875691e-4f);
   p = p * r + 1.3981999e-3f;
   p = p * r + 8.3334519e-3f;
@@ -72,17 +76,20 @@ RLHF_FAST_INLINE Exponential split_exponential(F32 x) {
   return {p * (r * r) + r, (U32)shifted << 23, r, p * (r * r)};
 }
 
-// 2^n of n in the place of a float's exponent, from -126 to 127. Its product with a NaN is NaN.
+// 2^n for n in -126..127, shifted to the exponent bits.
 RLHF_FAST_INLINE F32 power_of_2(U32 exponent) { return (F32)((U32)all(1.0f) + exponent); }
 
-// 2^(x * rate) for x * rate <= 126 (or NaN) and rate of at least 2^-119; below 2^-125 exactly 0. The workhorse of the vocabulary rows: the
-// shortest way to 2e-7. The fused product keeps x * rate unrounded, so that the bound lies on x.
+// 2^(x * rate) for x * rate <= 126 (or NaN) and rate >= 2^-119, with a relative error of 2e-7; exactly 0 below 2^-125.
+//
+// The sweeps over the vocabulary spend most of their time here, so this is the shortest sequence for that error. The
+// bound is applied to x, not to x * rate: the product then only occurs in fused multiply-adds, which do not round it.
 RLHF_FAST_INLINE F32 exp2_scaled(F32 x, float rate) {
-  const float lowest = -126.0f / rate;  // the compiler takes it out of the loop
+  const float lowest = -126.0f / rate;  // constant in the caller's loop; the compiler moves it out
   x = at_least(x, all(lowest));
   const F32 shifted = x * rate + kRounder;
   const F32 f = x * rate - (shifted - kRounder);
-  // twice the polynomial times half the power, so that the power of -126 has no bits left
+  // 2 p(f) times 2^(n - 1), not p(f) times 2^n: at n = -126 the exponent bits of the power are then 0, so that the
+  // power and the result are exactly 0, without a comparison
   F32 p = all(2.6529454e-3f);
   p = p * f + 1.9343026e-2f;
   p = p * f + 1.11014672e-1f;
@@ -95,7 +102,8 @@ RLHF_FAST_INLINE F32 exp2_scaled(F32 x, float rate) {
 RLHF_FAST_INLINE F32 exp(F32 x) {
   const F32 low = x < -87.0f ? all(-87.0f) : x;
   const Exponential e = split_exponential(low > 89.0f ? all(89.0f) : low);
-  // Above 0 one factor of 2 is kept back, so that 2^128 passes and larger results overflow to infinity.
+  // 2^128 is no float. Above 0 one factor of 2 is applied last, so that results up to the largest float are right and
+  // larger ones overflow to infinity.
   const U32 held_back = (U32)(x > 0.0f) & (1u << 23);
   const F32 result = (e.fraction + 1.0f) * power_of_2(e.exponent - held_back) * (x > 0.0f ? all(2.0f) : all(1.0f));
   return x < -87.0f ? all(0.0f) : result;
@@ -114,7 +122,7 @@ RLHF_FAST_INLINE F32 reciprocal(F32 x) {
 #endif
 }
 
-// e^x - 1, exact for small x too.
+// e^x - 1. Small x keep their digits: there n is 0, so scale is 1 and only the fraction is left.
 RLHF_FAST_INLINE F32 expm1(F32 x) {
   const F32 bounded = x < -20.0f ? all(-20.0f) : (x > 20.0f ? all(20.0f) : x);
   const Exponential e = split_exponential(bounded);
@@ -123,6 +131,7 @@ RLHF_FAST_INLINE F32 expm1(F32 x) {
   return abs(x) > 20.0f ? exp(x) - 1.0f : near;
 }
 
+// (e^2x - 1) / (e^2x + 1). Beyond 10 it rounds to +-1.
 RLHF_FAST_INLINE F32 tanh(F32 x) {
   const F32 bounded = x > 10.0f ? all(10.0f) : (x < -10.0f ? all(-10.0f) : x);
   const F32 e = expm1(bounded + bounded);
@@ -131,7 +140,8 @@ RLHF_FAST_INLINE F32 tanh(F32 x) {
 
 #include "../formulas.h"
 
-// Combines the lanes, in a fixed order: halves onto each other.
+// Combines the lanes in a fixed order: the upper half onto the lower half, again and again. The order of a sum must not
+// depend on the compiler.
 template <class Combine>
 RLHF_FAST_INLINE float across(F32 x, const Combine& combine) {
   typedef float Quarter __attribute__((vector_size(16)));
@@ -174,7 +184,7 @@ RLHF_FAST_INLINE void store_raw(Element* to, Vector x, int count) {
   }
 }
 
-// Each element to a lane of its own: one instruction, which GCC 12 spells in six.
+// Zero-extends each element to 32 bits. One instruction, for which GCC 12 emits six without the intrinsic.
 RLHF_FAST_INLINE U32 widened(U16 x) {
 #if defined(__AVX512F__)
   return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);  // without a mask GCC 12 warns of its own header
@@ -210,9 +220,11 @@ RLHF_FAST_INLINE F32 load(const BFloat16* from, int count = kLanes) {
 }
 
 RLHF_FAST_INLINE F32 load(const Float16* from, int count = kLanes) {
+  // Multiplying by 2^112, the difference of the exponent biases, also normalises subnormal halves. Infinity and NaN
+  // need the exponent of all ones instead.
   const U32 half = widened(load_raw<U16>(from, count));
   const U32 magnitude = (half & 0x7fff) << 13;
-  const F32 finite = (F32)magnitude * 5.192296858534828e33f;  // 2^112: the difference of the exponents' biases
+  const F32 finite = (F32)magnitude * 5.192296858534828e33f;  // 2^112
   const F32 special = (F32)(magnitude | 0x7f800000);
   const F32 unsigned_value = (I32)magnitude >= 0x0f800000 ? special : finite;
   return (F32)((U32)unsigned_value | ((half & 0x8000) << 16));
@@ -220,7 +232,8 @@ RLHF_FAST_INLINE F32 load(const Float16* from, int count = kLanes) {
 
 RLHF_FAST_INLINE void store(float* to, F32 x, int count = kLanes) { store_raw(to, x, count); }
 
-// Rounded to nearest, ties to even.
+// Rounded to nearest, ties to even: adding 0x7fff and the last kept bit carries into the kept bits exactly when it
+// should. NaN is apart, because the carry could turn it into infinity.
 RLHF_FAST_INLINE void store(BFloat16* to, F32 x, int count = kLanes) {
   const U32 bits = (U32)x;
   const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -229,9 +242,10 @@ RLHF_FAST_INLINE void store(BFloat16* to, F32 x, int count = kLanes) {
 }
 
 RLHF_FAST_INLINE void store(Float16* to, F32 x, int count = kLanes) {
+  // All cases are computed and selected: a vector has no branches.
   const U32 sign = ((U32)x >> 16) & 0x8000;
   const U32 bits = (U32)x & 0x7fffffff;
-  // subnormal halves: adding 1/2 leaves the rounded result in the low bits
+  // subnormal halves: their unit, 2^-24, is the last bit of 0.5f, so that adding 0.5f rounds to it
   const U32 small = (U32)((F32)bits + 0.5f) - 0x3f000000;
   const U32 normal = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
   const U32 over = (U32)((I32)bits > 0x7f800000 ? (I32)(U32{} + 0x7e00) : (I32)(U32{} + 0x7c00));
@@ -245,7 +259,7 @@ RLHF_FAST_INLINE I32 load_mask(const uint8_t* from, int count = kLanes) {
   return widened(load_raw<U8>(from, count)) != 0;
 }
 
-// The first `count` lanes.
+// All bits of the first `count` lanes are set.
 RLHF_FAST_INLINE I32 first_lanes(int count) {
   I32 lane{};
   for (int i = 0; i < kLanes; i++) lane[i] = i;

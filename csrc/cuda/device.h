@@ -1,4 +1,4 @@
-// What the kernels share: a launch, sums in a fixed order, and the last block of a launch.
+// What all kernels share: launches, reductions in a fixed order, and the last block of a launch.
 #pragma once
 
 #include <cstring>
@@ -8,16 +8,16 @@
 namespace rlhf_fast::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kSumWarps = 8;  // in a block that sums
+constexpr int kSumWarps = 8;  // warps of a block that calls block_sum or block_max
 constexpr unsigned kAllLanes = 0xffffffff;
 
 inline const char* text(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or whoever asks next would take it for his own
+  cudaGetLastError();  // clears it, or the next caller of CUDA, torch for one, would report it as its own
   return cudaGetErrorString(error);
 }
 
-// Runs kernel(arguments...) on `blocks` blocks, none where that is 0.
+// Launches kernel(arguments...) on a grid of `blocks` blocks; nothing if that is 0, which CUDA would reject.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
                    const Arguments&... arguments) {
@@ -47,13 +47,13 @@ __device__ __forceinline__ int lane_index() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ int warp_index() { return threadIdx.x / kWarp; }
 __device__ __forceinline__ int warps_of_block() { return blockDim.x / kWarp; }
 
-// Whether a T may be read or written here by one instruction.
+// Whether a T can be loaded or stored here by one instruction.
 template <class T>
 __device__ __forceinline__ bool is_aligned(const void* data) {
   return (uintptr_t)data % sizeof(T) == 0;
 }
 
-// ---- a warp and a block: every thread takes part ---------------------------------------------------------------------
+// ---- reductions over a warp and over a block: every thread must call them --------------------------------------------
 
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
@@ -62,20 +62,21 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-// NaN is passed over.
+// NaN is ignored.
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) x = larger(__shfl_xor_sync(kAllLanes, x, step), x);
   return x;
 }
 
-// The sums over the block of N numbers a thread, for every thread; those of the warps are added in their order.
+// The sums over the block of N numbers per thread; every thread gets them. The butterfly within a warp and the order of
+// the warps are fixed, so that every run gives the same bits.
 template <class T, int N>
 __device__ __forceinline__ void block_sum(T (&x)[N]) {
   __shared__ T sums[N][kSumWarps];
 #pragma unroll
   for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
-  __syncthreads();  // all have read those of the call before
+  __syncthreads();  // no thread still reads `sums` of the previous call
   if (lane_index() == 0) {
 #pragma unroll
     for (int i = 0; i < N; i++) sums[i][warp_index()] = x[i];
@@ -101,24 +102,24 @@ __device__ __forceinline__ float block_max(float x) {
   return found;
 }
 
-// ---- parts of a result, one a block, which the launch's last block adds ----------------------------------------------
+// ---- parts of a result, one per block, added by the last block of the launch -----------------------------------------
 
-// Whether this block is the launch's last to come here; it sees what all others stored before they did, past the
-// first-level cache (__ldcg). `ticket` is 0 before the launch. Who is last changes from run to run, so that nothing but the
-// place of a sum may depend on it.
+// Whether this block is the last of the launch to get here. If so, it sees what all others stored before, read with
+// __ldcg (past the L1 cache). `ticket` is 0 before the launch. Which block is last differs from run to run: it may
+// decide who adds the parts, but not what is added.
 __device__ __forceinline__ bool is_last(unsigned* ticket) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();  // for all of the block, which the barrier has gathered
+    __threadfence();  // publishes the stores of the whole block, which the barrier ordered before this
     last = gridDim.x == 1 || atomicAdd(ticket, 1u) == gridDim.x - 1;
-    __threadfence();
+    __threadfence();  // and the last block's loads come after all other blocks' stores
   }
   __syncthreads();
   return last;
 }
 
-// Past the first-level cache, which knows nothing of what other blocks stored.
+// __ldcg reads past the L1 cache, which is not coherent with the stores of other blocks.
 template <class Part>
 __device__ __forceinline__ Part load_part(const Part* part) {
   static_assert(alignof(Part) == 16, "a part is read 16 bytes at a time");

@@ -1,5 +1,5 @@
-// KL(policy || reference) over the whole vocabulary. The forward reads both rows for their normalisers and again for
-// the terms; the backward reads them once more.
+// KL(policy || reference) over the whole vocabulary. The forward reads both rows once for their normalisers and once
+// more for the terms. The backward reads them once.
 //
 //   formula         sum_j p_j log(p_j / r_j) - p_j + r_j, no term of which is negative
 //   bytes a row     of V columns of b bytes: forward 4 V b read, 20 written; backward 2 V b read, V b written
@@ -12,7 +12,7 @@ namespace rlhf_fast::cuda {
 
 namespace {
 
-// What the backward of a row needs: p_j = e^((x_j - shift) / temperature) * scale, and log(r_j / p_j) by the others.
+// What the backward needs of a row: p_j = e^((x_j - shift) / temperature) * scale, and the others for log(r_j / p_j).
 struct alignas(16) Statistics {
   float shift, scale, ref_shift, offset;
 };
@@ -23,7 +23,8 @@ struct Finish {
   SegmentSums swept;
   const float* terms;
 
-  // A row with nothing above -inf has no normaliser: its infinite shift makes it NaN.
+  // A row with nothing above -inf has no softmax. Its infinite shift turns every later result into NaN. log1p of the
+  // sums without one of their 1s is exact where a single column has nearly all the mass.
   __device__ Normalisers normalisers(int64_t row, float inverse_temperature) const {
     const float rate = kLog2E * inverse_temperature;
     const RowSums p = join_segments(swept, row, rate), r = join_segments(swept, a.rows.length + row, rate);
@@ -45,14 +46,20 @@ struct Finish {
   }
 };
 
-// d KL / d x_j = p_j (log p_j - log r_j - KL) / temperature
+// The slopes of d KL / d x_j = p_j (log p_j - log r_j - KL) / temperature, times grad_kl.
 struct Gradient {
   ExactKlBackward a;
 
-  __device__ Slopes operator()(int64_t row, float inverse_temperature, bool) const {
+  __device__ RowSlopes operator()(int64_t row, float inverse_temperature, bool) const {
     const Statistics s = ((const Statistics*)a.statistics)[row];
-    const float pull = a.grad_kl[row] * inverse_temperature * s.scale;
-    return {s.shift, -pull * a.kl[row], 0, 0, s.ref_shift, s.offset, -pull};
+    const float scaled_grad = a.grad_kl[row] * inverse_temperature * s.scale;
+    RowSlopes slopes{};
+    slopes.shift = s.shift;
+    slopes.constant = -scaled_grad * a.kl[row];
+    slopes.ref_shift = s.ref_shift;
+    slopes.offset = s.offset;
+    slopes.ratio_slope = -scaled_grad;
+    return slopes;
   }
 
   __device__ void skip(int64_t) const {}

@@ -1,13 +1,16 @@
 // Generalised advantage estimation: a scan over each sequence from its end.
 //
-// A stretch of tokens is a linear function of what follows it (gae_gain of formulas.h), and stretches join. A sequence is
-// cut from its start, into chunks of 32 tokens and tiles of 32 chunks: the lanes of a warp scan a chunk, then the chunks
-// of a tile, and the tiles follow one another from the end. So a sequence's result depends on itself alone, whether a
-// warp, a block or many blocks take it.
+// The recurrence carries one number from a token to the one before it (gae_gain of formulas.h). So a run of tokens is
+// an affine map of the number after it, and two neighbouring runs compose into another such map: they can be computed
+// in parallel and joined by a scan. A masked token is the identity.
+//
+// A sequence is cut from its start into chunks of 32 tokens, and tiles of 32 chunks. The lanes of a warp scan the
+// tokens of a chunk, then the chunks of a tile; tiles follow one another from the end. The result is thus the same
+// whether a warp, a block or many blocks compute the sequence.
 //
 //   formula         A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, over the live tokens
-//   bytes a token   8 read, 1 more where there is a mask; 8 written
-//   passes          one; a long sequence that is split among blocks is read twice; whitening follows
+//   bytes a token   8 read, 1 more with a mask; 8 written
+//   passes          one; a sequence that is split among blocks is read twice; whitening follows
 //   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
@@ -16,64 +19,64 @@ namespace rlhf_fast::cuda {
 namespace {
 
 constexpr int kChunk = kWarp;
-constexpr int kChunks = 4;  // of a warp
-constexpr int kSpan = kChunks * kChunk;
+constexpr int kChunks = 4;               // chunks of a warp: their loads are under way together
+constexpr int kSpan = kChunks * kChunk;  // tokens of a warp
 constexpr int kMostThreads = 256;
 constexpr int kSpanOfBlock = kChunk * kWarp;
 static_assert(kSpanOfBlock == kMostThreads / kWarp * kSpan);
-constexpr int64_t kFull = 256;  // so many sequences keep a GPU busy with a block each
+constexpr int64_t kFillsGpu = 256;  // from this many sequences on, one block each fills a GPU
 
-// Of a stretch: what comes out before it = gain + rate * what goes in after it.
-struct Stretch {
+// The map of a run of tokens: the number before it = gain + rate * the number after it.
+struct Affine {
   float rate, gain;
 };
 
-__device__ __forceinline__ float through(Stretch stretch, float later) {
-  return fmaf(stretch.rate, later, stretch.gain);  // rounds alike in every kernel
+__device__ __forceinline__ float apply(Affine map, float later) {
+  return fmaf(map.rate, later, map.gain);  // one rounding, in every kernel
 }
 
-__device__ __forceinline__ Stretch join(Stretch first, Stretch later) {
-  return {first.rate * later.rate, through(first, later.gain)};
+__device__ __forceinline__ Affine join(Affine first, Affine later) {
+  return {first.rate * later.rate, apply(first, later.gain)};
 }
 
-__device__ __forceinline__ Stretch of_lane(Stretch stretch, int lane) {
-  return {__shfl_sync(kAllLanes, stretch.rate, lane), __shfl_sync(kAllLanes, stretch.gain, lane)};
+__device__ __forceinline__ Affine of_lane(Affine map, int lane) {
+  return {__shfl_sync(kAllLanes, map.rate, lane), __shfl_sync(kAllLanes, map.gain, lane)};
 }
 
-// The lanes from this one on, joined.
-__device__ __forceinline__ Stretch from_here(Stretch stretch) {
+// An inclusive scan from the end: the map of all lanes from this one on.
+__device__ __forceinline__ Affine scan_from_end(Affine map) {
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
-    const Stretch later = {__shfl_down_sync(kAllLanes, stretch.rate, step),
-                           __shfl_down_sync(kAllLanes, stretch.gain, step)};
-    if (lane_index() + step < kWarp) stretch = join(stretch, later);
+    const Affine later = {__shfl_down_sync(kAllLanes, map.rate, step), __shfl_down_sync(kAllLanes, map.gain, step)};
+    if (lane_index() + step < kWarp) map = join(map, later);
   }
-  return stretch;
+  return map;
 }
 
-// Of what from_here gave, the lanes after this one.
-__device__ __forceinline__ Stretch after_here(Stretch joined) {
-  const Stretch later = of_lane(joined, smaller(lane_index() + 1, kWarp - 1));
-  return lane_index() + 1 < kWarp ? later : Stretch{1, 0};
+// The exclusive scan: the map of the lanes after this one, from the inclusive scan.
+__device__ __forceinline__ Affine exclusive(Affine joined) {
+  const Affine later = of_lane(joined, smaller(lane_index() + 1, kWarp - 1));
+  return lane_index() + 1 < kWarp ? later : Affine{1, 0};
 }
 
 struct Sequence {
   int64_t start, size;
 };
 
-__device__ __forceinline__ Sequence find_sequence(const Gae& a, int64_t i) {
+__device__ __forceinline__ Sequence sequence_of(const Gae& a, int64_t i) {
   if (!a.cu_seqlens) return {i * a.length, a.length};
-  // wrong bounds must not lead out of the tokens
+  // Clamped, so that wrong bounds never lead to memory outside the tensors.
   const int64_t start = smaller(larger(a.cu_seqlens[i], (int64_t)0), a.length);
   return {start, smaller(larger(a.cu_seqlens[i + 1], start), a.length) - start};
 }
 
-// A warp's tokens of a tile: chunk k has those from 32 k on, a lane each.
+// The tokens of a warp: chunk k has those from 32 k on, one per lane.
 struct Tokens {
   float reward[kChunks], value[kChunks];
   bool live[kChunks];
 
   __device__ __forceinline__ Tokens(const Gae& a, Sequence sequence, int64_t first) {
+    // Loaded whether they count or not, then selected: the loads do not wait for the mask.
     bool inside[kChunks];
 #pragma unroll
     for (int k = 0; k < kChunks; k++) {
@@ -94,25 +97,26 @@ struct Rates {
   float gamma_lam, gamma_rest;
 };
 
-// Of the lanes of each chunk, from this one on.
-__device__ __forceinline__ void scan_chunks(const Tokens& tokens, Rates rates, Stretch (&joined)[kChunks]) {
+// The inclusive scan from the end of each chunk.
+__device__ __forceinline__ void scan_chunks(const Tokens& tokens, Rates rates, Affine (&joined)[kChunks]) {
 #pragma unroll
   for (int k = 0; k < kChunks; k++) {
     const float gain = gae_gain(tokens.reward[k], tokens.value[k], rates.gamma_lam, rates.gamma_rest);
-    joined[k] = from_here(tokens.live[k] ? Stretch{rates.gamma_lam, gain} : Stretch{1, 0});
+    joined[k] = scan_from_end(tokens.live[k] ? Affine{rates.gamma_lam, gain} : Affine{1, 0});
   }
 }
 
-// With lane c's stretch that of the tile's chunk c, and `carry` what goes in after the tile: writes this warp's tokens,
-// whose chunks begin with number `chunk`. Returns what comes out before the tile.
-__device__ __forceinline__ float finish_tile(const Gae& a, Sequence sequence, int64_t first, const Tokens& tokens,
-                                             const Stretch (&joined)[kChunks], Stretch of_chunk, int chunk,
-                                             float carry) {
-  const Stretch from_chunk = from_here(of_chunk);
-  const float into_chunk = through(after_here(from_chunk), carry);
+// Writes the tokens of this warp, whose first chunk is number `chunk` of the tile. Lane c holds the map of chunk c in
+// `of_chunk`; `carry` is the number after the tile. Returns the number before the tile.
+__device__ __forceinline__ float write_tile(const Gae& a, Sequence sequence, int64_t first, const Tokens& tokens,
+                                            const Affine (&joined)[kChunks], Affine of_chunk, int chunk, float carry) {
+  // 1. The number after each chunk of the tile, in lane c for chunk c: a scan over the chunks.
+  const Affine from_chunk = scan_from_end(of_chunk);
+  const float into_chunk = apply(exclusive(from_chunk), carry);
+  // 2. The number after each token, from that after its chunk; and from it the advantage.
 #pragma unroll
   for (int k = 0; k < kChunks; k++) {
-    const float later = through(after_here(joined[k]), __shfl_sync(kAllLanes, into_chunk, chunk + k));
+    const float later = apply(exclusive(joined[k]), __shfl_sync(kAllLanes, into_chunk, chunk + k));
     const float advantage = tokens.live[k] ? tokens.reward[k] - tokens.value[k] + later : 0;
     const int64_t t = first + k * kChunk + lane_index();
     if (t < sequence.size) {
@@ -120,106 +124,110 @@ __device__ __forceinline__ float finish_tile(const Gae& a, Sequence sequence, in
       a.returns[sequence.start + t] = advantage + tokens.value[k];
     }
   }
-  return through(of_lane(from_chunk, 0), carry);
+  return apply(of_lane(from_chunk, 0), carry);
 }
 
-// A warp takes a padded sequence of at most kSpan tokens.
+// One warp per padded sequence, of at most kSpan tokens: no shared memory and no barrier.
 __global__ void __launch_bounds__(kMostThreads) sweep_short(Gae a, Rates rates) {
   const int64_t i = (int64_t)blockIdx.x * warps_of_block() + warp_index();
   if (i >= a.sequences) return;
-  const Sequence sequence = find_sequence(a, i);
+  const Sequence sequence = sequence_of(a, i);
   const Tokens tokens(a, sequence, 0);
-  Stretch joined[kChunks], of_chunk{1, 0};
+  Affine joined[kChunks], of_chunk{1, 0};
   scan_chunks(tokens, rates, joined);
 #pragma unroll
   for (int k = 0; k < kChunks; k++) {
-    const Stretch chunk = of_lane(joined[k], 0);
+    const Affine chunk = of_lane(joined[k], 0);
     if (lane_index() == k) of_chunk = chunk;
   }
-  finish_tile(a, sequence, 0, tokens, joined, of_chunk, 0, 0);
+  write_tile(a, sequence, 0, tokens, joined, of_chunk, 0, 0);
 }
 
-// Lane c's stretch is that of chunk c of the tile that the block has scanned. `shared` is not to be written again before
-// the next barrier.
-__device__ __forceinline__ Stretch share_chunks(const Stretch (&joined)[kChunks], Stretch* shared) {
+// Gives every warp the maps of all chunks of the block's tile, lane c that of chunk c. `shared` must not be written
+// again before the next barrier.
+__device__ __forceinline__ Affine share_chunks(const Affine (&joined)[kChunks], Affine* shared) {
   if (lane_index() == 0) {
 #pragma unroll
     for (int k = 0; k < kChunks; k++) shared[warp_index() * kChunks + k] = joined[k];
   }
   __syncthreads();
-  return lane_index() < warps_of_block() * kChunks ? shared[lane_index()] : Stretch{1, 0};
+  return lane_index() < warps_of_block() * kChunks ? shared[lane_index()] : Affine{1, 0};
 }
 
-// A block takes a tile of a padded sequence: the stretch that it is.
-__global__ void __launch_bounds__(kMostThreads) measure_tiles(Gae a, Rates rates, int64_t tiles, Stretch* of_tile) {
-  __shared__ Stretch shared[kWarp];
-  const Sequence sequence = find_sequence(a, blockIdx.x / tiles);
+// One block per tile of a padded sequence: the map of the tile.
+__global__ void __launch_bounds__(kMostThreads) measure_tiles(Gae a, Rates rates, int64_t tiles, Affine* of_tile) {
+  __shared__ Affine shared[kWarp];
+  const Sequence sequence = sequence_of(a, blockIdx.x / tiles);
   const Tokens tokens(a, sequence, blockIdx.x % tiles * kSpanOfBlock + warp_index() * kSpan);
-  Stretch joined[kChunks];
+  Affine joined[kChunks];
   scan_chunks(tokens, rates, joined);
-  const Stretch tile = from_here(share_chunks(joined, shared));
+  const Affine tile = scan_from_end(share_chunks(joined, shared));
   if (threadIdx.x == 0) of_tile[blockIdx.x] = tile;
 }
 
-// NaN for tokens that wrong bounds leave out.
-__device__ void without_a_sequence(const Gae& a, int64_t start, int64_t stop) {
+// NaN for tokens that belong to no sequence because cu_seqlens is wrong.
+__device__ void write_nan(const Gae& a, int64_t start, int64_t stop) {
   for (int64_t i = start + threadIdx.x; i < stop; i += blockDim.x) a.advantages[i] = a.returns[i] = NAN;
 }
 
-// What goes into a tile of a sequence of `tiles`, `of_tile` being those of its tiles.
-__device__ __forceinline__ float carry_into(int64_t tile, int64_t tiles, const Stretch* of_tile) {
-  __shared__ Stretch shared[kMostThreads];
+// The number after `tile`, from the maps of the tiles after it. Each thread loads one map; then every thread applies
+// them one after another, as a block that has the whole sequence does.
+__device__ __forceinline__ float carry_into(int64_t tile, int64_t tiles, const Affine* of_tile) {
+  __shared__ Affine shared[kMostThreads];
   float carry = 0;
   for (int64_t stop = tiles; stop > tile + 1; stop -= kMostThreads) {
     const int64_t start = larger(stop - kMostThreads, tile + 1);
     __syncthreads();
     if (threadIdx.x < stop - start) shared[threadIdx.x] = of_tile[start + threadIdx.x];
     __syncthreads();
-    for (int64_t i = stop - start - 1; i >= 0; i--) carry = through(shared[i], carry);
+    for (int64_t i = stop - start - 1; i >= 0; i--) carry = apply(shared[i], carry);
   }
   return carry;
 }
 
-// A block takes a sequence or, with the stretches of all tiles, one tile of it.
-__global__ void __launch_bounds__(kMostThreads) sweep(Gae a, Rates rates, int64_t tiles, const Stretch* of_tile) {
-  __shared__ Stretch shared[2][kWarp];
+// One block per sequence or, given the maps of all tiles, per tile.
+__global__ void __launch_bounds__(kMostThreads) sweep(Gae a, Rates rates, int64_t tiles, const Affine* of_tile) {
+  // Two buffers, used in turn: a warp may write the next tile's maps while another still reads these. One barrier per
+  // tile is enough.
+  __shared__ Affine shared[2][kWarp];
   const int64_t i = of_tile ? blockIdx.x / tiles : blockIdx.x;
-  const Sequence sequence = find_sequence(a, i);
+  const Sequence sequence = sequence_of(a, i);
   if (a.cu_seqlens) {
-    if (i == 0) without_a_sequence(a, 0, sequence.start);
-    if (i == a.sequences - 1) without_a_sequence(a, sequence.start + sequence.size, a.length);
+    if (i == 0) write_nan(a, 0, sequence.start);
+    if (i == a.sequences - 1) write_nan(a, sequence.start + sequence.size, a.length);
   }
   const int64_t only = blockIdx.x % tiles;
   const int64_t first_tile = of_tile ? only : 0, end_tile = of_tile ? only + 1 : ceil_div(sequence.size, kSpanOfBlock);
   if (first_tile == end_tile) return;
   const int64_t own = warp_index() * kSpan;
-  Tokens next(a, sequence, (end_tile - 1) * kSpanOfBlock + own);  // before the barriers of the carry
+  Tokens next(a, sequence, (end_tile - 1) * kSpanOfBlock + own);  // loads start before the barriers of carry_into
   float carry = of_tile ? carry_into(only, tiles, of_tile + i * tiles) : 0;
   for (int64_t tile = end_tile - 1; tile >= first_tile; tile--) {
     const Tokens tokens = next;
-    if (tile > first_tile) next = Tokens(a, sequence, (tile - 1) * kSpanOfBlock + own);  // on its way meanwhile
-    Stretch joined[kChunks];
+    if (tile > first_tile) next = Tokens(a, sequence, (tile - 1) * kSpanOfBlock + own);  // prefetch
+    Affine joined[kChunks];
     scan_chunks(tokens, rates, joined);
-    const Stretch of_chunk = share_chunks(joined, shared[tile % 2]);
-    carry = finish_tile(a, sequence, tile * kSpanOfBlock + own, tokens, joined, of_chunk, warp_index() * kChunks, carry);
+    const Affine of_chunk = share_chunks(joined, shared[tile % 2]);
+    carry = write_tile(a, sequence, tile * kSpanOfBlock + own, tokens, joined, of_chunk, warp_index() * kChunks, carry);
   }
 }
 
-__global__ void __launch_bounds__(kMostThreads) without_sequences(Gae a) { without_a_sequence(a, 0, a.length); }
+__global__ void __launch_bounds__(kMostThreads) without_sequences(Gae a) { write_nan(a, 0, a.length); }
 
-const char* run(const Gae& a, Stretch* of_tile, int64_t tiles, void* stream) {
+const char* run(const Gae& a, Affine* of_tile, int64_t tiles, void* stream) {
   const double gamma_lam = a.gamma * a.lam;
   const Rates rates = {(float)gamma_lam, (float)(a.gamma - gamma_lam)};
   if (!a.cu_seqlens && a.length <= kSpan) {
     constexpr int kWarps = kMostThreads / kWarp;
     return launch(sweep_short, ceil_div(a.sequences, kWarps), kMostThreads, 0, stream, a, rates);
   }
-  if (a.sequences == 0) return launch(without_sequences, 1, kMostThreads, 0, stream, a);  // packed, and wrongly so
+  if (a.sequences == 0) return launch(without_sequences, 1, kMostThreads, 0, stream, a);  // wrong cu_seqlens
   if (of_tile) {
     const char* error = launch(measure_tiles, a.sequences * tiles, kMostThreads, 0, stream, a, rates, tiles, of_tile);
     return error ? error : launch(sweep, a.sequences * tiles, kMostThreads, 0, stream, a, rates, tiles, of_tile);
   }
-  const int threads = a.cu_seqlens ? kMostThreads : (int)ceil_div(smaller(a.length, (int64_t)kSpanOfBlock), kSpan) * kWarp;
+  const int threads =
+      a.cu_seqlens ? kMostThreads : (int)ceil_div(smaller(a.length, (int64_t)kSpanOfBlock), kSpan) * kWarp;
   return launch(sweep, a.sequences, threads, 0, stream, a, rates, (int64_t)1, of_tile);
 }
 
@@ -228,17 +236,17 @@ const char* run(const Gae& a, Stretch* of_tile, int64_t tiles, void* stream) {
 const char* gae(const Gae& a, Scratch& scratch, void* stream) {
   const int64_t tokens = a.cu_seqlens ? a.length : a.sequences * a.length, tiles = ceil_div(a.length, kSpanOfBlock);
   if (tokens == 0) return nullptr;
-  const bool split = !a.cu_seqlens && tiles > 1 && a.sequences < kFull;
-  // the whitening begins when the stretches have been read
+  const bool split = !a.cu_seqlens && tiles > 1 && a.sequences < kFillsGpu;
+  // The whitening runs after the last read of the maps, and so uses the same memory.
   constexpr size_t kStatistics = 32;
-  scratch.needed = larger(split ? a.sequences * tiles * sizeof(Stretch) : 0,
+  scratch.needed = larger(split ? a.sequences * tiles * sizeof(Affine) : 0,
                           a.whiten ? kStatistics + masked_whiten_scratch(tokens) : 0);
   if (scratch.size < scratch.needed) return nullptr;
-  const char* error = run(a, split ? (Stretch*)scratch.data : nullptr, tiles, stream);
+  const char* error = run(a, split ? (Affine*)scratch.data : nullptr, tiles, stream);
   if (error || !a.whiten) return error;
   Scratch rest{(char*)scratch.data + kStatistics, scratch.size - kStatistics, 0};
-  return masked_whiten(
-      {tokens, a.advantages, a.live, true, true, false, (double*)scratch.data, a.advantages}, rest, stream);
+  return masked_whiten({tokens, a.advantages, a.live, true, true, false, (double*)scratch.data, a.advantages}, rest,
+                       stream);
 }
 
 }  // namespace rlhf_fast::cuda

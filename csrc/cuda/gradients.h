@@ -5,25 +5,27 @@
 
 namespace rlhf_fast::cuda {
 
-// What a row's gradient needs. With gap = x - shift, a column other than the target has
+// What the gradient needs of a row. With gap = x - shift, the gradient of a column that is not the target is
 //
 //   e^(gap / temperature) * (constant + slope * gap + ratio_slope * ratio)
+//   ratio = log(r_j / p_j) = (ref_x - ref_shift - gap) / temperature + offset
 //
-// of which the last term, with ratio = (ref_x - ref_shift - gap) / temperature + offset = log(r_j / p_j), is there for
-// a pair of rows alone; the target's has at_target. The softcap's own slope comes on top.
-struct Slopes {
+// and that of the target is at_target, both times the derivative of the softcap. The last term is there only for a pair
+// of rows.
+struct RowSlopes {
   float shift, constant, slope, at_target;
   float ref_shift, offset, ratio_slope;
 };
 
-// Of grad_logprob * logprob + grad_entropy * entropy.
-__device__ inline Slopes row_slopes(const RowStatistics& s, float inverse_temperature, float logprob, float entropy,
-                                    float grad_logprob, float grad_entropy) {
+// The slopes of grad_logprob * logprob + grad_entropy * entropy.
+__device__ inline RowSlopes row_slopes(const RowStatistics& s, float inverse_temperature, float logprob, float entropy,
+                                       float grad_logprob, float grad_entropy) {
   const float scale = s.scale * inverse_temperature;
-  Slopes slopes{};
+  RowSlopes slopes{};
   slopes.shift = s.shift;
   slopes.constant = -grad_logprob;
   slopes.at_target = grad_logprob * s.others_mass;
+  // An entropy that no one asks the gradient of may be infinite or NaN: 0 times it must be 0.
   if (grad_entropy != 0) {
     slopes.constant += grad_entropy * (at_most(s.log_norm, kFar) - entropy);
     slopes.at_target -= grad_entropy * expf(logprob) * (entropy + (logprob < -kFar ? -kFar : logprob));
@@ -34,14 +36,17 @@ __device__ inline Slopes row_slopes(const RowStatistics& s, float inverse_temper
   return slopes;
 }
 
-// The gradient of a segment of a row, from op(row, inverse_temperature, writes), which may write the row's own outputs.
+// The gradient of a segment of a row. op(row, inverse_temperature, writes) gives the slopes; in the one thread for
+// which `writes` is true it may also write the outputs of the row, which saves a launch.
+//
+// The launch bounds are blocks per multiprocessor: 3 x 256 threads may have 80 registers each, a pair of rows 128.
 template <class In, class Out, bool kPair, class Op>
 __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
     write_segments(Rows rows, Logits logits, Logits ref_logits, Logits grads, int columns, int segments, Op op) {
   const auto [row, segment] = segment_of_block(segments);
   Out* grad = row_of<Out>(grads, row);
   const int start = segment * kSegment - columns_before<In>(grad);
-  if (start >= columns) return;  // only a row that begins between two vectors needs the last segment
+  if (start >= columns) return;  // the last segment is empty unless the row starts between two vectors
   const bool writes = segment == 0 && threadIdx.x == 0;
   float x[kColumns] = {};
   if (!is_live(rows, row)) {
@@ -49,14 +54,16 @@ __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
     store_columns<In>(grad, columns, start, x);
     return;
   }
+  // 1. Start the loads, and compute the slopes while they are under way.
   float ref_x[kPair ? kColumns : 1];
   const int vocab = (int)rows.vocab;
   load_columns(row_of<const In>(logits, row), vocab, start, x);
   if constexpr (kPair) load_columns(row_of<const In>(ref_logits, row), vocab, start, ref_x);
   const float inverse_temperature = inverse_temperature_of(rows, row), rate = kLog2E * inverse_temperature;
-  const Slopes s = op(row, inverse_temperature, writes);  // while the columns are on their way
+  const RowSlopes s = op(row, inverse_temperature, writes);
   cap(x, rows.softcap);
   if constexpr (kPair) cap(ref_x, rows.softcap);
+  // 2. The gradient replaces x in the registers. `mixed` is the same for the whole block: most compare no columns.
   const int target = target_of(rows, row);
   const bool mixed = is_mixed(start, vocab, target);
   const float inverse_softcap = rows.softcap == 0 ? 0 : 1 / rows.softcap;
@@ -64,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
   for (int i = 0; i < kColumns; i++) {
     const float gap = x[i] - s.shift;
     const float e = exp2_flushed(gap * rate);
-    // an infinite gap meets 0, but a NaN in the factors has to show
+    // A gap of -inf has e = 0, and counts as 0. A NaN in the slopes still shows in the gradient.
     float factor = s.constant + s.slope * (e == 0 ? 0 : gap);
     if constexpr (kPair) {
       const float ratio = (ref_x[i] - s.ref_shift - gap) * inverse_temperature + s.offset;
@@ -75,16 +82,28 @@ __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
     if (rows.softcap != 0) g *= 1 - (x[i] * inverse_softcap) * (x[i] * inverse_softcap);
     x[i] = mixed && column >= vocab ? 0 : g;
   }
+  // 3. In place is safe: the block has read all that it writes, and no other block reads it.
   store_columns<In>(grad, columns, start, x);
 }
 
-// Into `columns` columns of `grad`, 0 past the vocabulary and in dead rows.
+// Writes `columns` columns of `grad`, 0 past the vocabulary and in dead rows.
 template <class In, class Out, bool kPair, class Op>
 const char* write_gradient(const Rows& rows, const Logits& logits, const Logits& ref_logits, const Logits& grad,
                            int64_t columns, const Op& op, void* stream) {
   const int64_t segments = segments_of(columns + kVector<In> - 1);
   return launch(write_segments<In, Out, kPair, Op>, rows.length * segments, kThreads, 0, stream, rows, logits,
                 ref_logits, grad, (int)columns, (int)segments, op);
+}
+
+// The last launch of an op with an lm head, on a tile of float32 logits. It writes the outputs of the rows and, if it
+// is wanted, the gradient: over the tile itself, or elsewhere in a narrower type.
+template <bool kPair, class Op>
+const char* finish_tile(const Rows& rows, const Logits& logits, const Logits& ref_logits, const Logits& grad,
+                        const Op& op, void* stream) {
+  if (!grad.data) return finish(rows, op, stream);
+  return typed(grad.dtype, [&](auto kind) {
+    return write_gradient<float, decltype(kind), kPair>(rows, logits, ref_logits, grad, rows.vocab, op, stream);
+  });
 }
 
 }  // namespace rlhf_fast::cuda

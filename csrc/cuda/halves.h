@@ -1,4 +1,5 @@
-// bfloat16 and float16 as 16 bits, and the instructions that the rows need, beside what they do on any other machine.
+// bfloat16 and float16 as 16 bits, and the instructions that the row kernels need. For the host and for the emulator of
+// the tests the same functions are written in plain C++.
 #pragma once
 
 #include <cstring>
@@ -14,7 +15,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// A float of 32 bits and back.
+// The float with these 32 bits, and back.
 RLHF_FAST_INLINE float float_of(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof(x));
@@ -28,7 +29,7 @@ RLHF_FAST_INLINE uint32_t bits_of(float x) {
 
 #ifdef __CUDA_ARCH__
 
-// 2^x to 2 units in the last place; below 2^-126 it is 0.
+// 2^x to 2 units in the last place, and 0 instead of a subnormal number. One instruction, where exp2f takes several.
 RLHF_FAST_INLINE float exp2_flushed(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -41,7 +42,7 @@ RLHF_FAST_INLINE float widened(Float16 x) {
   return y;
 }
 
-// Rounded to nearest, ties to even; `low` lies in the low half.
+// Two numbers rounded to nearest, ties to even; `low` is in the low half.
 RLHF_FAST_INLINE uint32_t packed(BFloat16, float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -59,7 +60,7 @@ RLHF_FAST_INLINE float exp2_flushed(float x) { return x < -126 ? 0 : exp2f(x); }
 
 RLHF_FAST_INLINE float widened(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7fff, sign = (uint32_t)(x.bits & 0x8000) << 16;
-  const float scaled = float_of(magnitude << 13) * 0x1p112f;  // the exponents' biases lie 112 apart
+  const float scaled = float_of(magnitude << 13) * 0x1p112f;  // the difference of the exponent biases
   return float_of(sign | (magnitude < 0x7c00 ? bits_of(scaled) : magnitude << 13 | 0x7f800000));
 }
 
@@ -71,7 +72,7 @@ RLHF_FAST_INLINE uint32_t rounded(Float16, float x) {
   const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000;
   const float magnitude = fabsf(x);
   if (!(magnitude < 65520.0f)) return sign | (x == x ? 0x7c00 : 0x7e00);
-  // 2^-24, the smallest float16, is the last digit of 0.5
+  // subnormal: its unit, 2^-24, is the last bit of 0.5f, so that adding 0.5f rounds to it
   if (magnitude < 0x1p-14f) return sign | (bits_of(magnitude + 0.5f) - bits_of(0.5f));
   const uint32_t rest = bits_of(magnitude) - (112u << 23);
   return sign | (rest + 0xfff + (rest >> 13 & 1)) >> 13;
@@ -83,7 +84,7 @@ RLHF_FAST_INLINE uint32_t packed(Half kind, float low, float high) {
 
 #endif
 
-// ---- 16 bytes -------------------------------------------------------------------------------------------------------
+// ---- 16 bytes, the widest load and store ----------------------------------------------------------------------------
 
 struct alignas(16) Bytes16 {
   uint32_t word[4];
@@ -114,7 +115,7 @@ __device__ __forceinline__ void store(Half* to, float x) {
   to->bits = (uint16_t)packed(Half{}, x, 0);
 }
 
-// `count` of them side by side, 8 or 16 aligned bytes.
+// Stores kCount neighbours, 8 or 16 aligned bytes. __stcg: the L1 cache would keep lines that are not read again.
 template <int kCount>
 __device__ __forceinline__ void store_vector(float* to, const float* x) {
   static_assert(kCount == 4);

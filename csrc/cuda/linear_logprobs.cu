@@ -1,25 +1,25 @@
-// The fold of linear_logprobs and linear_cross_entropy: log-probs, entropy and their gradient. Two launches: the sums
-// read the tile once, the gradient reads it again and writes it once.
+// linear_logprobs and linear_cross_entropy on one tile of logits, straight from the matrix product: log-probs, entropy
+// and their gradient. Two launches: the sums read the tile, the gradient reads it again and overwrites it.
 //
-//   formula         as masked_logprobs; its gradient, p_j times a factor of the row, and the target set apart
+//   formula         as masked_logprobs; its gradient, p_j times a factor of the row, and the target apart
 //   bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
 //   passes          one, and one more for the gradient
 //   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
-#include "fold.h"
+#include "gradients.h"
 
 namespace rlhf_fast::cuda {
 
 namespace {
 
-struct FoldLogprobs {
+struct TileLogprobs {
   LinearLogprobs a;
   SegmentSums swept;
 
-  __device__ Slopes operator()(int64_t row, float inverse_temperature, bool writes) const {
+  __device__ RowSlopes operator()(int64_t row, float inverse_temperature, bool writes) const {
     const RowResult result = finish_row(a.rows, swept, row, 0, inverse_temperature);
     if (writes) write(row, result);
     return row_slopes(result.statistics, inverse_temperature, result.logprob, result.entropy,
-                      a.grad_logprobs ? a.grad_logprobs[row] : 1, number_of(a.grad_entropy, row));
+                      a.grad_logprobs ? a.grad_logprobs[row] : 1, number_or_0(a.grad_entropy, row));
   }
 
   __device__ void skip(int64_t row) const { write(row, {}); }
@@ -36,7 +36,7 @@ const char* linear_logprobs(const LinearLogprobs& a, Scratch& scratch, void* str
   const SegmentSums swept = take_segment_sums(scratch, a.rows, 1);
   if (scratch.size < scratch.needed) return nullptr;
   const char* error = sum<float>(a.rows, 1, a.logits, {}, swept, a.entropy || a.grad_entropy, stream);
-  return error ? error : end_fold<false>(a.rows, a.logits, {}, a.grad, FoldLogprobs{a, swept}, stream);
+  return error ? error : finish_tile<false>(a.rows, a.logits, {}, a.grad, TileLogprobs{a, swept}, stream);
 }
 
 }  // namespace rlhf_fast::cuda

@@ -1,24 +1,26 @@
-// The fold of linear_policy_loss: log-probs and entropies, and the gradient of the clipped policy loss, the KL to the
-// reference and the entropy bonus together. Two launches: the sums read the tile once, the gradient reads it again and
-// writes it once.
+// linear_policy_loss on one tile of logits, straight from the matrix product: log-probs and entropies, and the gradient
+// of the clipped policy loss, the KL to the reference and the entropy bonus together. Two launches: the sums read the
+// tile, the gradient reads it again and overwrites it.
 //
 //   formula         share * (max(-A r, -A clip(r)) + kl_coef KL - entropy_coef H), by logit (policy_token, kl_slope)
 //   bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
 //   passes          one, and one more for the gradient
 //   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
-#include "fold.h"
+#include "gradients.h"
 
 namespace rlhf_fast::cuda {
 
 namespace {
 
-struct FoldPolicyLoss {
+struct TilePolicyLoss {
   LinearPolicyLoss a;
   SegmentSums swept;
 
-  __device__ Slopes operator()(int64_t row, float inverse_temperature, bool writes) const {
+  __device__ RowSlopes operator()(int64_t row, float inverse_temperature, bool writes) const {
     const RowResult result = finish_row(a.rows, swept, row, 0, inverse_temperature);
     if (writes) write(row, result);
+    // By the chain rule the gradient is that of the log-prob and that of the entropy, each times the derivative of the
+    // loss by it.
     const float share = a.share[row];
     return row_slopes(result.statistics, inverse_temperature, result.logprob, result.entropy,
                       share * logprob_slope(row, result.logprob), -share * a.terms.entropy_coef);
@@ -48,7 +50,7 @@ const char* linear_policy_loss(const LinearPolicyLoss& a, Scratch& scratch, void
   const SegmentSums swept = take_segment_sums(scratch, a.rows, 1);
   if (scratch.size < scratch.needed) return nullptr;
   const char* error = sum<float>(a.rows, 1, a.logits, {}, swept, true, stream);
-  return error ? error : end_fold<false>(a.rows, a.logits, {}, a.grad, FoldPolicyLoss{a, swept}, stream);
+  return error ? error : finish_tile<false>(a.rows, a.logits, {}, a.grad, TilePolicyLoss{a, swept}, stream);
 }
 
 }  // namespace rlhf_fast::cuda

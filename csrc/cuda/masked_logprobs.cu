@@ -1,5 +1,5 @@
-// log softmax(logits)[target] and the entropy. The forward reads the logits once; the backward reads them once more and
-// writes the gradient, over them where it may. The rows' statistics come between.
+// log softmax(logits)[target] and the entropy. The forward reads the logits once and keeps four numbers of each row.
+// The backward reads the logits once and writes the gradient, which may overwrite them.
 //
 //   formula         log p_t = -softplus(d), d = logsumexp_{j != t} x_j - x_t (rlhf_fast/ops/_vocab.py)
 //   bytes a row     of V columns of b bytes: forward V b read, 20 to 24 written; backward V b read, V b written
@@ -33,9 +33,9 @@ struct Finish {
 struct Gradient {
   MaskedLogprobsBackward a;
 
-  __device__ Slopes operator()(int64_t row, float inverse_temperature, bool) const {
+  __device__ RowSlopes operator()(int64_t row, float inverse_temperature, bool) const {
     return row_slopes(((const RowStatistics*)a.statistics)[row], inverse_temperature, a.logprobs[row],
-                      number_of(a.entropy, row), number_of(a.grad_logprobs, row), number_of(a.grad_entropy, row));
+                      number_or_0(a.entropy, row), number_or_0(a.grad_logprobs, row), number_or_0(a.grad_entropy, row));
   }
 
   __device__ void skip(int64_t) const {}

@@ -1,11 +1,12 @@
 // Whitening: mean 0 and variance 1 over the live elements. `whitened` may be `x` itself.
 //
-// Nothing but the few numbers that come of the sums is double: a mean far from 0 costs no digits, because deviations are
-// taken from a mean of two floats, and the moments of a tile are about its own mean.
+// Only the few numbers that come from the sums are double; double arithmetic per element would be slow on a GPU. A mean
+// far from 0 costs no digits all the same: the moments of a tile are about its own mean, and deviations are taken from
+// a mean that is the sum of two floats.
 //
 //   formula         (x - mean) / sqrt(variance + 1e-8)
-//   bytes a value   forward 8 read, 4 written; backward 16 read, 4 written; half as much in one tile
-//   passes          two each way; one where all is one tile
+//   bytes a value   forward 8 read, 4 written; backward 16 read, 4 written; half as much for one tile
+//   passes          two each way; one for a single tile
 //   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
@@ -20,7 +21,8 @@ struct alignas(16) Part {
   double mean;
 };
 
-// All tiles' together, for every thread of the block.
+// The moments of all tiles; every thread of the block gets them. The second loop over the parts, in the L2 cache, takes
+// the deviations from the final mean, so that nothing cancels.
 __device__ __forceinline__ Moments merge_moments(const Part* parts, int64_t tiles) {
   double sums[2] = {0, 0};
   for (int64_t i = threadIdx.x; i < tiles; i += kThreads) {
@@ -40,16 +42,17 @@ __device__ __forceinline__ Moments merge_moments(const Part* parts, int64_t tile
   return {sums[0], mean, deviation[0]};
 }
 
-// Of each tile, left for the launch's last block: whether this is it.
-__device__ __forceinline__ bool leave_moments(const float* x, const uint8_t* live, int64_t count, TileParts<Part> parts) {
-  const Place place(live, count);
-  const Moments moments = tile_moments(place.load(x), place.live);
+// Writes the moments of this block's tile. True in the last block of the launch.
+__device__ __forceinline__ bool write_moments(const float* x, const uint8_t* live, int64_t count,
+                                              TileParts<Part> parts) {
+  const ThreadTokens tokens(live, count);
+  const Moments moments = tile_moments(tokens.load(x), tokens.live);
   if (threadIdx.x == 0) parts.at[blockIdx.x] = {(float)moments.count, (float)moments.deviation, moments.mean};
   return is_last(parts.ticket);
 }
 
 __global__ void __launch_bounds__(kThreads) measure(MaskedMoments a, TileParts<Part> parts) {
-  if (!leave_moments(a.x, a.live, a.elements, parts)) return;
+  if (!write_moments(a.x, a.live, a.elements, parts)) return;
   const Moments all = merge_moments(parts.at, gridDim.x);
   if (threadIdx.x != 0) return;
   const double step = a.mean ? all.mean - *a.mean : 0;
@@ -69,7 +72,7 @@ struct Statistics {
     if (threadIdx.x == 0) to[0] = count, to[1] = mean, to[2] = scale;
   }
 
-  // x - mean, the mean as two floats.
+  // x - mean in float, without rounding the double mean: it is the sum of two floats.
   __device__ __forceinline__ float deviation(float x) const {
     const float near = (float)mean;
     return (x - near) - (float)(mean - near);
@@ -77,60 +80,64 @@ struct Statistics {
 };
 
 __global__ void __launch_bounds__(kThreads) find_statistics(MaskedWhiten a, TileParts<Part> parts) {
-  if (leave_moments(a.x, a.live, a.elements, parts)) Statistics(merge_moments(parts.at, gridDim.x), a.unbiased, a.statistics);
+  if (!write_moments(a.x, a.live, a.elements, parts)) return;
+  Statistics(merge_moments(parts.at, gridDim.x), a.unbiased, a.statistics);
 }
 
-__device__ __forceinline__ void write_whitened(const MaskedWhiten& a, const Place& place, const Four& x,
+__device__ __forceinline__ void write_whitened(const MaskedWhiten& a, const ThreadTokens& tokens, const Values4& x,
                                                const Statistics& statistics) {
   const float scale = (float)statistics.scale, shift = a.shift_mean ? 0 : (float)statistics.mean;
-  place.store(a.whitened, [&](int k) { return statistics.deviation(x.at[k]) * scale + shift; });
+  tokens.store(a.whitened, [&](int k) { return statistics.deviation(x.at[k]) * scale + shift; });
 }
 
 __global__ void __launch_bounds__(kThreads) whiten(MaskedWhiten a) {
-  const Place place(a.live, a.elements);
-  write_whitened(a, place, place.load(a.x), Statistics(a.statistics));
+  const ThreadTokens tokens(a.live, a.elements);
+  write_whitened(a, tokens, tokens.load(a.x), Statistics(a.statistics));
 }
 
 __global__ void __launch_bounds__(kThreads) whiten_one_tile(MaskedWhiten a) {
-  const Place place(a.live, a.elements);
-  const Four x = place.load(a.x);
-  write_whitened(a, place, x, Statistics(tile_moments(x, place.live), a.unbiased, a.statistics));
+  const ThreadTokens tokens(a.live, a.elements);
+  const Values4 x = tokens.load(a.x);
+  write_whitened(a, tokens, x, Statistics(tile_moments(x, tokens.live), a.unbiased, a.statistics));
 }
 
-// ---- backward: with d = x - mean and variance = sum(d^2) / k,
-// d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, + mean(grad) where not shift_mean ------
+// ---- backward ------------------------------------------------------------------------------------------------------
+//
+// With d = x - mean and variance = sum(d^2) / k:
+// d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, and + mean(grad) without shift_mean.
 
 struct alignas(16) GradientSums {
   double grad, product;
 };
 
-__device__ __forceinline__ GradientSums tile_sums(const Four& grad, const Four& x, const Place& place,
+__device__ __forceinline__ GradientSums tile_sums(const Values4& grad, const Values4& x, const ThreadTokens& tokens,
                                                   const Statistics& statistics) {
   float sums[2] = {0, 0};
 #pragma unroll
   for (int k = 0; k < 4; k++) {
     sums[0] += grad.at[k];
-    sums[1] += grad.at[k] * kept(place.live, k, statistics.deviation(x.at[k]));
+    sums[1] += grad.at[k] * kept(tokens.live, k, statistics.deviation(x.at[k]));
   }
   block_sum(sums);
   return {sums[0], sums[1]};
 }
 
-__device__ __forceinline__ void write_gradient(const MaskedWhitenBackward& a, const Place& place, const Four& grad,
-                                               const Four& x, const Statistics& statistics, const GradientSums& sums) {
+__device__ __forceinline__ void write_gradient(const MaskedWhitenBackward& a, const ThreadTokens& tokens,
+                                               const Values4& grad, const Values4& x, const Statistics& statistics,
+                                               const GradientSums& sums) {
   const double scale = statistics.scale, mean = sums.grad / at_least_1(statistics.count);
   const double slope = -scale * scale * scale * sums.product / at_least_1(statistics.count - a.unbiased);
   const float near = (float)mean, off = (float)(mean - near), shift = a.shift_mean ? 0 : near;
-  place.store(a.grad, [&](int k) {
+  tokens.store(a.grad, [&](int k) {
     return ((grad.at[k] - near) - off) * (float)scale + statistics.deviation(x.at[k]) * (float)slope + shift;
   });
 }
 
-// The sums of all tiles end up where the first one's were.
+// The last block writes the sums of all tiles over those of the first.
 __global__ void __launch_bounds__(kThreads, 4) measure_backward(MaskedWhitenBackward a, TileParts<GradientSums> parts) {
-  const Place place(a.live, a.elements);
-  const Four grad = place.load(a.grad_whitened), x = place.load(a.x);
-  const GradientSums own = tile_sums(grad, x, place, Statistics(a.statistics));
+  const ThreadTokens tokens(a.live, a.elements);
+  const Values4 grad = tokens.load(a.grad_whitened), x = tokens.load(a.x);
+  const GradientSums own = tile_sums(grad, x, tokens, Statistics(a.statistics));
   if (threadIdx.x == 0) parts.at[blockIdx.x] = own;
   if (!is_last(parts.ticket)) return;
   double sums[2] = {0, 0};
@@ -144,15 +151,15 @@ __global__ void __launch_bounds__(kThreads, 4) measure_backward(MaskedWhitenBack
 }
 
 __global__ void __launch_bounds__(kThreads) whiten_backward(MaskedWhitenBackward a, const GradientSums* sums) {
-  const Place place(a.live, a.elements);
-  write_gradient(a, place, place.load(a.grad_whitened), place.load(a.x), Statistics(a.statistics), *sums);
+  const ThreadTokens tokens(a.live, a.elements);
+  write_gradient(a, tokens, tokens.load(a.grad_whitened), tokens.load(a.x), Statistics(a.statistics), *sums);
 }
 
 __global__ void __launch_bounds__(kThreads) whiten_backward_one_tile(MaskedWhitenBackward a) {
-  const Place place(a.live, a.elements);
-  const Four grad = place.load(a.grad_whitened), x = place.load(a.x);
+  const ThreadTokens tokens(a.live, a.elements);
+  const Values4 grad = tokens.load(a.grad_whitened), x = tokens.load(a.x);
   const Statistics statistics(a.statistics);
-  write_gradient(a, place, grad, x, statistics, tile_sums(grad, x, place, statistics));
+  write_gradient(a, tokens, grad, x, statistics, tile_sums(grad, x, tokens, statistics));
 }
 
 }  // namespace

@@ -1,13 +1,13 @@
-// PPO's joint loss, its gradients and its statistics in one launch; the policy's or the value's loss alone where the
-// other's data is not given.
+// PPO's joint loss, its gradients and its statistics in one launch. Without the value's data it is the clipped policy
+// loss alone, and without the policy's data the value loss alone.
 //
-// A block reads each input of its tile once, and writes the gradients as if the divisor of the loss were 1: how many
-// tokens count is known only to the launch's last block. That one adds the parts, and writes 1 / divisor as the scale of
-// the gradients. Ratios by the sequence, and divisors that count sequences, take a launch before it.
+// A block reads each input of its tile once. It writes the gradients as if the divisor of the loss were 1, because only
+// the last block knows how many tokens count. That one adds the parts of the loss and writes 1 / divisor, by which the
+// caller multiplies the gradients. Ratios per sequence, and divisors that count sequences, take a launch before.
 //
 //   formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
-//   bytes a token   4 read of each tensor that is given and 1 of a mask; 4 written of each gradient that is wanted
-//   passes          one; one before it over what ratios by the sequence, or a count of sequences, take
+//   bytes a token   4 read of each given tensor, 1 of a mask; 4 written of each gradient
+//   passes          one; one more before it for ratios per sequence or a count of sequences
 //   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
@@ -20,7 +20,7 @@ struct Sequence {
   float ratio;
 };
 
-// What is summed over the live tokens of a tile; the parts of the loss are weighted.
+// What is summed over the live tokens of a tile. The parts of the loss are weighted by Divisor::by_length.
 enum Sum { kPolicy, kKl, kEntropy, kValue, kClipped, kValueClipped, kSquaredLogRatio, kSums };
 
 struct alignas(16) Part {
@@ -28,11 +28,11 @@ struct alignas(16) Part {
   float ratio_deviation, ratio_max, count, sums[kSums];
 };
 
-// What a loss is divided by: `norm` times `number`, or times the live tokens or sequences.
+// What a loss is divided by: `norm` times the number that `items` names.
 struct Divisor {
   enum Items { known, on_device, tokens, sequences } items;
   double norm;
-  bool by_length;  // each sequence by its live tokens
+  bool by_length;  // each token is also divided by the live tokens of its sequence
 
   explicit Divisor(const PpoLoss& a) {
     const bool by_token = a.divisor.aggregation == Aggregation::token_mean;
@@ -56,7 +56,7 @@ struct Divisor {
   bool counts_sequences() const { return by_length || items == sequences; }
 };
 
-// Of a block's sequence: its live tokens, and exp(mean log ratio) over them.
+// The live tokens of a sequence, and exp of their mean log ratio; one block per sequence.
 __global__ void __launch_bounds__(kThreads) measure_sequences(PpoLoss a, Sequence* found) {
   const int64_t start = blockIdx.x * a.length;
   double sums[2] = {0, 0};
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) measure_sequences(PpoLoss a, Sequenc
   if (threadIdx.x == 0) found[blockIdx.x] = {sums[0], expf((float)(sums[1] / at_least_1(sums[0])))};
 }
 
-// The sequences of a thread's tokens, one after another.
+// Walks over the tokens of a thread and knows their sequence, with one division for all of them.
 struct Sequences {
   const Sequence* at;
   int64_t length, left;
@@ -83,13 +83,14 @@ struct Sequences {
   }
 };
 
-// A term of weight 0 adds nothing, infinite or not.
+// A term with coefficient 0 adds 0, even if it is infinite.
 __device__ __forceinline__ double term(double coef, double value) { return coef != 0 ? coef * value : 0; }
 
-// The last block's: adds the parts.
+// In the last block: adds the parts, and writes loss and statistics.
 template <bool kHasPolicy, bool kHasValue>
 __device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence* sequences, const Part* parts) {
-  double sums[kSums + 2] = {};  // after those of the parts: the live tokens, and their ratios
+  // 1. All sums. Each thread takes every 256th part; block_sum adds the threads in a fixed order.
+  double sums[kSums + 2] = {};  // then the live tokens, and the sum of their ratios
   double &count = sums[kSums], &ratio_mean = sums[kSums + 1];
   float ratio_max = 0;
   for (int64_t i = threadIdx.x; i < gridDim.x; i += kThreads) {
@@ -105,7 +106,8 @@ __device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence*
   const double tokens = at_least_1(count);
   ratio_mean /= tokens;
 
-  double rest[2] = {0, 0};  // squared deviations of the ratios, sequences with a live token
+  // 2. What needs the mean ratio: squared deviations from it. In the same reduction, the sequences with a live token.
+  double rest[2] = {0, 0};
   if (kHasPolicy) {
     for (int64_t i = threadIdx.x; i < gridDim.x; i += kThreads) {
       const Part part = load_part(parts + i);
@@ -119,6 +121,7 @@ __device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence*
   block_sum(rest);
   if (threadIdx.x != 0) return;
 
+  // 3. The loss, and the statistics in the order of PpoLoss in kernels/records.py.
   double items = 1;
   if (divisor.items == Divisor::on_device) items = *a.divisor.items;
   if (divisor.items == Divisor::tokens) items = count;
@@ -126,13 +129,14 @@ __device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence*
   const double scale = 1 / ((items > 0 ? items : 1) * divisor.norm);
   const double policy = sums[kPolicy] * scale, value = sums[kValue] * scale;
   const double kl = sums[kKl] * scale, entropy = sums[kEntropy] * scale;
-  *a.loss = (float)(policy + term(a.value_coef, value) + term(a.terms.kl_coef, kl) - term(a.terms.entropy_coef, entropy));
+  *a.loss =
+      (float)(policy + term(a.value_coef, value) + term(a.terms.kl_coef, kl) - term(a.terms.entropy_coef, entropy));
   float* out = a.statistics;
   const auto put = [&](double statistic) { *out++ = (float)statistic; };
   if (kHasPolicy && kHasValue) put(policy), put(value), put(kl), put(entropy);
   if (kHasPolicy) {
     put(sums[kClipped] / tokens), put(0.5 * sums[kSquaredLogRatio] / tokens);
-    // a NaN, which no comparison takes for the largest, is in the mean
+    // the maximum ignores NaN, but the mean does not
     put(ratio_mean), put(ratio_mean == ratio_mean ? ratio_max : ratio_mean), put(rest[0] / tokens);
   }
   if (kHasValue) put(sums[kValueClipped] / tokens);
@@ -142,37 +146,40 @@ __device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence*
 template <bool kHasPolicy, bool kHasValue>
 __global__ void __launch_bounds__(kThreads)
     evaluate(PpoLoss a, Divisor divisor, const Sequence* sequences, TileParts<Part> parts) {
-  constexpr bool kJoint = kHasPolicy && kHasValue;  // alone, the policy has neither KL nor entropy
-  const Place place(a.live, a.sequences * a.length);
-  const unsigned live = place.live;
-  Four logprob{}, old_logprob{}, advantage{}, ref_logprob{}, entropy{}, value{}, old_value{}, target{};
+  constexpr bool kJoint = kHasPolicy && kHasValue;  // the clipped policy loss alone has neither KL nor entropy
+  // 1. All loads first, so that they are under way together.
+  const ThreadTokens tokens(a.live, a.sequences * a.length);
+  const unsigned live = tokens.live;
+  Values4 logprob{}, old_logprob{}, advantage{}, ref_logprob{}, entropy{}, value{}, old_value{}, target{};
   if (kHasPolicy) {
-    logprob = place.load(a.logprobs);
-    old_logprob = place.load(a.old_logprobs);
-    advantage = place.load(a.advantages);
+    logprob = tokens.load(a.logprobs);
+    old_logprob = tokens.load(a.old_logprobs);
+    advantage = tokens.load(a.advantages);
   }
   if (kHasValue) {
-    value = place.load(a.values);
-    old_value = place.load(a.old_values);
-    target = place.load(a.returns);
+    value = tokens.load(a.values);
+    old_value = tokens.load(a.old_values);
+    target = tokens.load(a.returns);
   }
-  if (kJoint && a.ref_logprobs) ref_logprob = place.load(a.ref_logprobs);
-  if (kJoint && a.entropy) entropy = place.load(a.entropy);
+  if (kJoint && a.ref_logprobs) ref_logprob = tokens.load(a.ref_logprobs);
+  if (kJoint && a.entropy) entropy = tokens.load(a.entropy);
 
-  Four weight{{1, 1, 1, 1}}, ratio{};
-  if (sequences && place.left > 0) {
-    Sequences of_token(sequences, a.length, place.i);
+  // 2. What a token needs of its sequence.
+  Values4 weight{{1, 1, 1, 1}}, ratio{};
+  if (sequences && tokens.left > 0) {
+    Sequences of_token(sequences, a.length, tokens.i);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      if (k < place.left && divisor.by_length) weight.at[k] = (float)(1 / at_least_1(of_token.at->live));
-      if (k < place.left && a.sequence_level) ratio.at[k] = of_token.at->ratio;
+      if (k < tokens.left && divisor.by_length) weight.at[k] = (float)(1 / at_least_1(of_token.at->live));
+      if (k < tokens.left && a.sequence_level) ratio.at[k] = of_token.at->ratio;
       of_token.advance();
     }
   }
 
+  // 3. The loss of each token. Masked tokens were loaded as 0 and have ratio 0, and so add 0 to every sum.
   const float low = lowest_ratio(a.terms), high = highest_ratio(a.terms);
   float sums[kSums] = {}, ratio_max = 0;
-  Four grad_logprob, grad_value;
+  Values4 grad_logprob, grad_value;
 #pragma unroll
   for (int k = 0; k < 4; k++) {
     if (kHasPolicy) {
@@ -199,14 +206,18 @@ __global__ void __launch_bounds__(kThreads)
       grad_value.at[k] = a.value_coef * token.slope;
     }
   }
+  // 4. The gradients, before the reductions, whose barriers would delay them.
   if (kHasPolicy && a.grad_logprobs) {
-    place.store(a.grad_logprobs, [&](int k) { return grad_logprob.at[k] * weight.at[k]; });
+    tokens.store(a.grad_logprobs, [&](int k) { return grad_logprob.at[k] * weight.at[k]; });
   }
   if (kHasValue && a.grad_values) {
-    place.store(a.grad_values, [&](int k) { return grad_value.at[k] * weight.at[k]; });
+    tokens.store(a.grad_values, [&](int k) { return grad_value.at[k] * weight.at[k]; });
   }
-  if (kJoint && a.grad_entropy) place.store(a.grad_entropy, [&](int k) { return -a.terms.entropy_coef * weight.at[k]; });
+  if (kJoint && a.grad_entropy) {
+    tokens.store(a.grad_entropy, [&](int k) { return -a.terms.entropy_coef * weight.at[k]; });
+  }
 
+  // 5. The sums of the tile. The last block of the launch adds all of them.
   const Moments ratios = tile_moments(ratio, live);
   block_sum(sums);
   ratio_max = block_max(ratio_max);

@@ -1,8 +1,8 @@
-// A row of logits on a GPU: a block of threads holds a segment of its columns in registers, read by 16-byte loads.
+// A row of logits on a GPU: a block holds a segment of its columns in registers, read by 16-byte loads.
 //
-// Which columns a thread holds depends on neither the row's address nor its neighbours, so that sums over them do not.
-// A row of 50257 bfloat16 columns begins at any even address: there a thread reads both of the aligned 16 bytes that its
-// own lie in, the second out of the first-level cache, and shifts them together.
+// Which columns a thread holds does not depend on the address of the row, so that a sum does not either. A row of 50257
+// bfloat16 columns may start at any even address. Its 16 bytes then lie in two aligned groups of 16: a thread reads
+// both, the second one from the L1 cache because a neighbour reads it too, and shifts them together.
 #pragma once
 
 #include "halves.h"
@@ -11,10 +11,12 @@ namespace rlhf_fast::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kColumns = 32;                    // of a thread
-constexpr int kSegment = kThreads * kColumns;  // of a block
+// Columns of a thread. Enough loads are under way at once to cover the latency of memory (8 of float32, 4 of a 16-bit
+// type), and 32 registers leave room for 3 or 4 blocks per multiprocessor.
+constexpr int kColumns = 32;
+constexpr int kSegment = kThreads * kColumns;  // columns of a block
 
-// Columns that a thread has side by side.
+// Columns in a load of 16 bytes.
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
@@ -23,19 +25,21 @@ struct RowSegment {
   int segment;
 };
 
-// Of this block: those side by side read memory side by side.
+// The row and segment of this block. Neighbouring blocks read neighbouring memory. Divided in 32 bits: 64 are slow.
 __device__ __forceinline__ RowSegment segment_of_block(int segments) {
   const unsigned row = blockIdx.x / (unsigned)segments;
   return {row, (int)(blockIdx.x - row * segments)};
 }
 
-// Of a thread's x[i], in the segment from `start` on.
+// The column of this thread's x[i], in the segment at `start`. In each step a warp reads 512 neighbouring bytes.
 template <class T>
 __device__ __forceinline__ int column_of(int start, int i) {
-  return start + i / kVector<T> * (kThreads * kVector<T>) + (int)threadIdx.x * kVector<T> + i % kVector<T>;
+  constexpr int kWidth = kVector<T>;
+  return start + i / kWidth * (kThreads * kWidth) + (int)threadIdx.x * kWidth + i % kWidth;
 }
 
-// The 16 bytes that begin `offset` bytes after `low` does.
+// The 16 bytes that start `offset` bytes after `low`, where `high` follows `low`. It shifts by 8 bytes, by 4, then by
+// less, because an index known only at run time would put `word` into local memory.
 __device__ __forceinline__ Bytes16 shifted(const Bytes16& low, const Bytes16& high, unsigned offset) {
   uint32_t word[8];
 #pragma unroll
@@ -50,8 +54,8 @@ __device__ __forceinline__ Bytes16 shifted(const Bytes16& low, const Bytes16& hi
   return bytes;
 }
 
-// 16 aligned bytes, the first of which is that of `column`; 0 where none of them lies in the row. They may reach past
-// the row's ends, but not past the memory's: 16 aligned bytes lie in one piece of it.
+// The 16 aligned bytes that start at `column`, or 0 if none of them lies in the row. They may reach past the row's
+// ends. That is safe: 16 aligned bytes lie in one page.
 template <class T>
 __device__ __forceinline__ Bytes16 load_bytes(const T* row, int column, int columns) {
   Bytes16 bytes{};
@@ -62,10 +66,10 @@ __device__ __forceinline__ Bytes16 load_bytes(const T* row, int column, int colu
   return bytes;
 }
 
-// This thread's columns of the segment from `start` on, which may begin before the row does. What lies outside the row
-// is arbitrary.
+// This thread's columns of the segment at `start`, which may lie before the row. Columns outside the row are arbitrary.
 template <class T>
 __device__ __forceinline__ void load_columns(const T* row, int columns, int start, float (&x)[kColumns]) {
+  // All loads come before the first use of their results, so that they are under way together.
   constexpr int kSteps = kColumns / kVector<T>;
   const unsigned offset = (uintptr_t)(row + start) % 16;
   Bytes16 bytes[kSteps];
@@ -86,13 +90,13 @@ __device__ __forceinline__ void load_columns(const T* row, int columns, int star
   for (int step = 0; step < kSteps; step++) unpack(T{}, bytes[step], x + step * kVector<T>);
 }
 
-// How many columns before the row the segments of `store_columns` begin.
+// How many columns before the row its segments start, so that each vector of `store_columns` is aligned in `row`.
 template <class In, class Out>
 __device__ __forceinline__ int columns_before(const Out* row) {
   return (int)((uintptr_t)row / sizeof(Out) % kVector<In>);
 }
 
-// What `load_columns` of an In has the columns of; `start` lies columns_before(row) before a multiple of a segment.
+// Stores the columns that `load_columns` of an In loads. `start` is a multiple of kSegment less columns_before(row).
 template <class In, class Out>
 __device__ __forceinline__ void store_columns(Out* row, int columns, int start, const float (&x)[kColumns]) {
 #pragma unroll
@@ -109,7 +113,7 @@ __device__ __forceinline__ void store_columns(Out* row, int columns, int start, 
   }
 }
 
-// Whether some column of the segment is the target or lies outside the vocabulary: in most none is.
+// Whether the segment holds the target or columns outside the vocabulary. Most do not, and compare no columns.
 __device__ __forceinline__ bool is_mixed(int start, int vocab, int target) {
   return start + kSegment > vocab || (target >= start && target < start + kSegment);
 }
@@ -120,7 +124,7 @@ __device__ __forceinline__ void cap(float (&x)[kColumns], float softcap) {
   for (int i = 0; i < kColumns; i++) x[i] = softcap * tanhf(x[i] / softcap);
 }
 
-// ---- per-row numbers ------------------------------------------------------------------------------------------------
+// ---- numbers of a row -----------------------------------------------------------------------------------------------
 
 template <class T>
 __device__ __forceinline__ T* row_of(const Logits& logits, int64_t row) {
@@ -133,20 +137,20 @@ __device__ __forceinline__ float inverse_temperature_of(const Rows& rows, int64_
   return 1 / rows.temperature[row * rows.temperature_stride];
 }
 
-// -1 where the row has none in the vocabulary.
+// The target, or -1 if it is not in the vocabulary.
 __device__ __forceinline__ int target_of(const Rows& rows, int64_t row) {
   const int64_t target = rows.targets ? rows.targets[row] : -1;
   return target >= 0 && target < rows.vocab ? (int)target : -1;
 }
 
-// 0 where there are none.
-__device__ __forceinline__ float number_of(const float* numbers, int64_t row) { return numbers ? numbers[row] : 0; }
+// 0 without a tensor.
+__device__ __forceinline__ float number_or_0(const float* numbers, int64_t row) { return numbers ? numbers[row] : 0; }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 inline int64_t segments_of(int64_t columns) { return ceil_div(columns, kSegment); }
 
-// A part of the scratch, which is there once `scratch.needed` has been given.
+// The next part of the scratch. Valid once `scratch.size` reaches `scratch.needed`.
 template <class T>
 T* take(Scratch& scratch, int64_t count) {
   T* part = (T*)((char*)scratch.data + scratch.needed);
@@ -154,7 +158,7 @@ T* take(Scratch& scratch, int64_t count) {
   return part;
 }
 
-// Calls `body` with a value of the type.
+// Calls `body` with a value of the type that `dtype` names.
 template <class Body>
 const char* typed(DType dtype, const Body& body) {
   switch (dtype) {

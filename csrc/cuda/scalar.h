@@ -1,4 +1,5 @@
-// One float of a CUDA thread, where csrc/cpu/vec.h has a vector: what the formulas need, and the formulas.
+// What formulas.h needs for F = float, one token per thread, and the formulas. On the CPU csrc/cpu/vec.h does this for
+// vectors.
 #pragma once
 
 #include <cuda_runtime.h>

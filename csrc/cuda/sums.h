@@ -1,8 +1,9 @@
-// The sums of rows of logits in one sweep, and what they say of the target, with the formulas of csrc/cpu/rows.h.
+// The log-sum-exp of rows of logits in one sweep (online softmax), and log-prob and entropy from it. The formulas are
+// those of csrc/cpu/rows.h.
 //
-// A row is cut into segments, and a block sums one: a thousand rows and a single one of 151936 columns both fill the
-// chip. Whoever needs the row's sums joins its segments' in their order. So a row's result depends neither on its place
-// nor on the rows beside it.
+// A row is cut into segments and each block sums one, so that a thousand rows and a single row of 151936 columns both
+// fill the GPU. Every kernel that needs the sums of a row joins those of its segments by itself, in their order. So the
+// result of a row depends neither on its position nor on the other rows.
 #pragma once
 
 #include "rows.h"
@@ -11,23 +12,24 @@ namespace rlhf_fast::cuda {
 
 constexpr float kLog2E = 1.44269504f;
 
-// Stands for an infinite log-ratio where it meets a probability that has underflowed to 0, so that 0 * inf is 0.
+// Replaces an infinite log-ratio where the probability that it is multiplied by is 0, so that the product is not NaN.
 constexpr float kFar = 1e4f;
 
-__device__ inline float at_most(float x, float bound) { return x > bound ? bound : x; }  // NaN stays
+__device__ inline float at_most(float x, float bound) { return x > bound ? bound : x; }  // keeps NaN
 
-// Over the columns other than the target, with gap = x - shift. The largest columns, whose e^gap is 1, are counted
-// apart: next to a 1, a float has no digits left for a tail of 1e-8.
+// Sums over all columns but the target, with gap = x - shift. The largest columns, whose e^gap is 1, are counted apart:
+// 1 + 1e-8 is 1 in float, so that a confident row would lose its tail.
 struct alignas(16) RowSums {
-  float shift;     // the largest
-  float tops;      // columns with it
+  float shift;     // the largest x
+  float tops;      // columns that have it
   float rest;      // sum of e^(gap / temperature) over the others
-  float weighted;  // sum of e^(gap / temperature) * -gap, where asked for
+  float weighted;  // sum of e^(gap / temperature) * -gap, for the entropy
 
-  // By another shift, which is no smaller.
-  __device__ void lower(float to, float rate) {
+  // Makes the sums relative to a larger maximum: the rescaling of the online softmax. The columns that were the largest
+  // join the rest, and every gap grows by `rise`.
+  __device__ void rescale(float to, float rate) {
     if (!(to > shift)) return;
-    const float rise = shift > -INFINITY ? to - shift : 0;
+    const float rise = shift > -INFINITY ? to - shift : 0;  // without columns, -inf must not give inf - inf
     const float shrink = exp2_flushed(-rise * rate);
     const float total = tops + rest;
     weighted = shrink == 0 ? 0 : shrink * (weighted + rise * total);
@@ -38,8 +40,8 @@ struct alignas(16) RowSums {
 
   __device__ void add(RowSums other, float rate) {
     const float largest = fmaxf(shift, other.shift);
-    lower(largest, rate);
-    other.lower(largest, rate);
+    rescale(largest, rate);
+    other.rescale(largest, rate);
     tops += other.tops;
     rest += other.rest;
     weighted += other.weighted;
@@ -48,16 +50,17 @@ struct alignas(16) RowSums {
 
 __device__ inline RowSums no_columns() { return {-INFINITY, 0, 0, 0}; }
 
-// Of the warp's lanes; every lane has it.
+// The sums of all lanes of a warp; every lane gets them.
 __device__ inline RowSums warp_join(RowSums sums, float rate) {
-  sums.lower(warp_max(sums.shift), rate);
+  sums.rescale(warp_max(sums.shift), rate);
   sums.tops = warp_sum(sums.tops);
   sums.rest = warp_sum(sums.rest);
   sums.weighted = warp_sum(sums.weighted);
   return sums;
 }
 
-// A thread's own columns.
+// The sums of a thread's columns. They are in registers, so that finding the maximum first costs no second read, and no
+// exponential exceeds 1.
 template <bool kWeighted>
 __device__ RowSums thread_sums(const float (&x)[kColumns], float rate) {
   RowSums sums = no_columns();
@@ -73,12 +76,12 @@ __device__ RowSums thread_sums(const float (&x)[kColumns], float rate) {
     } else {
       sums.rest += e;
     }
-    if (kWeighted) sums.weighted -= e * fmaxf(gap, -3e38f);  // -inf would make it NaN
+    if (kWeighted) sums.weighted -= e * fmaxf(gap, -3e38f);  // 0 * -inf would be NaN
   }
   return sums;
 }
 
-// Of the block's threads, in its first warp.
+// The sums of all threads of a block. Only the first warp gets them.
 __device__ inline RowSums block_join(RowSums sums, float rate) {
   __shared__ RowSums of_warp[kWarps];
   sums = warp_join(sums, rate);
@@ -88,18 +91,18 @@ __device__ inline RowSums block_join(RowSums sums, float rate) {
   return warp_join(lane_index() < kWarps ? of_warp[lane_index()] : no_columns(), rate);
 }
 
-// What the first sweep leaves of each of one or two sets of logits.
+// What the first sweep writes for each of one or two sets of logits (policy and reference).
 struct SegmentSums {
   int segments;
   RowSums* sums;         // (sets, count, segments)
-  float* target_logits;  // (sets, count), after the softcap; nothing where the target is out of range
+  float* target_logits;  // (sets, count), after the softcap; not written if the target is out of range
 };
 
-// The segments of every live row of both sets.
+// The sums of each segment of each live row of both sets. 4 blocks per multiprocessor: 64 registers per thread.
 template <class T, bool kWeighted>
-__global__ void __launch_bounds__(kThreads, 4)  // blocks of a processor at once
+__global__ void __launch_bounds__(kThreads, 4)
     sum_segments(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept) {
-  const auto [place, segment] = segment_of_block(swept.segments);  // in (sets, count), and in its row
+  const auto [place, segment] = segment_of_block(swept.segments);  // place: index in (sets, count)
   const bool first = place < rows.length;
   const int64_t row = first ? place : place - rows.length;
   if (!is_live(rows, row)) return;
@@ -108,6 +111,7 @@ __global__ void __launch_bounds__(kThreads, 4)  // blocks of a processor at once
   load_columns(first ? row_of<const T>(logits, row) : row_of<const T>(ref_logits, row), vocab, start, x);
   const int target = target_of(rows, row);
   cap(x, rows.softcap);
+  // The target and the columns past the vocabulary become -inf, whose exponential is 0.
   if (is_mixed(start, vocab, target)) {
 #pragma unroll
     for (int i = 0; i < kColumns; i++) {
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 4)  // blocks of a processor at once
   if (threadIdx.x == 0) swept.sums[blockIdx.x] = sums;
 }
 
-// Of the whole row at `place`; a warp asks, every lane has it.
+// The sums of the whole row at `place`. A whole warp calls it, and every lane gets them.
 __device__ inline RowSums join_segments(const SegmentSums& swept, int64_t place, float rate) {
   const RowSums* segments = swept.sums + place * swept.segments;
   RowSums sums = no_columns();
@@ -132,33 +136,38 @@ __device__ inline RowSums join_segments(const SegmentSums& swept, int64_t place,
 struct RowResult {
   RowStatistics statistics;  // its log_norm unbounded
   float logprob;
-  float entropy;  // where the sums are weighted
+  float entropy;  // only if the sums are weighted
 };
 
-// d = log odds against the target: logsumexp of the others minus the target's logit.
+// With d the log odds against the target (log-sum-exp of the others minus the target's logit),
+// log p_target = -softplus(d) and 1 - p_target = sigmoid(d).
 __device__ inline RowResult finish_row(const RowSums& sums, float target_logit, float inverse_temperature) {
+  // 1. The log-sum-exp of the other columns, relative to the shift; 0 if there is none above -inf.
   const bool alone = sums.shift == -INFINITY;
   const bool empty = alone && sums.rest == 0;
   const float total = empty ? 1 : sums.tops + sums.rest;
   const float log_total = empty ? 0 : log1pf(sums.tops - 1 + sums.rest);
+  // 2. The log odds. A target at +inf has no log-prob: the reference gives NaN, not 0.
   float d = (sums.shift - target_logit) * inverse_temperature + log_total;
   if (target_logit == INFINITY) d = NAN;
+  // 3. Everything by e^-|d| <= 1, which cannot overflow.
   const float certainty = fabsf(d), odds = expf(-certainty), softplus = log1pf(odds);
-  const float likelier = 1 / (1 + odds), unlikelier = odds * likelier;  // of the target and the others
-  const float mass = d > 0 ? likelier : unlikelier;
-  const float split = unlikelier * at_most(certainty, kFar) + softplus;
-  const float spread = log_total + sums.weighted * inverse_temperature / total;
+  const float larger_mass = 1 / (1 + odds), smaller_mass = odds * larger_mass;  // of the target and the others
+  const float others_mass = d > 0 ? larger_mass : smaller_mass;
+  // 4. entropy = H(target or not) + others_mass * H(the others among themselves)
+  const float binary_entropy = smaller_mass * at_most(certainty, kFar) + softplus;
+  const float others_entropy = log_total + sums.weighted * inverse_temperature / total;
   RowResult result;
   result.statistics.shift = alone ? 0 : sums.shift;
-  result.statistics.others_mass = mass;
-  result.statistics.scale = mass / total;
+  result.statistics.others_mass = others_mass;
+  result.statistics.scale = others_mass / total;
   result.statistics.log_norm = log_total + (d < 0 ? -d : 0) + softplus;
   result.logprob = -((d > 0 ? d : 0) + softplus);
-  result.entropy = split + mass * spread;
+  result.entropy = binary_entropy + others_mass * others_entropy;
   return result;
 }
 
-// Of the row `row` in the set `set`, from what the sweep left.
+// The result of row `row` of set `set`, from what the sweep wrote. A whole warp calls it.
 __device__ inline RowResult finish_row(const Rows& rows, const SegmentSums& swept, int64_t row, int set,
                                        float inverse_temperature) {
   const int64_t place = set * rows.length + row;
@@ -166,8 +175,8 @@ __device__ inline RowResult finish_row(const Rows& rows, const SegmentSums& swep
   return finish_row(join_segments(swept, place, kLog2E * inverse_temperature), target_logit, inverse_temperature);
 }
 
-// Calls op(row, inverse_temperature, writes) with a warp for each live row, one lane of which writes the row's outputs,
-// and op.skip(row) for the others.
+// A warp per row. op(row, inverse_temperature, writes) for a live row: `writes` is true in the one lane that writes its
+// outputs. op.skip(row) for a dead one.
 template <class Op>
 __global__ void __launch_bounds__(kThreads) finish_rows(Rows rows, Op op) {
   const int64_t row = (int64_t)blockIdx.x * kWarps + warp_index();
@@ -187,15 +196,16 @@ const char* finish(const Rows& rows, const Op& op, void* stream) {
 
 inline SegmentSums take_segment_sums(Scratch& scratch, const Rows& rows, int sets) {
   const int64_t segments = segments_of(rows.vocab);
-  return {(int)segments, take<RowSums>(scratch, sets * rows.length * segments), take<float>(scratch, sets * rows.length)};
+  return {(int)segments, take<RowSums>(scratch, sets * rows.length * segments),
+          take<float>(scratch, sets * rows.length)};
 }
 
-// The first sweep, over one or two sets of logits of T; `weighted` is what an entropy needs.
+// The first sweep, over one or two sets of logits of T. An entropy needs `weighted`.
 template <class T>
-const char* sum(const Rows& rows, int sets, const Logits& logits, const Logits& ref_logits,
-                const SegmentSums& swept, bool weighted, void* stream) {
-  return launch(weighted ? sum_segments<T, true> : sum_segments<T, false>, sets * rows.length * swept.segments, kThreads,
-                0, stream, rows, logits, ref_logits, swept);
+const char* sum(const Rows& rows, int sets, const Logits& logits, const Logits& ref_logits, const SegmentSums& swept,
+                bool weighted, void* stream) {
+  return launch(weighted ? sum_segments<T, true> : sum_segments<T, false>, sets * rows.length * swept.segments,
+                kThreads, 0, stream, rows, logits, ref_logits, swept);
 }
 
 }  // namespace rlhf_fast::cuda

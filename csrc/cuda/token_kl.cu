@@ -1,7 +1,7 @@
-// Estimates of the KL from two log-probs a token.
+// Estimates of the KL from two log-probs per token.
 //
 //   formula         value and slope of the table in rlhf_fast/ops/token_kl.py, d = logprob - ref_logprob
-//   bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read where there is a mask
+//   bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read with a mask
 //   passes          one each way
 //   error           1 ulp of the difference; k3 to a few ulps, by its series where exp(x) - 1 - x would cancel
 #include "tokens.h"
@@ -11,15 +11,15 @@ namespace rlhf_fast::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) evaluate(TokenKl a) {
-  const Place place(a.live, a.tokens);
-  const Four x = place.load(a.logprobs), y = place.load(a.ref_logprobs);
-  place.store(a.kl, [&](int k) { return kl_value(a.estimator, x.at[k] - y.at[k]); });
+  const ThreadTokens tokens(a.live, a.tokens);
+  const Values4 x = tokens.load(a.logprobs), y = tokens.load(a.ref_logprobs);
+  tokens.store(a.kl, [&](int k) { return kl_value(a.estimator, x.at[k] - y.at[k]); });
 }
 
 __global__ void __launch_bounds__(kThreads) differentiate(TokenKlBackward a) {
-  const Place place(a.live, a.tokens);
-  const Four x = place.load(a.logprobs), y = place.load(a.ref_logprobs), upstream = place.load(a.grad_kl);
-  place.store(a.grad, [&](int k) { return upstream.at[k] * kl_slope(a.slope, x.at[k] - y.at[k]); });
+  const ThreadTokens tokens(a.live, a.tokens);
+  const Values4 x = tokens.load(a.logprobs), y = tokens.load(a.ref_logprobs), upstream = tokens.load(a.grad_kl);
+  tokens.store(a.grad, [&](int k) { return upstream.at[k] * kl_slope(a.slope, x.at[k] - y.at[k]); });
 }
 
 }  // namespace
@@ -32,6 +32,7 @@ const char* token_kl_backward(const TokenKlBackward& a, Scratch&, void* stream) 
   return launch(differentiate, ceil_div(a.tokens, kTile), kThreads, 0, stream, a);
 }
 
+// Asks for a kernel's attributes, which fails if the module has no code for this GPU, or the driver is too old.
 const char* cannot_run() {
   cudaFuncAttributes attributes;
   return text(cudaFuncGetAttributes(&attributes, evaluate));

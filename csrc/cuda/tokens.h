@@ -1,6 +1,6 @@
-// Ops of a number a token: a block takes a tile of tokens, a thread 4 in a row. Where a sum goes over several tiles, each
-// leaves its part in the scratch, and the launch's last block adds the parts in the tiles' order: float within a tile,
-// double over tiles.
+// Ops with one number per token: a block takes a tile of tokens, a thread 4 neighbours, one 16-byte load. For a sum
+// over several tiles each block writes its part to the scratch, and the last block of the launch adds the parts in the
+// order of the tiles. Sums are float within a tile and double over tiles.
 #pragma once
 
 #include "device.h"
@@ -10,20 +10,20 @@ namespace rlhf_fast::cuda {
 constexpr int kThreads = 256;
 constexpr int kTile = 4 * kThreads;
 
-// At least one, so that an empty sum is written too.
+// At least one, so that the sum over no tokens is written too.
 inline int64_t tiles_of(int64_t count) { return larger(ceil_div(count, kTile), (int64_t)1); }
 
 RLHF_FAST_INLINE double at_least_1(double x) { return x > 1 ? x : 1; }
 
-// ---- 4 tokens, by one instruction where they are whole and aligned ---------------------------------------------------
+// ---- 4 tokens: one instruction if all 4 exist and are aligned, else one per token ------------------------------------
 
-struct Four {
+struct Values4 {
   float at[4];
 };
 
-// Those from `from` on, at most `left`; the rest is 0.
-__device__ __forceinline__ Four load_four(const float* from, int64_t left) {
-  Four x{};
+// The values from `from` on. Of the 4 only `left` exist; the others are 0.
+__device__ __forceinline__ Values4 load4(const float* from, int64_t left) {
+  Values4 x{};
   if (left >= 4 && is_aligned<float4>(from)) {
     const float4 whole = __ldcg((const float4*)from);
     x = {{whole.x, whole.y, whole.z, whole.w}};
@@ -36,7 +36,7 @@ __device__ __forceinline__ Four load_four(const float* from, int64_t left) {
   return x;
 }
 
-__device__ __forceinline__ void store_four(float* to, const Four& x, int64_t left) {
+__device__ __forceinline__ void store4(float* to, const Values4& x, int64_t left) {
   if (left >= 4 && is_aligned<float4>(to)) {
     __stcg((float4*)to, make_float4(x.at[0], x.at[1], x.at[2], x.at[3]));
   } else {
@@ -47,8 +47,8 @@ __device__ __forceinline__ void store_four(float* to, const Four& x, int64_t lef
   }
 }
 
-// Bit k: whether token i + k counts, of at most `left`.
-__device__ __forceinline__ unsigned live_four(const uint8_t* live, int64_t i, int64_t left) {
+// Bit k: whether token i + k exists and counts.
+__device__ __forceinline__ unsigned live4(const uint8_t* live, int64_t i, int64_t left) {
   unsigned found = left >= 4 ? 0xf : left > 0 ? (1u << left) - 1 : 0;
   if (!live) return found;
   if (left >= 4 && is_aligned<unsigned>(live + i)) {
@@ -66,37 +66,37 @@ __device__ __forceinline__ unsigned live_four(const uint8_t* live, int64_t i, in
   return found;
 }
 
-// x where it counts, else 0.
+// x if token k counts, else 0.
 __device__ __forceinline__ float kept(unsigned live, int k, float x) { return live >> k & 1 ? x : 0; }
 
-// This thread's elements of the tile: their place, how many there are from it on, and which count.
-struct Place {
-  int64_t i, left;
-  unsigned live;
+// The 4 tokens of this thread.
+struct ThreadTokens {
+  int64_t i, left;  // the first one, and how many tokens there are from it on
+  unsigned live;    // bit k: whether token i + k counts
 
-  __device__ __forceinline__ Place(const uint8_t* mask, int64_t count)
-      : i((int64_t)blockIdx.x * kTile + 4 * threadIdx.x), left(count - i), live(live_four(mask, i, left)) {}
+  __device__ __forceinline__ ThreadTokens(const uint8_t* mask, int64_t count)
+      : i((int64_t)blockIdx.x * kTile + 4 * threadIdx.x), left(count - i), live(live4(mask, i, left)) {}
 
-  __device__ __forceinline__ Four load(const float* from) const {
-    Four x = load_four(from + i, left);
+  __device__ __forceinline__ Values4 load(const float* from) const {
+    Values4 x = load4(from + i, left);
 #pragma unroll
     for (int k = 0; k < 4; k++) x.at[k] = kept(live, k, x.at[k]);
     return x;
   }
 
-  // value(k) where it counts, else 0.
+  // Stores value(k), or 0 if token k does not count.
   template <class Value>
   __device__ __forceinline__ void store(float* to, const Value& value) const {
-    Four x;
+    Values4 x;
 #pragma unroll
     for (int k = 0; k < 4; k++) x.at[k] = kept(live, k, value(k));
-    store_four(to + i, x, left);
+    store4(to + i, x, left);
   }
 };
 
-// ---- parts -----------------------------------------------------------------------------------------------------------
+// ---- the parts of a sum ----------------------------------------------------------------------------------------------
 
-// The parts, and the ticket of `is_last`, in a launch's scratch.
+// The ticket of `is_last` and the parts, one per tile, in the scratch of a launch.
 template <class Part>
 struct TileParts {
   unsigned* ticket;
@@ -107,13 +107,13 @@ struct TileParts {
 
   explicit TileParts(void* scratch) : ticket((unsigned*)scratch), at((Part*)((char*)scratch + kTicket)) {}
 
-  // Of a launch of so many blocks.
+  // Sets the ticket to 0, before a launch of `tiles` blocks. A single block takes no ticket.
   const char* reset(int64_t tiles, void* stream) const {
     return tiles > 1 ? text(cudaMemsetAsync(ticket, 0, sizeof(*ticket), (cudaStream_t)stream)) : nullptr;
   }
 };
 
-// Launches a kernel whose blocks leave parts.
+// Launches a kernel whose blocks write parts.
 template <class Part, class Arguments>
 const char* launch_parts(void (*kernel)(Arguments, TileParts<Part>), int64_t tiles, const TileParts<Part>& parts,
                          void* stream, const Arguments& a) {
@@ -123,16 +123,17 @@ const char* launch_parts(void (*kernel)(Arguments, TileParts<Part>), int64_t til
 
 // ---- moments ---------------------------------------------------------------------------------------------------------
 
-// Of the live elements: the mean and the sum of squared deviations from it.
+// Of the live elements: their number, their mean and the sum of squared deviations from it.
 struct Moments {
   double count, mean, deviation;
 };
 
-__device__ __forceinline__ Moments tile_moments(const Four& x, unsigned live) {
+__device__ __forceinline__ Moments tile_moments(const Values4& x, unsigned live) {
   float sums[2] = {(float)__popc(live), x.at[0] + x.at[1] + (x.at[2] + x.at[3])};
   block_sum(sums);
   const float count = sums[0], divisor = larger(count, 1.0f), near = sums[1] / divisor;
-  // deviations from the rounded mean also tell how far off it is
+  // Deviations from the mean are small, so that their sums keep their digits where a sum of squares would cancel. Their
+  // mean is the rounding error of `near`.
   float deviations[2] = {0, 0};
 #pragma unroll
   for (int k = 0; k < 4; k++) {
@@ -145,7 +146,7 @@ __device__ __forceinline__ Moments tile_moments(const Four& x, unsigned live) {
   return {count, (double)near + off, deviation < 0 ? 0 : deviation};
 }
 
-// The bytes of scratch of masked_whiten, whose statistics are not given.
+// The bytes of scratch of masked_whiten if its statistics are not given.
 size_t masked_whiten_scratch(int64_t count);
 
 }  // namespace rlhf_fast::cuda

@@ -1,9 +1,9 @@
-// CUDA for the CPU: as much of cuda_runtime.h as csrc/cuda uses, so that a C++ compiler compiles the kernels and they run
-// here, block after block, each thread of a block a fiber that gives way at barriers and shuffles.
+// CUDA for the CPU: as much of cuda_runtime.h as csrc/cuda uses, so that a C++ compiler compiles the kernels and they
+// run here, block after block, each thread of a block a fiber that gives way at barriers and shuffles.
 //
-// What CUDA leaves undefined is an error that says where: threads at different barriers, a lane read that has nothing to
-// give, a misaligned access. It comes back as the text of the launch's error. Blocks take turns at running their threads
-// from the first and from the last, so that a missing barrier shows.
+// What CUDA leaves undefined is an error that says where: threads at different barriers, a lane read that has nothing
+// to give, a misaligned access. It comes back as the text of the launch's error. Blocks take turns at running their
+// threads from the first and from the last, so that a missing barrier shows.
 #pragma once
 
 #include <cmath>
@@ -28,14 +28,10 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-#define EMULATED_VECTORS(type, scalar)                                                                            \
-  struct alignas(2 * sizeof(scalar)) type##2 {                                                                    \
-    scalar x, y;                                                                                                  \
-  };                                                                                                              \
-  struct alignas(4 * sizeof(scalar)) type##4 {                                                                    \
-    scalar x, y, z, w;                                                                                            \
-  };                                                                                                              \
-  inline type##2 make_##type##2(scalar x, scalar y) { return {x, y}; }                                            \
+#define EMULATED_VECTORS(type, scalar)                                 \
+  struct alignas(2 * sizeof(scalar)) type##2 { scalar x, y; };         \
+  struct alignas(4 * sizeof(scalar)) type##4 { scalar x, y, z, w; };   \
+  inline type##2 make_##type##2(scalar x, scalar y) { return {x, y}; } \
   inline type##4 make_##type##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
 EMULATED_VECTORS(float, float)
 EMULATED_VECTORS(uint, unsigned)
@@ -67,7 +63,8 @@ const char* run(dim3 blocks, dim3 threads, size_t shared_bytes, const std::funct
 
 template <class T>
 void check_aligned(const T* data, Place place) {
-  if ((uintptr_t)data % alignof(T)) fail(place, "an access of %zu bytes to the address %p", sizeof(T), (const void*)data);
+  if ((uintptr_t)data % alignof(T) == 0) return;
+  fail(place, "an access of %zu bytes to the address %p", sizeof(T), (const void*)data);
 }
 
 template <class T>
@@ -118,17 +115,17 @@ inline int __all_sync(unsigned mask, int predicate, EMULATED_HERE) {
   return __ballot_sync(mask, predicate, here) == mask;
 }
 
-#define EMULATED_LOAD(name)                   \
-  template <class T>                          \
-  T name(const T* from, EMULATED_HERE) {      \
-    emulated::check_aligned(from, here);      \
-    return *from;                             \
+#define EMULATED_LOAD(name)              \
+  template <class T>                     \
+  T name(const T* from, EMULATED_HERE) { \
+    emulated::check_aligned(from, here); \
+    return *from;                        \
   }
-#define EMULATED_STORE(name)                  \
-  template <class T>                          \
-  void name(T* to, T value, EMULATED_HERE) {  \
-    emulated::check_aligned(to, here);        \
-    *to = value;                              \
+#define EMULATED_STORE(name)                 \
+  template <class T>                         \
+  void name(T* to, T value, EMULATED_HERE) { \
+    emulated::check_aligned(to, here);       \
+    *to = value;                             \
   }
 EMULATED_LOAD(__ldg)
 EMULATED_LOAD(__ldca)
@@ -191,6 +188,7 @@ inline cudaError_t cudaMemsetAsync(void* data, int byte, size_t bytes, cudaStrea
 cudaError_t emulated_launch(const cudaLaunchConfig_t&, const std::function<void()>& kernel);
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   return emulated_launch(*config, [&] { kernel(arguments...); });
 }

@@ -1,5 +1,5 @@
-// Runs the blocks of a launch one after another. A thread of a block is a fiber: it has a stack of its own, goes on until
-// a barrier or the end of the kernel, and waits there until whomever it waits for has come too.
+// Runs the blocks of a launch one after another. A thread of a block is a fiber: it has a stack of its own, goes on
+// until a barrier or the end of the kernel, and waits there until whomever it waits for has come too.
 #include <setjmp.h>
 #include <ucontext.h>
 
