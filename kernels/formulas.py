@@ -7,10 +7,6 @@ x grows. CUDA's own library exists neither in the interpreter nor on other targe
 import triton
 import triton.language as tl
 
-# An option of every launch: a * b + c compiles to one fused multiply-add with one rounding. No formula relies on the
-# rounding of the product.
-FUSED = {"enable_fp_fusion": True}
-
 K1 = tl.constexpr(0)
 K2 = tl.constexpr(1)
 K3 = tl.constexpr(2)
