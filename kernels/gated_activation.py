@@ -9,8 +9,9 @@ error           a few units in float32's last place, before the rounding (tests/
 import triton
 import triton.language as tl
 
-from .formulas import FUSED, activate
+from .formulas import activate
 from .hidden import BLOCK, WARPS, load_floats, store_rounded
+from .launch import launch
 from .records import GatedActivation, GatedActivationBackward
 
 
@@ -44,7 +45,9 @@ def _differentiate(
 def gated_activation(a: GatedActivation) -> None:
     if a.tokens * a.width == 0:
         return
-    _multiply[(a.tokens, triton.cdiv(a.width, BLOCK))](
+    launch(
+        _multiply,
+        (a.tokens, triton.cdiv(a.width, BLOCK)),
         gate=a.gate.data,
         gate_stride=a.gate.row_stride,
         up=a.up.data,
@@ -55,14 +58,15 @@ def gated_activation(a: GatedActivation) -> None:
         ACTIVATION=a.activation,
         BLOCK=BLOCK,
         num_warps=WARPS,
-        **FUSED,
     )
 
 
 def gated_activation_backward(a: GatedActivationBackward) -> None:
     if a.tokens * a.width == 0:
         return
-    _differentiate[(a.tokens, triton.cdiv(a.width, BLOCK))](
+    launch(
+        _differentiate,
+        (a.tokens, triton.cdiv(a.width, BLOCK)),
         gate=a.gate.data,
         gate_stride=a.gate.row_stride,
         up=a.up.data,
@@ -77,5 +81,4 @@ def gated_activation_backward(a: GatedActivationBackward) -> None:
         ACTIVATION=a.activation,
         BLOCK=BLOCK,
         num_warps=WARPS,
-        **FUSED,
     )

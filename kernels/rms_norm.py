@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .formulas import FUSED
 from .hidden import BLOCK, WARPS, load_floats, store_rounded
+from .launch import launch
 from .records import RmsNorm, RmsNormBackward
 
 LEAST_ROWS = 64  # of a part of the weight's gradient
@@ -98,7 +98,9 @@ def _add_parts(parts, count, width, grad_weight, COLUMNS: tl.constexpr):
 def rms_norm(a: RmsNorm) -> None:
     if a.tokens == 0:
         return
-    _normalise[(a.tokens,)](
+    launch(
+        _normalise,
+        (a.tokens,),
         hidden=a.hidden.data,
         hidden_stride=a.hidden.row_stride,
         weight=a.weight,
@@ -109,13 +111,14 @@ def rms_norm(a: RmsNorm) -> None:
         scale=a.scale,
         BLOCK=BLOCK,
         num_warps=WARPS,
-        **FUSED,
     )
 
 
 def rms_norm_backward(a: RmsNormBackward) -> None:
     if a.grad_hidden.data is not None and a.tokens > 0:
-        _differentiate[(a.tokens,)](
+        launch(
+            _differentiate,
+            (a.tokens,),
             hidden=a.hidden.data,
             hidden_stride=a.hidden.row_stride,
             weight=a.weight,
@@ -127,7 +130,6 @@ def rms_norm_backward(a: RmsNormBackward) -> None:
             grad_stride=a.grad_hidden.row_stride,
             BLOCK=BLOCK,
             num_warps=WARPS,
-            **FUSED,
         )
     if a.grad_weight is None or a.width == 0:
         return
@@ -135,7 +137,9 @@ def rms_norm_backward(a: RmsNormBackward) -> None:
     count, columns = triton.cdiv(a.tokens, rows), triton.cdiv(a.width, COLUMNS)
     parts = torch.empty((count, a.width), dtype=torch.float32, device=a.grad_weight.device)
     if count > 0:
-        _sum_rows[(count, columns)](
+        launch(
+            _sum_rows,
+            (count, columns),
             hidden=a.hidden.data,
             hidden_stride=a.hidden.row_stride,
             tokens=a.tokens,
@@ -147,8 +151,14 @@ def rms_norm_backward(a: RmsNormBackward) -> None:
             parts=parts,
             COLUMNS=COLUMNS,
             num_warps=1,
-            **FUSED,
         )
-    _add_parts[(columns,)](
-        parts=parts, count=count, width=a.width, grad_weight=a.grad_weight, COLUMNS=COLUMNS, num_warps=2, **FUSED
+    launch(
+        _add_parts,
+        (columns,),
+        parts=parts,
+        count=count,
+        width=a.width,
+        grad_weight=a.grad_weight,
+        COLUMNS=COLUMNS,
+        num_warps=2,
     )

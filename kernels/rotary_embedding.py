@@ -10,8 +10,8 @@ error           1 unit in float32's last place, before the rounding
 import triton
 import triton.language as tl
 
-from .formulas import FUSED
 from .hidden import BLOCK, WARPS, load_floats, store_rounded
+from .launch import launch
 from .records import RotaryEmbedding
 
 
@@ -58,7 +58,9 @@ def rotary_embedding(a: RotaryEmbedding) -> None:
     half, rest = a.turned // 2, a.width - a.turned
     pairs = triton.next_power_of_2(max(half, 1))
     heads = min(max(BLOCK // pairs, 1), triton.next_power_of_2(a.heads))
-    _turn[(programs, triton.cdiv(a.heads, heads))](
+    launch(
+        _turn,
+        (programs, triton.cdiv(a.heads, heads)),
         x=a.x.data,
         x_sequence=a.x.sequence_stride,
         x_head=a.x.head_stride,
@@ -80,5 +82,4 @@ def rotary_embedding(a: RotaryEmbedding) -> None:
         REST=triton.next_power_of_2(rest) if rest else 0,
         BACKWARD=a.backward,
         num_warps=WARPS,
-        **FUSED,
     )

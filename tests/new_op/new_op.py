@@ -28,7 +28,7 @@ EDITS = [
     ("rlhf_fast/ops/__init__.py", '    "use_backend",', '    "sample_op",\n'),
     (
         "tests/ops/op_table.py",
-        "\n]\n",
+        "\n]\n\n\n# ---- layers:",
         """
     Op(
         "sample_op",

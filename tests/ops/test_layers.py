@@ -356,7 +356,7 @@ def test_halves_of_one_product() -> None:
 @pytest.mark.parametrize(
     ("name", "function"),
     [("silu", F.silu), ("gelu", F.gelu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")), ("relu", F.relu)],
-    ids=str,
+    ids=("silu", "gelu", "gelu_tanh", "relu"),
 )
 def test_activations_are_torchs(name: str, function: object) -> None:
     far = torch.tensor([-0.0, 100.0, -100.0, 1e4, -1e4, 1e15, -1e15, 1e25, -1e25])
