@@ -62,7 +62,7 @@ def policy_loss(sizes: Sizes, device: torch.device) -> Contest:
 
 
 def call(op: str, sizes: Sizes, device: torch.device) -> Contest:
-    function, arguments = getattr(rlhf_fast, op), CALLS[op]
+    function, arguments = functools.partial(getattr(rlhf_fast, op), **OPTIONS.get(op, {})), CALLS[op]
     given = arguments(functools.partial(torch.rand, device=device), sizes["tokens"])
 
     def ours() -> tuple[()]:
@@ -109,7 +109,11 @@ CALLS: dict[str, Callable[[Random, int], tuple[Any, ...]]] = {
     ),  # fmt: skip
     "gae": lambda random, n: (random(4, n // 4), random(4, n // 4)),
     "masked_whiten": lambda random, n: (random(n),),
+    "rms_norm": lambda random, n: (leaf(random(n, HIDDEN)), random(HIDDEN)),
+    "gated_activation": lambda random, n: (leaf(random(n, HIDDEN)), leaf(random(n, HIDDEN))),
+    "rotary_embedding": lambda random, n: (leaf(random(1, 2, n, HIDDEN)), *random(2, 1, n, HIDDEN)),
 }
+OPTIONS = {"rms_norm": {"eps": 1e-5}}
 SIZES = {"tokens": 64}
 WORKLOADS = [
     Workload(

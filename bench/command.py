@@ -34,6 +34,9 @@ BENCHES = (
     "clipped_policy_loss",
     "clipped_value_loss",
     "ppo_loss",
+    "rms_norm",
+    "gated_activation",
+    "rotary_embedding",
     "overhead",
 )
 

@@ -1,8 +1,9 @@
 // The token-level formulas, written once: F is a vector on the CPU and a float in a CUDA thread. Each is the formula of
 // the torch reference of the same name in rlhf_fast/ops.
 //
-// They need arithmetic and comparisons of F, and the functions where(condition, a, b), expm1 and abs. This file is
-// included INSIDE the namespace that defines these: rlhf_fast::<path> in cpu/vec.h, rlhf_fast::cuda in cuda/scalar.h.
+// They need arithmetic and comparisons of F, and the functions where(condition, a, b), expm1, abs, reciprocal and
+// bounded_exp, which is e^x for x <= 87. This file is included INSIDE the namespace that defines these:
+// rlhf_fast::<path> in cpu/vec.h, rlhf_fast::cuda in cuda/scalar.h.
 
 #ifdef __CUDACC__
 #define RLHF_FAST_FORMULA __host__ __device__ __forceinline__
@@ -130,4 +131,58 @@ RLHF_FAST_FORMULA F gae_step(F reward, F value, F next_value, F next_advantage, 
 template <class F>
 RLHF_FAST_FORMULA F gae_gain(F reward, F value, float gamma_lam, float gamma_rest) {
   return gamma_lam * reward + gamma_rest * value + (value - value);
+}
+
+// ---- gated activations: a(x) * up ------------------------------------------------------------------------------------
+
+template <class F>
+struct Activated {
+  F value;  // a(x)
+  F slope;  // a'(x)
+};
+
+// x * sigmoid(u); `rise` is du/dx. The exponential's bound keeps 1 - sigmoid(u) = e^-u sigmoid(u) finite.
+template <class F>
+RLHF_FAST_FORMULA Activated<F> sigmoid_gate(F x, F u, F rise) {
+  const F e = bounded_exp(-u), sigmoid = reciprocal(1.0f + e), value = x * sigmoid;
+  return {value, sigmoid + value * (e * sigmoid) * rise};
+}
+
+// Phi(x), the share of a normal distribution below x: half of erfc(|x| / sqrt(2)), to 1.2e-7 of itself (Press et al.,
+// Numerical Recipes, 2nd edition, section 6.2), or what is left of 1.
+template <class F>
+RLHF_FAST_FORMULA F normal_share(F x, F bell) {
+  const F t = reciprocal(1.0f + abs(x) * 0.353553391f);
+  F p = F{} + 0.17087277f;
+  p = p * t - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  const F tail = 0.5f * t * bell * bounded_exp(p);
+  return where(x < 0.0f, tail, 1.0f - tail);
+}
+
+template <class F>
+RLHF_FAST_FORMULA Activated<F> activate(Activation activation, F x) {
+  switch (activation) {
+    case Activation::silu: return sigmoid_gate(x, x, F{} + 1.0f);
+    case Activation::gelu_tanh: {
+      // (1 + tanh(z)) / 2 = sigmoid(2 z), 2 z = sqrt(8 / pi) (x + 0.044715 x^3); at 30 it has long been 0 or 1
+      F near = where(x > 30.0f, F{} + 30.0f, x);
+      near = where(x < -30.0f, F{} - 30.0f, near);
+      const F square = near * near;
+      return sigmoid_gate(x, 1.59576912f * near * (1.0f + 0.044715f * square), 1.59576912f + 0.214064449f * square);
+    }
+    case Activation::gelu: {
+      const F bell = bounded_exp(-0.5f * x * x), share = normal_share(x, bell);
+      return {x * share, share + 0.398942280f * x * bell};
+    }
+    case Activation::relu: return {where(x <= 0.0f, F{}, x), where(x <= 0.0f, F{}, F{} + 1.0f)};
+  }
+  return {no_formula<F>(), no_formula<F>()};
 }

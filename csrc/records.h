@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <tuple>
 
-#define RLHF_FAST_RECORDS "4c4db9f0ceb1fa49"
+#define RLHF_FAST_RECORDS "70de1d5f71b351e9"
 
 namespace rlhf_fast {
 
@@ -13,6 +13,8 @@ enum class DType : int32_t { f32, bf16, f16 };
 constexpr int32_t last(DType) { return 2; }
 enum class Kl : int32_t { k1, k2, k3, abs };
 constexpr int32_t last(Kl) { return 3; }
+enum class Activation : int32_t { silu, gelu_tanh, gelu, relu };
+constexpr int32_t last(Activation) { return 3; }
 enum class Aggregation : int32_t { token_mean, seq_mean_token_sum, seq_mean_token_mean, seq_mean_token_sum_norm };
 constexpr int32_t last(Aggregation) { return 3; }
 
@@ -262,21 +264,122 @@ inline auto fields(PpoLoss& a) {
                   a.value_coef, a.divisor, a.loss, a.statistics, a.grad_logprobs, a.grad_values, a.grad_entropy);
 }
 
+struct Hidden {
+  void* data;  // None = not wanted
+  int64_t row_stride;
+};
+inline auto fields(Hidden& a) { return std::tie(a.data, a.row_stride); }
+
+struct RmsNorm {
+  int64_t tokens;
+  int64_t width;
+  DType dtype;
+  Hidden hidden;
+  const float* weight;  // (width,); None = 1
+  float eps;
+  Hidden normed;
+  float* scale;  // (tokens,) 1 / sqrt(mean(x^2) + eps)
+};
+inline auto fields(RmsNorm& a) {
+  return std::tie(a.tokens, a.width, a.dtype, a.hidden, a.weight, a.eps, a.normed, a.scale);
+}
+
+struct RmsNormBackward {
+  int64_t tokens;
+  int64_t width;
+  DType dtype;
+  Hidden hidden;
+  const float* weight;
+  const float* scale;
+  Hidden grad_normed;
+  Hidden grad_hidden;
+  float* grad_weight;  // (width,); None = not wanted
+};
+inline auto fields(RmsNormBackward& a) {
+  return std::tie(a.tokens, a.width, a.dtype, a.hidden, a.weight, a.scale, a.grad_normed, a.grad_hidden, a.grad_weight);
+}
+
+struct GatedActivation {
+  int64_t tokens;
+  int64_t width;
+  DType dtype;
+  Activation activation;
+  Hidden gate;
+  Hidden up;
+  Hidden product;
+};
+inline auto fields(GatedActivation& a) {
+  return std::tie(a.tokens, a.width, a.dtype, a.activation, a.gate, a.up, a.product);
+}
+
+struct GatedActivationBackward {
+  int64_t tokens;
+  int64_t width;
+  DType dtype;
+  Activation activation;
+  Hidden gate;
+  Hidden up;
+  Hidden grad_product;
+  Hidden grad_gate;
+  Hidden grad_up;
+};
+inline auto fields(GatedActivationBackward& a) {
+  return std::tie(a.tokens, a.width, a.dtype, a.activation, a.gate, a.up, a.grad_product, a.grad_gate, a.grad_up);
+}
+
+struct Heads {
+  void* data;
+  int64_t sequence_stride;
+  int64_t head_stride;
+  int64_t token_stride;
+};
+inline auto fields(Heads& a) { return std::tie(a.data, a.sequence_stride, a.head_stride, a.token_stride); }
+
+struct Angles {
+  void* cos;
+  void* sin;
+  DType dtype;              // float32, or that of the heads
+  int64_t sequence_stride;  // 0 where all sequences share them
+  int64_t token_stride;
+};
+inline auto fields(Angles& a) { return std::tie(a.cos, a.sin, a.dtype, a.sequence_stride, a.token_stride); }
+
+struct RotaryEmbedding {
+  int64_t sequences;
+  int64_t heads;
+  int64_t length;
+  int64_t width;   // of a head
+  int64_t turned;  // even, at most width
+  DType dtype;
+  Heads x;
+  Angles angles;
+  bool backward;  // the other way round: the gradient of x from that of the result
+  Heads out;
+};
+inline auto fields(RotaryEmbedding& a) {
+  return std::tie(a.sequences, a.heads, a.length, a.width, a.turned, a.dtype, a.x, a.angles, a.backward, a.out);
+}
+
 }  // namespace rlhf_fast
 
 // Name and arguments of every launcher, for the CPU and for CUDA.
-#define RLHF_FAST_LAUNCHERS(X)                        \
-  X(masked_logprobs, MaskedLogprobs)                  \
-  X(masked_logprobs_backward, MaskedLogprobsBackward) \
-  X(exact_kl, ExactKl)                                \
-  X(exact_kl_backward, ExactKlBackward)               \
-  X(linear_logprobs, LinearLogprobs)                  \
-  X(linear_policy_loss, LinearPolicyLoss)             \
-  X(linear_policy_ref, LinearPolicyRef)               \
-  X(token_kl, TokenKl)                                \
-  X(token_kl_backward, TokenKlBackward)               \
-  X(gae, Gae)                                         \
-  X(masked_moments, MaskedMoments)                    \
-  X(masked_whiten, MaskedWhiten)                      \
-  X(masked_whiten_backward, MaskedWhitenBackward)     \
-  X(ppo_loss, PpoLoss)
+#define RLHF_FAST_LAUNCHERS(X)                          \
+  X(masked_logprobs, MaskedLogprobs)                    \
+  X(masked_logprobs_backward, MaskedLogprobsBackward)   \
+  X(exact_kl, ExactKl)                                  \
+  X(exact_kl_backward, ExactKlBackward)                 \
+  X(linear_logprobs, LinearLogprobs)                    \
+  X(linear_policy_loss, LinearPolicyLoss)               \
+  X(linear_policy_ref, LinearPolicyRef)                 \
+  X(token_kl, TokenKl)                                  \
+  X(token_kl_backward, TokenKlBackward)                 \
+  X(gae, Gae)                                           \
+  X(masked_moments, MaskedMoments)                      \
+  X(masked_whiten, MaskedWhiten)                        \
+  X(masked_whiten_backward, MaskedWhitenBackward)       \
+  X(ppo_loss, PpoLoss)                                  \
+  X(rms_norm, RmsNorm)                                  \
+  X(rms_norm_backward, RmsNormBackward)                 \
+  X(gated_activation, GatedActivation)                  \
+  X(gated_activation_backward, GatedActivationBackward) \
+  X(rotary_embedding, RotaryEmbedding)

@@ -10,8 +10,8 @@ The forward reads both rows once for their normalisers and once more for the ter
 
 import triton
 
-from .formulas import FUSED
 from .gradients import empty_slopes, store_pair_slopes, store_slopes, write_gradient
+from .launch import launch
 from .numbers import log1p
 from .pairs import Normalisers, empty_normalisers, join_terms, kl_parts, store_normalisers
 from .records import ExactKl, ExactKlBackward
@@ -55,7 +55,9 @@ def _finish(length, live, terms, segments, kl):
 def exact_kl(a: ExactKl) -> None:
     rows, segments = a.rows, segments_of(a.rows)
     normalisers = empty_normalisers(rows, a.kl.device)
-    _normalise[grid_of_rows(rows)](
+    launch(
+        _normalise,
+        grid_of_rows(rows),
         length=rows.length,
         live=rows.live,
         temperature=rows.temperature,
@@ -65,12 +67,17 @@ def exact_kl(a: ExactKl) -> None:
         segments=segments,
         normalisers=normalisers,
         statistics=a.statistics,
-        **FUSED,
     )
     terms = kl_parts(rows, a.logits, a.ref_logits, normalisers)
-    _finish[grid_of_rows(rows)](
-        length=rows.length, live=rows.live, terms=terms, segments=segments, kl=a.kl, **FUSED
-    )  # fmt: skip
+    launch(
+        _finish,
+        grid_of_rows(rows),
+        length=rows.length,
+        live=rows.live,
+        terms=terms,
+        segments=segments,
+        kl=a.kl,
+    )
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -99,7 +106,9 @@ def _prepare(length, live, temperature, temperature_stride, statistics, kl, grad
 def exact_kl_backward(a: ExactKlBackward) -> None:
     rows = a.rows
     slopes = empty_slopes(rows, a.kl.device)
-    _prepare[grid_of_rows(rows)](
+    launch(
+        _prepare,
+        grid_of_rows(rows),
         length=rows.length,
         live=rows.live,
         temperature=rows.temperature,
@@ -108,6 +117,5 @@ def exact_kl_backward(a: ExactKlBackward) -> None:
         kl=a.kl,
         grad_kl=a.grad_kl,
         slopes=slopes,
-        **FUSED,
     )
     write_gradient(rows, a.logits, slopes, a.grad, rows.vocab, sloped=False, reference=a.ref_logits)

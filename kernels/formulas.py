@@ -7,10 +7,6 @@ x grows. CUDA's own library exists neither in the interpreter nor on other targe
 import triton
 import triton.language as tl
 
-# An option of every launch: a * b + c compiles to one fused multiply-add with one rounding. No formula relies on the
-# rounding of the product.
-FUSED = {"enable_fp_fusion": True}
-
 K1 = tl.constexpr(0)
 K2 = tl.constexpr(1)
 K3 = tl.constexpr(2)
@@ -160,3 +156,63 @@ def gae_gain(reward, value, gamma_lam, gamma_rest):
     reference: that is the term value - value.
     """
     return gamma_lam * reward + gamma_rest * value + (value - value)
+
+
+# ---- gated activations: a(x) * up -----------------------------------------------------------------------------------
+
+SILU = tl.constexpr(0)
+GELU_TANH = tl.constexpr(1)
+GELU = tl.constexpr(2)
+RELU = tl.constexpr(3)
+
+
+@triton.jit
+def sigmoid_gate(x, u, rise):
+    """(x * sigmoid(u), its slope); ``rise`` is du/dx. The bound keeps 1 - sigmoid(u) = e^-u sigmoid(u) finite."""
+    e = exponential(tl.where(u < -87.0, 87.0, -u))
+    sigmoid = 1.0 / (1.0 + e)
+    value = x * sigmoid
+    return value, sigmoid + value * (e * sigmoid) * rise
+
+
+@triton.jit
+def normal_share(x, bell):
+    """Phi(x), the share of a normal distribution below x: half of erfc(|x| / sqrt(2)), to 1.2e-7 of itself (Press et
+    al., Numerical Recipes, 2nd edition, section 6.2), or what is left of 1.
+    """
+    t = 1.0 / (1.0 + tl.abs(x) * 0.353553391)
+    p = 0.17087277 * t - 0.82215223
+    p = p * t + 1.48851587
+    p = p * t - 1.13520398
+    p = p * t + 0.27886807
+    p = p * t - 0.18628806
+    p = p * t + 0.09678418
+    p = p * t + 0.37409196
+    p = p * t + 1.00002368
+    p = p * t - 1.26551223
+    tail = 0.5 * t * bell * exponential(p)
+    return tl.where(x < 0.0, tail, 1.0 - tail)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """(a(x), a'(x))"""
+    if ACTIVATION == SILU:
+        value, slope = sigmoid_gate(x, x, 1.0)
+    elif ACTIVATION == GELU_TANH:
+        # (1 + tanh(z)) / 2 = sigmoid(2 z), 2 z = sqrt(8 / pi) (x + 0.044715 x^3); at 30 it has long been 0 or 1
+        near = tl.where(x > 30.0, 30.0, x)
+        near = tl.where(x < -30.0, -30.0, near)
+        square = near * near
+        u = 1.59576912 * near * (1.0 + 0.044715 * square)
+        value, slope = sigmoid_gate(x, u, 1.59576912 + 0.214064449 * square)
+    elif ACTIVATION == GELU:
+        bell = exponential(-0.5 * x * x)
+        share = normal_share(x, bell)
+        value = x * share
+        slope = share + 0.398942280 * x * bell
+    else:
+        tl.static_assert(ACTIVATION == RELU, "no such activation")
+        value = tl.where(x <= 0.0, 0.0, x)
+        slope = tl.where(x <= 0.0, 0.0, 1.0)
+    return value, slope

@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .formulas import FUSED, gae_gain
+from .formulas import gae_gain
+from .launch import launch
 from .masked_whiten import masked_whiten
 from .records import Gae, MaskedWhiten
 from .tokens import live_at, load_kept
@@ -207,7 +208,9 @@ def gae(a: Gae) -> None:
     rates = gains = None
     if blocks > 1:
         rates, gains = torch.empty((2, a.sequences, blocks), dtype=torch.float32, device=a.rewards.device)
-        _measure[(a.sequences, blocks)](
+        launch(
+            _measure,
+            (a.sequences, blocks),
             rewards=a.rewards,
             values=a.values,
             live=a.live,
@@ -219,9 +222,10 @@ def gae(a: Gae) -> None:
             block_gains=gains,
             BLOCK=BLOCK,
             num_warps=WARPS,
-            **FUSED,
         )
-    _sweep[(triton.cdiv(a.sequences, rows), blocks)](
+    launch(
+        _sweep,
+        (triton.cdiv(a.sequences, rows), blocks),
         rewards=a.rewards,
         values=a.values,
         live=a.live,
@@ -240,7 +244,6 @@ def gae(a: Gae) -> None:
         BLOCK=block,
         BLOCKS=triton.next_power_of_2(blocks),
         num_warps=WARPS,
-        **FUSED,
     )
     if a.whiten:
         statistics = torch.empty(3, dtype=torch.float64, device=a.rewards.device)

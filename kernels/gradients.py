@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import FUSED, exponential
+from .formulas import exponential
+from .launch import launch
 from .numbers import FAR, LOG2E, at_most, rounded
 from .records import Logits, Rows
 from .rows import (
@@ -195,7 +196,9 @@ def write_gradient(
     segments = triton.cdiv(columns, SEGMENT.value)
     ref_data, ref_stride = (None, 0) if reference is None else (reference.data, reference.row_stride)
     width = vector(logits, reference or logits, grad)
-    write_segments[(rows.length * segments,)](
+    launch(
+        write_segments,
+        (rows.length * segments,),
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
@@ -208,5 +211,4 @@ def write_gradient(
         VECTOR=width if columns % width == 0 else 1,  # a vector that ends past the last column must not be stored
         SLOPED=sloped,
         num_warps=WARPS,
-        **FUSED,
     )

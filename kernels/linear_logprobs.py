@@ -11,8 +11,8 @@ The tile gives its log-probs and is then overwritten by their gradient.
 import triton
 import triton.language as tl
 
-from .formulas import FUSED
 from .gradients import empty_slopes, store_row_slopes, write_gradient
+from .launch import launch
 from .records import LinearLogprobs
 from .rows import (
     GENERAL,
@@ -65,7 +65,9 @@ def _finish(
 def linear_logprobs(a: LinearLogprobs) -> None:
     rows, logits = a.rows, a.logits
     slopes = empty_slopes(rows, a.logprobs.device) if a.grad.data is not None else None
-    _finish[grid_of_rows(rows)](
+    launch(
+        _finish,
+        grid_of_rows(rows),
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
@@ -76,7 +78,6 @@ def linear_logprobs(a: LinearLogprobs) -> None:
         grad_logprobs=a.grad_logprobs,
         grad_entropy=a.grad_entropy,
         slopes=slopes,
-        **FUSED,
     )
     if slopes is not None:
         write_gradient(rows, logits, slopes, a.grad, rows.vocab, sloped=a.grad_entropy is not None)

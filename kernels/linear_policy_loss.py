@@ -12,8 +12,9 @@ reference and the entropy bonus together.
 import triton
 import triton.language as tl
 
-from .formulas import FUSED, bounded_log_ratio, exponential, kl_slope, policy_token
+from .formulas import bounded_log_ratio, exponential, kl_slope, policy_token
 from .gradients import empty_slopes, store_row_slopes, write_gradient
+from .launch import launch
 from .records import LinearPolicyLoss
 from .rows import (
     GENERAL,
@@ -67,7 +68,9 @@ def _finish(
 def linear_policy_loss(a: LinearPolicyLoss) -> None:
     rows, logits, terms = a.rows, a.logits, a.terms
     slopes = empty_slopes(rows, a.logprobs.device) if a.grad.data is not None else None
-    _finish[grid_of_rows(rows)](
+    launch(
+        _finish,
+        grid_of_rows(rows),
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
@@ -86,7 +89,6 @@ def linear_policy_loss(a: LinearPolicyLoss) -> None:
         entropy=a.entropy,
         slopes=slopes,
         KL=terms.kl_slope,
-        **FUSED,
     )
     if slopes is not None:
         write_gradient(rows, logits, slopes, a.grad, rows.vocab, sloped=terms.entropy_coef != 0)

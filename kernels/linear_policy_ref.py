@@ -12,8 +12,9 @@ of all of them together.
 import triton
 import triton.language as tl
 
-from .formulas import FUSED, exponential
+from .formulas import exponential
 from .gradients import empty_slopes, store_pair_slopes, store_row_slopes, write_gradient
+from .launch import launch
 from .pairs import Normalisers, empty_normalisers, join_terms, kl_parts, kl_terms, store_normalisers
 from .records import LinearPolicyRef
 from .rows import (
@@ -109,7 +110,9 @@ def linear_policy_ref(a: LinearPolicyRef) -> None:
     device = a.logprobs.device
     normalisers = empty_normalisers(rows, device)
     slopes = empty_slopes(rows, device) if a.grad.data is not None else None
-    _normalise[grid_of_rows(rows)](
+    launch(
+        _normalise,
+        grid_of_rows(rows),
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
@@ -125,10 +128,11 @@ def linear_policy_ref(a: LinearPolicyRef) -> None:
         grad_entropy=a.grad_entropy,
         normalisers=normalisers,
         slopes=slopes,
-        **FUSED,
     )
     terms = kl_parts(rows, logits, ref_logits, normalisers)
-    _finish[grid_of_rows(rows)](
+    launch(
+        _finish,
+        grid_of_rows(rows),
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
@@ -140,7 +144,6 @@ def linear_policy_ref(a: LinearPolicyRef) -> None:
         grad_kl=a.grad_kl,
         normalisers=normalisers,
         slopes=slopes,
-        **FUSED,
     )
     if slopes is not None:
         write_gradient(rows, logits, slopes, a.grad, rows.vocab, sloped=True, reference=ref_logits)

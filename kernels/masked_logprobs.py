@@ -8,8 +8,8 @@ error           at most that of the plain float32 formula, against float64 (test
 
 import triton
 
-from .formulas import FUSED
 from .gradients import empty_slopes, store_row_slopes, write_gradient
+from .launch import launch
 from .numbers import FAR, at_most
 from .records import MaskedLogprobs, MaskedLogprobsBackward
 from .rows import (
@@ -47,7 +47,9 @@ def _finish(
 
 def masked_logprobs(a: MaskedLogprobs) -> None:
     rows, logits = a.rows, a.logits
-    _finish[grid_of_rows(rows)](
+    launch(
+        _finish,
+        grid_of_rows(rows),
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
@@ -56,7 +58,6 @@ def masked_logprobs(a: MaskedLogprobs) -> None:
         logprobs=a.logprobs,
         entropy=a.entropy,
         statistics=a.statistics,
-        **FUSED,
     )
 
 
@@ -90,7 +91,9 @@ def _prepare(
 def masked_logprobs_backward(a: MaskedLogprobsBackward) -> None:
     rows, logits = a.rows, a.logits
     slopes = empty_slopes(rows, a.logprobs.device)
-    _prepare[grid_of_rows(rows)](
+    launch(
+        _prepare,
+        grid_of_rows(rows),
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
@@ -100,6 +103,5 @@ def masked_logprobs_backward(a: MaskedLogprobsBackward) -> None:
         grad_logprobs=a.grad_logprobs,
         grad_entropy=a.grad_entropy,
         slopes=slopes,
-        **FUSED,
     )
     write_gradient(rows, logits, slopes, a.grad, a.columns, sloped=a.grad_entropy is not None)

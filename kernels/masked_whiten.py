@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import FUSED
+from .launch import launch
 from .records import MaskedMoments, MaskedWhiten, MaskedWhitenBackward
 from .tokens import (
     PARTS,
@@ -186,15 +186,17 @@ def _whiten_backward(
 def masked_moments(a: MaskedMoments) -> None:
     tiles = _tiles(a.elements)
     parts = _measured(a, tiles)
-    _add_moments[(1,)](parts, tiles, given_mean=a.mean, moments=a.moments, num_warps=4, **FUSED)
+    launch(_add_moments, (1,), parts=parts, tiles=tiles, given_mean=a.mean, moments=a.moments)
 
 
 def masked_whiten(a: MaskedWhiten) -> None:
     tiles = _tiles(a.elements)
     if tiles > 1 and not a.given:
         parts = _measured(a, tiles)
-        _add_statistics[(1,)](parts, tiles, a.statistics, UNBIASED=a.unbiased, num_warps=4, **FUSED)
-    _whiten[(tiles,)](
+        launch(_add_statistics, (1,), parts=parts, tiles=tiles, statistics=a.statistics, UNBIASED=a.unbiased)
+    launch(
+        _whiten,
+        (tiles,),
         x=a.x,
         live=a.live,
         count=a.elements,
@@ -205,7 +207,6 @@ def masked_whiten(a: MaskedWhiten) -> None:
         MEASURE=tiles == 1 and not a.given,
         TILE=TILE,
         num_warps=WARPS,
-        **FUSED,
     )
 
 
@@ -214,7 +215,9 @@ def masked_whiten_backward(a: MaskedWhitenBackward) -> None:
     parts = None
     if tiles > 1:
         parts = torch.empty((2, tiles), dtype=torch.float32, device=a.x.device)
-        _measure_backward[(tiles,)](
+        launch(
+            _measure_backward,
+            (tiles,),
             x=a.x,
             live=a.live,
             count=a.elements,
@@ -223,9 +226,10 @@ def masked_whiten_backward(a: MaskedWhitenBackward) -> None:
             parts=parts,
             TILE=TILE,
             num_warps=WARPS,
-            **FUSED,
         )
-    _whiten_backward[(tiles,)](
+    launch(
+        _whiten_backward,
+        (tiles,),
         x=a.x,
         live=a.live,
         count=a.elements,
@@ -238,7 +242,6 @@ def masked_whiten_backward(a: MaskedWhitenBackward) -> None:
         UNBIASED=a.unbiased,
         TILE=TILE,
         num_warps=WARPS,
-        **FUSED,
     )
 
 
@@ -248,5 +251,5 @@ def _tiles(elements: int) -> int:
 
 def _measured(a: MaskedMoments | MaskedWhiten, tiles: int) -> Tensor:
     parts = torch.empty((4, tiles), dtype=torch.float32, device=a.x.device)
-    _measure[(tiles,)](x=a.x, live=a.live, count=a.elements, parts=parts, TILE=TILE, num_warps=WARPS, **FUSED)
+    launch(_measure, (tiles,), x=a.x, live=a.live, count=a.elements, parts=parts, TILE=TILE, num_warps=WARPS)
     return parts

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import FUSED, k3
+from .formulas import k3
+from .launch import launch
 from .numbers import LOG2E
 from .records import Logits, Rows
 from .rows import (
@@ -123,7 +124,9 @@ def kl_parts(rows: Rows, logits: Logits, ref_logits: Logits, normalisers: Tensor
     """The KL terms of each segment of the live rows, (segments, length)."""
     segments = segments_of(rows)
     terms = torch.empty(segments, rows.length, dtype=torch.float32, device=normalisers.device)
-    sum_terms[(rows.length * segments,)](
+    launch(
+        sum_terms,
+        (rows.length * segments,),
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
@@ -133,7 +136,6 @@ def kl_parts(rows: Rows, logits: Logits, ref_logits: Logits, normalisers: Tensor
         terms=terms,
         VECTOR=vector(logits, ref_logits),
         num_warps=WARPS,
-        **FUSED,
     )
     return terms
 

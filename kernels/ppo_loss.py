@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .formulas import FUSED, bounded_log_ratio, exponential, kl_value, policy_token, value_token
+from .formulas import bounded_log_ratio, exponential, kl_value, policy_token, value_token
 from .formulas import kl_slope as slope_of_kl
+from .launch import launch
 from .records import PpoLoss
 from .tokens import (
     TILE,
@@ -220,20 +221,22 @@ def ppo_loss(a: PpoLoss) -> None:
     device, tokens, terms = a.loss.device, a.sequences * a.length, a.terms
     ratios = torch.empty(a.sequences, dtype=torch.float32, device=device) if a.sequence_level else None
     if ratios is not None and a.sequences > 0:
-        _sequence_ratio[(a.sequences,)](
+        launch(
+            _sequence_ratio,
+            (a.sequences,),
             logprobs=a.logprobs,
             old_logprobs=a.old_logprobs,
             live=a.live,
             ratios=ratios,
             length=a.length,
             TILE=tile_of(a.length),
-            num_warps=4,
-            **FUSED,
         )
     divisor = Divisor(a.sequences, a.length, a.live, a.divisor, device)
     tiles = max(triton.cdiv(tokens, TILE), 1)
     parts = torch.empty(ROWS * tiles, dtype=torch.float32, device=device)
-    _evaluate[(tiles,)](
+    launch(
+        _evaluate,
+        (tiles,),
         tokens=tokens,
         sequences=a.sequences,
         length=max(a.length, 1),
@@ -270,5 +273,4 @@ def ppo_loss(a: PpoLoss) -> None:
         DIFFER=divisor.differ,
         TILE=TILE,
         num_warps=WARPS,
-        **FUSED,
     )

@@ -20,9 +20,11 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-
 # The codes of the C enums, by position.
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 ENUMS = {
     "DType": tuple(DTYPES.values()),
     "Kl": KL_ESTIMATORS,
+    "Activation": ACTIVATIONS,
     "Aggregation": tuple(name.replace("-", "_") for name in AGGREGATIONS),
 }
 
@@ -33,6 +35,7 @@ Double = Annotated[float, "double"]
 Flag = Annotated[bool, "bool"]
 DTypeCode = Annotated[int, "DType"]
 KlCode = Annotated[int, "Kl"]
+ActivationCode = Annotated[int, "Activation"]
 AggregationCode = Annotated[int, "Aggregation"]
 Data = Annotated[Tensor, "void*"]
 In = Annotated[Tensor, "const float*"]
@@ -281,6 +284,99 @@ class PpoLoss(NamedTuple):
     grad_entropy: Out | None
 
 
+# ---- layers of a transformer: the elementwise passes between its matrix products -------------------------------------
+
+
+class Hidden(NamedTuple):
+    """Rows of numbers of the record's dtype; the column stride is 1."""
+
+    data: Data | None  # None = not wanted
+    row_stride: Size
+
+
+class RmsNorm(NamedTuple):
+    """weight * x / sqrt(mean(x^2) + eps) of every row."""
+
+    tokens: Size
+    width: Size
+    dtype: DTypeCode
+    hidden: Hidden
+    weight: In | None  # (width,); None = 1
+    eps: Number
+    normed: Hidden
+    scale: Out  # (tokens,) 1 / sqrt(mean(x^2) + eps)
+
+
+class RmsNormBackward(NamedTuple):
+    tokens: Size
+    width: Size
+    dtype: DTypeCode
+    hidden: Hidden
+    weight: In | None
+    scale: In
+    grad_normed: Hidden
+    grad_hidden: Hidden
+    grad_weight: Out | None  # (width,); None = not wanted
+
+
+class GatedActivation(NamedTuple):
+    """activation(gate) * up."""
+
+    tokens: Size
+    width: Size
+    dtype: DTypeCode
+    activation: ActivationCode
+    gate: Hidden
+    up: Hidden
+    product: Hidden
+
+
+class GatedActivationBackward(NamedTuple):
+    tokens: Size
+    width: Size
+    dtype: DTypeCode
+    activation: ActivationCode
+    gate: Hidden
+    up: Hidden
+    grad_product: Hidden
+    grad_gate: Hidden
+    grad_up: Hidden
+
+
+class Heads(NamedTuple):
+    """data[sequence, head, token] is a head of a token, whose numbers lie side by side."""
+
+    data: Data
+    sequence_stride: Size
+    head_stride: Size
+    token_stride: Size
+
+
+class Angles(NamedTuple):
+    """cos and sin [sequence, token], in rows of ``turned`` numbers."""
+
+    cos: Data
+    sin: Data
+    dtype: DTypeCode  # float32, or that of the heads
+    sequence_stride: Size  # 0 where all sequences share them
+    token_stride: Size
+
+
+class RotaryEmbedding(NamedTuple):
+    """Turns the pairs (j, j + turned / 2) of a head's first ``turned`` numbers; the others are copied."""
+
+    sequences: Size
+    heads: Size
+    length: Size
+    width: Size  # of a head
+    turned: Size  # even, at most width
+    dtype: DTypeCode
+    x: Heads
+    angles: Angles
+    backward: Flag  # the other way round: the gradient of x from that of the result
+    out: Heads
+
+
 Record = (
     MaskedLogprobs
     | MaskedLogprobsBackward
@@ -296,6 +392,11 @@ Record = (
     | MaskedWhiten
     | MaskedWhitenBackward
     | PpoLoss
+    | RmsNorm
+    | RmsNormBackward
+    | GatedActivation
+    | GatedActivationBackward
+    | RotaryEmbedding
 )
 # A launcher has the same name in every engine: in csrc/cpu, csrc/cuda and kernels.
 LAUNCHERS: dict[str, type[Record]] = {
@@ -313,6 +414,11 @@ LAUNCHERS: dict[str, type[Record]] = {
     "masked_whiten": MaskedWhiten,
     "masked_whiten_backward": MaskedWhitenBackward,
     "ppo_loss": PpoLoss,
+    "rms_norm": RmsNorm,
+    "rms_norm_backward": RmsNormBackward,
+    "gated_activation": GatedActivation,
+    "gated_activation_backward": GatedActivationBackward,
+    "rotary_embedding": RotaryEmbedding,
 }
 NAMES = {record: name for name, record in LAUNCHERS.items()}
 

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import FUSED, exponential
+from .formulas import exponential
+from .launch import launch
 from .numbers import FAR, LOG2E, at_most, log1p
 from .records import Logits, Rows
 from .rows import (
@@ -148,7 +149,9 @@ def sum_rows(rows: Rows, logits: Logits, weighted: bool) -> Tensor:
     """The sums of each segment of the live rows, (4, segments, length). An entropy needs ``weighted``."""
     segments = segments_of(rows)
     parts = torch.empty(4, segments, rows.length, dtype=torch.float32, device=rows.temperature.device)
-    sum_segments[(rows.length * segments,)](
+    launch(
+        sum_segments,
+        (rows.length * segments,),
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
@@ -156,7 +159,6 @@ def sum_rows(rows: Rows, logits: Logits, weighted: bool) -> Tensor:
         VECTOR=vector(logits),
         WEIGHTED=weighted,
         num_warps=WARPS,
-        **FUSED,
     )
     return parts
 

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import FUSED, kl_slope, kl_value
+from .formulas import kl_slope, kl_value
+from .launch import launch
 from .records import TokenKl, TokenKlBackward
 from .tokens import TILE, WARPS, live_at, tile_of_tokens
 
@@ -43,7 +44,9 @@ def token_kl_backward(a: TokenKlBackward) -> None:
 def _launch(a: TokenKl | TokenKlBackward, grad_kl: Tensor | None, out: Tensor, estimator: int) -> None:
     if a.tokens == 0:
         return
-    _sweep[(triton.cdiv(a.tokens, TILE),)](
+    launch(
+        _sweep,
+        (triton.cdiv(a.tokens, TILE),),
         logprobs=a.logprobs,
         ref_logprobs=a.ref_logprobs,
         live=a.live,
@@ -53,5 +56,4 @@ def _launch(a: TokenKl | TokenKlBackward, grad_kl: Tensor | None, out: Tensor, e
         ESTIMATOR=estimator,
         TILE=TILE,
         num_warps=WARPS,
-        **FUSED,
     )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import FUSED
+from .launch import launch
 from .records import AGGREGATIONS, LossDivisor
 
 TILE = 1024
@@ -206,7 +206,14 @@ class Divisor:
         if self.differ or self.ITEMS == "sequences":
             self.lengths = torch.empty(sequences, dtype=torch.int64, device=device)
             if sequences:
-                _count_live[(sequences,)](live, self.lengths, length, TILE=tile_of(length), num_warps=4, **FUSED)
+                launch(
+                    _count_live,
+                    (sequences,),
+                    live=live,
+                    lengths=self.lengths,
+                    length=length,
+                    TILE=tile_of(length),
+                )
 
 
 def tile_of(length: int) -> int:

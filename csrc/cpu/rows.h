@@ -262,14 +262,4 @@ RLHF_FAST_INLINE float inverse_temperature_of(const Rows& rows, int64_t i) {
 
 RLHF_FAST_INLINE bool is_live(const Rows& rows, int64_t i) { return !rows.live || rows.live[i]; }
 
-// Calls `body` with a pointer of the type that `dtype` names.
-template <class Body>
-RLHF_FAST_INLINE void typed(void* data, DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::f32: return body((float*)data);
-    case DType::bf16: return body((BFloat16*)data);
-    default: return body((Float16*)data);
-  }
-}
-
 }  // namespace rlhf_fast::RLHF_FAST_PATH

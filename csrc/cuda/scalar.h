@@ -16,6 +16,8 @@ RLHF_FAST_INLINE T where(bool condition, T a, T b) {
 }
 RLHF_FAST_INLINE float abs(float x) { return ::fabsf(x); }
 RLHF_FAST_INLINE float expm1(float x) { return ::expm1f(x); }
+RLHF_FAST_INLINE float bounded_exp(float x) { return ::expf(x > 87.0f ? 87.0f : x); }
+RLHF_FAST_INLINE float reciprocal(float x) { return 1 / x; }
 
 #include "../formulas.h"
 

@@ -7,6 +7,7 @@ from .clipped_value_loss import ValueLoss, clipped_value_loss
 from .dpo_loss import DPOLoss, dpo_loss
 from .exact_kl import exact_kl
 from .gae import gae
+from .gated_activation import gated_activation
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprobs import linear_logprobs
 from .linear_policy_loss import LinearPolicyLoss, linear_policy_loss
@@ -16,6 +17,8 @@ from .masked_logprobs import masked_logprobs
 from .masked_whiten import masked_whiten
 from .pairwise_loss import pairwise_loss
 from .ppo_loss import PPOLoss, ppo_loss
+from .rms_norm import rms_norm
+from .rotary_embedding import rotary_embedding
 from .token_kl import token_kl
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "dpo_loss",
     "exact_kl",
     "gae",
+    "gated_activation",
     "linear_cross_entropy",
     "linear_logprobs",
     "linear_policy_loss",
@@ -41,6 +45,8 @@ __all__ = [
     "masked_whiten",
     "pairwise_loss",
     "ppo_loss",
+    "rms_norm",
+    "rotary_embedding",
     "token_kl",
     "use_backend",
 ]

@@ -25,9 +25,13 @@ def rows_of(
 
 def logits_of(logits: Tensor) -> records.Logits:
     """Logits (N, V), or their gradient, whose columns lie side by side."""
-    return records.Logits(logits, _DTYPES[logits.dtype], logits.stride(0))
+    return records.Logits(logits, dtype_code(logits), logits.stride(0))
 
 
 def unit_columns(logits: Tensor) -> Tensor:
     """Logits (N, V) whose columns lie side by side, copied where they do not; rows may have any stride."""
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def dtype_code(data: Tensor) -> int:
+    return _DTYPES[data.dtype]

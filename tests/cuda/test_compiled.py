@@ -18,6 +18,10 @@ WIDE = (
     "masked_whiten.whiten",
     "masked_logprobs.write_segments",
     "exact_kl.write_segments",
+    "rms_norm.normalise",
+    "rms_norm.differentiate",
+    "gated_activation.",
+    "rotary_embedding.",
 )
 WIDE_LOADS = (*WIDE, "masked_logprobs.sum_", "exact_kl.sum_", "linear_")
 

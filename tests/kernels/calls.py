@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 
 def calls() -> Iterator[Call]:
-    for of_op in (masked_logprobs, exact_kl, linear_ops, token_kl, gae, whitening, clipped_losses):
+    for of_op in (masked_logprobs, exact_kl, linear_ops, token_kl, gae, whitening, clipped_losses, layers):
         yield from of_op()
 
 
@@ -146,3 +146,24 @@ def clipped_losses() -> Iterator[Call]:
         terms = {"entropy": floats(*shape), "entropy_coef": 0.1, "ref_logprobs": data[1], "kl_coef": 0.1}
         yield Call(partial(ops.ppo_loss, *joint, live, **options, **terms), wide)
         yield Call(partial(ops.clipped_policy_loss, *data, live, **level, **options), wide)
+
+
+def layers() -> Iterator[Call]:
+    for dtype, width in ((torch.float32, 512), (torch.bfloat16, 512), (torch.float16, 512), (torch.bfloat16, 509)):
+        wide = width == 512
+        hidden, weight = floats(ROWS, width, dtype=dtype), floats(width)
+        for given in (weight, weight.detach(), None):
+            # the last step of a weight's gradient reads and writes float32 a column
+            yield Call(partial(ops.rms_norm, hidden, given, eps=1e-6), wide)
+        for activation in ("silu", "gelu_tanh", "gelu", "relu"):
+            up = floats(ROWS, width, dtype=dtype)
+            yield Call(partial(ops.gated_activation, hidden, up, activation=activation), wide)
+    for dtype, of_angles, width, turned in (
+        (torch.float32, torch.float32, 64, 64),
+        (torch.bfloat16, torch.bfloat16, 128, 128),
+        (torch.bfloat16, torch.float32, 64, 64),
+        (torch.float16, torch.float16, 80, 20),
+    ):
+        heads = floats(2, 9, ROWS, width, dtype=dtype)
+        angles = floats(1, ROWS, turned, dtype=of_angles).detach()
+        yield Call(partial(ops.rotary_embedding, heads, angles, angles), turned == width)

@@ -33,8 +33,8 @@ def test_every_launched_kernel_has_a_budget() -> None:
     launched = set()
     for file in (PACKAGE / "kernels").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                launched.add(node.func.value.id)  # kernel[grid](...)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "launch":
+                launched.add(node.args[0].id)  # launch(kernel, grid, ...)
     budgeted = {kernel.partition(".")[2] for kernel in read_budget()}
     assert launched == budgeted
     assert all(set(targets) == set(TARGETS) for targets in read_budget().values())

@@ -28,7 +28,7 @@ EDITS = [
     ("rlhf_fast/ops/__init__.py", '    "use_backend",', '    "sample_op",\n'),
     (
         "tests/ops/op_table.py",
-        "\n]\n",
+        "\n]\n\n\n# ---- layers:",
         """
     Op(
         "sample_op",
@@ -69,7 +69,7 @@ class SampleOpBackward(NamedTuple):
     ),
     (
         "csrc/formulas.h",
-        "// One step backwards in time:",
+        "// One step of GAE, backwards in time:",
         """// sample_op of a token, and its slope by x.
 template <class F>
 RLHF_FAST_FORMULA F sample_op_value(F x, float scale) {

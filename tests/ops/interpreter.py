@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from rlhf_fast.kernels import gradients
+from rlhf_fast.kernels import gradients, hidden
 from rlhf_fast.ops._triton import Triton
 
 
@@ -40,3 +40,4 @@ def quicken() -> None:
 
     interpreter.InterpretedFunction.__call__ = call
     gradients.rounded = rounded
+    hidden.rounded = rounded

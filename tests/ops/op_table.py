@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_fast import ops
 
 V, H, RANK = 7, 4, 2
+WIDTH, HEADS, TURNED = 18, 2, 8  # of the layers
 Tensors = dict[str, Tensor]
 Call = Callable[[Tensors, Tensor, Tensor | None], tuple[Tensor, ...]]
 
@@ -33,7 +34,7 @@ class Op:
 
     @property
     def has_vocabulary(self) -> bool:
-        return "logits" in self.data or bool(self.shared)
+        return "logits" in self.data or "bias" in self.shared
 
 
 @dataclass
@@ -312,3 +313,60 @@ OPS = [
         per_token=False,
     ),
 ]
+
+
+# ---- layers: rows in, rows out, in the dtype of the input; no mask --------------------------------------------------
+
+
+def _naive_norm(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    hidden = x["hidden"]
+    return ((1 + x["weight"]) * hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt(),)
+
+
+def _gated(activation: str, naive: Callable[[Tensor], Tensor]) -> Op:
+    return Op(
+        "gated_activation",
+        lambda x, targets, mask: (ops.gated_activation(x["gate"], x["up"], activation=activation),),
+        lambda x, targets, mask: (naive(x["gate"]) * x["up"],),
+        {"gate": (WIDTH,), "up": (WIDTH,)},
+        ("gate", "up"),
+        row_wise=True,
+    )
+
+
+def _naive_rotary(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """Pair by pair: (x_j, x_k) times a matrix."""
+    columns = list(x["x"].unbind(-1))
+    cos, sin = (x[name].unsqueeze(-2) for name in ("cos", "sin"))
+    for j, k in zip(range(TURNED // 2), range(TURNED // 2, TURNED), strict=True):
+        first, second = columns[j], columns[k]
+        columns[j] = first * cos[..., j] - second * sin[..., j]
+        columns[k] = second * cos[..., k] + first * sin[..., k]
+    return (torch.stack(columns, -1),)
+
+
+LAYERS = [
+    Op(
+        "rms_norm",
+        lambda x, targets, mask: (ops.rms_norm(x["hidden"], x["weight"], eps=1e-5, offset=1.0),),
+        _naive_norm,
+        {"hidden": (WIDTH,)},
+        ("hidden", "weight"),
+        {"weight": (WIDTH,)},
+        row_wise=True,
+    ),
+    _gated("silu", lambda x: x / (1 + (-x).exp())),
+    _gated("gelu_tanh", lambda x: x * (1 + ((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh()) / 2),
+    _gated("gelu", lambda x: x * (1 + (x / 2**0.5).erf()) / 2),
+    _gated("relu", lambda x: x * (x > 0)),
+    Op(
+        "rotary_embedding",
+        lambda x, targets, mask: (ops.rotary_embedding(x["x"].transpose(1, 2), x["cos"], x["sin"]).transpose(1, 2),),
+        _naive_rotary,
+        {"x": (HEADS, WIDTH), "cos": (TURNED,), "sin": (TURNED,)},
+        ("x",),
+        row_wise=True,
+    ),
+]
+# once each
+LAYER_OPS = [LAYERS[0], LAYERS[1], LAYERS[-1]]

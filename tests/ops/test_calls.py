@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed
 from devices import seeded
-from op_table import OPS, Op, make, outputs_and_grads
+from op_table import LAYER_OPS, OPS, Op, make, outputs_and_grads
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from rlhf_fast import ops
 
-every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+every_op = pytest.mark.parametrize("op", [*OPS, *LAYER_OPS], ids=lambda op: op.name)
 pytestmark = pytest.mark.usefixtures("backend")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed
 from devices import GPU, GPU_BACKENDS, device_of, interpreted
-from op_table import OPS, Case, Op, Tensors, make, outputs_and_grads
+from op_table import LAYER_OPS, OPS, Case, Op, Tensors, make, outputs_and_grads
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf_fast import ops
 from rlhf_fast.ops import _dispatch, use_backend
 
-every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+every_op = pytest.mark.parametrize("op", [*OPS, *LAYER_OPS], ids=lambda op: op.name)
 QUICK = ("exact_kl", "token_kl", "clipped_policy_loss", "gae")  # the other references take long with dynamic shapes
 
 
@@ -244,7 +244,7 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
         patch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
         for backend in ("native", "torch", *(GPU_BACKENDS if GPU else ())):
             with use_backend(backend), torch.device(device_of(backend)), recorder:
-                for op in [*OPS, *map(with_options, OPTIONS)]:
+                for op in [*OPS, *LAYER_OPS, *map(with_options, OPTIONS)]:
                     for dtype in (torch.float32, torch.bfloat16):
                         case = make(op, (2, 3), dtype)
                         outputs_and_grads(op.run, op, case, case.mask)

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from devices import GPU
-from op_table import OPS, Case, Op, make, outputs_and_grads
+from op_table import LAYER_OPS, OPS, Case, Op, make, outputs_and_grads
 from torch import Tensor
 
 from rlhf_fast import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device; run make gpu on one")]
-every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+every_op = pytest.mark.parametrize("op", [*OPS, *LAYER_OPS], ids=lambda op: op.name)
+token_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 COMPILED = ("masked_logprobs", "linear_logprobs", "gae", "clipped_policy_loss")
 HALVES_AND_FLOAT = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -51,7 +52,7 @@ def weights_for(op: Op, case: Case) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("op", "vocab"),
-    [(op, vocab) for op in OPS for vocab in ((50257, 151936) if op.has_vocabulary else (0,))],
+    [(op, vocab) for op in [*OPS, *LAYER_OPS] for vocab in ((50257, 151936) if op.has_vocabulary else (0,))],
     ids=lambda part: part.name if isinstance(part, Op) else str(part),
 )
 @HALVES_AND_FLOAT
@@ -76,7 +77,7 @@ def test_against_float64_at_full_size(op: Op, dtype: torch.dtype, vocab: int) ->
             check(grads[name], plain_grads[name], true_grads[name])
 
 
-@every_op
+@token_op
 @HALVES_AND_FLOAT
 def test_dead_rows_are_not_read_and_runs_repeat(op: Op, dtype: torch.dtype) -> None:
     case = make(op, shape_of(op), dtype, vocab=50257)
@@ -161,13 +162,13 @@ def test_captured_in_a_graph(op: Op) -> None:
         static.mask.copy_(case.mask)
         graph.replay()
         for ours, same in zip(results, true, strict=True):
-            if op.shared:  # whose products take every row of a graph, the live ones alone outside it
+            if "bias" in op.shared:  # whose products take every row of a graph, the live ones alone outside it
                 torch.testing.assert_close(ours, same, rtol=1e-4, atol=1e-5)
             else:
                 assert torch.equal(ours, same)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if not op.shared], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in [*OPS, *LAYER_OPS] if "bias" not in op.shared], ids=lambda op: op.name)
 def test_nothing_waits_for_the_device(op: Op) -> None:
     """But an op with an lm head, once, for the number of rows that it has to multiply: that one is not here."""
     case = make(op, shape_of(op), torch.float32)
@@ -196,5 +197,5 @@ def test_compiled_by_inductor(op: Op) -> None:
 
 def test_the_kernels_are_chosen() -> None:
     """Dispatch, with nothing forced, gives CUDA tensors to a GPU's kernels."""
-    for op in OPS:
+    for op in [*OPS, *LAYER_OPS]:
         assert ops.backends("cuda")[op.name]["chosen"] in ("cuda", "triton")

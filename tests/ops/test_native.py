@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_table import OPS, Case, H, Op, V, make, outputs_and_grads
+from op_table import LAYER_OPS, LAYERS, OPS, Case, H, Op, V, make, outputs_and_grads
 from test_accuracy import no_worse_than_naive
+from test_layers import near_the_truth, wide
 from torch import Tensor
 
 from rlhf_fast import ops
@@ -21,7 +22,8 @@ from rlhf_fast.ops._dispatch import implementation
 from rlhf_fast.ops._tokens import Tokens
 from rlhf_fast.ops.masked_logprobs import Inputs
 
-every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+every_op = pytest.mark.parametrize("op", [*OPS, *LAYER_OPS], ids=lambda op: op.name)
+token_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 row_wise_op = pytest.mark.parametrize("op", [op for op in OPS if op.row_wise], ids=lambda op: op.name)
 HALVES = (torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
@@ -54,7 +56,7 @@ def same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
-@every_op
+@token_op
 @every_dtype
 def test_float64_truth(op: Op, dtype: torch.dtype) -> None:
     """Rows that end at, after and before the end of a vector, and of a block of the vocabulary or of tokens."""
@@ -67,6 +69,14 @@ def test_float64_truth(op: Op, dtype: torch.dtype) -> None:
             case.x["old_logprobs"] -= math.log(vocab)
             case.x["ref_logprobs"] -= math.log(vocab)
         no_worse_than_naive(op, case, "native")
+
+
+@pytest.mark.parametrize("op", LAYERS, ids=range(len(LAYERS)))
+@every_dtype
+@pytest.mark.parametrize("width", [15, 64, 65, 2049])
+def test_layers(op: Op, dtype: torch.dtype, width: int) -> None:
+    """Rows that end before, at and after the end of vectors, of blocks of them, and of a task."""
+    near_the_truth(wide(op, width), make(wide(op, width), (2, 3), dtype))
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

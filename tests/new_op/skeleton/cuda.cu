@@ -11,15 +11,15 @@ namespace rlhf_fast::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) evaluate(SampleOp a) {
-  const Place place(a.live, a.tokens);
-  const Four x = place.load(a.x);
-  place.store(a.y, [&](int k) { return sample_op_value(x.at[k], a.scale); });
+  const ThreadTokens tokens(a.live, a.tokens);
+  const Values4 x = tokens.load(a.x);
+  tokens.store(a.y, [&](int k) { return sample_op_value(x.at[k], a.scale); });
 }
 
 __global__ void __launch_bounds__(kThreads) differentiate(SampleOpBackward a) {
-  const Place place(a.live, a.tokens);
-  const Four x = place.load(a.x), upstream = place.load(a.grad_y);
-  place.store(a.grad, [&](int k) { return upstream.at[k] * sample_op_slope(x.at[k], a.scale); });
+  const ThreadTokens tokens(a.live, a.tokens);
+  const Values4 x = tokens.load(a.x), upstream = tokens.load(a.grad_y);
+  tokens.store(a.grad, [&](int k) { return upstream.at[k] * sample_op_slope(x.at[k], a.scale); });
 }
 
 }  // namespace

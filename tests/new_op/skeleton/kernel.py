@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import FUSED
+from .launch import launch
 from .records import SampleOp, SampleOpBackward
 from .tokens import TILE, WARPS, live_at, load_kept, tile_of_tokens
 
@@ -50,4 +50,15 @@ def sample_op_backward(a: SampleOpBackward) -> None:
 def _launch(a: SampleOp | SampleOpBackward, grad_y: Tensor | None, out: Tensor) -> None:
     if a.tokens > 0:
         grid = (triton.cdiv(a.tokens, TILE),)
-        _sweep[grid](a.x, a.live, a.scale, grad_y, out, a.tokens, TILE=TILE, num_warps=WARPS, **FUSED)
+        launch(
+            _sweep,
+            grid,
+            x=a.x,
+            live=a.live,
+            scale=a.scale,
+            grad_y=grad_y,
+            out=out,
+            tokens=a.tokens,
+            TILE=TILE,
+            num_warps=WARPS,
+        )

@@ -1,0 +1,61 @@
+// Rows of a layer's numbers: a thread takes kVector<T> columns side by side, by one instruction where they are whole
+// and aligned. Which columns it takes depends on neither the row's address nor the alignment.
+#pragma once
+
+#include "rows.h"
+
+namespace rlhf_fast::cuda {
+
+template <class T>
+__device__ __forceinline__ T* row_of(const Hidden& hidden, int64_t row) {
+  return (T*)hidden.data + row * hidden.row_stride;
+}
+
+__device__ __forceinline__ float load(const float* from) { return *from; }
+__device__ __forceinline__ float load(const BFloat16* from) { return float_of((uint32_t)from->bits << 16); }
+__device__ __forceinline__ float load(const Float16* from) { return widened(*from); }
+
+// A thread's numbers, as floats.
+template <int kCount>
+struct Numbers {
+  float at[kCount];
+};
+
+// `kCount` of them, of which `left` are there; the rest is 0.
+template <int kCount, class T>
+__device__ __forceinline__ Numbers<kCount> load_numbers(const T* from, int64_t left) {
+  static_assert(kCount % kVector<T> == 0);
+  Numbers<kCount> x{};
+  if (left >= kCount && is_aligned<uint4>(from)) {
+#pragma unroll
+    for (int k = 0; k < kCount; k += kVector<T>) {
+      const uint4 words = *(const uint4*)(from + k);
+      unpack(T{}, Bytes16{{words.x, words.y, words.z, words.w}}, x.at + k);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; k++) {
+      if (k < left) x.at[k] = load(from + k);
+    }
+  }
+  return x;
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void store_numbers(T* to, const Numbers<kCount>& x, int64_t left) {
+  static_assert(kCount == kVector<T>);
+  if (left >= kCount && is_aligned<uint4>(to)) {
+    store_vector<kCount>(to, x.at);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; k++) {
+      if (k < left) store(to + k, x.at[k]);
+    }
+  }
+}
+
+// Columns of a T that a block takes at a time.
+template <class T>
+constexpr int kStep = kThreads * kVector<T>;
+
+}  // namespace rlhf_fast::cuda
