@@ -2,8 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
@@ -13,23 +12,24 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_fast.ops import lora_linear
 
 # (role, rows) of the consecutive rows that a pass computes; None as a role has no adapter. Unset: what PEFT has active.
-_roles: ContextVar[Sequence[tuple[str | None, int]] | None] = ContextVar("roles", default=None)
+# A plain global, which torch.compile guards on.
+_roles: Sequence[tuple[str | None, int]] | None = None
 
 
 @contextlib.contextmanager
 def roles(rows: Sequence[tuple[str | None, int]]) -> Iterator[None]:
     """Inside, fused layers compute the first rows of their input, flattened to (N, I), under the adapter of the first
     role, the next rows under the next. Which adapter PEFT has active does not matter."""
-    token = _roles.set(tuple(rows))
+    global _roles
+    outer, _roles = _roles, tuple(rows)
     try:
         yield
     finally:
-        _roles.reset(token)
+        _roles = outer
 
 
 def fuse(layers: dict[str, LoraLayer]) -> dict[str, str]:
-    """Exchanges the class of PEFT's layers over nn.Linear and Conv1D. Returns those that PEFT goes on computing: name ->
-    why."""
+    """Exchanges the class of PEFT's layers over nn.Linear and Conv1D. Returns name -> reason of what it leaves."""
     left = {name: reason for name, layer in layers.items() if (reason := why_not(layer)) is not None}
     for name, layer in layers.items():
         if name not in left:
@@ -50,7 +50,7 @@ class FusedLinear(Linear):
     """PEFT's layer; its class alone is exchanged."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or (_roles.get() is None and _not_now(self) is not None):
+        if args or kwargs or (_roles is None and _not_now(self) is not None):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         if self._fused_group is None or torch.compiler.is_compiling():
@@ -85,7 +85,7 @@ class _Group:
 
 def _agree(layers: list[FusedLinear]) -> bool:
     """Whether they can be computed in one call as things stand."""
-    if _roles.get() is None and any(map(_not_now, layers)):
+    if _roles is None and any(map(_not_now, layers)):
         return False
     return len({_dropout(layer) for layer in layers}) == 1
 
@@ -93,13 +93,13 @@ def _agree(layers: list[FusedLinear]) -> bool:
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What must be the same when another layer of the group fetches its output."""
     autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-    return _roles.get(), torch.is_grad_enabled(), autocast, None if x.is_inference() else x._version
+    return _roles, torch.is_grad_enabled(), autocast, None if x.is_inference() else x._version
 
 
 def _outputs(x: Tensor, layers: list[FusedLinear]) -> tuple[Tensor, ...]:
     bases = [layer.base_layer for layer in layers]
     weights = [base.weight.T if isinstance(base, Conv1D) else base.weight for base in bases]
-    given = _roles.get()
+    given = _roles
     segments = [(None, 0)] if given is None else given
     names = [[_active(layer)[0] if given is None else role for layer in layers] for role, _ in segments]
     loras = [[_lora(layer, name) for layer, name in zip(layers, each, strict=True)] for each in names]
@@ -125,7 +125,7 @@ def _active(layer: Linear) -> list[str]:
 
 def _dropout(layer: Linear) -> float:
     """Of the one adapter that is active; of several roles, what is on in any of them."""
-    given = _roles.get()
+    given = _roles
     names = _active(layer)[:1] if given is None else [name for name, _ in given if name in layer.lora_dropout]
     modules = [layer.lora_dropout[name] for name in names]
     return max((each.p for each in modules if isinstance(each, nn.Dropout) and each.training), default=0.0)
@@ -169,29 +169,38 @@ def _not_now(layer: Linear) -> str | None:
     return None
 
 
-def group(layers: dict[str, FusedLinear], run: Callable[[], Any]) -> list[list[str]]:
-    """Has the layers of one module that read the very same tensor, one after the other, computed together, as the
-    projections to query, key and value do. Returns their names. ``run`` is a forward pass of a few tokens."""
-    groups = _read_together(layers, run)
-    for names in groups:
+class Calls(NamedTuple):
+    """What a forward pass called."""
+
+    groups: list[list[str]]  # names of layers of one module that read the very same tensor, one after the other
+    sizes: set[int]  # rows (..., I) of the layers' inputs
+
+
+def group(layers: dict[str, FusedLinear], run: Callable[[], Any]) -> Calls:
+    """Has layers that read the same input computed together, as the projections to query, key and value do. ``run`` is
+    a forward pass of a few tokens, which shows them."""
+    calls = _calls(layers, run)
+    for names in calls.groups:
         together = _Group([layers[name] for name in names])
         for name in names:
             layers[name]._fused_group = together
-    return groups
+    return calls
 
 
-def _read_together(layers: dict[str, FusedLinear], run: Callable[[], Any]) -> list[list[str]]:
-    calls: list[str] = []
+def _calls(layers: dict[str, FusedLinear], run: Callable[[], Any]) -> Calls:
+    called: list[str] = []
     groups: list[list[str]] = []
+    sizes: set[int] = set()
     last: list[Any] = [None, None]  # the module that holds the layer called last, and what it was called with
 
     def seen(name: str, args: tuple[Any, ...]) -> None:
-        calls.append(name)
+        called.append(name)
         parent, x = name.rpartition(".")[0], args[0] if args else None
         if x is not None and parent == last[0] and x is last[1]:
             groups[-1].append(name)
         else:
             groups.append([name])
+        sizes.add(-1 if x is None else x.shape[:-1].numel())
         last[:] = parent, x
 
     handles = [
@@ -203,4 +212,5 @@ def _read_together(layers: dict[str, FusedLinear], run: Callable[[], Any]) -> li
     finally:
         for handle in handles:
             handle.remove()
-    return [group for group in groups if len(group) > 1 and all(calls.count(name) == 1 for name in group)]
+    groups = [group for group in groups if len(group) > 1 and all(called.count(name) == 1 for name in group)]
+    return Calls(groups, sizes)

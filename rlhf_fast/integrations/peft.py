@@ -41,12 +41,12 @@ def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> Fused:
         raise TypeError(f"fuse: {type(model).__name__} has no LoRA layer of PEFT; get_peft_model gives it some")
     left = lora_layers.fuse(found)
     layers = {name: layer for name, layer in found.items() if name not in left}
-    groups = []
+    groups: list[list[str]] = []
     if example is not None:
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            groups = lora_layers.group(layers, lambda: model(**example))
+            groups = lora_layers.group(layers, lambda: model(**example)).groups
         finally:
             for module, mode in modes.items():
                 module.training = mode

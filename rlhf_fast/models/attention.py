@@ -122,16 +122,16 @@ def _attention(
     assert layout is not None and attention_mask is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = attention_mask[0, 0]
-    if softcap is not None or s_aux is not None:
-        out = _explicit(*map(layout.pad, (query[0], key[0], value[0])), mask, scale, softcap, s_aux)
-        return layout.unpad(out)[None], None
-    if query.is_cuda or layout.longest > SHORT:
-        padded = map(layout.pad, (query[0], key[0], value[0]))
-        out = scaled_dot_product_attention(
-            *padded, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return layout.unpad(out)[None], None
-    return _Short.apply(query[0], key[0], value[0], mask, layout, scale)[None], None
+    plain = softcap is None and s_aux is None
+    if plain and not query.is_cuda and layout.longest <= SHORT:
+        return _Short.apply(query[0], key[0], value[0], mask, layout, scale)[None], None
+    query, key, value = (layout.pad(tensor[0]) for tensor in (query, key, value))
+    if plain:
+        shared = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=shared)
+    else:
+        out = _explicit(query, key, value, mask, scale, softcap, s_aux)
+    return layout.unpad(out)[None], None
 
 
 def _explicit(
@@ -161,7 +161,7 @@ class _Short(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layout: Layout, scale: float
     ) -> Tensor:
         """(heads, N, D) each -> (N, heads, D)."""
-        query, key, value = map(layout.pad, (query, key, value))
+        query, key, value = (layout.pad(tensor) for tensor in (query, key, value))
         sequences, heads, longest, size = query.shape
         shared = key.shape[1]
         rows = (sequences * shared, heads // shared * longest)  # the heads that share a key, one after the other
