@@ -128,7 +128,7 @@ def _dropout(layer: Linear) -> float:
     given = _roles
     names = _active(layer)[:1] if given is None else [name for name, _ in given if name in layer.lora_dropout]
     modules = [layer.lora_dropout[name] for name in names]
-    return max((each.p for each in modules if isinstance(each, nn.Dropout) and each.training), default=0.0)
+    return max([0.0, *(each.p for each in modules if isinstance(each, nn.Dropout) and each.training)])
 
 
 def why_not(layer: LoraLayer) -> str | None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_fast import lora_layers
 from rlhf_fast.config import ALL_LINEAR, StageConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import attention, identity, layers, measure, targets, tokens, vocabulary
+from rlhf_fast.models import attention, elementwise, identity, layers, measure, targets, tokens, vocabulary
 from rlhf_fast.models.heads import ScoreHead
 from rlhf_fast.models.lora import Adaptable, differences
 from rlhf_fast.models.merged import Merged, why_not_merge
@@ -56,6 +56,8 @@ class SharedBase:
         self.decoder = layers.find_decoder(model)
         self._layers = self.decoder.layers
         self.probe = measure.probe(tokenizer, self.rows, self.device)
+        elementwise.exchange(self.decoder.body)
+        self._rotary = elementwise.Rotary(self.decoder.body)
         with measure.own_code(model):
             self._softcap, self._scale = self._measure_logits()
         self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, self.vocabulary.weight.shape[0])
@@ -350,6 +352,7 @@ class SharedBase:
         caught: list[torch.Tensor] | None,
     ) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._rotary.exchanged())
             if trunk is not None:
                 stack.enter_context(layers.starting_from(self.decoder, self.first_adapted_layer, trunk))
             output = self.decoder.body(
