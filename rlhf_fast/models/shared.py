@@ -6,7 +6,7 @@ a role changes which adapter is active, never which parameters train.
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -56,10 +56,11 @@ class SharedBase:
         self.decoder = layers.find_decoder(model)
         self._layers = self.decoder.layers
         self.probe = measure.probe(tokenizer, self.rows, self.device)
-        elementwise.exchange(self.decoder.body)
-        self._rotary = elementwise.Rotary(self.decoder.body)
+        self._exchanged: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         with measure.own_code(model):
             self._softcap, self._scale = self._measure_logits()
+        elementwise.exchange(self.decoder.body)
+        self._exchanged = elementwise.Rotary(self.decoder.body).exchanged
         self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, self.vocabulary.weight.shape[0])
         found = targets.find_targets(self.decoder)  # before adapters bring linear modules of their own
         with targets.noting_calls(found) as called, measure.own_code(model):
@@ -352,7 +353,7 @@ class SharedBase:
         caught: list[torch.Tensor] | None,
     ) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._rotary.exchanged())
+            stack.enter_context(self._exchanged())
             if trunk is not None:
                 stack.enter_context(layers.starting_from(self.decoder, self.first_adapted_layer, trunk))
             output = self.decoder.body(

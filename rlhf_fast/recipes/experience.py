@@ -56,12 +56,16 @@ def response_states(
 
 @torch.no_grad()
 def score(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference: str | None) -> Experience:
-    """Everything that the frozen roles and the policy before its update say of the episodes; no rewards yet. All roles
-    go through the model in one pass, where it allows that."""
+    """Everything that the frozen roles and the policy before its update say of the episodes; no rewards yet.
+
+    Two roles go through the model at a time, as in the update: products of other shapes round in another way, and the
+    first ratio of an update would not be 1.
+    """
     mask = episodes.attention_mask
     trunk = base.trunk(episodes.input_ids, mask)
-    roles = [POLICY, reference, CRITIC, *([REWARD] if REWARD in base.roles else [])]
-    policy, ref, critic, *reward = base.hidden_of(roles, episodes.input_ids, mask, trunk)
+    policy, ref = base.hidden_of([POLICY, reference], episodes.input_ids, mask, trunk)
+    judges = [CRITIC, REWARD] if REWARD in base.roles else [CRITIC]
+    critic, *reward = base.hidden_of(judges, episodes.input_ids, mask, trunk)
     logprobs, ref_logprobs = (_logprobs(base, config, episodes, states) for states in (policy, ref))
     values = torch.where(episodes.response_mask, base.heads[CRITIC](episodes.before_response(critic)), 0.0)
     if reward:
