@@ -9,10 +9,11 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rlhf_fast.ops import gated_activation, rms_norm, rotary_embedding
 
@@ -24,10 +25,7 @@ NEAR = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.f
 
 @torch.no_grad()
 def exchange(body: nn.Module) -> list[str]:
-    """Exchanges the forward of each norm and gated feed-forward layer that a kernel computes; returns their names.
-
-    Their weights must be frozen in float: the exchanged forward reads them anew at every call.
-    """
+    """Exchanges the forward of each norm and gated feed-forward layer that a kernel computes; returns their names."""
     found = []
     for name, module in body.named_modules():
         if "forward" not in vars(module) and (forward := _norm(module) or _feed_forward(module)) is not None:
@@ -38,55 +36,63 @@ def exchange(body: nn.Module) -> list[str]:
 
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    plain = isinstance(weight, Tensor) and weight.dim() == 1 and weight.is_floating_point() and not weight.is_meta
-    if not plain or not isinstance(eps, float) or list(module.children()) or _arguments(module) != 1:
+    if not _plain(weight) or weight.dim() != 1 or not isinstance(eps, float) or _arguments(module) != 1:
         return None
+    # another weight than its own, which may be 1 everywhere and tell nothing
+    rows, trial = _rows(weight.shape[0], like=weight), _rows(weight.shape[0], like=weight)[0, 1]
+    expected = _tried(lambda: functional_call(module, {"weight": trial}, (rows,)))
     for offset in (0.0, 1.0):
-
-        def forward(hidden_states: Tensor, offset: float = offset) -> Tensor:
-            return rms_norm(hidden_states, module.weight, eps=eps, offset=offset)
-
-        if _same(module, forward, weight.shape[0], weight):
-            return forward
+        if _near(rms_norm(rows, trial, eps=eps, offset=offset), expected):
+            return lambda hidden_states: rms_norm(hidden_states, weight, eps=eps, offset=offset)
     return None
 
 
-def _feed_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    children = dict(module.named_children())
-    if not {"gate_proj", "up_proj", "down_proj"} <= children.keys() or _arguments(module) != 1:
+def _feed_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
+    gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    if not isinstance(gate, nn.Linear) or not _plain(gate.weight) or _arguments(module) != 1:
         return None
-    gate = children["gate_proj"]
-    weight = getattr(gate, "weight", None)
-    if not isinstance(gate, nn.Linear) or not isinstance(weight, Tensor) or weight.is_meta:
-        return None
+    rows = _rows(gate.in_features, like=gate.weight)
+    expected = _tried(lambda: module(rows))
     for activation in ACTIVATIONS:
 
         def forward(hidden_states: Tensor, activation: str = activation) -> Tensor:
-            gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
-            return module.down_proj(gated_activation(gate, up, activation=activation))
+            gate, up, down = module.gate_proj, module.up_proj, module.down_proj  # which may be exchanged themselves
+            return down(gated_activation(gate(hidden_states), up(hidden_states), activation=activation))
 
-        if _same(module, forward, gate.in_features, weight):
+        if isinstance(up, nn.Linear) and isinstance(down, nn.Linear) and _near(_tried(lambda: forward(rows)), expected):
             return forward
     return None
+
+
+def _plain(weight: object) -> TypeGuard[Tensor]:
+    return isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
 
 
 def _arguments(module: nn.Module) -> int:
     return len(inspect.signature(module.forward).parameters)
 
 
-def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int, like: Tensor) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(1, ROWS, width, generator=generator).to(like.device, like.dtype)
+def _rows(width: int, like: Tensor) -> Tensor:
+    rows = torch.randn(1, ROWS, width, generator=torch.Generator().manual_seed(0))
+    return rows.to(like.device, like.dtype)
+
+
+def _tried(run: Callable[[], Any]) -> Any:
+    """None where a module does something else with such an input: it is left as it is then."""
     try:
-        expected, found = module(rows), forward(rows)
-    except Exception:  # of a module that takes something else, or computes in another way: it is left as it is
+        return run()
+    except Exception:
+        return None
+
+
+def _near(found: Any, expected: Any) -> bool:
+    """Whether each row is the other's, within a few roundings."""
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
         return False
-    return isinstance(expected, Tensor) and expected.shape == found.shape and _near(found, expected)
-
-
-def _near(found: Tensor, expected: Tensor) -> bool:
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        return False
     gap = (found.double() - expected.double()).norm(dim=-1)
-    return found.dtype == expected.dtype and bool((gap <= NEAR[expected.dtype] * expected.double().norm(dim=-1)).all())
+    return bool((gap <= NEAR[expected.dtype] * expected.double().norm(dim=-1)).all())
 
 
 class Rotary:
@@ -126,9 +132,6 @@ def _turning(own: Callable[..., Any]) -> Callable[..., Any]:
 def _turns_halves(own: Callable[..., Any]) -> bool:
     q, k = torch.randn(2, 1, 2, ROWS, 8, generator=torch.Generator().manual_seed(0)).unbind()
     cos, sin = torch.randn(2, 1, ROWS, 8, generator=torch.Generator().manual_seed(1)).unbind()
-    try:
-        expected = own(q, k, cos, sin)
-    except Exception:  # of one that takes something else: it is left as it is
-        return False
+    expected = _tried(lambda: own(q, k, cos, sin))
     ours = rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin)
     return isinstance(expected, tuple) and len(expected) == 2 and all(map(_near, ours, expected))

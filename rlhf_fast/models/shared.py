@@ -75,6 +75,8 @@ class SharedBase:
             )
         self._sampling_fault = measure.why_not_sample(model, self._logits, self.probe, self.pad_id)
         self._adaptable = Adaptable(model, self.decoder, found, targets.left_out(model, found, called))
+        # a mixture sorts its tokens by expert: beside another role's they would take other places in a product
+        self._mixture = bool(found.fused)
         self._linear_names = self._adaptable.names  # what all-linear means for this model
         self._splits: dict[int, bool] = {}
         self._linear = targets.inside(self.decoder, found.linear)
@@ -392,7 +394,7 @@ class SharedBase:
         left = lora_layers.fuse(found)
         fused = {name: layer for name, layer in found.items() if name not in left}
         calls = lora_layers.group(fused, lambda: self._run(self.probe, torch.ones_like(self.probe)))
-        self.one_pass = not left and calls.sizes == {self.probe.numel()}
+        self.one_pass = not (left or self._mixture) and calls.sizes == {self.probe.numel()}
 
     def _check_split(self) -> None:
         """Whether the layers above the shared ones can be run alone is tried once for each place to start at."""
