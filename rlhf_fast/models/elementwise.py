@@ -34,7 +34,7 @@ def exchange(body: nn.Module) -> list[str]:
     return found
 
 
-def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _norm(module: Any) -> Callable[[Tensor], Tensor] | None:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not _plain(weight) or weight.dim() != 1 or not isinstance(eps, float) or _arguments(module) != 1:
         return None
@@ -43,7 +43,7 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     expected = _tried(lambda: functional_call(module, {"weight": trial}, (rows,)))
     for offset in (0.0, 1.0):
         if _near(rms_norm(rows, trial, eps=eps, offset=offset), expected):
-            return lambda hidden_states: rms_norm(hidden_states, weight, eps=eps, offset=offset)
+            return lambda hidden_states: rms_norm(hidden_states, module.weight, eps=eps, offset=offset)
     return None
 
 
