@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
@@ -84,6 +86,37 @@ def same_states(states: torch.Tensor, expected: torch.Tensor) -> bool:
     # the middle token: in half precision a mixture may send single ones to other experts
     gap = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
     return gap.median().item() <= CLOSE.get(expected.dtype, HALF_CLOSE)
+
+
+def why_not_pack(run: Run, run_packed: Run, embedding: nn.Module, ids: torch.Tensor) -> str | None:
+    """None where sequences side by side in one row have the same states as in a padded batch, and no state depends on
+    another sequence; else the reason."""
+    rows = torch.cat([ids, ids.flip(1), ids.roll(3, 1)])
+    mask = torch.ones_like(rows)
+    mask[0, : TOKENS // 2] = mask[2, -TOKENS // 4 :] = 0
+    live = mask.bool()
+    embedded: list[torch.Tensor] = []
+
+    def watch(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    handle = embedding.register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            found = run_packed(rows, mask)
+            (seen,) = torch.autograd.grad(found[1].float().square().sum(), embedded[0])
+    except Exception as error:  # whatever its code does with an attention function that it does not know
+        return f"its attention raises {type(error).__name__}"
+    finally:
+        handle.remove()
+    before, own, _ = seen[0].split(live.sum(dim=1).tolist())
+    if before.any() or not own.any():  # exact: where nothing flows, the gradient is 0
+        return "its layers mix tokens of one row"
+    with torch.no_grad():
+        expected = run(rows, mask)
+    agree = all(same_states(found[row][live[row]], expected[row][live[row]]) for row in range(len(rows)))
+    return None if agree else "the hidden states differ"
 
 
 @torch.no_grad()

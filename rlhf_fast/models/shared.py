@@ -6,7 +6,7 @@ a role changes which adapter is active, never which parameters train.
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,9 +15,10 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_fast import lora_layers
 from rlhf_fast.config import ALL_LINEAR, StageConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import identity, layers, measure, targets, tokens, vocabulary
+from rlhf_fast.models import attention, elementwise, identity, layers, measure, targets, tokens, vocabulary
 from rlhf_fast.models.heads import ScoreHead
 from rlhf_fast.models.lora import Adaptable, differences
 from rlhf_fast.models.merged import Merged, why_not_merge
@@ -47,6 +48,7 @@ class SharedBase:
         self.stop_ids, notes = tokens.stop_ids(model, tokenizer, self.rows)
         self.notes += notes
         self.peft: PeftModel | None = None
+        self.one_pass = False  # whether rows of several roles can go through the model together
         self.heads: dict[str, ScoreHead] = {}
         self._trainable: set[str] = set()
         self._in_role = False
@@ -54,14 +56,27 @@ class SharedBase:
         self.decoder = layers.find_decoder(model)
         self._layers = self.decoder.layers
         self.probe = measure.probe(tokenizer, self.rows, self.device)
+        self._exchanged: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         with measure.own_code(model):
             self._softcap, self._scale = self._measure_logits()
+        elementwise.exchange(self.decoder.body)
+        self._exchanged = elementwise.Rotary(self.decoder.body).exchanged
         self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, self.vocabulary.weight.shape[0])
         found = targets.find_targets(self.decoder)  # before adapters bring linear modules of their own
         with targets.noting_calls(found) as called, measure.own_code(model):
             measure.check_context(model, self._run, self.probe, self.pad_id)
+        self._configs = attention.configs_of(self.decoder.body)
+        reason = measure.why_not_pack(self._run, self._run_packed, model.get_input_embeddings(), self.probe)
+        self.packs = reason is None
+        if reason is not None:
+            self.notes.append(
+                f"{type(model).__name__} cannot compute sequences packed without padding ({reason}), so padding is "
+                "computed too, which is right but slower"
+            )
         self._sampling_fault = measure.why_not_sample(model, self._logits, self.probe, self.pad_id)
         self._adaptable = Adaptable(model, self.decoder, found, targets.left_out(model, found, called))
+        # a mixture sorts its tokens by expert: beside another role's they would take other places in a product
+        self._mixture = bool(found.fused)
         self._linear_names = self._adaptable.names  # what all-linear means for this model
         self._splits: dict[int, bool] = {}
         self._linear = targets.inside(self.decoder, found.linear)
@@ -168,8 +183,7 @@ class SharedBase:
     @contextlib.contextmanager
     def role(self, name: str | None) -> Iterator[None]:
         """Inside, the model computes with this adapter; None is the bare base. Roles do not nest: RuntimeError."""
-        if name is not None and name not in self.roles:
-            raise KeyError(f"no role {name!r}; there are {self.roles}")
+        self._check_role(name)
         if self._in_role:
             raise RuntimeError(f"role {name!r} was asked for inside another role; leave that one first")
         self._in_role = True
@@ -207,8 +221,7 @@ class SharedBase:
         Raises UserError where they have no room, or where a module is of a kind that nothing is merged into
         (``why_not_merge``).
         """
-        if role is not None and role not in self.roles:
-            raise KeyError(f"no role {role!r}; there are {self.roles}")
+        self._check_role(role)
         return Merged(self.model, role)
 
     def why_not_merge(self) -> str | None:
@@ -236,8 +249,7 @@ class SharedBase:
             return None
         caught: list[torch.Tensor] = []
         with layers.stopping_at(self.decoder, first, caught):
-            self._run(input_ids, attention_mask)
-        return caught[0]
+            return self._states(input_ids, attention_mask, caught=caught)[0]
 
     def hidden(
         self,
@@ -247,12 +259,27 @@ class SharedBase:
         trunk: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Last hidden states (B, T, H) under a role's adapter. ``input_ids`` and ``attention_mask`` (1 = token) are
-        (B, T), padded on either side. With ``trunk`` (see there) only the layers above it are computed."""
+        (B, T), padded on either side. With ``trunk`` (see there) only the layers above it are computed.
+
+        Padding is not computed where the model can do without (``packs``); its states are 0 then.
+        """
         with self.role(role):
-            if trunk is None:
-                return self._run(input_ids, attention_mask)
-            with layers.starting_from(self.decoder, self.first_adapted_layer, trunk):
-                return self._run(input_ids, attention_mask)
+            return self._states(input_ids, attention_mask, trunk)[0]
+
+    def hidden_of(
+        self,
+        roles: Sequence[str | None],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        trunk: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """``hidden`` of each role, in one pass where the model allows it (``one_pass``): the rows of all roles go
+        through the base's products together, and each role's through its adapter."""
+        if len(roles) == 1 or not self.one_pass:
+            return tuple([self.hidden(role, input_ids, attention_mask, trunk) for role in roles])
+        for role in roles:
+            self._check_role(role)
+        return tuple(self._states(input_ids, attention_mask, trunk, roles=roles).unbind())
 
     def scores(
         self,
@@ -262,27 +289,88 @@ class SharedBase:
         trunk: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The role's head on the last live token of each row: (B,) float32."""
-        hidden = self.hidden(role, input_ids, attention_mask, trunk)
-        positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        last = (attention_mask * positions).argmax(dim=1)
-        return self.heads[role](hidden[torch.arange(len(hidden), device=hidden.device), last])
+        return self.heads[role](last_states(self.hidden(role, input_ids, attention_mask, trunk), attention_mask))
 
     @property
     def vocabulary(self) -> Vocabulary:
         head = self.model.get_output_embeddings()
         return Vocabulary(head.weight, getattr(head, "bias", None), self._softcap, self._scale)
 
-    def _run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        output = self.decoder.body(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        )
-        return output.last_hidden_state
+    def _states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        trunk: torch.Tensor | None = None,
+        *,
+        roles: Sequence[str | None] = (),
+        caught: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """(R, B, T, H): the last hidden states under each of ``roles``; (1, B, T, H) under what is active where there
+        are none. ``caught``: a list in which the pass leaves other states, which are returned instead."""
+        run, size = self._run_packed if self.packs else self._run, input_ids.shape
+        if not roles:
+            return run(input_ids, attention_mask, trunk, caught)[None]
+        rows = int(attention_mask.sum()) if self.packs else attention_mask.numel()
+        input_ids, attention_mask = (tensor.repeat(len(roles), 1) for tensor in (input_ids, attention_mask))
+        trunk = None if trunk is None else trunk.repeat(len(roles), 1, 1)
+        with lora_layers.roles([(role, rows) for role in roles]):
+            return run(input_ids, attention_mask, trunk, caught).view(len(roles), *size, -1)
+
+    def _run(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        trunk: torch.Tensor | None = None,
+        caught: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """(B, T, H), padding computed too."""
+        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return self._through_body(input_ids, attention_mask, positions, trunk, caught)
+
+    def _run_packed(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        trunk: torch.Tensor | None = None,
+        caught: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """As ``_run``, of the live tokens alone; the states of padding are 0."""
+        index = attention_mask.reshape(-1).nonzero().squeeze(1)
+        positions = (attention_mask.long().cumsum(dim=1) - 1).reshape(-1)[index]
+        ids = input_ids.reshape(-1)[index][None]
+        if trunk is not None:
+            trunk = trunk.reshape(-1, trunk.shape[-1])[index][None]
+        layout = attention.Layout(attention_mask.sum(dim=1).tolist(), input_ids.device)
+        with attention.packed(self._configs, layout):
+            states = self._through_body(ids, torch.ones_like(ids), positions[None], trunk, caught)[0]
+        padded = states.new_zeros(attention_mask.numel(), states.shape[1]).index_copy(0, index, states)
+        return padded.view(*attention_mask.shape, -1)
+
+    def _through_body(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        trunk: torch.Tensor | None,
+        caught: list[torch.Tensor] | None,
+    ) -> torch.Tensor:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._exchanged())
+            if trunk is not None:
+                stack.enter_context(layers.starting_from(self.decoder, self.first_adapted_layer, trunk))
+            output = self.decoder.body(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            )
+        return output.last_hidden_state if caught is None else caught[0]
 
     def _logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return self.vocabulary.logits(self._run(input_ids, attention_mask))
 
     # ---- the parts that only this file needs -------------------------------------------------------------------
+
+    def _check_role(self, role: str | None) -> None:
+        if role is not None and role not in self.roles:
+            raise KeyError(f"no role {role!r}; there are {self.roles}")
 
     def _config_of(self, role: str) -> LoraConfig:
         assert self.peft is not None
@@ -297,7 +385,16 @@ class SharedBase:
         if identity.fingerprint(self._linear) != self.fingerprint:
             raise UserError(f"adapter {name}: PEFT changes the base to make it (init_lora_weights), which roles share")
         self.model.eval()
+        self._fuse()
         self._check_split()
+
+    def _fuse(self) -> None:
+        """Has the adapted layers computed by ``lora_linear``, those that read the same input together."""
+        found = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        left = lora_layers.fuse(found)
+        fused = {name: layer for name, layer in found.items() if name not in left}
+        calls = lora_layers.group(fused, lambda: self._run(self.probe, torch.ones_like(self.probe)))
+        self.one_pass = not (left or self._mixture) and calls.sizes == {self.probe.numel()}
 
     def _check_split(self) -> None:
         """Whether the layers above the shared ones can be run alone is tried once for each place to start at."""
@@ -355,3 +452,10 @@ class SharedBase:
         head = self.model.get_output_embeddings()
         raw = nn.functional.linear(self._run(ids, mask), head.weight, getattr(head, "bias", None))
         return vocabulary.measure(self.model, raw, logits)
+
+
+def last_states(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T, H) -> (B, H): the state of the last live token of each row."""
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask * positions).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import SharedBase
+from rlhf_fast.models import SharedBase, last_states
 from rlhf_fast.ops import gae, linear_logprobs, masked_whiten, token_kl
 from rlhf_fast.rewards.shaping import token_rewards
 from rlhf_fast.rollout import EpisodeBatch
@@ -46,39 +46,40 @@ class Experience:
         return token_kl(self.logprobs, self.ref_logprobs, self.mask).sum(dim=1)
 
 
-def policy_hidden(
-    base: SharedBase, role: str | None, episodes: EpisodeBatch, trunk: torch.Tensor | None
-) -> torch.Tensor:
-    """(b, R, H): the states that predict each response token."""
-    return episodes.before_response(base.hidden(role, episodes.input_ids, episodes.attention_mask, trunk))
-
-
-def values_of(base: SharedBase, episodes: EpisodeBatch, trunk: torch.Tensor | None) -> torch.Tensor:
-    """(b, R): the critic's value before each response token is chosen."""
-    return base.heads[CRITIC](policy_hidden(base, CRITIC, episodes, trunk))
+def response_states(
+    base: SharedBase, roles: Sequence[str | None], episodes: EpisodeBatch, trunk: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """(b, R, H) of each role: the states that predict each response token."""
+    found = base.hidden_of(roles, episodes.input_ids, episodes.attention_mask, trunk)
+    return [episodes.before_response(states) for states in found]
 
 
 @torch.no_grad()
 def score(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference: str | None) -> Experience:
-    """Everything that the frozen roles and the policy before its update say of the episodes; no rewards yet."""
-    trunk = base.trunk(episodes.input_ids, episodes.attention_mask)
-    logprobs = _logprobs(base, config, POLICY, episodes, trunk)
-    ref_logprobs = _logprobs(base, config, reference, episodes, trunk)
-    values = torch.where(episodes.response_mask, values_of(base, episodes, trunk), 0.0)
-    if REWARD in base.roles:
-        scores = base.scores(REWARD, episodes.input_ids, episodes.attention_mask, trunk)
+    """Everything that the frozen roles and the policy before its update say of the episodes; no rewards yet.
+
+    Two roles go through the model at a time, as in the update: products of other shapes round in another way, and the
+    first ratio of an update would not be 1.
+    """
+    mask = episodes.attention_mask
+    trunk = base.trunk(episodes.input_ids, mask)
+    policy, ref = base.hidden_of([POLICY, reference], episodes.input_ids, mask, trunk)
+    judges = [CRITIC, REWARD] if REWARD in base.roles else [CRITIC]
+    critic, *reward = base.hidden_of(judges, episodes.input_ids, mask, trunk)
+    logprobs, ref_logprobs = (_logprobs(base, config, episodes, states) for states in (policy, ref))
+    values = torch.where(episodes.response_mask, base.heads[CRITIC](episodes.before_response(critic)), 0.0)
+    if reward:
+        scores = base.heads[REWARD](last_states(reward[0], mask))
     else:
         scores = torch.zeros(len(episodes.responses), device=base.device)
     nothing = torch.zeros_like(values)
     return Experience(episodes, trunk, logprobs, ref_logprobs, values, scores, scores, nothing, nothing, nothing)
 
 
-def _logprobs(
-    base: SharedBase, config: PPOConfig, role: str | None, episodes: EpisodeBatch, trunk: torch.Tensor | None
-) -> torch.Tensor:
+def _logprobs(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, states: torch.Tensor) -> torch.Tensor:
     vocabulary = base.vocabulary
     return linear_logprobs(
-        policy_hidden(base, role, episodes, trunk),
+        episodes.before_response(states),
         vocabulary.weight,
         episodes.targets,
         episodes.response_mask,

@@ -25,10 +25,9 @@ from rlhf_fast.recipes.experience import (
     Experience,
     check_first_ratio,
     check_start,
-    policy_hidden,
+    response_states,
     score,
     set_advantages,
-    values_of,
 )
 from rlhf_fast.recipes.memory import memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.rows import load_rows
@@ -212,8 +211,9 @@ def losses(stage: Stage[PPOConfig], experience: Experience, tokens: torch.Tensor
     """
     config = stage.config
     episodes, vocabulary = experience.episodes, stage.base.vocabulary
+    policy_states, critic_states = response_states(stage.base, [POLICY, CRITIC], episodes, experience.trunk)
     policy = linear_policy_loss(
-        policy_hidden(stage.base, POLICY, episodes, experience.trunk),
+        policy_states,
         vocabulary.weight,
         episodes.targets,
         experience.logprobs,
@@ -226,16 +226,15 @@ def losses(stage: Stage[PPOConfig], experience: Experience, tokens: torch.Tensor
         clip_high=config.clip_high,
         num_items=tokens,
     )
-    stage.backward(policy.loss)
     value = clipped_value_loss(
-        values_of(stage.base, episodes, experience.trunk),
+        stage.base.heads[CRITIC](critic_states),
         experience.values,
         experience.returns,
         experience.mask,
         clip=config.value_clip,
         num_items=tokens,
     )
-    stage.backward(config.value_coef * value.loss)
+    stage.backward(policy.loss + config.value_coef * value.loss)
     share = experience.mask.sum() / tokens
     return {
         "policy": policy.policy_loss,

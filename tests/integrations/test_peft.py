@@ -72,7 +72,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many layers each call of lora_linear had."""
-    from rlhf_fast.integrations import peft as module
+    from rlhf_fast import lora_layers as module
 
     counts: list[int] = []
     function = module.lora_linear

@@ -108,8 +108,9 @@ def test_a_policy_that_is_not_the_reference_is_refused(ppo_config, monkeypatch):
 
 
 def test_training_that_disagrees_with_scoring_is_refused(ppo_config, monkeypatch):
-    real = ppo.policy_hidden
-    monkeypatch.setattr(ppo, "policy_hidden", lambda *args: torch.nn.functional.dropout(real(*args), 0.1))
+    real = ppo.response_states
+    dropped = torch.nn.functional.dropout
+    monkeypatch.setattr(ppo, "response_states", lambda *args: [dropped(states, 0.1) for states in real(*args)])
     with pytest.raises(UserError, match="first mini-batch the log ratio .* dropout, padding"):
         ppo.train(ppo_config())
 

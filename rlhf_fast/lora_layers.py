@@ -1,0 +1,216 @@
+"""PEFT's LoRA layers computed by ``lora_linear``: several layers in one call, and rows of several roles in one pass."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear, LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_fast.ops import lora_linear
+
+# (role, rows) of the consecutive rows that a pass computes; None as a role has no adapter. Unset: what PEFT has active.
+# A plain global, which torch.compile guards on.
+_roles: Sequence[tuple[str | None, int]] | None = None
+
+
+@contextlib.contextmanager
+def roles(rows: Sequence[tuple[str | None, int]]) -> Iterator[None]:
+    """Inside, fused layers compute the first rows of their input, flattened to (N, I), under the adapter of the first
+    role, the next rows under the next. Which adapter PEFT has active does not matter."""
+    global _roles
+    outer, _roles = _roles, tuple(rows)
+    try:
+        yield
+    finally:
+        _roles = outer
+
+
+def fuse(layers: dict[str, LoraLayer]) -> dict[str, str]:
+    """Exchanges the class of PEFT's layers over nn.Linear and Conv1D. Returns name -> reason of what it leaves."""
+    left = {name: reason for name, layer in layers.items() if (reason := why_not(layer)) is not None}
+    for name, layer in layers.items():
+        if name not in left:
+            layer.__class__ = FusedLinear
+            layer._fused_group = None
+    return left
+
+
+def unfuse(model: nn.Module) -> None:
+    """Has PEFT compute its layers again. A model that is not fused is left as it is."""
+    for module in model.modules():
+        if isinstance(module, FusedLinear):
+            module.__class__ = Linear
+            del module._fused_group
+
+
+class FusedLinear(Linear):
+    """PEFT's layer; its class alone is exchanged."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or (_roles is None and _not_now(self) is not None):
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        if self._fused_group is None or torch.compiler.is_compiling():
+            return _outputs(x, [self])[0]
+        return self._fused_group.output(self, x)
+
+
+class _Group:
+    """Layers that read the same input: the first one that is called computes all, and the others fetch theirs."""
+
+    def __init__(self, layers: list[FusedLinear]) -> None:
+        self.layers = layers
+        self.ready: dict[FusedLinear, Tensor] = {}
+        self.input: Tensor | None = None
+        self.state: tuple[Any, ...] = ()
+
+    def output(self, layer: FusedLinear, x: Tensor) -> Tensor:
+        state = _state(x)
+        if layer in self.ready and x is self.input and state == self.state:
+            output = self.ready.pop(layer)
+            if not self.ready:
+                self.input = None
+            return output
+        together = [layer, *(each for each in self.layers if each is not layer)]
+        if layer is not self.layers[0] or not _agree(together):
+            together = [layer]
+        outputs = _outputs(x, together)
+        self.ready = dict(zip(together[1:], outputs[1:], strict=True))
+        self.input, self.state = x if self.ready else None, state
+        return outputs[0]
+
+
+def _agree(layers: list[FusedLinear]) -> bool:
+    """Whether they can be computed in one call as things stand."""
+    if _roles is None and any(map(_not_now, layers)):
+        return False
+    return len({_dropout(layer) for layer in layers}) == 1
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """What must be the same when another layer of the group fetches its output."""
+    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    return _roles, torch.is_grad_enabled(), autocast, None if x.is_inference() else x._version
+
+
+def _outputs(x: Tensor, layers: list[FusedLinear]) -> tuple[Tensor, ...]:
+    bases = [layer.base_layer for layer in layers]
+    weights = [base.weight.T if isinstance(base, Conv1D) else base.weight for base in bases]
+    given = _roles
+    segments = [(None, 0)] if given is None else given
+    names = [[_active(layer)[0] if given is None else role for layer in layers] for role, _ in segments]
+    loras = [[_lora(layer, name) for layer, name in zip(layers, each, strict=True)] for each in names]
+    return lora_linear(
+        x,
+        weights,
+        loras[0] if given is None else loras,
+        biases=[base.bias for base in bases],
+        dropout=_dropout(layers[0]),
+        rows=None if given is None else [count for _, count in given],
+    )
+
+
+def _lora(layer: Linear, name: str | None) -> tuple[Tensor, Tensor, float] | None:
+    if name not in layer.lora_A:
+        return None
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
+def _active(layer: Linear) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _dropout(layer: Linear) -> float:
+    """Of the one adapter that is active; of several roles, what is on in any of them."""
+    given = _roles
+    names = _active(layer)[:1] if given is None else [name for name, _ in given if name in layer.lora_dropout]
+    modules = [layer.lora_dropout[name] for name in names]
+    return max([0.0, *(each.p for each in modules if isinstance(each, nn.Dropout) and each.training)])
+
+
+def why_not(layer: LoraLayer) -> str | None:
+    """Why the layer cannot be fused; None where it can."""
+    base = layer.get_base_layer()
+    if type(layer) not in (Linear, FusedLinear) or type(base) not in (nn.Linear, Conv1D):
+        return f"a {type(layer).__module__}.{type(layer).__name__} over {type(base).__name__}"
+    if layer.base_layer is not base:
+        return "its base layer is wrapped more than once"
+    for part in (layer, base):
+        if "forward" in vars(part):
+            return "something else has replaced its forward"
+    if hasattr(base.weight, "full_tensor"):
+        return "its weight is spread over ranks"
+    return _not_now(layer)
+
+
+def _not_now(layer: Linear) -> str | None:
+    """Why PEFT computes the layer as things stand: this may change from call to call."""
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return "its adapter is merged"
+    active = _active(layer)
+    if len(active) != 1:
+        return f"{len(active)} adapters are active"
+    name = active[0]
+    if name in layer.lora_variant:
+        return f"its adapter is a {type(layer.lora_variant[name]).__name__}"
+    if layer.lora_B[name].bias is not None:
+        return "its adapter has a bias"
+    dropout = layer.lora_dropout[name]
+    if not isinstance(dropout, nn.Identity) and type(dropout) is not nn.Dropout:
+        return f"its dropout is a {type(dropout).__name__}"
+    for part in (layer.base_layer, layer.lora_A[name], layer.lora_B[name], dropout):
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return "a part of it has hooks"
+    return None
+
+
+class Calls(NamedTuple):
+    """What a forward pass called."""
+
+    groups: list[list[str]]  # names of layers of one module that read the very same tensor, one after the other
+    sizes: set[int]  # rows (..., I) of the layers' inputs
+
+
+def group(layers: dict[str, FusedLinear], run: Callable[[], Any]) -> Calls:
+    """Has layers that read the same input computed together, as the projections to query, key and value do. ``run`` is
+    a forward pass of a few tokens, which shows them."""
+    calls = _calls(layers, run)
+    for names in calls.groups:
+        together = _Group([layers[name] for name in names])
+        for name in names:
+            layers[name]._fused_group = together
+    return calls
+
+
+def _calls(layers: dict[str, FusedLinear], run: Callable[[], Any]) -> Calls:
+    called: list[str] = []
+    groups: list[list[str]] = []
+    sizes: set[int] = set()
+    last: list[Any] = [None, None]  # the module that holds the layer called last, and what it was called with
+
+    def seen(name: str, args: tuple[Any, ...]) -> None:
+        called.append(name)
+        parent, x = name.rpartition(".")[0], args[0] if args else None
+        if x is not None and parent == last[0] and x is last[1]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        sizes.add(-1 if x is None else x.shape[:-1].numel())
+        last[:] = parent, x
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen(name, args)) for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups = [group for group in groups if len(group) > 1 and all(called.count(name) == 1 for name in group)]
+    return Calls(groups, sizes)

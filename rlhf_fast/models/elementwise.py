@@ -1,0 +1,137 @@
+"""Norms, gated activations and rotary embeddings of a transformers model by this project's kernels.
+
+In transformers each is half a dozen passes over the hidden states, with copies in float32; here each is one. What a
+module computes is learnt by trying it, not from a list of names: one that gives the same numbers, within rounding, is
+exchanged, and any other is left as it is.
+"""
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rlhf_fast.ops import gated_activation, rms_norm, rotary_embedding
+
+ROWS = 4  # of a trial
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+# How far a trial's rows may lie from the module's own, of their norm: a few roundings.
+NEAR = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@torch.no_grad()
+def exchange(body: nn.Module) -> list[str]:
+    """Exchanges the forward of each norm and gated feed-forward layer that a kernel computes; returns their names."""
+    found = []
+    for name, module in body.named_modules():
+        if "forward" not in vars(module) and (forward := _norm(module) or _feed_forward(module)) is not None:
+            module.forward = forward  # type: ignore[method-assign]
+            found.append(name)
+    return found
+
+
+def _norm(module: Any) -> Callable[[Tensor], Tensor] | None:
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not _plain(weight) or weight.dim() != 1 or not isinstance(eps, float) or _arguments(module) != 1:
+        return None
+    # another weight than its own, which may be 1 everywhere and tell nothing
+    rows, trial = _rows(weight.shape[0], like=weight), _rows(weight.shape[0], like=weight)[0, 1]
+    expected = _tried(lambda: functional_call(module, {"weight": trial}, (rows,)))
+    for offset in (0.0, 1.0):
+        if _near(rms_norm(rows, trial, eps=eps, offset=offset), expected):
+            return lambda hidden_states: rms_norm(hidden_states, module.weight, eps=eps, offset=offset)
+    return None
+
+
+def _feed_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
+    gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    if not isinstance(gate, nn.Linear) or not _plain(gate.weight) or _arguments(module) != 1:
+        return None
+    rows = _rows(gate.in_features, like=gate.weight)
+    expected = _tried(lambda: module(rows))
+    for activation in ACTIVATIONS:
+
+        def forward(hidden_states: Tensor, activation: str = activation) -> Tensor:
+            gate, up, down = module.gate_proj, module.up_proj, module.down_proj  # which may be exchanged themselves
+            return down(gated_activation(gate(hidden_states), up(hidden_states), activation=activation))
+
+        if isinstance(up, nn.Linear) and isinstance(down, nn.Linear) and _near(_tried(lambda: forward(rows)), expected):
+            return forward
+    return None
+
+
+def _plain(weight: object) -> TypeGuard[Tensor]:
+    return isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+
+
+def _arguments(module: nn.Module) -> int:
+    return len(inspect.signature(module.forward).parameters)
+
+
+def _rows(width: int, like: Tensor) -> Tensor:
+    rows = torch.randn(1, ROWS, width, generator=torch.Generator().manual_seed(0))
+    return rows.to(like.device, like.dtype)
+
+
+def _tried(run: Callable[[], Any]) -> Any:
+    """None where a module does something else with such an input: it is left as it is then."""
+    try:
+        return run()
+    except Exception:
+        return None
+
+
+def _near(found: Any, expected: Any) -> bool:
+    """Whether each row is the other's, within a few roundings."""
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        return False
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        return False
+    gap = (found.double() - expected.double()).norm(dim=-1)
+    return bool((gap <= NEAR[expected.dtype] * expected.double().norm(dim=-1)).all())
+
+
+class Rotary:
+    """The functions apply_rotary_pos_emb of the modules that ``body``'s classes were written in."""
+
+    def __init__(self, body: nn.Module) -> None:
+        sources = {type(module).__module__ for module in body.modules()}
+        functions = {
+            (source, vars(sys.modules[source])["apply_rotary_pos_emb"])
+            for source in sources
+            if "apply_rotary_pos_emb" in vars(sys.modules[source])
+        }
+        self._exchanged = [(sys.modules[source], own, _turning(own)) for source, own in functions if _turns_halves(own)]
+
+    @contextlib.contextmanager
+    def exchanged(self) -> Iterator[None]:
+        """Inside, ``rotary_embedding`` computes them."""
+        try:
+            for module, _, ours in self._exchanged:
+                module.apply_rotary_pos_emb = ours  # type: ignore[attr-defined]
+            yield
+        finally:
+            for module, own, _ in self._exchanged:
+                module.apply_rotary_pos_emb = own  # type: ignore[attr-defined]
+
+
+def _turning(own: Callable[..., Any]) -> Callable[..., Any]:
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **options: Any) -> Any:
+        if more or options or cos.dim() != 3:
+            return own(q, k, cos, sin, *more, **options)
+        return rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin)
+
+    return apply_rotary_pos_emb
+
+
+@torch.no_grad()
+def _turns_halves(own: Callable[..., Any]) -> bool:
+    q, k = torch.randn(2, 1, 2, ROWS, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    cos, sin = torch.randn(2, 1, ROWS, 8, generator=torch.Generator().manual_seed(1)).unbind()
+    expected = _tried(lambda: own(q, k, cos, sin))
+    ours = rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin)
+    return isinstance(expected, tuple) and len(expected) == 2 and all(map(_near, ours, expected))
