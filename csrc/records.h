@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <tuple>
 
-#define RLHF_FAST_RECORDS "70de1d5f71b351e9"
+#define RLHF_FAST_RECORDS "be69eb8fd89c4a3f"
 
 namespace rlhf_fast {
 
@@ -25,12 +25,13 @@ struct Rows {
   int64_t vocab;               // columns in the softmax
   const int64_t* targets;      // (length,); in [0, vocab) where live
   const uint8_t* live;         // (length,)
-  const float* temperature;    // (length,)
-  int64_t temperature_stride;  // 0 where all rows share one
-  float softcap;               // 0 = none
+  const float* temperatures;   // (length,); None = all rows have ``temperature``
+  int64_t temperature_stride;  // of temperatures
+  float temperature;
+  float softcap;  // 0 = none
 };
 inline auto fields(Rows& a) {
-  return std::tie(a.length, a.vocab, a.targets, a.live, a.temperature, a.temperature_stride, a.softcap);
+  return std::tie(a.length, a.vocab, a.targets, a.live, a.temperatures, a.temperature_stride, a.temperature, a.softcap);
 }
 
 struct Logits {

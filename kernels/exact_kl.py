@@ -15,7 +15,16 @@ from .launch import launch
 from .numbers import log1p
 from .pairs import Normalisers, empty_normalisers, join_terms, kl_parts, store_normalisers
 from .records import ExactKl, ExactKlBackward
-from .rows import GENERAL, grid_of_rows, inverse_temperatures, lanes_of_program, load_rows, segments_of, store_rows
+from .rows import (
+    GENERAL,
+    grid_of_rows,
+    inverse_temperatures,
+    lanes_of_program,
+    load_rows,
+    segments_of,
+    store_rows,
+    temperature_arguments,
+)
 from .sums import join_segments, sum_rows
 
 
@@ -60,8 +69,7 @@ def exact_kl(a: ExactKl) -> None:
         grid_of_rows(rows),
         length=rows.length,
         live=rows.live,
-        temperature=rows.temperature,
-        temperature_stride=rows.temperature_stride,
+        **temperature_arguments(rows),
         parts=sum_rows(rows, a.logits, weighted=False),
         ref_parts=sum_rows(rows, a.ref_logits, weighted=False),
         segments=segments,
@@ -111,8 +119,7 @@ def exact_kl_backward(a: ExactKlBackward) -> None:
         grid_of_rows(rows),
         length=rows.length,
         live=rows.live,
-        temperature=rows.temperature,
-        temperature_stride=rows.temperature_stride,
+        **temperature_arguments(rows),
         statistics=a.statistics,
         kl=a.kl,
         grad_kl=a.grad_kl,

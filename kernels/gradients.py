@@ -36,6 +36,7 @@ from .rows import (
     row_arguments,
     row_target,
     store_rows,
+    temperature_of_row,
     vector,
     vector_starts,
 )
@@ -158,7 +159,7 @@ def write_segments(
         alive = tl.load(live + index) != 0
     if alive:
         # 1. What the row has in common, once per program.
-        rate = LOG2E / tl.load(temperature + index * temperature_stride)
+        rate = LOG2E / temperature_of_row(temperature, temperature_stride, index)
         target = row_target(targets, index, vocab)
         row = Row(logits + tl.multiple_of(index * logits_stride, VECTOR), vocab, target, softcap)
         ref_row = None

@@ -32,6 +32,7 @@ from .rows import (
     row_target,
     segments_of,
     store_rows,
+    temperature_of_row,
     thread_sum,
     vector,
 )
@@ -102,7 +103,7 @@ def sum_terms(
         if tl.load(live + index) == 0:
             return
     target = row_target(targets, index, vocab)
-    rate = LOG2E / tl.load(temperature + index * temperature_stride)
+    rate = LOG2E / temperature_of_row(temperature, temperature_stride, index)
     of_row = load_normalisers(normalisers, index, length)
     row = Row(logits + tl.multiple_of(index * logits_stride, VECTOR), vocab, target, softcap)
     ref_row = Row(ref_logits + tl.multiple_of(index * ref_stride, VECTOR), vocab, target, softcap)

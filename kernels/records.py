@@ -57,8 +57,9 @@ class Rows(NamedTuple):
     vocab: Size  # columns in the softmax
     targets: Ids | None  # (length,); in [0, vocab) where live
     live: Live | None  # (length,)
-    temperature: In  # (length,)
-    temperature_stride: Size  # 0 where all rows share one
+    temperatures: In | None  # (length,); None = all rows have ``temperature``
+    temperature_stride: Size  # of temperatures
+    temperature: Number
     softcap: Number  # 0 = none
 
 

@@ -50,7 +50,21 @@ class Lanes(NamedTuple):
 
 def row_arguments(rows: Rows) -> dict[str, Any]:
     """The kernel arguments that every row has, by name. No softcap is None, so that no code is compiled for it."""
-    return {**rows._asdict(), "softcap": rows.softcap or None}
+    return {
+        "length": rows.length,
+        "vocab": rows.vocab,
+        "targets": rows.targets,
+        "live": rows.live,
+        **temperature_arguments(rows),
+        "softcap": rows.softcap or None,
+    }
+
+
+def temperature_arguments(rows: Rows) -> dict[str, Any]:
+    """``temperature`` is a number if ``temperature_stride`` is None, else a tensor."""
+    if rows.temperatures is None:
+        return {"temperature": rows.temperature, "temperature_stride": None}
+    return {"temperature": rows.temperatures, "temperature_stride": rows.temperature_stride}
 
 
 def segments_of(rows: Rows) -> int:
@@ -171,7 +185,16 @@ def lanes_of_program(length, live):
 
 @triton.jit
 def inverse_temperatures(lanes, temperature, temperature_stride):
-    return 1.0 / tl.load(temperature + lanes.row * temperature_stride, mask=lanes.alive, other=1.0)
+    if temperature_stride is not None:
+        temperature = tl.load(temperature + lanes.row * temperature_stride, mask=lanes.alive, other=1.0)
+    return 1.0 / temperature
+
+
+@triton.jit
+def temperature_of_row(temperature, temperature_stride, row):
+    if temperature_stride is not None:
+        temperature = tl.load(temperature + row * temperature_stride)
+    return temperature
 
 
 @triton.jit

@@ -40,6 +40,7 @@ from .rows import (
     row_arguments,
     row_target,
     segments_of,
+    temperature_of_row,
     thread_sum,
     vector,
 )
@@ -118,7 +119,7 @@ def sum_segments(
         if tl.load(live + index) == 0:
             return
     target = row_target(targets, index, vocab)
-    rate = LOG2E / tl.load(temperature + index * temperature_stride)
+    rate = LOG2E / temperature_of_row(temperature, temperature_stride, index)
     # multiple_of lets Triton emit vector loads: a stride known only at run time proves no alignment.
     row = Row(logits + tl.multiple_of(index * logits_stride, VECTOR), vocab, target, softcap)
     columns = block_columns(VECTOR)
@@ -147,8 +148,9 @@ def sum_segments(
 
 def sum_rows(rows: Rows, logits: Logits, weighted: bool) -> Tensor:
     """The sums of each segment of the live rows, (4, segments, length). An entropy needs ``weighted``."""
+    assert logits.data is not None  # None stands for a gradient that is not wanted
     segments = segments_of(rows)
-    parts = torch.empty(4, segments, rows.length, dtype=torch.float32, device=rows.temperature.device)
+    parts = torch.empty(4, segments, rows.length, dtype=torch.float32, device=logits.data.device)
     launch(
         sum_segments,
         (rows.length * segments,),

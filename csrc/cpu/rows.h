@@ -257,7 +257,7 @@ RLHF_FAST_INLINE T* row_of(const Logits& logits, int64_t i) {
 }
 
 RLHF_FAST_INLINE float inverse_temperature_of(const Rows& rows, int64_t i) {
-  return 1 / rows.temperature[i * rows.temperature_stride];
+  return 1 / (rows.temperatures ? rows.temperatures[i * rows.temperature_stride] : rows.temperature);
 }
 
 RLHF_FAST_INLINE bool is_live(const Rows& rows, int64_t i) { return !rows.live || rows.live[i]; }

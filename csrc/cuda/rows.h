@@ -134,7 +134,7 @@ __device__ __forceinline__ T* row_of(const Logits& logits, int64_t row) {
 __device__ __forceinline__ bool is_live(const Rows& rows, int64_t row) { return !rows.live || rows.live[row]; }
 
 __device__ __forceinline__ float inverse_temperature_of(const Rows& rows, int64_t row) {
-  return 1 / rows.temperature[row * rows.temperature_stride];
+  return 1 / (rows.temperatures ? rows.temperatures[row * rows.temperature_stride] : rows.temperature);
 }
 
 // The target, or -1 if it is not in the vocabulary.

@@ -57,12 +57,22 @@ def aggregate(
 
 
 def token_weights(
-    live: torch.Tensor, *, aggregation: str, num_items: float | torch.Tensor | None = None
+    tokens: torch.Tensor,
+    live: torch.Tensor | None,
+    *,
+    aggregation: str,
+    num_items: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a token counts in ``aggregate``, whose result is the sum of weights * values: float32, shape of ``live``."""
-    weights = live.float()
+    """What a token counts in ``aggregate``, whose result is the sum of weights * values: float32, shape of ``tokens``.
+
+    Args:
+        live: bool, of that shape, True = counts; None counts every token.
+    """
+    weights = torch.ones_like(tokens, dtype=torch.float32) if live is None else live.float()
     if aggregation == "token-mean":
-        return _divide(weights, live.sum() if num_items is None else num_items)
+        return _divide(weights, _count(weights, live) if num_items is None else num_items)
+    if live is None:
+        live = torch.ones_like(tokens, dtype=torch.bool)
     lengths = live.sum(-1, keepdim=True)
     if aggregation == "seq-mean-token-mean":
         weights = weights / lengths.clamp(min=1)

@@ -47,9 +47,27 @@ def is_tensor(op: str, **tensors: torch.Tensor) -> None:
             )
 
 
+def alike(op: str, what: str, **tensors: torch.Tensor) -> None:
+    """All are floating-point tensors on one device, of the shape of the first; ``what`` says whose that is."""
+    first = next(iter(tensors.values()))
+    if type(first) in PLAIN:  # one pass where nothing is wrong
+        shape, device = first.shape, first.device
+        for tensor in tensors.values():
+            if type(tensor) not in PLAIN or tensor.dtype not in FLOATS:
+                break
+            if tensor.shape != shape or tensor.device != device:
+                break
+        else:
+            return
+    floating(op, **tensors)
+    shaped(op, first.shape, what, **tensors)
+    same_device(op, **tensors)
+
+
 def same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """All tensors that are given are on one device."""
-    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+    given = [tensor.device for tensor in tensors.values() if tensor is not None]
+    if given.count(given[0]) != len(given):
         places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
         listing = ", ".join(f"{name} on {device}" for name, device in places.items())
         raise ValueError(f"{op}: all tensors must be on one device; got {listing}")
@@ -58,7 +76,7 @@ def same_device(op: str, **tensors: torch.Tensor | None) -> None:
 def shaped(op: str, expected: tuple[int, ...] | torch.Size, what: str, **tensors: torch.Tensor | None) -> None:
     """Every tensor that is given has the expected shape; ``what`` says where that shape comes from."""
     for name, tensor in tensors.items():
-        if tensor is not None and tuple(tensor.shape) != tuple(expected):
+        if tensor is not None and tensor.shape != expected:
             raise ValueError(f"{op}: {name} must have shape {tuple(expected)} ({what}); got {tuple(tensor.shape)}")
 
 
@@ -159,22 +177,25 @@ def is_number(op: str, **numbers: object) -> None:
 
 
 def positive(op: str, **numbers: float | None) -> None:
-    is_number(op, **numbers)
     for name, number in numbers.items():
+        if type(number) not in NUMBERS:
+            is_number(op, **{name: number})
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{op}: {name} must be a finite number > 0; got {number!r}")
 
 
 def non_negative(op: str, **numbers: float | None) -> None:
-    is_number(op, **numbers)
     for name, number in numbers.items():
+        if type(number) not in NUMBERS:
+            is_number(op, **{name: number})
         if number is not None and not 0 <= number < math.inf:
             raise ValueError(f"{op}: {name} must be a finite number >= 0; got {number!r}")
 
 
 def within(op: str, lowest: float, highest: float, **numbers: float) -> None:
-    is_number(op, **numbers)
     for name, number in numbers.items():
+        if type(number) not in NUMBERS:
+            is_number(op, **{name: number})
         if not lowest <= number <= highest:
             raise ValueError(f"{op}: {name} must be in [{lowest:g}, {highest:g}]; got {number!r}")
 

@@ -5,13 +5,12 @@ from torch import Tensor
 from rlhf_fast.kernels import records
 
 from ._rows import unit_columns
+from ._tokens import as_rows
 
 
 def flat_rows(hidden: Tensor) -> Tensor:
     """(..., H) -> (N, H), whose columns lie side by side; copied where no row stride can say it."""
-    if hidden.dim() < 2:
-        return unit_columns(hidden.reshape(1, -1))
-    return unit_columns(hidden if hidden.dim() == 2 else hidden.flatten(0, -2))
+    return unit_columns(as_rows(hidden))
 
 
 def hidden_of(rows: Tensor | None) -> records.Hidden:

@@ -61,11 +61,11 @@ def checked_head(
         _checks.floating(op, bias=bias)
         _checks.shaped(op, (columns,), "one entry a row of weight", bias=bias)
         _checks.same_device(op, hidden=hidden, bias=bias)
-        bias = bias[:vocab]
-    if lora is None:
-        return hidden, Head(weight[:vocab], bias)
-    down, up, scale = checked_lora(op, hidden, columns, lora)
-    return hidden, Head(weight[:vocab], bias, down, up[:vocab], scale)
+    down, up, scale = (None, None, 0.0) if lora is None else checked_lora(op, hidden, columns, lora)
+    if vocab < columns:
+        weight = weight[:vocab]
+        bias, up = (None if part is None else part[:vocab] for part in (bias, up))
+    return hidden, Head(weight, bias, down, up, scale)
 
 
 def autocasted(operand: Tensor) -> Tensor:
@@ -79,13 +79,10 @@ def autocasted(operand: Tensor) -> Tensor:
 
 
 def _inside_autocast(tensor: Tensor) -> bool:
+    if tensor.is_cpu:  # asked alone, it takes half the time
+        return torch.is_autocast_enabled("cpu")
     device = tensor.device.type  # "meta" has none
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def flat_hidden(hidden: Tensor) -> Tensor:
-    """(..., H) -> (N, H)."""
-    return hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
 
 
 def in_full_precision(head: Head, dtype: torch.dtype) -> Head:

@@ -1,5 +1,7 @@
 """The rows that an op with an lm head computes: the live ones, side by side."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -18,17 +20,17 @@ class LiveRows:
     """
 
     def __init__(self, tokens: Tokens, softcap: float) -> None:
-        live = tokens.live
-        self.rows = live.shape[0]
+        self.rows = tokens.targets.shape[0]
         self.index: Tensor | None = None
-        self.live: Tensor | None = live
-        if not _capturing(live):
-            index = live.nonzero().squeeze(1)
+        self.live = tokens.live
+        if self.live is not None and not _capturing(self.live):
+            index = self.live.nonzero().squeeze(1)
             self.index = index if index.shape[0] < self.rows else None
             self.live = None
         self.count = self.rows if self.index is None else self.index.shape[0]
-        self.targets, self.temperature = self.take(tokens.targets), self.take(tokens.temperature)
-        self.softcap = softcap
+        self.targets = self.take(tokens.targets)
+        self.temperatures = None if tokens.temperatures is None else self.take(tokens.temperatures)
+        self.temperature, self.softcap = tokens.temperature, softcap
 
     def take(self, tensor: Tensor) -> Tensor:
         """(N, ...) -> (count, ...), contiguous."""
@@ -36,17 +38,25 @@ class LiveRows:
             return tensor.masked_fill(~self.live.reshape(-1, *(1,) * (tensor.dim() - 1)), 0).contiguous()
         return tensor.contiguous() if self.index is None else tensor.index_select(0, self.index)
 
-    def put(self, tensor: Tensor) -> Tensor:
-        """(count, ...) -> (N, ...), 0 elsewhere."""
-        if self.index is None:
+    @overload
+    def put(self, tensor: Tensor) -> Tensor: ...
+    @overload
+    def put(self, tensor: None) -> None: ...
+    @overload
+    def put(self, tensor: Tensor | None) -> Tensor | None: ...
+    def put(self, tensor: Tensor | None) -> Tensor | None:
+        """(count, ...) -> (N, ...), 0 elsewhere; None stays None."""
+        if self.index is None or tensor is None:
             return tensor
         return tensor.new_zeros(self.rows, *tensor.shape[1:]).index_copy_(0, self.index, tensor)
 
     def part(self, part: slice, logits: Tensor) -> records.Rows:
         """Those rows of ``part`` whose logits (n, V) these are."""
-        live = None if self.live is None else self.live[part]
-        vocab, softcap = logits.shape[1], self.softcap
-        return rows_of(self.targets[part], live, self.temperature[part], vocab=vocab, softcap=softcap)
+        live, temperatures = (None if each is None else each[part] for each in (self.live, self.temperatures))
+        length, vocab = logits.shape
+        return rows_of(
+            length, self.targets[part], live, temperatures, self.temperature, vocab=vocab, softcap=self.softcap
+        )
 
 
 def _capturing(tensor: Tensor) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor
 from rlhf_fast.kernels import records
 
 from ._dispatch import implements, launch
-from ._op import fused_op
+from ._op import empty_contiguous, fused_op
 
+JOINT_STATISTICS = 11  # of ppo_loss: 4 terms, 5 of the policy, 1 of the value, the scale
 ABSENT = cast(Tensor, None)
 
 
@@ -50,9 +51,10 @@ def _fused(name: str) -> Any:
     forward = fused_op(name, _Forward, _kernel, _outputs, trained=_TRAINED, save=_save, gradient=_gradient)
 
     def run(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-        trained = (inputs.logprobs, inputs.values, inputs.entropy)
-        enabled = torch.is_grad_enabled()
-        wants = [enabled and data is not None and data.requires_grad for data in trained]
+        wants = [False, False, False]
+        if torch.is_grad_enabled():
+            trained = (inputs.logprobs, inputs.values, inputs.entropy)
+            wants = [data is not None and data.requires_grad for data in trained]
         loss, statistics, _ = forward(_Forward(inputs, wants))
         return loss, statistics.unbind()[:-1]
 
@@ -60,11 +62,11 @@ def _fused(name: str) -> Any:
 
 
 def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
-    """-> the loss (), its statistics (n,), its gradients (wanted, B, T)."""
-    inputs = given.inputs
+    """-> the loss (), its statistics (n,), its gradients: (wanted, B, T), or (B, T) where one is wanted."""
+    inputs, wants = given
     loss, statistics, grads = outputs = _outputs(given)
-    wants = given.wants
-    grad_logprobs, grad_values, grad_entropy = [grads[sum(wants[:i])] if wants[i] else None for i in range(3)]
+    slots = iter(grads.unbind() if wants.count(True) > 1 else (grads,))
+    grad_logprobs, grad_values, grad_entropy = [next(slots) if want else None for want in wants]
     data = inputs.values if inputs.logprobs is None else inputs.logprobs
     sequences, length = data.shape if data.dim() == 2 else (1, data.numel())
     launch(
@@ -98,6 +100,15 @@ def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
+def with_measures(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """-> a policy's loss with its KL and entropy terms (), and the statistics of ppo_loss, those of a value idle."""
+    idle = inputs.old_logprobs  # any finite data: a value loss of weight 0 is not added
+    loss, statistics, _ = _kernel(
+        _Forward(inputs._replace(values=idle, old_values=idle, returns=idle, value_coef=0.0), [False] * 3)
+    )
+    return loss, statistics
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -115,8 +126,10 @@ def _divisor(aggregation: str, num_items: Tensor | None) -> records.LossDivisor:
 def _outputs(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
     policy, value = given.inputs.logprobs, given.inputs.values
     data = value if policy is None else policy
-    count = 6 if value is None else 2 if policy is None else 11  # as records.PpoLoss tells
-    return data.new_empty(()), data.new_empty(count), data.new_empty((sum(given.wants), *data.shape))
+    count = 6 if value is None else 2 if policy is None else JOINT_STATISTICS  # as records.PpoLoss tells
+    wanted = given.wants.count(True)
+    grads = empty_contiguous(data) if wanted == 1 else data.new_empty((wanted, *data.shape))
+    return data.new_empty(()), data.new_empty(count), grads
 
 
 def _save(ctx: Any, given: _Forward, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -129,8 +142,9 @@ def _gradient(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     if grad_loss is None:
         return (None,) * len(_TRAINED)
     statistics, grads = ctx.saved_tensors
-    rows = iter((grads * (grad_loss * statistics[-1])).unbind())
-    return tuple([next(rows) if need else None for need in ctx.needs])
+    grads = grads * (grad_loss * statistics[-1])
+    slots = iter(grads.unbind() if ctx.needs.count(True) > 1 else (grads,))
+    return tuple([next(slots) if need else None for need in ctx.needs])
 
 
 _TRAINED = ("inputs.logprobs", "inputs.values", "inputs.entropy")

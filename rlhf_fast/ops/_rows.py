@@ -9,16 +9,23 @@ NOTHING = records.Logits(data=None, dtype=0, row_stride=0)
 
 
 def rows_of(
-    targets: Tensor | None, live: Tensor | None, temperature: Tensor, *, vocab: int, softcap: float
+    length: int,
+    targets: Tensor | None,
+    live: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    *,
+    vocab: int,
+    softcap: float,
 ) -> records.Rows:
-    """Of N tokens."""
     return records.Rows(
-        length=temperature.shape[0],
+        length=length,
         vocab=vocab,
         targets=None if targets is None else targets.contiguous(),
         live=None if live is None else live.contiguous(),
+        temperatures=temperatures,
+        temperature_stride=0 if temperatures is None else temperatures.stride(0),
         temperature=temperature,
-        temperature_stride=temperature.stride(0),
         softcap=softcap,
     )
 

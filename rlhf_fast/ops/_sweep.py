@@ -4,13 +4,13 @@ The live rows go in chunks. A chunk's logits fill one buffer, the fold turns the
 products with that gradient follow before the next chunk takes the buffer: with a frozen head, two products in all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._linear import Head
+from ._linear import Head, without_autocast
 from ._products import TILE, empty_logits, logits_product, plan, product, product_dtype, tiles
 
 Fold = Callable[[slice, tuple[Tensor, ...], Tensor | None], None]
@@ -21,19 +21,20 @@ TRAINED = ("hidden", "head.weight", "head.bias", "head.down", "head.up")
 
 
 class HeadGradients(NamedTuple):
-    """One a tensor of the head; empty where it was not wanted."""
+    """One a tensor of the head; None where it was not wanted."""
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
-    down: Tensor
-    up: Tensor
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
 
 
 def wanted(hidden: Tensor, head: Head) -> list[bool]:
     """Which of them need one."""
-    tensors = (hidden, *head[:4])
-    return [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors]
+    if not torch.is_grad_enabled():
+        return [False] * len(TRAINED)
+    return [tensor is not None and tensor.requires_grad for tensor in (hidden, *head[:4])]
 
 
 def wanted_dtypes(hidden: Tensor, head: Head, wants: list[bool]) -> list[torch.dtype | None]:
@@ -42,17 +43,18 @@ def wanted_dtypes(hidden: Tensor, head: Head, wants: list[bool]) -> list[torch.d
 
 
 def empty_gradients(hidden: Tensor, head: Head, wants: list[bool]) -> HeadGradients:
-    """Uninitialised, (0,) where not wanted. In float32, which the chunks are added up in; but a hidden state belongs to
-    one chunk, so that its gradient may be rounded to bfloat16 at once. (In float16 it could vanish.)
+    """Uninitialised. In float32, which the chunks are added up in; but a hidden state belongs to one chunk, so that its
+    gradient may be rounded to bfloat16 at once. (In float16 it could vanish.)
     """
-    tensors = zip((hidden, *head[:4]), wants, strict=True)
-    shapes = [tensor.shape if want and tensor is not None else (0,) for tensor, want in tensors]
-    first = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
-    dtypes = (first, *(torch.float32,) * (len(shapes) - 1))
-    return HeadGradients(*(hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
+    found: list[Tensor | None] = [None] * len(TRAINED)
+    for i, tensor in enumerate((hidden, *head[:4])):
+        if wants[i] and tensor is not None:
+            rounded = i == 0 and tensor.dtype == torch.bfloat16
+            found[i] = tensor.new_empty(tensor.shape, dtype=torch.bfloat16 if rounded else torch.float32)
+    return HeadGradients(*found)
 
 
-def scaled(grad_loss: Tensor, grads: tuple[Tensor, ...], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
+def scaled(grad_loss: Tensor, grads: Sequence[Tensor], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
     """The gradients of a loss, from those that its sweep formed, each in its tensor's dtype; None where not wanted."""
     return [None if dtype is None else (grad_loss * grad).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
@@ -73,7 +75,7 @@ def sweep(head: Head, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]
     buffers = [empty_logits(cut, vocab, dtype, device) for _ in hiddens]
     grads = buffers[0][1]
     sums = _Sums(hidden, head, wants, dtype)
-    with torch.autocast(device.type, enabled=False):  # which would round the products
+    with without_autocast(hidden):  # which would round the products
         for start in range(0, rows, cut.rows):
             stop = min(start + cut.rows, rows)
             inputs = [states[start:stop].to(dtype) for states in hiddens]
@@ -84,7 +86,8 @@ def sweep(head: Head, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]
                 part = slice(first, min(first + cut.fold, stop - start))
                 grad = grads[part] if any(wants) else None
                 fold(slice(start + part.start, start + part.stop), tuple(each[part] for each in logits), grad)
-            sums.add(slice(start, stop), inputs[0], grads[: stop - start])
+            if any(wants):
+                sums.add(slice(start, stop), inputs[0], grads[: stop - start])
     return sums.grads
 
 
@@ -110,33 +113,31 @@ class _Sums:
     """The gradients of the head, added up over the chunks; those of the hidden states as they come."""
 
     def __init__(self, hidden: Tensor, head: Head, wants: list[bool], dtype: torch.dtype) -> None:
-        self.head, self.wants, self.dtype = head, wants, dtype
+        self.head, self.dtype = head, dtype
         self.grads = empty_gradients(hidden, head, wants)
         for total in self.grads[1:]:
-            total.zero_()
+            if total is not None:
+                total.zero_()
 
     def add(self, rows: slice, hidden: Tensor, grad: Tensor) -> None:
         """``grad`` (n, V) is d loss / d logits of hidden (n, H), in the same dtype."""
-        if not any(self.wants):
-            return
-        want_hidden, want_weight, want_bias, want_down, want_up = self.wants
         head, dtype, grads = self.head, self.dtype, self.grads
         inner = None  # d loss / d (hidden down^T)
-        if head.up is not None and (want_hidden or want_down):
+        if head.up is not None and (grads.hidden is not None or grads.down is not None):
             inner = product(grad, head.up.to(dtype)).mul_(head.scale).to(dtype)
-        if want_hidden:
+        if grads.hidden is not None:
             grads.hidden[rows] = self._of_hidden(grad, inner)
-        if want_weight:
+        if grads.weight is not None:
             for tile in tiles(grad.shape[1], TILE):
                 if dtype == torch.float32:
                     grads.weight[tile].addmm_(grad[:, tile].T, hidden)
                 else:
                     grads.weight[tile] += product(grad[:, tile].T, hidden)
-        if want_bias:
+        if grads.bias is not None:
             grads.bias.add_(product(grad.new_ones(1, grad.shape[0]), grad)[0])
-        if want_down and inner is not None:
+        if grads.down is not None and inner is not None:
             grads.down.add_(product(inner.T, hidden))
-        if want_up and head.down is not None:
+        if grads.up is not None and head.down is not None:
             adapted = product(hidden, head.down.to(dtype).T).to(dtype)
             grads.up.add_(product(grad.T, adapted), alpha=head.scale)
 

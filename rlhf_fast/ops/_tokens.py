@@ -13,8 +13,9 @@ class Tokens(NamedTuple):
     """N tokens, flat."""
 
     targets: Tensor  # (N,) int64
-    live: Tensor  # (N,) bool, True = counts: the mask, less the tokens whose target is ignore_index
-    temperature: Tensor  # (N,) in the accumulation dtype; NaN where it cannot be used
+    live: Tensor | None  # (N,) bool, True = counts: the mask, less the targets that are ignore_index; None = all count
+    temperatures: Tensor | None  # (N,) in the accumulation dtype, NaN where it cannot be used; None = one for all rows
+    temperature: float = 1.0  # that one
 
 
 def flat_tokens(
@@ -41,14 +42,13 @@ def flat_tokens(
     _checks.same_device(op, data=data, **{targets_name: targets})
     if targets.dtype != torch.int64:  # in a narrower one ignore_index would wrap round to a token id
         targets = targets.to(torch.int64)
-    live = targets != ignore_index
-    mask = _checks.live_mask(op, mask, shape, data.device)
-    if mask is not None:
-        live = live & mask
+    live = _checks.live_mask(op, mask, shape, data.device)
     targets = _checks.constant(targets)
-    if _checks.at_hand(targets):
-        _in_range(op, targets_name, targets, live, vocab)
-    return Tokens(flat(targets), flat(live), flat_temperature(op, temperature, data))
+    if not _all_in_vocabulary(targets, vocab) or 0 <= ignore_index < vocab:
+        live = targets != ignore_index if live is None else live & (targets != ignore_index)
+        _check_range(op, targets_name, targets, live, vocab)
+    temperatures, number = flat_temperature(op, temperature, data)
+    return Tokens(flat(targets), None if live is None else flat(live), temperatures, number)
 
 
 def flat(tokens: Tensor) -> Tensor:
@@ -56,20 +56,36 @@ def flat(tokens: Tensor) -> Tensor:
     return tokens if tokens.dim() == 1 else tokens.reshape(-1)
 
 
+def as_rows(data: Tensor) -> Tensor:
+    """(..., features) -> (N, features)."""
+    return data if data.dim() == 2 else data.reshape(data.shape[:-1].numel(), data.shape[-1])
+
+
 def unflat(tokens: Tensor, shape: torch.Size) -> Tensor:
     """(N,) -> (...)."""
     return tokens if len(shape) == 1 else tokens.reshape(shape)
 
 
-def flat_temperature(op: str, temperature: float | Tensor, data: Tensor) -> Tensor:
-    """One temperature a row of ``data`` (..., features), as (N,)."""
+def flat_temperature(op: str, temperature: float | Tensor, data: Tensor) -> tuple[Tensor | None, float]:
+    """``temperatures`` and ``temperature`` of Tokens, for data (..., features)."""
     shape = data.shape[:-1]
     checked = _checks.temperatures(op, temperature, shape, data.device)
-    dtype = accumulation_dtype(data.dtype)
-    if isinstance(checked, Tensor):
-        rows = _checks.constant(checked).to(dtype).expand(shape).reshape(-1)
-        return rows.masked_fill(~_checks.usable_temperature(rows), torch.nan)
-    return torch.full((shape.numel(),), checked, dtype=dtype, device=data.device)
+    if not isinstance(checked, Tensor):
+        return None, checked
+    rows = _checks.constant(checked).to(accumulation_dtype(data.dtype)).expand(shape).reshape(-1)
+    return rows.masked_fill(~_checks.usable_temperature(rows), torch.nan), 1.0
+
+
+def expanded(
+    rows: Tensor, live: Tensor | None, temperatures: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """live and temperatures (N,) of rows (N, features), for the torch reference."""
+    count = rows.shape[0]
+    if live is None:
+        live = torch.ones(count, dtype=torch.bool, device=rows.device)
+    if temperatures is None:
+        temperatures = torch.full((count,), temperature, dtype=accumulation_dtype(rows.dtype), device=rows.device)
+    return live, temperatures
 
 
 def vocabulary(op: str, columns: int, vocab_size: int | None) -> int:
@@ -83,11 +99,16 @@ def vocabulary(op: str, columns: int, vocab_size: int | None) -> int:
     return vocab_size
 
 
-def _in_range(op: str, name: str, targets: Tensor, live: Tensor, vocab: int) -> None:
-    if targets.numel() == 0:
-        return
+def _all_in_vocabulary(targets: Tensor, vocab: int) -> bool:
+    """Whether they are known to be, as on the CPU. Two numbers are compared in a third of the time of all targets."""
+    if not _checks.at_hand(targets) or targets.numel() == 0:
+        return False
     lowest, highest = torch.aminmax(targets)
-    if lowest.item() >= 0 and highest.item() < vocab:  # the usual case, in a third of the time
+    return lowest.item() >= 0 and highest.item() < vocab
+
+
+def _check_range(op: str, name: str, targets: Tensor, live: Tensor, vocab: int) -> None:
+    if not _checks.at_hand(targets):
         return
     wrong = live & ((targets < 0) | (targets >= vocab))
     if bool(wrong.any()):

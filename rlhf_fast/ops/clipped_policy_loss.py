@@ -68,9 +68,7 @@ def clipped_policy_loss(
         ValueError: shapes or devices differ; an argument outside the ranges above.
     """
     op = "clipped_policy_loss"
-    _checks.floating(op, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    _checks.shaped(op, logprobs.shape, "that of logprobs", old_logprobs=old_logprobs, advantages=advantages)
-    _checks.same_device(op, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    _checks.alike(op, "that of logprobs", logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     terms = policy_terms(op, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     check_ratio_level(op, logprobs, ratio_level)
     check_aggregation(op, logprobs, aggregation, num_items)

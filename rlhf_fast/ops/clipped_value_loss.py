@@ -50,9 +50,7 @@ def clipped_value_loss(
         ValueError: shapes or devices differ; clip is not a finite number above 0; aggregation does not fit.
     """
     op = "clipped_value_loss"
-    _checks.floating(op, values=values, old_values=old_values, returns=returns)
-    _checks.shaped(op, values.shape, "that of values", old_values=old_values, returns=returns)
-    _checks.same_device(op, values=values, old_values=old_values, returns=returns)
+    _checks.alike(op, "that of values", values=values, old_values=old_values, returns=returns)
     _checks.positive(op, clip=clip)
     check_aggregation(op, values, aggregation, num_items)
     live = _checks.live_mask(op, mask, values.shape, values.device)

@@ -12,7 +12,7 @@ from . import _checks
 from ._dispatch import implementation, implements, launch
 from ._op import fused_op
 from ._rows import logits_of, rows_of, unit_columns
-from ._tokens import flat_temperature, vocabulary
+from ._tokens import as_rows, expanded, flat, flat_temperature, unflat, vocabulary
 from ._vocab import accumulation_dtype, all_dead, row_chunks, row_sum
 
 
@@ -49,22 +49,23 @@ def exact_kl(
     if logits.dtype != ref_logits.dtype:
         wider = torch.promote_types(logits.dtype, ref_logits.dtype)
         logits, ref_logits = logits.to(wider), ref_logits.to(wider)
-    vocab = vocabulary(op, logits.shape[-1], None)
+    vocabulary(op, logits.shape[-1], None)
     shape = logits.shape[:-1]
     live = _checks.live_mask(op, mask, shape, logits.device)
-    if live is None:
-        live = torch.ones(shape, dtype=torch.bool, device=logits.device)
-    tau = flat_temperature(op, temperature, logits)
-    rows = (shape.numel(), vocab)
-    inputs = Inputs(logits.reshape(rows), _checks.constant(ref_logits).reshape(rows), live.reshape(-1), tau)
-    return implementation(op, logits)(inputs).reshape(shape)
+    if live is not None:
+        live = flat(live)
+    shared = (live, *flat_temperature(op, temperature, logits))
+    ref_logits = _checks.constant(ref_logits)
+    inputs = Inputs(as_rows(logits), as_rows(ref_logits), *shared)
+    return unflat(implementation(op, logits)(inputs), shape)
 
 
 class Inputs(NamedTuple):
     logits: Tensor  # (N, V), any strides
     ref_logits: Tensor
-    live: Tensor  # (N,) bool
-    temperature: Tensor  # (N,)
+    live: Tensor | None  # these three as in Tokens
+    temperatures: Tensor | None
+    temperature: float
 
 
 # ---- the torch reference --------------------------------------------------------------------------------------------
@@ -74,7 +75,8 @@ class Inputs(NamedTuple):
 def reference(inputs: Inputs) -> Tensor:
     """-> (N,)."""
     _checks.differentiated_once("exact_kl")
-    return _ExactKL.apply(*inputs)
+    logits, ref_logits, live, temperatures, temperature = inputs
+    return _ExactKL.apply(logits, ref_logits, *expanded(logits, live, temperatures, temperature))
 
 
 class _ExactKL(torch.autograd.Function):
@@ -143,8 +145,8 @@ def _log_softmax(logits: Tensor, alive: Tensor, temperature: Tensor, dtype: torc
 
 @implements("exact_kl", "fused")
 def _fused(inputs: Inputs) -> Tensor:
-    logits, ref_logits, live, temperature = inputs
-    return _forward(Inputs(unit_columns(logits), unit_columns(ref_logits), live, temperature))[0]
+    logits, ref_logits = unit_columns(inputs.logits), unit_columns(inputs.ref_logits)
+    return _forward(inputs._replace(logits=logits, ref_logits=ref_logits))[0]
 
 
 def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -164,7 +166,8 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _rows(inputs: Inputs) -> records.Rows:
-    return rows_of(None, inputs.live, inputs.temperature, vocab=inputs.logits.shape[1], softcap=0.0)
+    length, vocab = inputs.logits.shape
+    return rows_of(length, None, *inputs[2:], vocab=vocab, softcap=0.0)
 
 
 def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -203,12 +206,14 @@ def _empty_gradient(given: _Backward) -> Tensor:
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, *output)
+    *tensors, ctx.temperature = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _gradient(ctx: Any, grad_kl: Tensor, _: Tensor) -> tuple[Tensor]:
-    *inputs, kl, statistics = ctx.saved_tensors
-    return (_backward(_Backward(Inputs(*inputs), kl, statistics, grad_kl)),)
+    logits, ref_logits, live, temperatures, kl, statistics = ctx.saved_tensors
+    inputs = Inputs(logits, ref_logits, live, temperatures, ctx.temperature)
+    return (_backward(_Backward(inputs, kl, statistics, grad_kl)),)
 
 
 _backward = fused_op("exact_kl_backward", _Backward, _backward_kernel, _empty_gradient)

@@ -10,7 +10,7 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._aggregate import upcast
 from ._dispatch import implementation, implements, launch
-from ._op import fused_op
+from ._op import empty_contiguous, fused_op
 from .masked_whiten import masked_whiten
 
 
@@ -55,9 +55,7 @@ def gae(
         TypeError: an input is not a tensor of the dtype above.
         ValueError: shapes or devices differ, or are not as above; gamma or lam outside [0, 1]; bad ``cu_seqlens``.
     """
-    _checks.floating("gae", rewards=rewards, values=values)
-    _checks.shaped("gae", rewards.shape, "that of rewards", values=values)
-    _checks.same_device("gae", rewards=rewards, values=values, cu_seqlens=cu_seqlens)
+    _checks.alike("gae", "that of rewards", rewards=rewards, values=values)
     if rewards.dim() != (2 if cu_seqlens is None else 1):
         raise ValueError(
             "gae: rewards must be (B, T), or packed (N,) together with cu_seqlens; "
@@ -65,6 +63,7 @@ def gae(
         )
     _checks.within("gae", 0, 1, gamma=gamma, lam=lam)
     if cu_seqlens is not None:
+        _checks.same_device("gae", rewards=rewards, values=values, cu_seqlens=cu_seqlens)
         _checks.integral("gae", cu_seqlens=cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise ValueError(f"gae: cu_seqlens must have shape (B + 1,); got {tuple(cu_seqlens.shape)}")
@@ -198,7 +197,7 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return inputs.rewards.new_empty(inputs.rewards.shape), inputs.rewards.new_empty(inputs.rewards.shape)
+    return empty_contiguous(inputs.rewards), empty_contiguous(inputs.rewards)
 
 
 implements("gae", "fused")(fused_op("gae", Inputs, _kernel, _outputs))

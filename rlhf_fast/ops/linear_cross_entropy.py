@@ -10,12 +10,12 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._aggregate import aggregate, check_aggregation, token_weights
 from ._dispatch import implementation, implements, launch
-from ._linear import LoRA, checked_head, flat_hidden
+from ._linear import LoRA, checked_head
 from ._live import LiveRows
-from ._op import fused_op
+from ._op import fused_op, not_differentiable
 from ._rows import NOTHING, logits_of
 from ._sweep import TRAINED, empty_gradients, scaled, sweep, wanted, wanted_dtypes
-from ._tokens import flat_tokens
+from ._tokens import as_rows, flat_tokens, unflat
 from .linear_logprobs import Inputs
 from .linear_logprobs import fused as linear_logprobs_fused
 from .linear_logprobs import reference as linear_logprobs_reference
@@ -76,9 +76,9 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         targets_name="labels",
     )
-    inputs = Inputs(flat_hidden(hidden), head, tokens, softcap or 0.0)
+    inputs = Inputs(as_rows(hidden), head, tokens, softcap or 0.0)
     loss = implementation(op, hidden)(inputs, reduction, num_items)
-    return loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
+    return unflat(loss, hidden.shape[:-1]) if reduction == "none" else loss
 
 
 @implements("linear_cross_entropy", "torch")
@@ -101,7 +101,8 @@ def _fused(inputs: Inputs, reduction: str, num_items: float | Tensor | None) -> 
     if reduction == "none":
         return -linear_logprobs_fused(inputs, False)[0]
     divisor = 1.0 if reduction == "sum" else num_items
-    weights = token_weights(inputs.tokens.live, aggregation="token-mean", num_items=divisor)
+    targets, live, *_ = inputs.tokens
+    weights = token_weights(targets, live, aggregation="token-mean", num_items=divisor)
     return _forward(_Forward(inputs, weights, wanted(inputs.hidden, inputs.head)))[0]
 
 
@@ -111,7 +112,9 @@ class _Forward(NamedTuple):
     wants: list[bool]  # in the order of HeadGradients
 
 
-def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _kernel(
+    given: _Forward,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """-> the sum of weights * losses, and its gradients in the order of HeadGradients."""
     hidden, head, tokens, softcap = given.inputs
     rows = LiveRows(tokens, softcap)
@@ -134,17 +137,17 @@ def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Te
 
     grads = sweep(head, (rows.take(hidden),), fold, given.wants)
     loss = aggregate(slopes * logprobs, None, aggregation="token-mean", num_items=1.0)
-    return loss, rows.put(grads.hidden) if given.wants[0] else grads.hidden, *grads[1:]
+    return loss, rows.put(grads.hidden), *grads[1:]
 
 
-def _fake(given: _Forward) -> tuple[Tensor, ...]:
+def _fake(given: _Forward) -> tuple[Tensor | None, ...]:
     hidden, head = given.inputs[:2]
     return hidden.new_empty((), dtype=torch.float32), *empty_gradients(hidden, head, given.wants)
 
 
 def _save(ctx: Any, given: _Forward, output: tuple[Tensor, ...]) -> None:
     ctx.dtypes = wanted_dtypes(*given.inputs[:2], given.wants)
-    ctx.mark_non_differentiable(*output[1:])
+    not_differentiable(ctx, output[1:])
     ctx.save_for_backward(*output[1:])
 
 

@@ -9,12 +9,12 @@ from rlhf_fast.kernels import records
 
 from . import _checks
 from ._dispatch import implementation, implements, launch
-from ._linear import Head, LoRA, checked_head, flat_hidden, in_full_precision, over_live_rows, project
+from ._linear import Head, LoRA, checked_head, in_full_precision, over_live_rows, project
 from ._live import LiveRows
-from ._op import fused_op
+from ._op import fused_op, not_differentiable
 from ._rows import NOTHING, logits_of
 from ._sweep import TRAINED, HeadGradients, empty_gradients, sweep, wanted, wanted_dtypes
-from ._tokens import Tokens, flat_tokens
+from ._tokens import Tokens, as_rows, expanded, flat_tokens, unflat
 from ._vocab import accumulation_dtype
 from .masked_logprobs import reference_of_rows
 
@@ -97,10 +97,10 @@ def linear_logprobs(
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
     )
-    inputs = Inputs(flat_hidden(hidden), head, tokens, softcap or 0.0)
+    inputs = Inputs(as_rows(hidden), head, tokens, softcap or 0.0)
     logprobs, entropy = implementation(op, hidden)(inputs, return_entropy)
     shape = hidden.shape[:-1]
-    return (logprobs.reshape(shape), entropy.reshape(shape)) if return_entropy else logprobs.reshape(shape)
+    return (unflat(logprobs, shape), unflat(entropy, shape)) if return_entropy else unflat(logprobs, shape)
 
 
 class Inputs(NamedTuple):
@@ -117,7 +117,8 @@ class Inputs(NamedTuple):
 def reference(inputs: Inputs, return_entropy: bool) -> tuple[Tensor, Tensor | None]:
     """-> logprobs (N,), entropy (N,)."""
     head = in_full_precision(inputs.head, accumulation_dtype(inputs.hidden.dtype))
-    targets, live, temperature = inputs.tokens
+    targets = inputs.tokens.targets
+    live, temperature = expanded(inputs.hidden, *inputs.tokens[1:])
 
     def chunk(hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
         logits = project(hidden, head, inputs.softcap or None)
@@ -149,12 +150,16 @@ class _Forward(NamedTuple):
     ahead: bool
 
 
-def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
-    """-> logprobs (N,), entropy (N,) or (0,), and d logprobs / d hidden (N, H) where formed ``ahead``, else (0,)."""
+def _only_hidden(want: bool) -> list[bool]:
+    return [want, False, False, False, False]
+
+
+def _kernel(given: _Forward) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """-> logprobs (N,), entropy (N,), and d logprobs / d hidden (N, H) where formed ``ahead``."""
     hidden, head, tokens, softcap = given.inputs
     rows = LiveRows(tokens, softcap)
     logprobs = hidden.new_empty(rows.count, dtype=torch.float32)
-    entropy = hidden.new_empty(rows.count if given.return_entropy else 0, dtype=torch.float32)
+    entropy = torch.empty_like(logprobs) if given.return_entropy else None
 
     def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
         launch(
@@ -162,7 +167,7 @@ def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
                 rows=rows.part(part, logits[0]),
                 logits=logits_of(logits[0]),
                 logprobs=logprobs[part],
-                entropy=entropy[part] if given.return_entropy else None,
+                entropy=None if entropy is None else entropy[part],
                 grad=NOTHING if grad is None else logits_of(grad),
                 grad_logprobs=None,
                 grad_entropy=None,
@@ -170,20 +175,15 @@ def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
             logprobs,
         )
 
-    slopes = sweep(head, (rows.take(hidden),), fold, [given.ahead, False, False, False, False]).hidden
-    if given.return_entropy:
-        entropy = rows.put(entropy)
-    return rows.put(logprobs), entropy, rows.put(slopes) if given.ahead else slopes
+    slopes = sweep(head, (rows.take(hidden),), fold, _only_hidden(given.ahead)).hidden
+    return rows.put(logprobs), rows.put(entropy), rows.put(slopes)
 
 
-def _fake(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(given: _Forward) -> tuple[Tensor, Tensor | None, Tensor | None]:
     hidden = given.inputs.hidden
-    rows = hidden.shape[0]
-    return (
-        hidden.new_empty(rows, dtype=torch.float32),
-        hidden.new_empty(rows if given.return_entropy else 0, dtype=torch.float32),
-        empty_gradients(hidden, given.inputs.head, [given.ahead, False, False, False, False]).hidden,
-    )
+    logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    entropy = torch.empty_like(logprobs) if given.return_entropy else None
+    return logprobs, entropy, empty_gradients(hidden, given.inputs.head, _only_hidden(given.ahead)).hidden
 
 
 class _Backward(NamedTuple):
@@ -193,8 +193,8 @@ class _Backward(NamedTuple):
     wants: list[bool]
 
 
-def _backward_kernel(given: _Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of HeadGradients, from logits that are formed once more."""
+def _backward_kernel(given: _Backward) -> HeadGradients:
+    """From logits that are formed once more."""
     hidden, head, tokens, softcap = given.inputs
     rows = LiveRows(tokens, softcap)
     slopes = rows.take(given.grad_logprobs)
@@ -217,7 +217,7 @@ def _backward_kernel(given: _Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         )
 
     grads = sweep(head, (rows.take(hidden),), fold, given.wants)
-    return grads._replace(hidden=rows.put(grads.hidden)) if given.wants[0] else grads
+    return grads._replace(hidden=rows.put(grads.hidden))
 
 
 def _backward_fake(given: _Backward) -> HeadGradients:
@@ -227,12 +227,13 @@ def _backward_fake(given: _Backward) -> HeadGradients:
 def _save(ctx: Any, given: _Forward, output: tuple[Tensor, ...]) -> None:
     (hidden, head, tokens, ctx.softcap), ctx.return_entropy, ctx.ahead = given
     ctx.dtype, ctx.scale = hidden.dtype, head.scale
-    ctx.mark_non_differentiable(*output[2 if ctx.return_entropy else 1 :])
+    not_differentiable(ctx, output[2 if ctx.return_entropy else 1 :])
     ctx.set_materialize_grads(False)
     # the entropy's gradient, where one comes, needs the logits again
     again = ctx.return_entropy or not ctx.ahead
-    saved = (hidden, *head[:4], tokens.targets, tokens.temperature) if again else ()
-    ctx.save_for_backward(tokens.live, output[2], *saved)
+    targets, live, temperatures, ctx.temperature = tokens
+    saved = (hidden, *head[:4], targets, temperatures) if again else ()
+    ctx.save_for_backward(live, output[2], *saved)
 
 
 def _gradient(
@@ -241,17 +242,18 @@ def _gradient(
     live, slopes, *saved = ctx.saved_tensors
     if not ctx.return_entropy:
         grad_entropy = None
-    if grad_logprobs is None and grad_entropy is None:
-        return (None,) * len(TRAINED)
     if grad_logprobs is None:
-        grad_logprobs = torch.zeros_like(live, dtype=torch.float32)
+        if grad_entropy is None:
+            return (None,) * len(TRAINED)
+        grad_logprobs = torch.zeros_like(grad_entropy)
     if ctx.ahead and grad_entropy is None:
-        grad = (torch.where(live, grad_logprobs, 0.0)[:, None] * slopes).to(ctx.dtype)
-        return grad, None, None, None, None
-    hidden, weight, bias, down, up, targets, temperature = saved
+        if live is not None:
+            grad_logprobs = torch.where(live, grad_logprobs, 0.0)
+        return (grad_logprobs[:, None] * slopes).to(ctx.dtype), None, None, None, None
+    hidden, weight, bias, down, up, targets, temperatures = saved
     head = Head(weight, bias, down, up, ctx.scale)
     wants = list(ctx.needs)
-    inputs = Inputs(hidden, head, Tokens(targets, live, temperature), ctx.softcap)
+    inputs = Inputs(hidden, head, Tokens(targets, live, temperatures, ctx.temperature), ctx.softcap)
     grads = _backward(_Backward(inputs, grad_logprobs, grad_entropy, wants))
     dtypes = wanted_dtypes(hidden, head, wants)
     return tuple(None if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))

@@ -10,13 +10,13 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._aggregate import check_aggregation, scalar_tensor, token_weights
 from ._dispatch import implementation, implements, launch
-from ._linear import LoRA, checked_head, flat_hidden
+from ._linear import LoRA, checked_head
 from ._live import LiveRows
-from ._losses import LossInputs
-from ._op import fused_op
+from ._losses import JOINT_STATISTICS, LossInputs, with_measures
+from ._op import fused_op, not_differentiable
 from ._rows import NOTHING, logits_of
 from ._sweep import TRAINED, empty_gradients, scaled, sweep, wanted, wanted_dtypes
-from ._tokens import flat_tokens
+from ._tokens import as_rows, flat, flat_tokens, unflat
 from ._vocab import accumulation_dtype
 from .clipped_policy_loss import check_ratio_level, policy_loss, policy_terms
 from .linear_logprobs import Inputs
@@ -113,13 +113,13 @@ def linear_policy_loss(
     constants: Any = {name: _checks.constant(tensor).to(dtype) for name, tensor in given.items()}
     loss = LossInputs(
         **constants,
-        live=tokens.live.reshape(shape),
+        live=None if tokens.live is None else unflat(tokens.live, shape),
         terms=terms,
         sequence_level=ratio_level == "sequence",
         aggregation=aggregation,
         num_items=scalar_tensor(num_items, hidden.device),
     )
-    inputs = Inputs(flat_hidden(hidden), head, tokens, softcap or 0.0)
+    inputs = Inputs(as_rows(hidden), head, tokens, softcap or 0.0)
     total, statistics = implementation(op, hidden)(inputs, loss)
     return LinearPolicyLoss(total, *statistics)
 
@@ -128,7 +128,7 @@ def _from_logprobs(loss: LossInputs, logprobs: Tensor, entropy: Tensor | None) -
     """-> the loss and the other fields of LinearPolicyLoss, of logprobs and entropy (N,)."""
     assert entropy is not None  # it was asked for
     shape = loss.old_logprobs.shape
-    loss = loss._replace(logprobs=logprobs.reshape(shape), entropy=entropy.reshape(shape))
+    loss = loss._replace(logprobs=unflat(logprobs, shape), entropy=unflat(entropy, shape))
     policy, *statistics = policy_loss(loss._replace(entropy=None, ref_logprobs=None))
     return with_terms(loss, policy, tuple(statistics))
 
@@ -149,9 +149,10 @@ def _fused(inputs: Inputs, loss: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]
     if loss.sequence_level:  # a token's share is known after the last log-prob of its sequence
         ahead = loss.terms.entropy_coef == 0
         return _from_logprobs(loss, *linear_logprobs_fused(inputs, True, ahead=ahead))
-    data = _Loss(loss.aggregation, loss.num_items, loss.old_logprobs, loss.advantages, loss.ref_logprobs, loss.terms)
-    total, statistics, *_ = _forward(_Forward(inputs, data, wanted(inputs.hidden, inputs.head)))
-    return total, statistics.unbind()
+    wants = wanted(inputs.hidden, inputs.head)
+    total, statistics, *_ = _forward(_Forward(inputs, _Loss(*[getattr(loss, name) for name in _Loss._fields]), wants))
+    policy, _, *others, _, _ = statistics.unbind()  # less those of a value loss, and the scale
+    return total, (policy, *others)
 
 
 class _Loss(NamedTuple):
@@ -171,15 +172,17 @@ class _Forward(NamedTuple):
     wants: list[bool]  # in the order of HeadGradients
 
 
-def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> the loss (), the other fields of LinearPolicyLoss (8,), and the loss's gradients as in HeadGradients."""
+def _kernel(
+    given: _Forward,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """-> the loss (), the statistics of ppo_loss, and the loss's gradients as in HeadGradients."""
     (hidden, head, tokens, softcap), loss, wants = given
     rows = LiveRows(tokens, softcap)
-    live = tokens.live.reshape(loss.old_logprobs.shape)
-    weights = token_weights(live, aggregation=loss.aggregation, num_items=loss.num_items)
+    live = None if tokens.live is None else unflat(tokens.live, loss.old_logprobs.shape)
+    weights = token_weights(loss.old_logprobs, live, aggregation=loss.aggregation, num_items=loss.num_items)
 
     def of_rows(tensor: Tensor) -> Tensor:
-        return rows.take(tensor.reshape(-1))
+        return rows.take(flat(tensor))
 
     old_logprobs, advantages, share = of_rows(loss.old_logprobs), of_rows(loss.advantages), of_rows(weights)
     # without a KL term the kernel reads no reference
@@ -206,20 +209,21 @@ def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Te
         )
 
     grads = sweep(head, (rows.take(hidden),), fold, wants)
-    measured = LossInputs(**loss._asdict(), live=live)
-    total, statistics = _from_logprobs(measured, rows.put(logprobs), rows.put(entropy))
-    return total, torch.stack(statistics), rows.put(grads.hidden) if wants[0] else grads.hidden, *grads[1:]
+    shape = loss.old_logprobs.shape
+    logprobs, entropy = (unflat(rows.put(result), shape) for result in (logprobs, entropy))
+    total, statistics = with_measures(LossInputs(**loss._asdict(), live=live, logprobs=logprobs, entropy=entropy))
+    return total, statistics, rows.put(grads.hidden), *grads[1:]
 
 
-def _fake(given: _Forward) -> tuple[Tensor, ...]:
+def _fake(given: _Forward) -> tuple[Tensor | None, ...]:
     hidden, head = given.inputs[:2]
-    statistics = hidden.new_empty(len(LinearPolicyLoss._fields) - 1, dtype=torch.float32)
+    statistics = hidden.new_empty(JOINT_STATISTICS, dtype=torch.float32)
     return statistics.new_empty(()), statistics, *empty_gradients(hidden, head, given.wants)
 
 
 def _save(ctx: Any, given: _Forward, output: tuple[Tensor, ...]) -> None:
     ctx.dtypes = wanted_dtypes(*given.inputs[:2], given.wants)
-    ctx.mark_non_differentiable(*output[1:])
+    not_differentiable(ctx, output[1:])
     ctx.save_for_backward(*output[2:])
 
 

@@ -9,12 +9,12 @@ from rlhf_fast.kernels import records
 
 from . import _checks
 from ._dispatch import implementation, implements, launch
-from ._linear import Head, autocasted, checked_head, flat_hidden, in_full_precision, over_live_rows, project
+from ._linear import Head, autocasted, checked_head, in_full_precision, over_live_rows, project
 from ._live import LiveRows
 from ._op import fused_op
 from ._rows import NOTHING, logits_of
 from ._sweep import HeadGradients, empty_gradients, sweep, wanted_dtypes
-from ._tokens import Tokens, flat_tokens
+from ._tokens import Tokens, as_rows, expanded, flat_tokens, unflat
 from ._vocab import accumulation_dtype
 from .exact_kl import Inputs as KlInputs
 from .exact_kl import reference as exact_kl_reference
@@ -73,9 +73,9 @@ def linear_policy_ref(
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
     )
-    reference = flat_hidden(_checks.constant(ref_hidden))
-    inputs = Inputs(flat_hidden(hidden), reference, head.weight, head.bias, tokens, softcap or 0.0)
-    return PolicyRef(*(result.reshape(hidden.shape[:-1]) for result in implementation(op, hidden)(inputs)))
+    reference = as_rows(_checks.constant(ref_hidden))
+    inputs = Inputs(as_rows(hidden), reference, head.weight, head.bias, tokens, softcap or 0.0)
+    return PolicyRef(*(unflat(result, hidden.shape[:-1]) for result in implementation(op, hidden)(inputs)))
 
 
 class Inputs(NamedTuple):
@@ -94,7 +94,8 @@ class Inputs(NamedTuple):
 def _torch(inputs: Inputs) -> tuple[Tensor, ...]:
     """-> the fields of PolicyRef, each (N,)."""
     head = in_full_precision(Head(inputs.weight, inputs.bias), accumulation_dtype(inputs.hidden.dtype))
-    targets, live, temperature = inputs.tokens
+    targets = inputs.tokens.targets
+    live, temperature = expanded(inputs.hidden, *inputs.tokens[1:])
     softcap = inputs.softcap or None
 
     def chunk(hidden: Tensor, ref_hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
@@ -104,8 +105,8 @@ def _torch(inputs: Inputs) -> tuple[Tensor, ...]:
             ref_logprobs, _ = reference_of_rows(ref_logits, targets, temperature, False)
         logprobs, entropy = reference_of_rows(logits, targets, temperature, True)
         assert entropy is not None  # it was asked for
-        alive = torch.ones_like(targets, dtype=torch.bool)
-        return logprobs, ref_logprobs, entropy, exact_kl_reference(KlInputs(logits, ref_logits, alive, temperature))
+        kl = exact_kl_reference(KlInputs(logits, ref_logits, None, temperature, 1.0))
+        return logprobs, ref_logprobs, entropy, kl
 
     return over_live_rows(chunk, live, head, inputs.hidden, inputs.ref_hidden, targets, temperature)
 
@@ -164,31 +165,33 @@ class _Backward(NamedTuple):
     wants: list[bool]  # of hidden, weight and bias
 
 
-def _backward_kernel(given: _Backward) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_kernel(given: _Backward) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """-> the gradients of hidden, weight and bias, from logits that are formed once more."""
     inputs, *slopes, wants = given
     rows = LiveRows(inputs.tokens, inputs.softcap)
     unused = inputs.hidden.new_empty(4, rows.count, dtype=torch.float32)
     grads = _fold_all(rows, inputs, unused, tuple(map(rows.take, slopes)), [*wants, False, False])
-    return rows.put(grads.hidden) if wants[0] else grads.hidden, grads.weight, grads.bias
+    return rows.put(grads.hidden), grads.weight, grads.bias
 
 
-def _backward_fake(given: _Backward) -> tuple[Tensor, ...]:
+def _backward_fake(given: _Backward) -> tuple[Tensor | None, ...]:
     hidden, _, weight, bias, *_ = given.inputs
     return empty_gradients(hidden, Head(weight, bias), [*given.wants, False, False])[:3]
 
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
     *tensors, tokens, ctx.softcap = inputs
+    *of_tokens, ctx.temperature = tokens
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *tokens)
+    ctx.save_for_backward(*tensors, *of_tokens)
 
 
 def _gradient(
     ctx: Any, grad_logprobs: Tensor, grad_ref: Tensor, grad_entropy: Tensor, grad_kl: Tensor
 ) -> tuple[Tensor | None, ...]:
-    hidden, ref_hidden, weight, bias, *tokens = ctx.saved_tensors
-    inputs = Inputs(hidden, ref_hidden, weight, bias, Tokens(*tokens), ctx.softcap)
+    hidden, ref_hidden, weight, bias, targets, live, temperatures = ctx.saved_tensors
+    tokens = Tokens(targets, live, temperatures, ctx.temperature)
+    inputs = Inputs(hidden, ref_hidden, weight, bias, tokens, ctx.softcap)
     wants = list(ctx.needs)
     found = _backward(_Backward(inputs, grad_logprobs, grad_entropy, grad_kl, wants))
     dtypes = wanted_dtypes(hidden, Head(weight, bias), [*wants, False, False])

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from . import _checks
 from ._dispatch import implementation, implements
-from ._linear import LoRA, Product, autocasted, checked_lora, flat_hidden, without_autocast
+from ._linear import LoRA, Product, autocasted, checked_lora, without_autocast
 from ._op import once_differentiable
 from ._products import add_product_, summed_over_rows
+from ._tokens import as_rows
 from ._vocab import accumulation_dtype
 
 Loras = Sequence[LoRA | None]  # one a layer
@@ -120,7 +121,7 @@ def _checked(
     if not 0 <= dropout < 1:
         raise ValueError(f"{op}: dropout must be in [0, 1); got {dropout!r}")
     hidden_dtype, features = hidden.dtype, hidden.shape[-1]
-    hidden = flat_hidden(autocasted(hidden))
+    hidden = as_rows(autocasted(hidden))
     weights, biases = list(weights), list(biases)
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         name, bias_name = ("weight", "bias") if count == 1 else (f"weights[{layer}]", f"biases[{layer}]")

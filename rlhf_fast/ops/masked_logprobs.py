@@ -1,5 +1,6 @@
 """Log-probabilities of the target tokens, and the entropy, from logits."""
 
+import functools
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -12,7 +13,7 @@ from . import _checks
 from ._dispatch import implementation, implements, launch
 from ._op import fused_op
 from ._rows import logits_of, rows_of, unit_columns
-from ._tokens import Tokens, flat_tokens, unflat, vocabulary
+from ._tokens import Tokens, as_rows, expanded, flat_tokens, unflat, vocabulary
 from ._vocab import (
     RowStatistics,
     accumulation_dtype,
@@ -103,10 +104,8 @@ def masked_logprobs(
     tokens = flat_tokens(op, logits, targets, mask, temperature=temperature, vocab=vocab, ignore_index=ignore_index)
     shape = logits.shape[:-1]
     rows = logits.contiguous() if inplace_backward else logits
-    if rows.dim() != 2:
-        rows = rows.reshape(shape.numel(), logits.shape[-1])
     logprobs, entropy = implementation(op, logits)(
-        Inputs(rows, tokens, softcap or 0.0, vocab, return_entropy, inplace_backward)
+        Inputs(as_rows(rows), tokens, softcap or 0.0, vocab, return_entropy, inplace_backward)
     )
     return (unflat(logprobs, shape), unflat(entropy, shape)) if return_entropy else unflat(logprobs, shape)
 
@@ -134,7 +133,8 @@ def reference(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     """-> logprobs (N,), entropy (N,)."""
     _checks.differentiated_once("masked_logprobs")
     logits, tokens, softcap, *options = inputs
-    logprobs, entropy, *_ = _MaskedLogprobs.apply(logits, *tokens, softcap or None, *options)
+    live, temperature = expanded(logits, *tokens[1:])
+    logprobs, entropy, *_ = _MaskedLogprobs.apply(logits, tokens.targets, live, temperature, softcap or None, *options)
     return logprobs, entropy
 
 
@@ -142,7 +142,7 @@ def reference_of_rows(
     logits: Tensor, targets: Tensor, temperature: Tensor, return_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Of rows (N, V) that all count."""
-    tokens = Tokens(targets, torch.ones_like(targets, dtype=torch.bool), temperature)
+    tokens = Tokens(targets, None, temperature)
     return reference(Inputs(logits, tokens, 0.0, logits.shape[1], return_entropy, False))
 
 
@@ -246,15 +246,15 @@ def _fused(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     return logprobs, entropy if inputs.return_entropy else None
 
 
-def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """-> logprobs (N,), entropy (N,) or (0,), statistics (N, 4)."""
+def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor]:
+    """-> logprobs (N,), entropy (N,), statistics (N, 4)."""
     logprobs, entropy, statistics = _outputs(inputs)
     launch(
         records.MaskedLogprobs(
-            rows=rows_of(*inputs.tokens, vocab=inputs.vocab_size, softcap=inputs.softcap),
+            rows=rows_of(logprobs.shape[0], *inputs.tokens, vocab=inputs.vocab_size, softcap=inputs.softcap),
             logits=logits_of(inputs.logits),
             logprobs=logprobs,
-            entropy=entropy if inputs.return_entropy else None,
+            entropy=entropy,
             statistics=statistics,
         ),
         logprobs,
@@ -262,9 +262,9 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return logprobs, entropy, statistics
 
 
-def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    rows, empty = inputs.logits.shape[0], inputs.tokens.temperature.new_empty  # float32 here
-    return empty(rows), empty(rows if inputs.return_entropy else 0), empty(rows, records.STATISTICS)
+def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor]:
+    rows, empty = inputs.logits.shape[0], functools.partial(inputs.logits.new_empty, dtype=torch.float32)
+    return empty(rows), empty(rows) if inputs.return_entropy else None, empty(rows, records.STATISTICS)
 
 
 class _Backward(NamedTuple):
@@ -285,7 +285,7 @@ def _backward_kernel(inputs: _Backward) -> None:
     grad_logprobs, grad_entropy = inputs.grad_logprobs, inputs.grad_entropy
     launch(
         records.MaskedLogprobsBackward(
-            rows=rows_of(*inputs.tokens, vocab=inputs.vocab_size, softcap=inputs.softcap),
+            rows=rows_of(inputs.grad.shape[0], *inputs.tokens, vocab=inputs.vocab_size, softcap=inputs.softcap),
             logits=logits_of(inputs.grad if inputs.logits is None else inputs.logits),
             columns=inputs.grad.shape[1],
             statistics=inputs.statistics,
@@ -307,7 +307,8 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.spent = False
-    ctx.save_for_backward(logits, *tokens, *output)
+    *tensors, ctx.temperature = tokens
+    ctx.save_for_backward(logits, *tensors, *output)
 
 
 def _gradient(
@@ -317,7 +318,7 @@ def _gradient(
         raise RuntimeError(_SPENT)
     if grad_logprobs is None and grad_entropy is None:
         return (None,)
-    logits, targets, live, temperature, logprobs, entropy, statistics = ctx.saved_tensors
+    logits, targets, live, temperatures, logprobs, entropy, statistics = ctx.saved_tensors
     ctx.spent = ctx.inplace_backward
     # Detached, it shares memory and version counter: whoever else kept the logits is told that they changed.
     grad = logits.detach() if ctx.inplace_backward else torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -325,7 +326,7 @@ def _gradient(
         _Backward(
             grad=grad,
             logits=None if ctx.inplace_backward else logits,
-            tokens=Tokens(targets, live, temperature),
+            tokens=Tokens(targets, live, temperatures, ctx.temperature),
             softcap=ctx.softcap,
             vocab_size=ctx.vocab_size,
             statistics=statistics,

@@ -11,7 +11,8 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._aggregate import ordered_sum, upcast
 from ._dispatch import implementation, implements, launch
-from ._op import fused_op
+from ._op import empty_contiguous, fused_op
+from ._tokens import flat, unflat
 
 EPSILON = 1e-8  # added to the variance
 
@@ -50,10 +51,10 @@ def masked_whiten(
             "masked_whiten: expected an x without gradient when group is given, since none flows between ranks; "
             "got x.requires_grad=True. Pass x.detach()."
         )
-    flat = implementation("masked_whiten", x)(
-        upcast(x)[0].reshape(-1), None if live is None else live.reshape(-1), shift_mean, unbiased, group
+    whitened = implementation("masked_whiten", x)(
+        flat(upcast(x)[0]), None if live is None else flat(live), shift_mean, unbiased, group
     )
-    return flat.view(x.shape)
+    return unflat(whitened, x.shape)
 
 
 @implements("masked_whiten", "torch")
@@ -189,7 +190,7 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return inputs.x.new_empty(inputs.x.shape), inputs.x.new_empty(3, dtype=torch.float64)
+    return empty_contiguous(inputs.x), inputs.x.new_empty(3, dtype=torch.float64)
 
 
 class _Backward(NamedTuple):
@@ -203,7 +204,7 @@ class _Backward(NamedTuple):
 
 def _backward_kernel(inputs: _Backward) -> Tensor:
     x, live = inputs.x, inputs.live
-    grad = x.new_empty(x.shape)
+    grad = empty_contiguous(x)
     launch(
         records.MaskedWhitenBackward(
             elements=x.shape[0],
@@ -232,7 +233,5 @@ def _gradient(ctx: Any, grad_whitened: Tensor, _: Tensor) -> tuple[Tensor]:
 
 
 _moments = fused_op("masked_moments", Moments, _moments_kernel, _empty_moments)
-_backward = fused_op(
-    "masked_whiten_backward", _Backward, _backward_kernel, lambda inputs: inputs.x.new_empty(inputs.x.shape)
-)
+_backward = fused_op("masked_whiten_backward", _Backward, _backward_kernel, lambda inputs: empty_contiguous(inputs.x))
 _forward = fused_op("masked_whiten", Inputs, _kernel, _outputs, trained=("x",), save=_save, gradient=_gradient)

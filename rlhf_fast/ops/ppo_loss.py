@@ -92,9 +92,7 @@ def ppo_loss(
         data["entropy"] = entropy
     if ref_logprobs is not None:
         data["ref_logprobs"] = ref_logprobs
-    _checks.floating(op, **data)
-    _checks.shaped(op, logprobs.shape, "that of logprobs", **data)
-    _checks.same_device(op, **data)
+    _checks.alike(op, "that of logprobs", **data)
     terms = policy_terms(
         op, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef, kl_estimator=kl_estimator,
         entropy_coef=entropy_coef,

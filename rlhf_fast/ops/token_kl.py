@@ -10,7 +10,7 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._aggregate import upcast
 from ._dispatch import implementation, implements, launch
-from ._op import fused_op
+from ._op import empty_contiguous, fused_op
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 
@@ -45,9 +45,7 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None = None,
         TypeError: an input is not a floating-point tensor.
         ValueError: shapes or devices differ; unknown estimator.
     """
-    _checks.floating("token_kl", logprobs=logprobs, ref_logprobs=ref_logprobs)
-    _checks.shaped("token_kl", logprobs.shape, "that of logprobs", ref_logprobs=ref_logprobs)
-    _checks.same_device("token_kl", logprobs=logprobs, ref_logprobs=ref_logprobs)
+    _checks.alike("token_kl", "that of logprobs", logprobs=logprobs, ref_logprobs=ref_logprobs)
     _checks.one_of("token_kl", "estimator", estimator, ESTIMATORS)
     live = _checks.live_mask("token_kl", mask, logprobs.shape, logprobs.device)
 
@@ -152,7 +150,7 @@ def _k3(x: Tensor) -> Tensor:
 
 
 def _kernel(inputs: Inputs) -> Tensor:
-    logprobs, kl = inputs.logprobs, inputs.logprobs.new_empty(inputs.logprobs.shape)
+    logprobs, kl = inputs.logprobs, empty_contiguous(inputs.logprobs)
     launch(
         records.TokenKl(
             tokens=logprobs.numel(),
@@ -176,7 +174,7 @@ class _Backward(NamedTuple):
 
 
 def _backward_kernel(inputs: _Backward) -> Tensor:
-    logprobs, grad = inputs.logprobs, inputs.logprobs.new_empty(inputs.logprobs.shape)
+    logprobs, grad = inputs.logprobs, empty_contiguous(inputs.logprobs)
     launch(
         records.TokenKlBackward(
             tokens=logprobs.numel(),
@@ -193,7 +191,7 @@ def _backward_kernel(inputs: _Backward) -> Tensor:
 
 
 def _fake(inputs: Inputs | _Backward) -> Tensor:
-    return inputs.logprobs.new_empty(inputs.logprobs.shape)
+    return empty_contiguous(inputs.logprobs)
 
 
 def _save(ctx: Any, inputs: Inputs, output: Tensor) -> None:
