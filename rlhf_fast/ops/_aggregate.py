@@ -110,7 +110,10 @@ def ordered_sum(values: torch.Tensor) -> torch.Tensor:
 
 def upcast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """All tensors in the dtype that is computed in: float64 when any of them is, else float32."""
-    dtype = torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
+    dtypes = [tensor.dtype for tensor in tensors]
+    if dtypes.count(torch.float32) == len(dtypes):
+        return tensors
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
 
 

@@ -69,18 +69,16 @@ def implementation(op: str, like: Tensor) -> Implementation:
     if "fused" not in row:
         return row["torch"]
     forced, device = forced_backend(), like.device
-    if forced is not None:
-        reason = _why_not(op, forced, device)
-        if reason is not None:
+    kind = "torch" if forced == "torch" or like.dtype == torch.float64 else "fused"
+    for name in _meant_for(device) if forced is None else (forced,):
+        reason = _why_not(op, name, device)
+        if reason is None:
+            return row[kind]
+        if forced is not None:
             raise RuntimeError(
                 f"{op}: backend {forced!r} was asked for and cannot run on {device.type}: {reason}. "
                 "Unset RLHF_FAST_BACKEND (or leave use_backend) to let rlhf-fast choose."
             )
-        return row["torch" if forced == "torch" or like.dtype == torch.float64 else "fused"]
-    for name in _meant_for(device):
-        reason = _why_not(op, name, device)
-        if reason is None:
-            return row["torch" if like.dtype == torch.float64 else "fused"]
         _say_once(op, name, reason)
     return row["torch"]
 
@@ -90,7 +88,7 @@ def launch(record: Record, like: Tensor) -> None:
 
     Raises RuntimeError where none can: a graph compiled for a backend that has gone.
     """
-    if len(ENGINES["cpu"]) == 1 and not like.is_cuda:  # no choice, about which to ask would take a microsecond
+    if like.is_cpu and len(ENGINES["cpu"]) == 1:  # no choice, about which to ask would take a microsecond
         (only,) = ENGINES["cpu"].values()
         return only.launch(NAMES[type(record)], record)
     device = like.device

@@ -68,7 +68,8 @@ def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
     slots = iter(grads.unbind() if wants.count(True) > 1 else (grads,))
     grad_logprobs, grad_values, grad_entropy = [next(slots) if want else None for want in wants]
     data = inputs.values if inputs.logprobs is None else inputs.logprobs
-    sequences, length = data.shape if data.dim() == 2 else (1, data.numel())
+    shape = data.shape
+    sequences, length = shape if len(shape) == 2 else (1, data.numel())
     launch(
         records.PpoLoss(
             policy=inputs.logprobs is not None,

@@ -185,9 +185,7 @@ def _differentiable(
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), members)
     apply = super(torch.autograd.Function, function).apply  # its own looks for functorch once more
-    getters = [attrgetter(path) for path in trained]
-
-    def call(inputs: Any) -> Any:
-        return apply(inputs, *[getter(inputs) for getter in getters])
-
-    return call
+    trained_of = attrgetter(*trained)
+    if len(trained) == 1:  # of which it returns no tuple
+        return lambda inputs: apply(inputs, trained_of(inputs))
+    return lambda inputs: apply(inputs, *trained_of(inputs))
