@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import _checks
 from ._op import once_differentiable
-from ._tokens import vocabulary
-from ._vocab import accumulation_dtype
+from ._rows import accumulation_dtype, vocabulary
 
 # Elements of one chunk of logits: 128 MiB in fp32.
 CHUNK_ELEMENTS = 1 << 25

@@ -1,4 +1,6 @@
-"""clipped_policy_loss, clipped_value_loss and ppo_loss on the engines: loss, gradients and statistics in one sweep.
+"""What the losses share: their scalars, checked, and their run on the engines.
+
+There, clipped_policy_loss, clipped_value_loss and ppo_loss are one sweep for loss, gradients and statistics.
 
 The last of the statistics is the scale: what the gradients are still to be multiplied by. A GPU's kernel learns the
 divisor of the loss after it has written them.
@@ -12,11 +14,22 @@ from torch import Tensor
 
 from rlhf_fast.kernels import records
 
+from . import _checks
 from ._dispatch import implements, launch
 from ._op import empty_contiguous, fused_op
 
+ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 JOINT_STATISTICS = 11  # of ppo_loss: 4 terms, 5 of the policy, 1 of the value, the scale
 ABSENT = cast(Tensor, None)
+
+
+def _codes(estimator: str) -> tuple[int, int]:
+    """Whose value an estimator has, and whose slope: a "+" form has k2's."""
+    value = records.KL_ESTIMATORS.index(estimator.removesuffix("+"))
+    return value, records.KL_ESTIMATORS.index("k2") if estimator.endswith("+") else value
+
+
+KL_CODES = {estimator: _codes(estimator) for estimator in ESTIMATORS}
 
 
 class LossInputs(NamedTuple):
@@ -39,6 +52,45 @@ class LossInputs(NamedTuple):
     returns: records.Given = ABSENT
     value_clip: float = math.inf
     value_coef: float = 1.0
+
+
+def policy_terms(
+    op: str,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k1",
+    entropy_coef: float = 0.0,
+) -> records.PolicyTerms:
+    """The scalars of a loss with a policy, checked."""
+    _checks.within(op, 0, 1, clip_low=clip_low)  # a ratio is never below 0
+    _checks.non_negative(op, clip_high=clip_high)
+    _checks.is_number(op, dual_clip=dual_clip)
+    if dual_clip is not None and not 1 < dual_clip < math.inf:
+        raise ValueError(f"{op}: dual_clip must be a finite number > 1, or None; got {dual_clip!r}")
+    _checks.non_negative(op, kl_coef=kl_coef, entropy_coef=entropy_coef)
+    _checks.one_of(op, "kl_estimator", kl_estimator, ESTIMATORS)
+    ceiling = math.inf if dual_clip is None else dual_clip
+    return records.PolicyTerms(clip_low, clip_high, ceiling, kl_coef, entropy_coef, *KL_CODES[kl_estimator])
+
+
+def check_ratio_level(op: str, logprobs: Tensor, ratio_level: str) -> None:
+    _checks.one_of(op, "ratio_level", ratio_level, ("token", "sequence"))
+    if ratio_level == "sequence" and logprobs.dim() != 2:
+        raise ValueError(
+            f"{op}: ratio_level 'sequence' needs (B, T), one row a sequence; got shape {tuple(logprobs.shape)}"
+        )
+
+
+def check_reference(op: str, ref_logprobs: Tensor | None, kl_coef: float) -> None:
+    """A KL has what it is taken to."""
+    if kl_coef > 0 and ref_logprobs is None:
+        raise ValueError(f"{op}: kl_coef={kl_coef!r} needs ref_logprobs, which is None; pass them or set kl_coef=0")
+
+
+# ---- on the engines --------------------------------------------------------------------------------------------------
 
 
 class _Forward(NamedTuple):

@@ -1,8 +1,134 @@
-"""What the vocabulary-level ops put into their launchers' records."""
+"""What the ops on rows share: checks, rows (N, features) out of any shape, and the parts of their launchers' records.
 
+A row is one token: its logits or its hidden state.
+"""
+
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import records
+
+from . import _checks
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the dtype of the arithmetic and of the outputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Tokens(NamedTuple):
+    """N tokens, flat."""
+
+    targets: Tensor  # (N,) int64
+    live: Tensor | None  # (N,) bool, True = counts: the mask, less the targets that are ignore_index; None = all count
+    temperatures: Tensor | None  # (N,) in the accumulation dtype, NaN where it cannot be used; None = one for all rows
+    temperature: float = 1.0  # that one
+
+
+def flat_tokens(
+    op: str,
+    data: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    vocab: int,
+    ignore_index: int,
+    targets_name: str = "targets",
+) -> Tokens:
+    """Checks what comes beside ``data`` (..., features) and flattens it.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device.
+        IndexError: on the CPU, a live target outside [0, vocab). On a GPU the check would synchronise, and under
+            torch.compile it would break the graph; the op gives NaN in that row instead.
+    """
+    shape = data.shape[:-1]
+    _checks.integral(op, **{targets_name: targets})
+    _checks.shaped(op, shape, "one token id a row", **{targets_name: targets})
+    _checks.same_device(op, data=data, **{targets_name: targets})
+    if targets.dtype != torch.int64:  # in a narrower one ignore_index would wrap round to a token id
+        targets = targets.to(torch.int64)
+    live = _checks.live_mask(op, mask, shape, data.device)
+    targets = _checks.constant(targets)
+    if not _all_in_vocabulary(targets, vocab) or 0 <= ignore_index < vocab:
+        live = targets != ignore_index if live is None else live & (targets != ignore_index)
+        _check_range(op, targets_name, targets, live, vocab)
+    temperatures, number = flat_temperature(op, temperature, data)
+    return Tokens(flat(targets), None if live is None else flat(live), temperatures, number)
+
+
+def flat(tokens: Tensor) -> Tensor:
+    """(...) -> (N,). A call of torch that changes nothing still costs a microsecond or more."""
+    return tokens if tokens.dim() == 1 else tokens.reshape(-1)
+
+
+def as_rows(data: Tensor) -> Tensor:
+    """(..., features) -> (N, features)."""
+    return data if data.dim() == 2 else data.reshape(data.shape[:-1].numel(), data.shape[-1])
+
+
+def unflat(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """(N,) -> (...)."""
+    return tokens if len(shape) == 1 else tokens.reshape(shape)
+
+
+def flat_temperature(op: str, temperature: float | Tensor, data: Tensor) -> tuple[Tensor | None, float]:
+    """``temperatures`` and ``temperature`` of Tokens, for data (..., features)."""
+    shape = data.shape[:-1]
+    checked = _checks.temperatures(op, temperature, shape, data.device)
+    if not isinstance(checked, Tensor):
+        return None, checked
+    rows = _checks.constant(checked).to(accumulation_dtype(data.dtype)).expand(shape).reshape(-1)
+    return rows.masked_fill(~_checks.usable_temperature(rows), torch.nan), 1.0
+
+
+def expanded(
+    rows: Tensor, live: Tensor | None, temperatures: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """live and temperatures (N,) of rows (N, features), for the torch reference."""
+    count = rows.shape[0]
+    if live is None:
+        live = torch.ones(count, dtype=torch.bool, device=rows.device)
+    if temperatures is None:
+        temperatures = torch.full((count,), temperature, dtype=accumulation_dtype(rows.dtype), device=rows.device)
+    return live, temperatures
+
+
+def vocabulary(op: str, columns: int, vocab_size: int | None) -> int:
+    """The number of columns that are real: ``vocab_size``, or all of them."""
+    if columns < 1:
+        raise ValueError(f"{op}: the vocabulary needs at least one column; got {columns}")
+    if vocab_size is None:
+        return columns
+    if not isinstance(vocab_size, int) or not 1 <= vocab_size <= columns:
+        raise ValueError(f"{op}: vocab_size must be an integer from 1 to the {columns} columns; got {vocab_size!r}")
+    return vocab_size
+
+
+def _all_in_vocabulary(targets: Tensor, vocab: int) -> bool:
+    """Whether they are known to be, as on the CPU. Two numbers are compared in a third of the time of all targets."""
+    if not _checks.at_hand(targets) or targets.numel() == 0:
+        return False
+    lowest, highest = torch.aminmax(targets)
+    return lowest.item() >= 0 and highest.item() < vocab
+
+
+def _check_range(op: str, name: str, targets: Tensor, live: Tensor, vocab: int) -> None:
+    if not _checks.at_hand(targets):
+        return
+    wrong = live & ((targets < 0) | (targets >= vocab))
+    if bool(wrong.any()):
+        position = tuple(wrong.nonzero()[0].tolist())
+        raise IndexError(
+            f"{op}: {name} must lie in [0, {vocab}); got {int(targets[position])} at position {position}. "
+            "Mask that token, set it to ignore_index, or check the tokenizer against the model."
+        )
+
+
+# ---- parts of records ----------------------------------------------------------------------------------------------
 
 _DTYPES = {dtype: code for code, dtype in enumerate(records.DTYPES)}
 NOTHING = records.Logits(data=None, dtype=0, row_stride=0)
@@ -42,3 +168,13 @@ def unit_columns(logits: Tensor) -> Tensor:
 
 def dtype_code(data: Tensor) -> int:
     return _DTYPES[data.dtype]
+
+
+def flat_rows(hidden: Tensor) -> Tensor:
+    """(..., H) -> (N, H), whose columns lie side by side; copied where no row stride can say it."""
+    return unit_columns(as_rows(hidden))
+
+
+def hidden_of(rows: Tensor | None) -> records.Hidden:
+    """Rows of ``flat_rows``, or None where they are not wanted."""
+    return records.Hidden(None, 0) if rows is None else records.Hidden(rows, rows.stride(0))

@@ -32,11 +32,6 @@ class RowStatistics(NamedTuple):
     total: Tensor  # sum of exp(other - shift) (1 where there is none)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32: the dtype of the arithmetic and of the outputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices that cover ``rows`` rows of ``columns`` columns, about CHUNK_ELEMENTS elements each."""
     step = max(1, CHUNK_ELEMENTS // max(1, columns))

@@ -6,13 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.records import PolicyTerms
-
 from . import _checks
 from ._aggregate import aggregate, check_aggregation, masked_mean, ordered_sum, scalar_tensor, upcast
 from ._dispatch import implementation, implements
-from ._losses import LossInputs
-from .token_kl import ESTIMATORS, KL_CODES
+from ._losses import LossInputs, check_ratio_level, policy_terms
 
 LOG_RATIO_BOUND = 20.0
 
@@ -93,36 +90,6 @@ def policy_loss(inputs: LossInputs) -> PolicyLoss:
     """``clipped_policy_loss`` of what has been checked."""
     loss, statistics = implementation("clipped_policy_loss", inputs.logprobs)(inputs)
     return PolicyLoss(loss, *statistics)
-
-
-def policy_terms(
-    op: str,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k1",
-    entropy_coef: float = 0.0,
-) -> PolicyTerms:
-    """The scalars of a loss with a policy, checked."""
-    _checks.within(op, 0, 1, clip_low=clip_low)  # a ratio is never below 0
-    _checks.non_negative(op, clip_high=clip_high)
-    _checks.is_number(op, dual_clip=dual_clip)
-    if dual_clip is not None and not 1 < dual_clip < math.inf:
-        raise ValueError(f"{op}: dual_clip must be a finite number > 1, or None; got {dual_clip!r}")
-    _checks.non_negative(op, kl_coef=kl_coef, entropy_coef=entropy_coef)
-    _checks.one_of(op, "kl_estimator", kl_estimator, ESTIMATORS)
-    ceiling = math.inf if dual_clip is None else dual_clip
-    return PolicyTerms(clip_low, clip_high, ceiling, kl_coef, entropy_coef, *KL_CODES[kl_estimator])
-
-
-def check_ratio_level(op: str, logprobs: Tensor, ratio_level: str) -> None:
-    _checks.one_of(op, "ratio_level", ratio_level, ("token", "sequence"))
-    if ratio_level == "sequence" and logprobs.dim() != 2:
-        raise ValueError(
-            f"{op}: ratio_level 'sequence' needs (B, T), one row a sequence; got shape {tuple(logprobs.shape)}"
-        )
 
 
 @implements("clipped_policy_loss", "torch")

@@ -11,9 +11,19 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._dispatch import implementation, implements, launch
 from ._op import fused_op
-from ._rows import logits_of, rows_of, unit_columns
-from ._tokens import as_rows, expanded, flat, flat_temperature, unflat, vocabulary
-from ._vocab import accumulation_dtype, all_dead, row_chunks, row_sum
+from ._rows import (
+    accumulation_dtype,
+    as_rows,
+    expanded,
+    flat,
+    flat_temperature,
+    logits_of,
+    rows_of,
+    unflat,
+    unit_columns,
+    vocabulary,
+)
+from ._vocab import all_dead, row_chunks, row_sum
 
 
 def exact_kl(

@@ -13,10 +13,9 @@ from rlhf_fast.kernels import records
 
 from . import _checks
 from ._dispatch import implementation, implements, launch
-from ._hidden import flat_rows, hidden_of
 from ._op import fused_op
-from ._rows import dtype_code
-from ._vocab import accumulation_dtype, sigmoid
+from ._rows import accumulation_dtype, dtype_code, flat_rows, hidden_of
+from ._vocab import sigmoid
 
 # Written out, because torch's own round differently in their vector and scalar loops, so by the number of threads.
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

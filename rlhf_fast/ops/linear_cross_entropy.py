@@ -11,11 +11,9 @@ from . import _checks
 from ._aggregate import aggregate, check_aggregation, token_weights
 from ._dispatch import implementation, implements, launch
 from ._linear import LoRA, checked_head
-from ._live import LiveRows
 from ._op import fused_op, not_differentiable
-from ._rows import NOTHING, logits_of
-from ._sweep import TRAINED, empty_gradients, scaled, sweep, wanted, wanted_dtypes
-from ._tokens import as_rows, flat_tokens, unflat
+from ._rows import NOTHING, as_rows, flat_tokens, logits_of, unflat
+from ._sweep import TRAINED, LiveRows, empty_gradients, scaled, sweep, wanted, wanted_dtypes
 from .linear_logprobs import Inputs
 from .linear_logprobs import fused as linear_logprobs_fused
 from .linear_logprobs import reference as linear_logprobs_reference

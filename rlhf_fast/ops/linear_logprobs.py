@@ -10,12 +10,9 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._dispatch import implementation, implements, launch
 from ._linear import Head, LoRA, checked_head, in_full_precision, over_live_rows, project
-from ._live import LiveRows
 from ._op import fused_op, not_differentiable
-from ._rows import NOTHING, logits_of
-from ._sweep import TRAINED, HeadGradients, empty_gradients, sweep, wanted, wanted_dtypes
-from ._tokens import Tokens, as_rows, expanded, flat_tokens, unflat
-from ._vocab import accumulation_dtype
+from ._rows import NOTHING, Tokens, accumulation_dtype, as_rows, expanded, flat_tokens, logits_of, unflat
+from ._sweep import TRAINED, HeadGradients, LiveRows, empty_gradients, sweep, wanted, wanted_dtypes
 from .masked_logprobs import reference_of_rows
 
 

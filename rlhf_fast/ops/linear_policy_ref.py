@@ -10,12 +10,9 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._dispatch import implementation, implements, launch
 from ._linear import Head, autocasted, checked_head, in_full_precision, over_live_rows, project
-from ._live import LiveRows
 from ._op import fused_op
-from ._rows import NOTHING, logits_of
-from ._sweep import HeadGradients, empty_gradients, sweep, wanted_dtypes
-from ._tokens import Tokens, as_rows, expanded, flat_tokens, unflat
-from ._vocab import accumulation_dtype
+from ._rows import NOTHING, Tokens, accumulation_dtype, as_rows, expanded, flat_tokens, logits_of, unflat
+from ._sweep import HeadGradients, LiveRows, empty_gradients, sweep, wanted_dtypes
 from .exact_kl import Inputs as KlInputs
 from .exact_kl import reference as exact_kl_reference
 from .masked_logprobs import reference_of_rows

@@ -13,8 +13,7 @@ from ._dispatch import implementation, implements
 from ._linear import LoRA, Product, autocasted, checked_lora, without_autocast
 from ._op import once_differentiable
 from ._products import add_product_, summed_over_rows
-from ._tokens import as_rows
-from ._vocab import accumulation_dtype
+from ._rows import accumulation_dtype, as_rows
 
 Loras = Sequence[LoRA | None]  # one a layer
 

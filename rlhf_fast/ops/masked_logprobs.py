@@ -12,11 +12,20 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._dispatch import implementation, implements, launch
 from ._op import fused_op
-from ._rows import logits_of, rows_of, unit_columns
-from ._tokens import Tokens, as_rows, expanded, flat_tokens, unflat, vocabulary
+from ._rows import (
+    Tokens,
+    accumulation_dtype,
+    as_rows,
+    expanded,
+    flat_tokens,
+    logits_of,
+    rows_of,
+    unflat,
+    unit_columns,
+    vocabulary,
+)
 from ._vocab import (
     RowStatistics,
-    accumulation_dtype,
     all_dead,
     cap_and_scale,
     cap_and_scale_backward,

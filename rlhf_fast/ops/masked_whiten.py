@@ -12,7 +12,7 @@ from . import _checks
 from ._aggregate import ordered_sum, upcast
 from ._dispatch import implementation, implements, launch
 from ._op import empty_contiguous, fused_op
-from ._tokens import flat, unflat
+from ._rows import flat, unflat
 
 EPSILON = 1e-8  # added to the variance
 

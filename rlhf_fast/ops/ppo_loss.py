@@ -9,8 +9,7 @@ from torch import Tensor
 from . import _checks
 from ._aggregate import aggregate, check_aggregation, scalar_tensor, upcast
 from ._dispatch import implementation, implements
-from ._losses import LossInputs
-from .clipped_policy_loss import policy_terms
+from ._losses import LossInputs, check_reference, policy_terms
 from .clipped_policy_loss import reference as policy_reference
 from .clipped_value_loss import reference as value_reference
 from .token_kl import estimates
@@ -120,12 +119,6 @@ def ppo_loss(
         )
     )
     return PPOLoss(loss, *statistics)
-
-
-def check_reference(op: str, ref_logprobs: Tensor | None, kl_coef: float) -> None:
-    """A KL has what it is taken to."""
-    if kl_coef > 0 and ref_logprobs is None:
-        raise ValueError(f"{op}: kl_coef={kl_coef!r} needs ref_logprobs, which is None; pass them or set kl_coef=0")
 
 
 @implements("ppo_loss", "torch")

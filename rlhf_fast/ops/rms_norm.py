@@ -11,10 +11,8 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._aggregate import ordered_sum
 from ._dispatch import implementation, implements, launch
-from ._hidden import flat_rows, hidden_of
 from ._op import fused_op
-from ._rows import dtype_code
-from ._vocab import accumulation_dtype
+from ._rows import accumulation_dtype, dtype_code, flat_rows, hidden_of
 
 
 def rms_norm(hidden: Tensor, weight: Tensor | None, *, eps: float, offset: float = 0.0) -> Tensor:

@@ -10,8 +10,7 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._dispatch import implementation, implements, launch
 from ._op import fused_op
-from ._rows import dtype_code
-from ._vocab import accumulation_dtype
+from ._rows import accumulation_dtype, dtype_code
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

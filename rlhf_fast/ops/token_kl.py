@@ -10,9 +10,8 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._aggregate import upcast
 from ._dispatch import implementation, implements, launch
+from ._losses import ESTIMATORS, KL_CODES
 from ._op import empty_contiguous, fused_op
-
-ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None = None, *, estimator: str = "k1") -> Tensor:
@@ -64,15 +63,6 @@ class Inputs(NamedTuple):
     live: Tensor | None
     estimator: int  # whose value the estimate has, and whose slope: places in records.KL_ESTIMATORS
     slope: int
-
-
-def _codes(estimator: str) -> tuple[int, int]:
-    """Whose value an estimator has, and whose slope: a "+" form has k2's."""
-    value = records.KL_ESTIMATORS.index(estimator.removesuffix("+"))
-    return value, records.KL_ESTIMATORS.index("k2") if estimator.endswith("+") else value
-
-
-KL_CODES = {estimator: _codes(estimator) for estimator in ESTIMATORS}
 
 
 # ---- the torch reference --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from devices import GPU_BACKENDS
 from op_table import OPS, Case, Op, make, outputs_and_grads
 
-from rlhf_fast.ops import _live, _products, _sweep
+from rlhf_fast.ops import _products, _sweep
 from rlhf_fast.ops._products import Plan, plan, product
 
 head_op = pytest.mark.parametrize("op", [op for op in OPS if op.shared], ids=lambda op: op.name)
@@ -43,7 +43,7 @@ def test_every_row_is_taken_into_a_graph(op: Op, backend: str, monkeypatch: pyte
     for name in op.data:
         poisoned.x[name] = case.x[name].clone()
         poisoned.x[name][~case.mask] = torch.nan
-    monkeypatch.setattr(_live, "_capturing", lambda tensor: True)
+    monkeypatch.setattr(_sweep, "_capturing", lambda tensor: True)
     results = outputs_and_grads(op.run, op, poisoned, case.mask)
     torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-6)
 

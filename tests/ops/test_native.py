@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.ops import _products
 from rlhf_fast.ops._dispatch import implementation
-from rlhf_fast.ops._tokens import Tokens
+from rlhf_fast.ops._rows import Tokens
 from rlhf_fast.ops.masked_logprobs import Inputs
 
 every_op = pytest.mark.parametrize("op", [*OPS, *LAYER_OPS], ids=lambda op: op.name)

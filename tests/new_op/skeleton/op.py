@@ -10,7 +10,7 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._aggregate import upcast
 from ._dispatch import implementation, implements, launch
-from ._op import fused_op
+from ._op import empty_contiguous, fused_op
 
 
 def sample_op(x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
@@ -61,7 +61,7 @@ def _value(x: Tensor, scale: float) -> Tensor:
 
 
 def _kernel(inputs: Inputs) -> Tensor:
-    x, y = inputs.x, inputs.x.new_empty(inputs.x.shape)
+    x, y = inputs.x, empty_contiguous(inputs.x)
     launch(
         records.SampleOp(
             tokens=x.numel(),
@@ -83,7 +83,7 @@ class _Backward(NamedTuple):
 
 
 def _backward_kernel(inputs: _Backward) -> Tensor:
-    x, grad = inputs.x, inputs.x.new_empty(inputs.x.shape)
+    x, grad = inputs.x, empty_contiguous(inputs.x)
     launch(
         records.SampleOpBackward(
             tokens=x.numel(),
@@ -99,7 +99,7 @@ def _backward_kernel(inputs: _Backward) -> Tensor:
 
 
 def _fake(inputs: Inputs | _Backward) -> Tensor:
-    return inputs.x.new_empty(inputs.x.shape)
+    return empty_contiguous(inputs.x)
 
 
 def _save(ctx: Any, inputs: Inputs, output: Tensor) -> None:
