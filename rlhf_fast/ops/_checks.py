@@ -50,7 +50,7 @@ def is_tensor(op: str, **tensors: torch.Tensor) -> None:
 def alike(op: str, what: str, **tensors: torch.Tensor) -> None:
     """All are floating-point tensors on one device, of the shape of the first; ``what`` says whose that is."""
     first = next(iter(tensors.values()))
-    if type(first) in PLAIN:  # one pass where nothing is wrong
+    if type(first) in PLAIN:  # the usual case in one pass
         shape, device = first.shape, first.device
         for tensor in tensors.values():
             if type(tensor) not in PLAIN or tensor.dtype not in FLOATS:

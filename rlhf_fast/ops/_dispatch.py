@@ -36,8 +36,9 @@ class Engine(Protocol):
 
 
 BACKENDS = ("cuda", "triton", "native", "torch")
-# What is meant for a device, best first. Another engine may be put in from outside (the tests emulate CUDA on the CPU)
-# and runs where it is forced. cuda before triton, whose launch is Python's work, until both are timed on a GPU.
+# The engines of each device, best first. Another engine can be added from outside (the tests emulate CUDA on the CPU);
+# it runs only if it is forced. cuda comes before triton, whose launch is slow Python code, until both are timed on a
+# GPU.
 ENGINES: dict[str, dict[str, Engine]] = {
     "cpu": {"native": native},
     "cuda": {"cuda": Cuda(native.module, native.reason), "triton": Triton()},
@@ -88,7 +89,7 @@ def launch(record: Record, like: Tensor) -> None:
 
     Raises RuntimeError where none can: a graph compiled for a backend that has gone.
     """
-    if like.is_cpu and len(ENGINES["cpu"]) == 1:  # no choice, about which to ask would take a microsecond
+    if like.is_cpu and len(ENGINES["cpu"]) == 1:  # no choice to make; asking would take a microsecond
         (only,) = ENGINES["cpu"].values()
         return only.launch(NAMES[type(record)], record)
     device = like.device

@@ -78,7 +78,7 @@ def autocasted(operand: Tensor) -> Tensor:
 
 
 def _inside_autocast(tensor: Tensor) -> bool:
-    if tensor.is_cpu:  # asked alone, it takes half the time
+    if tensor.is_cpu:  # the CPU always has autocast; one question takes half the time
         return torch.is_autocast_enabled("cpu")
     device = tensor.device.type  # "meta" has none
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

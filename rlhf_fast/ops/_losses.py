@@ -24,7 +24,7 @@ ABSENT = cast(Tensor, None)
 
 
 def _codes(estimator: str) -> tuple[int, int]:
-    """Whose value an estimator has, and whose slope: a "+" form has k2's."""
+    """The codes of the estimators that give its value and its slope: a "+" form has the slope of k2."""
     value = records.KL_ESTIMATORS.index(estimator.removesuffix("+"))
     return value, records.KL_ESTIMATORS.index("k2") if estimator.endswith("+") else value
 
@@ -85,7 +85,7 @@ def check_ratio_level(op: str, logprobs: Tensor, ratio_level: str) -> None:
 
 
 def check_reference(op: str, ref_logprobs: Tensor | None, kl_coef: float) -> None:
-    """A KL has what it is taken to."""
+    """A KL term needs the log-probs of the reference."""
     if kl_coef > 0 and ref_logprobs is None:
         raise ValueError(f"{op}: kl_coef={kl_coef!r} needs ref_logprobs, which is None; pass them or set kl_coef=0")
 
@@ -154,8 +154,8 @@ def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def with_measures(inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """-> a policy's loss with its KL and entropy terms (), and the statistics of ppo_loss, those of a value idle."""
-    idle = inputs.old_logprobs  # any finite data: a value loss of weight 0 is not added
+    """-> the policy loss with its KL and entropy terms (), and the statistics of ppo_loss."""
+    idle = inputs.old_logprobs  # any tensor of this shape: a value loss of weight 0 is not added
     loss, statistics, _ = _kernel(
         _Forward(inputs._replace(values=idle, old_values=idle, returns=idle, value_coef=0.0), [False] * 3)
     )
@@ -167,7 +167,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _divisor(aggregation: str, num_items: Tensor | None) -> records.LossDivisor:
-    """A number below 0 stands for none, so that a given one becomes 0 at least. On a GPU its value stays there."""
+    """Below 0, the number tells the kernel to count the tokens; a given one is at least 0. A GPU's stays a tensor."""
     number, items = -1.0, None
     if num_items is not None and num_items.is_cuda:
         items = num_items.double()

@@ -1,4 +1,4 @@
-"""How a kernel becomes an op of torch, and how it is reached."""
+"""Registers a kernel as a custom op of torch, and calls it directly in eager mode."""
 
 import functools
 import inspect
@@ -68,7 +68,7 @@ def fused_op(
         op.register_autograd(backward, setup_context=setup_context)
         straight = _differentiable(name, kernel, trained, save, gradient)
     paths = list(_tensor_paths(inputs))
-    tensors_of = attrgetter(*paths, paths[0])  # of one path it would return no tuple
+    tensors_of = attrgetter(*paths, paths[0])  # attrgetter returns no tuple for one path
 
     def call(given: Any) -> Any:
         if torch.compiler.is_compiling() or _watched() or not _PLAIN.issuperset(map(type, tensors_of(given))):
@@ -92,7 +92,7 @@ def _fields(record: Any) -> dict[str, Any]:
 
 
 def _parameters(record: Any) -> Iterator[inspect.Parameter]:
-    """Of a function that takes the fields one by one, those of nested records too."""
+    """The parameters of a function that takes all fields, those of nested records too, one by one."""
     for name, annotation in _fields(record).items():
         if is_record(annotation):
             yield from _parameters(annotation)
@@ -130,7 +130,7 @@ def _without_none(outputs: Any, like: Any) -> Any:
 
 
 def _watched() -> bool:
-    """Whether something traces or transforms what runs, or looks on."""
+    """Whether a dispatch mode, a functional transform or a tracer is active."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
@@ -139,7 +139,7 @@ def _watched() -> bool:
 
 
 def _bumping(kernel: Callable[..., Any], mutates: str) -> Callable[..., Any]:
-    """Of a kernel that writes to one of its inputs: whoever saved that tensor for a backward is told."""
+    """For a kernel that writes to an input: raises its version, so that a backward that saved it raises an error."""
 
     def call(inputs: Any) -> Any:
         torch.autograd.graph.increment_version(getattr(inputs, mutates))
@@ -184,8 +184,8 @@ def _differentiable(
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), members)
-    apply = super(torch.autograd.Function, function).apply  # its own looks for functorch once more
+    apply = super(torch.autograd.Function, function).apply  # Function.apply itself checks for functorch again
     trained_of = attrgetter(*trained)
-    if len(trained) == 1:  # of which it returns no tuple
+    if len(trained) == 1:  # attrgetter returns no tuple for one
         return lambda inputs: apply(inputs, trained_of(inputs))
     return lambda inputs: apply(inputs, *trained_of(inputs))

@@ -77,7 +77,7 @@ TRAINED = ("hidden", "head.weight", "head.bias", "head.down", "head.up")
 
 
 class HeadGradients(NamedTuple):
-    """One a tensor of the head; None where it was not wanted."""
+    """The gradient of hidden and of each tensor of the head; None if it is not wanted."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -87,7 +87,7 @@ class HeadGradients(NamedTuple):
 
 
 def wanted(hidden: Tensor, head: Head) -> list[bool]:
-    """Which of them need one."""
+    """Which of HeadGradients are needed."""
     if not torch.is_grad_enabled():
         return [False] * len(TRAINED)
     return [tensor is not None and tensor.requires_grad for tensor in (hidden, *head[:4])]
@@ -152,7 +152,7 @@ def _project(hidden: Tensor, head: Head, columns: list[slice], out: Tensor) -> N
     inner = None
     if head.down is not None:
         inner = (hidden.float() @ head.down.float().T).mul_(head.scale)
-    tiled = hidden.is_cuda or hidden.dtype == torch.float32  # the engine's own product cuts itself up
+    tiled = hidden.is_cuda or hidden.dtype == torch.float32  # the engine's own product tiles itself
     if not tiled:
         logits_product(hidden, head.weight, out)
     for tile in columns:
