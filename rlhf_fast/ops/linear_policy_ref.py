@@ -114,35 +114,34 @@ def _torch(inputs: Inputs) -> tuple[Tensor, ...]:
 def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> the fields of PolicyRef, each (N,)."""
     rows = LiveRows(inputs.tokens, inputs.softcap)
-    results = inputs.hidden.new_empty(4, rows.count, dtype=torch.float32)
+    results = PolicyRef(*[inputs.hidden.new_empty(rows.count, dtype=torch.float32) for _ in PolicyRef._fields])
     _fold_all(rows, inputs, results, (None, None, None), [False] * 5)
-    logprobs, ref_logprobs, entropy, kl = (rows.put(result.clone()) for result in results)
+    logprobs, ref_logprobs, entropy, kl = map(rows.put, results)
     return logprobs, ref_logprobs, entropy, kl
 
 
 def _fold_all(
-    rows: LiveRows, inputs: Inputs, results: Tensor, slopes: tuple[Tensor | None, ...], wants: list[bool]
+    rows: LiveRows, inputs: Inputs, results: PolicyRef, slopes: tuple[Tensor | None, ...], wants: list[bool]
 ) -> HeadGradients:
     """``slopes`` are the gradients (live,) of logprobs, entropy and KL, where they are given."""
 
     def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
-        logprobs, ref_logprobs, entropy, kl = results[:, part].unbind()
         grad_logprobs, grad_entropy, grad_kl = (None if slope is None else slope[part] for slope in slopes)
         launch(
             records.LinearPolicyRef(
                 rows=rows.part(part, logits[0]),
                 logits=logits_of(logits[0]),
                 ref_logits=logits_of(logits[1]),
-                logprobs=logprobs,
-                ref_logprobs=ref_logprobs,
-                entropy=entropy,
-                kl=kl,
+                logprobs=results.logprobs[part],
+                ref_logprobs=results.ref_logprobs[part],
+                entropy=results.entropy[part],
+                kl=results.exact_kl[part],
                 grad=NOTHING if grad is None else logits_of(grad),
                 grad_logprobs=grad_logprobs,
                 grad_entropy=grad_entropy,
                 grad_kl=grad_kl,
             ),
-            results,
+            results.logprobs,
         )
 
     hiddens = (rows.take(inputs.hidden), rows.take(inputs.ref_hidden))
@@ -166,7 +165,7 @@ def _backward_kernel(given: _Backward) -> tuple[Tensor | None, Tensor | None, Te
     """-> the gradients of hidden, weight and bias, from logits that are formed once more."""
     inputs, *slopes, wants = given
     rows = LiveRows(inputs.tokens, inputs.softcap)
-    unused = inputs.hidden.new_empty(4, rows.count, dtype=torch.float32)
+    unused = PolicyRef(*inputs.hidden.new_empty(4, rows.count, dtype=torch.float32).unbind())
     grads = _fold_all(rows, inputs, unused, tuple(map(rows.take, slopes)), [*wants, False, False])
     return rows.put(grads.hidden), grads.weight, grads.bias
 
