@@ -124,6 +124,11 @@ class StageConfig:
         "In place of micro_batch_size: most tokens per forward and backward pass, prompts and responses together, so "
         "that short sequences make large micro-batches.",
     )
+    gradient_checkpointing: bool = option(
+        False,
+        "Keep only the input of each adapted layer and compute the layer once more in the backward pass: much less "
+        "memory, the same gradients, a longer update.",
+    )
     max_steps: int | None = option(None, "Stop after this many steps (PPO: rollouts). Unset: num_train_epochs decides.")
     num_train_epochs: float = option(1.0, "Passes over the training data.")
     max_length: int = option(512, "Longest sequence in tokens, prompt and response together.")

@@ -1,5 +1,6 @@
 """Out of memory, told as what it is: in which work, on how many tokens, and which setting to lower."""
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +12,14 @@ from rlhf_fast.rollout import Response
 from rlhf_fast.text import one_line
 
 MICRO_BATCH = ("micro_batch_tokens", "micro_batch_size")  # one of them is set
+
+
+def give_back_memory() -> None:
+    """Returns freed memory to the system, which glibc keeps in pieces: what follows has other sizes and would not fit
+    into them. Elsewhere nothing is done."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

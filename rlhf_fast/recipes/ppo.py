@@ -29,7 +29,7 @@ from rlhf_fast.recipes.experience import (
     score,
     set_advantages,
 )
-from rlhf_fast.recipes.memory import MICRO_BATCH, memory_for, response_lengths, sampling_lengths
+from rlhf_fast.recipes.memory import MICRO_BATCH, give_back_memory, memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.rows import load_rows
 from rlhf_fast.recipes.stage import Stage
 from rlhf_fast.rewards import Functions, KLController, RunningMoments, apply_missing_eos
@@ -154,7 +154,7 @@ def roll_out(stage: Stage[PPOConfig], rows: Sequence[PromptRow]) -> list[Respons
     config = stage.config
     lengths = sampling_lengths(rows, config.response_length)[-config.rollout_batch_size :]
     with memory_for(stage, "rollout", lengths, "rollout_batch_size", "response_length", "max_length"):
-        return generate(
+        responses = generate(
             stage.base,
             POLICY,
             rows,
@@ -164,6 +164,8 @@ def roll_out(stage: Stage[PPOConfig], rows: Sequence[PromptRow]) -> list[Respons
             engine=config.rollout_engine,
             skip_special_tokens=config.reward_skip_special_tokens,
         )
+    give_back_memory()  # of the merged copy
+    return responses
 
 
 def scored(stage: Stage[PPOConfig], responses: Sequence[Response], reference: str | None) -> Experience:
