@@ -15,8 +15,8 @@ MICRO_BATCH = ("micro_batch_tokens", "micro_batch_size")  # one of them is set
 
 
 def give_back_memory() -> None:
-    """Returns freed memory to the system, which glibc keeps in pieces: what follows has other sizes and would not fit
-    into them. Elsewhere nothing is done."""
+    """Between two phases: returns freed memory to the system, which glibc keeps in pieces. The next phase has other
+    sizes, which would not fit into them. With another C library nothing is done."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

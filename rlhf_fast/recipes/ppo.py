@@ -79,9 +79,11 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             batch = [prompts[i] for i in batch_indices(len(prompts), config.batch_size, step - 1, config.seed)]
             clock = [time.perf_counter()]
 
+            give_back_memory()
             responses = roll_out(stage, stage.share(batch))
             clock.append(time.perf_counter())
 
+            give_back_memory()  # of the merged copy
             experiences = [scored(stage, part, reference) for part in micro_batches(stage, responses)]
             if step == 1:
                 check_start(experiences, stage.base.dtype)
@@ -94,6 +96,7 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             set_advantages(experiences, scores, config, kl_coef=kl_coef, group=stage.group)
             clock.append(time.perf_counter())
 
+            give_back_memory()
             statistics = update(stage, experiences, step)
             clock.append(time.perf_counter())
 
@@ -154,7 +157,7 @@ def roll_out(stage: Stage[PPOConfig], rows: Sequence[PromptRow]) -> list[Respons
     config = stage.config
     lengths = sampling_lengths(rows, config.response_length)[-config.rollout_batch_size :]
     with memory_for(stage, "rollout", lengths, "rollout_batch_size", "response_length", "max_length"):
-        responses = generate(
+        return generate(
             stage.base,
             POLICY,
             rows,
@@ -164,8 +167,6 @@ def roll_out(stage: Stage[PPOConfig], rows: Sequence[PromptRow]) -> list[Respons
             engine=config.rollout_engine,
             skip_special_tokens=config.reward_skip_special_tokens,
         )
-    give_back_memory()  # of the merged copy
-    return responses
 
 
 def scored(stage: Stage[PPOConfig], responses: Sequence[Response], reference: str | None) -> Experience:
