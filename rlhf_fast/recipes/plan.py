@@ -1,7 +1,7 @@
 """Memory and time of a PPO run on this CPU, told before its weights are loaded.
 
 Memory is counted from the shapes in config.json and the lengths of the data. Time is measured: the run's own passes on
-models of the same shapes with two and four layers of random weights, drawn out to all layers.
+models of the same shapes with two and six layers of random weights, drawn out to all layers.
 """
 
 import math
@@ -27,11 +27,12 @@ from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, SFT, set_advant
 from rlhf_fast.recipes.stage import MICRO_BATCH_SIZE
 from rlhf_fast.rollout import Response, generate
 
-DEPTHS = (2, 4)  # layers of the models that are timed
-REPEATS = 2  # of each timing; the fastest counts
+DEPTHS = (2, 6)  # layers of the models that are timed
+REPEATS = 3  # of each timing; the fastest counts
 SAMPLED = 8  # tokens of the timed rollout
-# Measured on x86-64 Linux: what loading and the trials leave behind, and the buffer of an lm head's logits.
-LEFT_BEHIND, LOGITS = 90e6, 48 << 20
+# Measured on x86-64 Linux: what loading and the trials leave behind, and what memory in pieces adds to activations.
+LEFT_BEHIND, PIECES = 140e6, 1.25
+LOGITS = 48 << 20  # the buffer of an lm head
 
 
 @dataclass
@@ -165,7 +166,7 @@ def predict_memory(config: PPOConfig, shape: Shape, lengths: Sequence[int], part
         "loading": loading,
         "rollout": standing + copy + cache,
         "scoring": standing + trunk + 2 * kept + LOGITS,
-        "update": standing + trunk + activations + trained + LOGITS,
+        "update": standing + trunk + PIECES * activations + trained + LOGITS,
         "saving": standing + trained,
     }
 
