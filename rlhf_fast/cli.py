@@ -1,4 +1,5 @@
-"""The command line: `rlhf-fast sft | reward | ppo | run | merge | bench`. The stages' flags are their config's fields.
+"""The command line: `rlhf-fast sft | reward | ppo | run | plan | merge | bench`. The stages' flags are their
+config's fields.
 
 Nothing heavy (torch, transformers) is imported before the flags and the YAML are read, so that help and mistakes answer
 at once. Exit codes: 0 done, 1 an unexpected exception, 2 a mistake that the message names, 130 interrupted (Ctrl-C,
@@ -27,6 +28,7 @@ rlhf-fast: SFT, reward model and PPO on one frozen base.
   rlhf-fast reward --dataset_name pairs.jsonl --sft_adapter out/sft/adapter --output_dir out/reward
   rlhf-fast ppo    --dataset_name prompts.jsonl --sft_adapter out/sft/adapter \\
                    --reward_adapter out/reward/adapter --output_dir out/ppo
+  rlhf-fast plan   --config ppo.yaml                      memory and time of PPO, before any weights are loaded
   rlhf-fast merge  --adapter out/ppo/policy --output_dir out/model      an adapter into a plain model
   rlhf-fast bench  --only gae --threads 2                 the operations timed beside torch and other libraries
 
@@ -39,6 +41,7 @@ COMMANDS = {
     "reward": "A Bradley-Terry reward model on preference pairs.",
     "ppo": "PPO with a KL leash to the SFT model.",
     "run": "The stages in a row. A plain flag holds for every stage, --STAGE.NAME for one.",
+    "plan": "Memory and time of PPO on this CPU, before any weights are loaded. Takes the flags of ppo.",
     "merge": "Merge an adapter into its base: a plain model folder.",
     "bench": "Time the operations beside torch and the other libraries that are installed.",
 }
@@ -137,7 +140,8 @@ def run_command(argv: list[str]) -> None:
         commands = ", ".join(COMMANDS)
         raise UserError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}; the commands are {commands}")
 
-    parser = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}.get(command, stage_parser)(command)
+    makers = {"run": run_parser, "plan": plan_parser, "merge": merge_parser, "bench": bench_parser}
+    parser = makers.get(command, stage_parser)(command)
     if "--help" in argv or "-h" in argv:
         tell(parser.format_help().rstrip(), sys.stdout)
         return
@@ -153,6 +157,11 @@ def run_command(argv: list[str]) -> None:
         from rlhf_fast.bench.command import bench
 
         bench(flags)
+    elif command == "plan":
+        plan_config: Any = load_stage("ppo", flags.pop("config", None), flags)
+        from rlhf_fast.recipes.plan import plan
+
+        plan(plan_config)
     elif command == "run":
         run_config = load_run(flags.pop("config", None), flags)
         from rlhf_fast.recipes.run import run
@@ -175,7 +184,14 @@ def installed_version() -> str:
 
 
 def stage_parser(stage: str) -> Parser:
-    parser = Parser(stage)
+    return add_stage(Parser(stage), stage)
+
+
+def plan_parser(command: str) -> Parser:
+    return add_stage(Parser(command), "ppo")
+
+
+def add_stage(parser: Parser, stage: str) -> Parser:
     parser.flag(parser, "config", "YAML of this stage, or of a whole run. Flags win over it.", metavar="FILE")
     own = parser.add_argument_group(f"{stage} alone")
     shared = parser.add_argument_group("shared by all stages")

@@ -114,10 +114,20 @@ class StageConfig:
         32,
         "Examples per optimisation step, over all processes and accumulation (PPO: episodes per rollout).",
     )
-    micro_batch_size: int = option(
-        8,
+    micro_batch_size: int | None = option(
+        None,
         "Examples per forward and backward pass in one process; memory grows with it, results do not change with "
-        "it but for rounding.",
+        "it but for rounding. Unset: 8, or what micro_batch_tokens allows.",
+    )
+    micro_batch_tokens: int | None = option(
+        None,
+        "In place of micro_batch_size: most tokens per forward and backward pass, prompts and responses together, so "
+        "that short sequences make large micro-batches.",
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "Keep only the input of each adapted layer and compute the layer once more in the backward pass: much less "
+        "memory, the same gradients, a longer update.",
     )
     max_steps: int | None = option(None, "Stop after this many steps (PPO: rollouts). Unset: num_train_epochs decides.")
     num_train_epochs: float = option(1.0, "Passes over the training data.")
@@ -155,12 +165,17 @@ class StageConfig:
             if isinstance(value, float):
                 require(self, name, abs(value) <= FLOAT32_MAX, "a finite number of float32")
         positive = ["lora_r", "lora_alpha", "learning_rate", "adam_epsilon", "max_grad_norm", "batch_size"]
-        positive += ["micro_batch_size", "num_train_epochs", "max_length", "logging_steps", "save_total_limit"]
+        positive += ["num_train_epochs", "max_length", "logging_steps", "save_total_limit"]
         for name in positive:
             require(self, name, getattr(self, name) > 0, "above 0")
         require(self, "lora_target_modules", bool(self.lora_target_modules), f"names of modules, or {ALL_LINEAR}")
-        for name in ("lora_layers", "max_steps", "eval_steps", "save_steps", "max_samples"):
+        optional = ["lora_layers", "micro_batch_size", "micro_batch_tokens"]
+        for name in (*optional, "max_steps", "eval_steps", "save_steps", "max_samples"):
             require(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0, or unset")
+        both = self.micro_batch_size is not None and self.micro_batch_tokens is not None
+        require(
+            self, "micro_batch_tokens", not both, f"unset where --micro_batch_size is set ({self.micro_batch_size})"
+        )
         require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "from 0 to below 1")
         require(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "from 0 to below 1")
         require(self, "weight_decay", self.weight_decay >= 0, "0 or above")

@@ -28,6 +28,11 @@ def roles(rows: Sequence[tuple[str | None, int]]) -> Iterator[None]:
         _roles = outer
 
 
+def given_roles() -> Sequence[tuple[str | None, int]] | None:
+    """What ``roles`` has set, if it has."""
+    return _roles
+
+
 def fuse(layers: dict[str, LoraLayer]) -> dict[str, str]:
     """Exchanges the class of PEFT's layers over nn.Linear and Conv1D. Returns name -> reason of what it leaves."""
     left = {name: reason for name, layer in layers.items() if (reason := why_not(layer)) is not None}

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 import rlhf_fast.recipes
-from rlhf_fast.cli import COMMANDS, OVERVIEW, Parser, bench_parser, main, merge_parser, run_parser, stage_parser
+from rlhf_fast.cli import (
+    COMMANDS,
+    OVERVIEW,
+    Parser,
+    bench_parser,
+    main,
+    merge_parser,
+    plan_parser,
+    run_parser,
+    stage_parser,
+)
 from rlhf_fast.config import STAGES, PPOConfig, RunConfig, SFTConfig, StageConfig
 from rlhf_fast.errors import Interrupted, UserError
 
@@ -138,7 +148,10 @@ def unknown(command: str, flag: str, near: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ("pop", "unknown command 'pop' (did you mean 'ppo'?); the commands are sft, reward, ppo, run, merge, bench"),
+        (
+            "pop",
+            "unknown command 'pop' (did you mean 'ppo'?); the commands are sft, reward, ppo, run, plan, merge, bench",
+        ),
         ("ppo --kl_coeff 1", unknown("ppo", "--kl_coeff", "--kl_coef")),
         ("ppo --kl_coeff=1", unknown("ppo", "--kl_coeff", "--kl_coef")),
         ("sft --learning 1", unknown("sft", "--learning", "--learning_rate")),
@@ -227,7 +240,7 @@ def test_the_flags_of_the_overview_exist() -> None:
     for line in OVERVIEW.replace("\\\n", " ").splitlines():
         words = line.split()
         if words[:1] == ["rlhf-fast"] and words[1] in COMMANDS:
-            makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}
+            makers = {"run": run_parser, "plan": plan_parser, "merge": merge_parser, "bench": bench_parser}
             maker = makers.get(words[1], stage_parser)
             assert {word for word in words if word.startswith("--")} <= set(maker(words[1]).flags)
 

@@ -38,6 +38,7 @@ def micro_batch(size: int, layers: int | None = None) -> dict[str, str]:
 
 TOP = 8  # decoder layers with adapters where the trunk below them is cached
 TRUNK = f"rlhf-fast, adapters on the top {TOP} layers"
+LEAST_MEMORY, CHECKPOINTING = "rlhf-fast, set for memory", {"gradient_checkpointing": "true"}
 ONE_BASE, SEPARATE_REWARD = "rlhf-fast", "rlhf-fast, a reward model of its own"
 
 ROWS = (
@@ -58,6 +59,7 @@ ROWS = (
     ),
     Row("ours-bf16-4", ONE_BASE, "ppo", "rlhf-fast", BF16, micro_batch(4), memory="all four roles on one base"),
     Row("ours-bf16-16", ONE_BASE, "ppo", "rlhf-fast", BF16, micro_batch(16)),
+    Row("ours-memory-bf16", LEAST_MEMORY, "ppo", "rlhf-fast", BF16, micro_batch(16) | CHECKPOINTING),
     Row(
         "ours-trunk-bf16-4",
         TRUNK,
@@ -73,6 +75,7 @@ ROWS = (
     Row("trl-fp32", "TRL", "ppo", "trl", FP32, steps=2),
     Row("ours-fp32-4", ONE_BASE, "ppo", "rlhf-fast", FP32, micro_batch(4)),
     Row("ours-fp32-16", ONE_BASE, "ppo", "rlhf-fast", FP32, micro_batch(16)),
+    Row("ours-memory-fp32", LEAST_MEMORY, "ppo", "rlhf-fast", FP32, micro_batch(16) | CHECKPOINTING),
     *(
         Row(f"{key}-{stage}-{SHORT[dtype]}", name, stage, who, dtype, rounds=1, steps=4)
         for stage in ("sft", "reward")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rlhf_fast.models.recomputing import note_output
 from rlhf_fast.ops import gated_activation, rms_norm, rotary_embedding
 
 ROWS = 4  # of a trial
@@ -43,7 +44,13 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor] | None:
     expected = _tried(lambda: functional_call(module, {"weight": trial}, (rows,)))
     for offset in (0.0, 1.0):
         if _near(rms_norm(rows, trial, eps=eps, offset=offset), expected):
-            return lambda hidden_states: rms_norm(hidden_states, module.weight, eps=eps, offset=offset)
+
+            def forward(hidden_states: Tensor, offset: float = offset) -> Tensor:
+                given = hidden_states.detach()
+                output = rms_norm(hidden_states, module.weight, eps=eps, offset=offset)
+                return note_output(output, lambda: rms_norm(given, module.weight, eps=eps, offset=offset))
+
+            return forward
     return None
 
 
@@ -56,8 +63,10 @@ def _feed_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
     for activation in ACTIVATIONS:
 
         def forward(hidden_states: Tensor, activation: str = activation) -> Tensor:
-            gate, up, down = module.gate_proj, module.up_proj, module.down_proj  # which may be exchanged themselves
-            return down(gated_activation(gate(hidden_states), up(hidden_states), activation=activation))
+            # they may be exchanged themselves
+            gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
+            product, given = gated_activation(gate, up, activation=activation), (gate.detach(), up.detach())
+            return module.down_proj(note_output(product, lambda: gated_activation(*given, activation=activation)))
 
         if isinstance(up, nn.Linear) and isinstance(down, nn.Linear) and _near(_tried(lambda: forward(rows)), expected):
             return forward

@@ -18,7 +18,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_fast import lora_layers
 from rlhf_fast.config import ALL_LINEAR, StageConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import attention, elementwise, identity, layers, measure, targets, tokens, vocabulary
+from rlhf_fast.models import (
+    attention,
+    elementwise,
+    identity,
+    layers,
+    measure,
+    recomputing,
+    targets,
+    tokens,
+    vocabulary,
+)
 from rlhf_fast.models.heads import ScoreHead
 from rlhf_fast.models.lora import Adaptable, differences
 from rlhf_fast.models.merged import Merged, why_not_merge
@@ -52,6 +62,8 @@ class SharedBase:
         self.heads: dict[str, ScoreHead] = {}
         self._trainable: set[str] = set()
         self._in_role = False
+        self._role: str | None = None  # inside ``role``
+        self._dropping: str | None = None  # inside ``dropout``
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self.decoder = layers.find_decoder(model)
         self._layers = self.decoder.layers
@@ -186,7 +198,7 @@ class SharedBase:
         self._check_role(name)
         if self._in_role:
             raise RuntimeError(f"role {name!r} was asked for inside another role; leave that one first")
-        self._in_role = True
+        self._in_role, self._role = True, name
         try:
             if name is not None:
                 self._activate(name)
@@ -209,9 +221,11 @@ class SharedBase:
         ]
         for module in modules:
             module.train()
+        self._dropping = role
         try:
             yield
         finally:
+            self._dropping = None
             for module in modules:
                 module.eval()
 
@@ -341,8 +355,7 @@ class SharedBase:
         if trunk is not None:
             trunk = trunk.reshape(-1, trunk.shape[-1])[index][None]
         layout = attention.Layout(attention_mask.sum(dim=1).tolist(), input_ids.device)
-        with attention.packed(self._configs, layout):
-            states = self._through_body(ids, torch.ones_like(ids), positions[None], trunk, caught)[0]
+        states = self._through_body(ids, torch.ones_like(ids), positions[None], trunk, caught, layout)[0]
         padded = states.new_zeros(attention_mask.numel(), states.shape[1]).index_copy(0, index, states)
         return padded.view(*attention_mask.shape, -1)
 
@@ -353,15 +366,42 @@ class SharedBase:
         position_ids: torch.Tensor,
         trunk: torch.Tensor | None,
         caught: list[torch.Tensor] | None,
+        layout: attention.Layout | None = None,
     ) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._exchanged())
+            stack.enter_context(self._computing(layout))
             if trunk is not None:
                 stack.enter_context(layers.starting_from(self.decoder, self.first_adapted_layer, trunk))
+            if torch.is_grad_enabled() and self.config.gradient_checkpointing:
+                adapted = list(self._layers)[self.first_adapted_layer :]
+                draws = self._dropping is not None
+                stack.enter_context(recomputing.layers_again(adapted, self._as_now(layout), draws))
+            elif torch.is_grad_enabled():
+                stack.enter_context(recomputing.cheap_outputs_again())
             output = self.decoder.body(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             )
         return output.last_hidden_state if caught is None else caught[0]
+
+    @contextlib.contextmanager
+    def _computing(self, layout: attention.Layout | None) -> Iterator[None]:
+        with self._exchanged(), contextlib.nullcontext() if layout is None else attention.packed(self._configs, layout):
+            yield
+
+    def _as_now(self, layout: attention.Layout | None) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Contexts in which a layer computes, during the backward, what it computes now."""
+        roles, role, dropping = lora_layers.given_roles(), self._role, self._dropping
+
+        @contextlib.contextmanager
+        def again() -> Iterator[None]:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._computing(layout))
+                stack.enter_context(self.role(role) if roles is None else lora_layers.roles(roles))
+                if dropping is not None:
+                    stack.enter_context(self.dropout(dropping))
+                yield
+
+        return again
 
     def _logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return self.vocabulary.logits(self._run(input_ids, attention_mask))

@@ -43,8 +43,9 @@ COMPARED |= {
     "reward_adapter",
 }
 # Settings that may change, which is said: how long the run is, how it is measured, and what changes rounding alone.
-SAID = {"max_steps", "num_train_epochs", "patience", "eval_steps", "micro_batch_size", "rollout_batch_size"}
-SAID |= {"rollout_engine", "calibration_prompts", "label_noise_ceiling"}
+SAID = {"max_steps", "num_train_epochs", "patience", "eval_steps", "micro_batch_size", "micro_batch_tokens"}
+SAID |= {"gradient_checkpointing"}
+SAID |= {"rollout_batch_size", "rollout_engine", "calibration_prompts", "label_noise_ceiling"}
 SAMPLES = 16  # values of each weight that the base is known by
 
 

@@ -1,5 +1,6 @@
 """Out of memory, told as what it is: in which work, on how many tokens, and which setting to lower."""
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,13 +11,23 @@ from rlhf_fast.recipes.stage import Stage
 from rlhf_fast.rollout import Response
 from rlhf_fast.text import one_line
 
+MICRO_BATCH = ("micro_batch_tokens", "micro_batch_size")  # one of them is set
+
+
+def give_back_memory() -> None:
+    """Between two phases: returns freed memory to the system, which glibc keeps in pieces. The next phase has other
+    sizes, which would not fit into them. With another C library nothing is done."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
 
 @contextmanager
 def memory_for(stage: Stage[StageConfig], work: str, lengths: Sequence[int], *settings: str) -> Iterator[None]:
     """Around one pass of the model over sequences of ``lengths`` tokens, named ``work`` ("update").
 
     Raises OutOfMemory in place of torch's error: the step, the work, the batch, and ``settings`` (names of the config's
-    fields, the first to lower first) with their values. One that is 1 cannot be lowered and is left out.
+    fields, the first to lower first) with their values. One that is unset or 1 cannot be lowered and is left out.
     """
     try:
         yield
@@ -26,7 +37,7 @@ def memory_for(stage: Stage[StageConfig], work: str, lengths: Sequence[int], *se
         place = "computer" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else "GPU"
         step = min(stage.step + 1, stage.total)
         values = {name: getattr(stage.config, name) for name in settings}
-        lower = ", then ".join(f"--{name} (now {value})" for name, value in values.items() if value != 1)
+        lower = ", then ".join(f"--{name} (now {value})" for name, value in values.items() if value not in (None, 1))
         layers = "" if stage.config.lora_layers else "; --lora_layers N trains the top N layers alone, which takes less"
         raise OutOfMemory(
             f"{stage.name} step {step}, {work}: the {place} has no memory for {len(lengths)} rows of up to "
@@ -34,9 +45,9 @@ def memory_for(stage: Stage[StageConfig], work: str, lengths: Sequence[int], *se
         ) from error
 
 
-def sampling_lengths(rows: Sequence[PromptRow], response_length: int, batch_size: int) -> list[int]:
-    """The longest batch that sampling responses to ``rows`` can make: prompts and responses together, in tokens."""
-    return sorted(len(row.input_ids) + response_length for row in rows)[-batch_size:]
+def sampling_lengths(rows: Sequence[PromptRow], response_length: int) -> list[int]:
+    """What sampling responses to ``rows`` can make: prompts and responses together, in tokens, the longest last."""
+    return sorted(len(row.input_ids) + response_length for row in rows)
 
 
 def response_lengths(responses: Sequence[Response]) -> list[int]:

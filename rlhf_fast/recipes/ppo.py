@@ -29,13 +29,13 @@ from rlhf_fast.recipes.experience import (
     score,
     set_advantages,
 )
-from rlhf_fast.recipes.memory import memory_for, response_lengths, sampling_lengths
+from rlhf_fast.recipes.memory import MICRO_BATCH, give_back_memory, memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.rows import load_rows
 from rlhf_fast.recipes.stage import Stage
 from rlhf_fast.rewards import Functions, KLController, RunningMoments, apply_missing_eos
 from rlhf_fast.rollout import Response, choose_engine, collate_episodes, generate
 
-MEMORY = ("micro_batch_size", "batch_size", "max_length")  # settings that memory grows with, the first to lower first
+MEMORY = (*MICRO_BATCH, "batch_size", "max_length")  # settings that memory grows with, the first to lower first
 
 
 def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
         stage.base.stop_ids = []
     prompts, held_out = load_rows(stage, prompt_rows, config.max_length - config.response_length)
     held_out = held_out[: config.eval_prompts]
+    stage.check_lengths(sampling_lengths([*prompts, *held_out], config.response_length))
     for rows in (prompts, held_out):
         judging.check_columns(rows, rewarders, scorers)
     reference = add_roles(stage)
@@ -78,10 +79,12 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             batch = [prompts[i] for i in batch_indices(len(prompts), config.batch_size, step - 1, config.seed)]
             clock = [time.perf_counter()]
 
+            give_back_memory()
             responses = roll_out(stage, stage.share(batch))
             clock.append(time.perf_counter())
 
-            experiences = [scored(stage, part, reference) for part in stage.micro_batches(responses)]
+            give_back_memory()  # of the merged copy
+            experiences = [scored(stage, part, reference) for part in micro_batches(stage, responses)]
             if step == 1:
                 check_start(experiences, stage.base.dtype)
             judged = judging.judge(stage, rewarders, responses, epoch=(step - 1) * config.batch_size / len(prompts))
@@ -93,6 +96,7 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             set_advantages(experiences, scores, config, kl_coef=kl_coef, group=stage.group)
             clock.append(time.perf_counter())
 
+            give_back_memory()
             statistics = update(stage, experiences, step)
             clock.append(time.perf_counter())
 
@@ -126,19 +130,32 @@ def add_roles(stage: Stage[PPOConfig]) -> str | None:
     stage.base.add_role(POLICY, copy_of=reference)
     stage.base.add_role(CRITIC, copy_of=REWARD if config.reward_adapter is not None else reference, head=True)
     own = config.batch_size // stage.accelerator.num_processes
-    micro_batches = math.ceil(own / config.micro_batch_size)
+    if config.micro_batch_size is not None:
+        check_mini_batches(stage, math.ceil(own / config.micro_batch_size))
+    return reference
+
+
+def micro_batches(stage: Stage[PPOConfig], responses: Sequence[Response]) -> list[Sequence[Response]]:
+    parts = stage.micro_batches(responses, response_lengths(responses))
+    check_mini_batches(stage, len(parts))
+    return parts
+
+
+def check_mini_batches(stage: Stage[PPOConfig], micro_batches: int) -> None:
+    """Raises UserError where there are fewer micro-batches than optimizer steps."""
+    config = stage.config
     if micro_batches < config.num_mini_batches:
+        setting = "micro_batch_size" if config.micro_batch_tokens is None else "micro_batch_tokens"
         raise UserError(
             f"--num_mini_batches {config.num_mini_batches} needs as many micro-batches; --batch_size "
             f"{config.batch_size} over {stage.accelerator.num_processes} processes makes {micro_batches} of "
-            f"--micro_batch_size {config.micro_batch_size}: lower that one"
+            f"--{setting} {getattr(config, setting)}: lower that one"
         )
-    return reference
 
 
 def roll_out(stage: Stage[PPOConfig], rows: Sequence[PromptRow]) -> list[Response]:
     config = stage.config
-    lengths = sampling_lengths(rows, config.response_length, config.rollout_batch_size)
+    lengths = sampling_lengths(rows, config.response_length)[-config.rollout_batch_size :]
     with memory_for(stage, "rollout", lengths, "rollout_batch_size", "response_length", "max_length"):
         return generate(
             stage.base,

@@ -13,7 +13,7 @@ from rlhf_fast.data import PromptRow
 from rlhf_fast.metrics import Metric
 from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, Experience
 from rlhf_fast.recipes.judging import judge, mean, present
-from rlhf_fast.recipes.memory import memory_for, response_lengths, sampling_lengths
+from rlhf_fast.recipes.memory import MICRO_BATCH, memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.stage import Stage, seeded
 from rlhf_fast.rewards import Functions, Numbers
 from rlhf_fast.rollout import Response, collate_episodes, generate
@@ -139,7 +139,7 @@ def evaluate(
     the same at every evaluation, so a difference between two of them is paired by prompt."""
     config = stage.config
     own = stage.share(rows)
-    lengths = sampling_lengths(own, config.response_length, config.rollout_batch_size)
+    lengths = sampling_lengths(own, config.response_length)[-config.rollout_batch_size :]
     with (
         seeded(config.seed + 1 + stage.accelerator.process_index),
         memory_for(stage, "evaluation", lengths, "rollout_batch_size", "response_length", "max_length"),
@@ -158,8 +158,8 @@ def evaluate(
     scores = rewarders.weighted(judged.each, len(responses))
     if REWARD in stage.base.roles:
         model: list[float] = []
-        for part in stage.micro_batches(responses):
-            with memory_for(stage, "evaluation", response_lengths(part), "micro_batch_size", "max_length"):
+        for part in stage.micro_batches(responses, response_lengths(responses)):
+            with memory_for(stage, "evaluation", response_lengths(part), *MICRO_BATCH, "max_length"):
                 episodes = collate_episodes(part, stage.base.pad_id, stage.base.device)
                 model += stage.base.scores(REWARD, episodes.input_ids, episodes.attention_mask).tolist()
         scores = [a + b for a, b in zip(scores, model, strict=True)]

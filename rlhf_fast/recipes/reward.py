@@ -13,14 +13,14 @@ from rlhf_fast.data import PairRow, PromptRow, batch_indices, collate_pairs, epo
 from rlhf_fast.metrics import Metric
 from rlhf_fast.models import adapters
 from rlhf_fast.ops import pairwise_loss
-from rlhf_fast.recipes.memory import memory_for, response_lengths, sampling_lengths
+from rlhf_fast.recipes.memory import MICRO_BATCH, memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.rows import load_prompts, load_rows
 from rlhf_fast.recipes.stage import Stage, seeded
 from rlhf_fast.rewards.quality import Quality, assess
 from rlhf_fast.rollout import collate_episodes, generate
 
 ROLE, SFT = "reward", "sft"
-MEMORY = ("micro_batch_size", "max_length")  # settings that memory grows with, the first to lower first
+MEMORY = (*MICRO_BATCH, "max_length")  # settings that memory grows with, the first to lower first
 
 
 def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
     rows, held_out = load_rows(stage, preference_rows, config.max_length)
     window = config.max_length - config.response_length
     prompts = load_prompts(stage, config.dataset_name, config.dataset_split, window)
+    stage.check_lengths(both_lengths([*rows, *held_out]))
     sft = None
     if config.sft_adapter is not None:
         adapters.load_role(stage.base, SFT, config.sft_adapter)
@@ -49,7 +50,7 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
             batch = [rows[i] for i in batch_indices(len(rows), config.batch_size, step - 1, config.seed)]
             by_length = sorted(stage.share(batch), key=lambda row: len(row.chosen_ids))  # fewer pads, the same sum
             totals = torch.zeros(3, device=stage.base.device)  # loss, pairs ranked right, margin; summed over pairs
-            for micro_batch in stage.micro_batches(by_length):
+            for micro_batch in stage.micro_batches(by_length, both_lengths(by_length)):
                 with memory_for(stage, "update", pair_lengths(micro_batch), *MEMORY):
                     with stage.base.dropout(ROLE):
                         chosen, rejected, margin = score_pairs(stage, micro_batch)
@@ -81,6 +82,11 @@ def pair_lengths(rows: Sequence[PairRow]) -> list[int]:
     return [len(ids) for row in rows for ids in (row.chosen_ids, row.rejected_ids)]
 
 
+def both_lengths(rows: Sequence[PairRow]) -> list[int]:
+    """Of each pair as a whole."""
+    return [len(row.chosen_ids) + len(row.rejected_ids) for row in rows]
+
+
 def score_pairs(
     stage: Stage[RewardConfig], rows: Sequence[PairRow]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -97,7 +103,8 @@ def score_pairs(
 def evaluate(stage: Stage[RewardConfig], rows: Sequence[PairRow], *, step: int | None) -> Quality:
     """Quality on held-out pairs; logged under ``step`` unless that is None."""
     found: list[tuple[float, float, int]] = []
-    for part in stage.micro_batches(sorted(stage.share(rows), key=lambda row: len(row.chosen_ids))):
+    by_length = sorted(stage.share(rows), key=lambda row: len(row.chosen_ids))
+    for part in stage.micro_batches(by_length, both_lengths(by_length)):
         with memory_for(stage, "evaluation", pair_lengths(part), *MEMORY):
             chosen, rejected, _ = score_pairs(stage, part)
         lengths = [row.chosen_response_length - row.rejected_response_length for row in part]
@@ -131,11 +138,12 @@ def calibrate(stage: Stage[RewardConfig], sft: str | None, prompts: Sequence[Pro
     head = stage.base.heads[ROLE]
     head.calibrate(0.0, 1.0)
     own = stage.share(distinct)
-    batch_size = 2 * config.micro_batch_size
-    longest = sampling_lengths(own, config.response_length, batch_size)
+    whole = sampling_lengths(own, config.response_length)
+    batch_size = 2 * max(len(part) for part in stage.micro_batches(whole, whole)) if own else 1
+    longest = whole[-batch_size:]
     with (
         seeded(config.seed + stage.accelerator.process_index),
-        memory_for(stage, "calibration", longest, "micro_batch_size", "response_length", "max_length"),
+        memory_for(stage, "calibration", longest, *MICRO_BATCH, "response_length", "max_length"),
     ):
         responses = generate(
             stage.base,
@@ -147,7 +155,7 @@ def calibrate(stage: Stage[RewardConfig], sft: str | None, prompts: Sequence[Pro
             engine=config.rollout_engine,
         )
     scores: list[float] = []
-    for part in stage.micro_batches(responses):
+    for part in stage.micro_batches(responses, response_lengths(responses)):
         with memory_for(stage, "calibration", response_lengths(part), *MEMORY):
             batch = collate_episodes(part, stage.base.pad_id, stage.base.device)
             scores += stage.base.scores(ROLE, batch.input_ids, batch.attention_mask).tolist()

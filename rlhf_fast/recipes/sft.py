@@ -10,12 +10,12 @@ from rlhf_fast import metrics
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.data import SFTRow, batch_indices, collate_sft, sft_rows
 from rlhf_fast.ops import linear_cross_entropy
-from rlhf_fast.recipes.memory import memory_for
+from rlhf_fast.recipes.memory import MICRO_BATCH, memory_for
 from rlhf_fast.recipes.rows import load_rows
 from rlhf_fast.recipes.stage import Stage
 
 ROLE = "sft"
-MEMORY = ("micro_batch_size", "max_length")  # settings that memory grows with, the first to lower first
+MEMORY = (*MICRO_BATCH, "max_length")  # settings that memory grows with, the first to lower first
 
 
 def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[
     """
     stage = Stage("sft", config, resume_from_checkpoint)
     rows, held_out = load_rows(stage, sft_rows, config.max_length)
+    stage.check_lengths(row_lengths([*rows, *held_out]))
     stage.base.add_role(ROLE)
     total = config.max_steps or math.ceil(len(rows) * config.num_train_epochs / config.batch_size)
     stage.start([ROLE], total, values={"first_loss": None, "best_loss": None, "best_step": 0, "worse": 0})
@@ -38,7 +39,7 @@ def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[
             tokens = sum(target_count(row) for row in batch)
             summed = torch.zeros((), device=stage.base.device)
             by_length = sorted(stage.share(batch), key=lambda row: len(row.input_ids))  # fewer pads, the same sum
-            for micro_batch in stage.micro_batches(by_length):
+            for micro_batch in stage.micro_batches(by_length, row_lengths(by_length)):
                 with memory_for(stage, "update", row_lengths(micro_batch), *MEMORY):
                     with stage.base.dropout(ROLE):
                         loss = loss_sum(stage, micro_batch) / tokens
@@ -82,7 +83,8 @@ def target_count(row: SFTRow) -> int:
 def validate(stage: Stage[SFTConfig], rows: Sequence[SFTRow], *, step: int) -> bool:
     """Logs the validation loss and keeps the best adapter; False when patience has run out."""
     summed = torch.zeros((), device=stage.base.device)
-    for part in stage.micro_batches(sorted(stage.share(rows), key=lambda row: len(row.input_ids))):
+    by_length = sorted(stage.share(rows), key=lambda row: len(row.input_ids))
+    for part in stage.micro_batches(by_length, row_lengths(by_length)):
         with memory_for(stage, "evaluation", row_lengths(part), *MEMORY):
             summed += loss_sum(stage, part)
     losses = stage.gather([float(summed)])

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -34,6 +35,7 @@ from rlhf_fast.signals import Interruptible
 from rlhf_fast.text import one_line, shown
 
 Config = TypeVar("Config", bound=StageConfig, covariant=True)
+MICRO_BATCH_SIZE = 8  # where no setting tells
 # What ends a stage and still lets it keep its last step; also what other people's code raises to end a process or task.
 LEAVING = (Exception, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
 
@@ -57,6 +59,8 @@ class Stage(Processes, Generic[Config]):
         check_trackers(config)
         self.config = config = copy.copy(config)
         config.resume_from_checkpoint = resume_from_checkpoint or config.resume_from_checkpoint
+        if config.micro_batch_tokens is None:
+            config.micro_batch_size = config.micro_batch_size or MICRO_BATCH_SIZE
         self.name, self.folder = name, Path(config.output_dir)
         super().__init__(Accelerator(log_with=config.report_to or None, project_dir=str(self.folder / "runs")))
         self._records = Records(name, config, self)
@@ -180,9 +184,27 @@ class Stage(Processes, Generic[Config]):
                 self._claim(f"{checkpoint.PREFIX}{self.step}")
                 self._snapshots.write(self._snapshot)
 
-    def micro_batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
-        size = self.config.micro_batch_size
-        return [items[start : start + size] for start in range(0, len(items), size)]
+    def micro_batches(self, items: Sequence[Item], lengths: Sequence[int]) -> list[Sequence[Item]]:
+        """``items`` in their order, cut as the config says; ``lengths`` are their tokens."""
+        self.check_lengths(lengths)
+        rows, tokens = self.config.micro_batch_size, self.config.micro_batch_tokens
+        bounds, total = [0], 0
+        for place, length in enumerate(lengths):
+            full = place - bounds[-1] == rows if tokens is None else total + length > tokens
+            if full:
+                bounds.append(place)
+                total = 0
+            total += length
+        return [items[start:end] for start, end in pairwise([*bounds, len(items)]) if end > start]
+
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """Raises UserError for a sequence of more tokens than a micro-batch may have."""
+        budget, longest = self.config.micro_batch_tokens, max(lengths, default=0)
+        if budget is not None and longest > budget:
+            raise UserError(
+                f"--micro_batch_tokens must hold the longest example, of {longest} tokens; got {budget}: set it to "
+                f"{longest} or above, or lower --max_length"
+            )
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of ``loss``: already divided by the whole batch's count, so that shares simply add up."""

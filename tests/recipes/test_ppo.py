@@ -198,6 +198,45 @@ def test_padding_and_micro_batches_change_no_experience(ppo_config):
         torch.testing.assert_close(together.scores[i], alone.scores[0], rtol=1e-4, atol=1e-5)
 
 
+def gradients(stage, experiences) -> dict[str, torch.Tensor]:
+    tokens = torch.stack([each.mask.sum() for each in experiences]).sum()
+    for each in experiences:
+        ppo.losses(stage, each, tokens)
+    found = {}
+    for role in ("policy", "critic"):
+        for name, parameter in stage.base.named_parameters(role).items():
+            found[f"{role}/{name}"], parameter.grad = parameter.grad, None
+    return found
+
+
+def experiences_of(stage, parts) -> list:
+    found = [ppo.scored(stage, part, "sft") for part in parts]
+    scores = torch.arange(sum(map(len, parts)), dtype=torch.float32)
+    experience.set_advantages(found, scores, stage.config, kl_coef=0.05, group=None)
+    return found
+
+
+def test_a_token_budget_changes_no_gradient(ppo_config):
+    stage, prompts = started(ppo_config(micro_batch_size=None, micro_batch_tokens=100, num_mini_batches=1))
+    responses = ppo.roll_out(stage, prompts[:8])
+    parts = ppo.micro_batches(stage, responses)
+    assert [response for part in parts for response in part] == responses
+    sizes = [sum(ppo.response_lengths(part)) for part in parts]
+    assert len(parts) > 1 and max(map(len, parts)) > 1 and max(sizes) <= 100
+    # no part could have taken the first sequence of the next one too
+    assert all(size + ppo.response_lengths(part)[0] > 100 for size, part in zip(sizes, parts[1:], strict=False))
+    whole, cut = (gradients(stage, experiences_of(stage, each)) for each in ([responses], parts))
+    for name, gradient in whole.items():
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_budget_below_one_sequence_or_beside_the_rows_is_refused(ppo_config):
+    with pytest.raises(UserError, match=r"hold the longest example, of \d+ tokens; got 9: set it to \d+ or above"):
+        ppo.train(ppo_config(micro_batch_size=None, micro_batch_tokens=9))
+    with pytest.raises(UserError, match=r"--micro_batch_tokens must be unset where --micro_batch_size is set \(4\)"):
+        ppo_config(micro_batch_tokens=9).validate()
+
+
 def test_logprobs_are_those_of_a_plain_forward_at_the_temperature(ppo_config):
     config = ppo_config(temperature=0.7)
     stage, prompts = started(config)

@@ -21,6 +21,22 @@ def test_learns_a_difference_that_is_there(reward_config, tmp_path):
     assert sum(point["count"] for point in summary["reliability"]) == 8
 
 
+def test_a_token_budget_changes_no_gradient(reward_config, tmp_path, monkeypatch):
+    parts = []
+    real = reward.score_pairs
+    monkeypatch.setattr(
+        reward, "score_pairs", lambda stage, rows: parts.append(sum(reward.both_lengths(rows))) or real(stage, rows)
+    )
+    lines = []
+    for settings in ({"micro_batch_size": 8}, {"micro_batch_size": None, "micro_batch_tokens": 200}):
+        parts.clear()
+        reward.train(reward_config("r", overwrite_output_dir=True, eval_size=0, max_steps=2, **settings))
+        text = (tmp_path / "r" / "metrics.jsonl").read_text()
+        lines.append([json.loads(line)["grad_norm"] for line in text.splitlines()])
+    assert lines[0] == pytest.approx(lines[1], rel=1e-4)
+    assert max(parts) <= 200 and len(parts) > 2
+
+
 def test_suspiciously_high_accuracy_is_said(reward_config, capsys):
     reward.train(reward_config(max_steps=12, label_noise_ceiling=0.6))
     assert "above 60%: look for leakage" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_fast.data import SFTRow
+from rlhf_fast.errors import UserError
 from rlhf_fast.recipes import sft
 from rlhf_fast.recipes.stage import Stage
 
@@ -50,6 +51,25 @@ def test_accumulation_divides_by_the_tokens_of_the_whole_batch(sft_config, tmp_p
     small, large = metrics(tmp_path / "small", "loss"), metrics(tmp_path / "large", "loss")
     assert small == pytest.approx(large, rel=1e-4)
     assert len(small) == 4
+
+
+def test_a_token_budget_changes_no_gradient(sft_config, tmp_path, monkeypatch):
+    parts = []
+    real = sft.loss_sum
+    monkeypatch.setattr(sft, "loss_sum", lambda stage, rows: parts.append(sft.row_lengths(rows)) or real(stage, rows))
+    sft.train(sft_config("whole", micro_batch_size=8, eval_size=0))
+    parts.clear()
+    sft.train(sft_config("budget", micro_batch_size=None, micro_batch_tokens=100, eval_size=0))
+    assert metrics(tmp_path / "budget", "loss") == pytest.approx(metrics(tmp_path / "whole", "loss"), rel=1e-5)
+    norms = [metrics(tmp_path / name, "grad_norm") for name in ("budget", "whole")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert max(map(sum, parts)) <= 100 and max(map(len, parts)) > 1 and len(parts) > 4
+
+
+def test_a_budget_below_one_sequence_is_refused(sft_config):
+    expected = r"--micro_batch_tokens must hold the longest example, of \d+ tokens; got 5: set it to \d+ or above"
+    with pytest.raises(UserError, match=expected):
+        sft.train(sft_config(micro_batch_size=None, micro_batch_tokens=5))
 
 
 def test_stops_when_validation_gets_worse_and_keeps_the_best_adapter(sft_config, tmp_path, monkeypatch, capsys):
