@@ -42,7 +42,8 @@ class StageConfig:
     )
     dtype: str = option(
         "auto",
-        "The base's dtype. auto: bfloat16 on a GPU that has it, else float32. Adapters and heads are always float32.",
+        "The base's dtype. auto: bfloat16 on a GPU or CPU with instructions for products in it, else float32. Adapters "
+        "and heads are always float32.",
         ("auto", "float32", "bfloat16", "float16"),
     )
     attn_implementation: str | None = option(

@@ -172,11 +172,14 @@ def check_window(model: PreTrainedModel, max_length: int) -> None:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on a GPU that computes in it, else float32."""
-    if name == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    return DTYPES[name]
+    """``auto`` is bfloat16 on a GPU or CPU that has instructions for products in it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)  # every processor with AMX has it too
+    return torch.bfloat16 if fast else torch.float32
 
 
 @contextlib.contextmanager
