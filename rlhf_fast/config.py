@@ -71,7 +71,8 @@ class StageConfig:
     )
     lora_target_modules: list[str] = option(
         [ALL_LINEAR],
-        "Names of the modules that get an adapter; all-linear: every linear layer of the decoder.",
+        "Names of the modules that get an adapter; all-linear: every linear layer of the decoder. The head, "
+        "lm_head, can be named beside it.",
     )
     lora_layers: int | None = option(
         None,

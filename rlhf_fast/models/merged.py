@@ -12,6 +12,7 @@ import psutil
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.base_weights import in_four_bits, matrix
@@ -19,15 +20,20 @@ from rlhf_fast.errors import UserError
 
 
 class Merged:
-    """The modules of one role: W + scale * B A, summed in float32 and rounded once to the base's dtype, in which the
-    copy of a 4-bit weight is too.
+    """The modules of one role below the head: W + scale * B A, summed in float32 and rounded once to the base's dtype,
+    in which the copy of a 4-bit weight is too.
 
     Where the role has no adapter, a module is the base's own. ``bytes``: of the copies. Later changes of the role's
     adapter do not reach them.
     """
 
-    def __init__(self, model: nn.Module, role: str | None) -> None:
-        found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+    def __init__(self, model: PreTrainedModel, role: str | None) -> None:
+        head = model.get_output_embeddings()
+        found = [
+            (path, module)
+            for path, module in model.named_modules()
+            if isinstance(module, LoraLayer) and module is not head
+        ]
         adapted = {module for _, module in found if role in module.lora_A}
         for module in adapted:
             _check(module, role)
