@@ -42,7 +42,8 @@ class StageConfig:
     )
     dtype: str = option(
         "auto",
-        "The base's dtype. auto: bfloat16 on a GPU that has it, else float32. Adapters and heads are always float32.",
+        "The base's dtype. auto: bfloat16 on a GPU or CPU with instructions for products in it, else float32. Adapters "
+        "and heads are always float32.",
         ("auto", "float32", "bfloat16", "float16"),
     )
     attn_implementation: str | None = option(
@@ -57,6 +58,11 @@ class StageConfig:
         path="beside",
     )
 
+    load_in_4bit: bool = option(
+        False,
+        "The weights of the base's linear layers as 4-bit numbers (NF4, by bitsandbytes): a quarter of bfloat16's "
+        "memory, slower passes. pip install 'rlhf-fast[4bit]'.",
+    )
     lora_r: int = option(16, "Rank of the adapters.")
     lora_alpha: float = option(32.0, "Scale of the adapters: their output is multiplied by lora_alpha / lora_r.")
     lora_dropout: float = option(
@@ -65,7 +71,8 @@ class StageConfig:
     )
     lora_target_modules: list[str] = option(
         [ALL_LINEAR],
-        "Names of the modules that get an adapter; all-linear: every linear layer of the decoder.",
+        "Names of the modules that get an adapter; all-linear: every linear layer of the decoder. The head, "
+        "lm_head, can be named beside it.",
     )
     lora_layers: int | None = option(
         None,

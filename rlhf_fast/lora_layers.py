@@ -1,6 +1,7 @@
 """PEFT's LoRA layers computed by ``lora_linear``: several layers in one call, and rows of several roles in one pass."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_fast.base_weights import in_four_bits, kept_packed, matrix
 from rlhf_fast.ops import lora_linear
 
 # (role, rows) of the consecutive rows that a pass computes; None as a role has no adapter. Unset: what PEFT has active.
@@ -34,11 +36,13 @@ def given_roles() -> Sequence[tuple[str | None, int]] | None:
 
 
 def fuse(layers: dict[str, LoraLayer]) -> dict[str, str]:
-    """Exchanges the class of PEFT's layers over nn.Linear and Conv1D. Returns name -> reason of what it leaves."""
+    """Exchanges the class of PEFT's layers over nn.Linear, Conv1D and bitsandbytes' Linear4bit. Returns name -> reason
+    of what it leaves."""
     left = {name: reason for name, layer in layers.items() if (reason := why_not(layer)) is not None}
     for name, layer in layers.items():
         if name not in left:
-            layer.__class__ = FusedLinear
+            if not isinstance(layer, FusedLayer):
+                layer.__class__ = _fused_class(_pefts(layer))
             layer._fused_group = None
     return left
 
@@ -46,33 +50,50 @@ def fuse(layers: dict[str, LoraLayer]) -> dict[str, str]:
 def unfuse(model: nn.Module) -> None:
     """Has PEFT compute its layers again. A model that is not fused is left as it is."""
     for module in model.modules():
-        if isinstance(module, FusedLinear):
-            module.__class__ = Linear
+        if isinstance(module, FusedLayer):
+            module.__class__ = _pefts(module)
             del module._fused_group
 
 
-class FusedLinear(Linear):
-    """PEFT's layer; its class alone is exchanged."""
+class FusedLayer:
+    """Marks a layer of PEFT's whose class has been exchanged for one with the forward of ``_forward``."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or (_roles is None and _not_now(self) is not None):
-            output: Tensor = super().forward(x, *args, **kwargs)
-            return output
-        if self._fused_group is None or torch.compiler.is_compiling():
-            return _outputs(x, [self])[0]
-        return self._fused_group.output(self, x)
+
+def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs or (_roles is None and _not_now(self) is not None):
+        output: Tensor = _pefts(self).forward(self, x, *args, **kwargs)
+        return output
+    if self._fused_group is None or torch.compiler.is_compiling():
+        return _outputs(x, [self])[0]
+    output = self._fused_group.output(self, x)
+    return output
+
+
+class FusedLinear(Linear, FusedLayer):
+    forward = _forward
+
+
+@functools.cache
+def _fused_class(kind: Any) -> Any:
+    """Of PEFT's class ``kind``. That of 4-bit layers can be imported only where bitsandbytes is installed."""
+    return FusedLinear if kind is Linear else type(f"Fused{kind.__name__}", (kind, FusedLayer), {"forward": _forward})
+
+
+def _pefts(layer: LoraLayer) -> Any:
+    """Its class in PEFT."""
+    return type(layer).__bases__[0] if isinstance(layer, FusedLayer) else type(layer)
 
 
 class _Group:
     """Layers that read the same input: the first one that is called computes all, and the others fetch theirs."""
 
-    def __init__(self, layers: list[FusedLinear]) -> None:
+    def __init__(self, layers: list[LoraLayer]) -> None:
         self.layers = layers
-        self.ready: dict[FusedLinear, Tensor] = {}
+        self.ready: dict[LoraLayer, Tensor] = {}
         self.input: Tensor | None = None
         self.state: tuple[Any, ...] = ()
 
-    def output(self, layer: FusedLinear, x: Tensor) -> Tensor:
+    def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
         state = _state(x)
         if layer in self.ready and x is self.input and state == self.state:
             output = self.ready.pop(layer)
@@ -88,7 +109,7 @@ class _Group:
         return outputs[0]
 
 
-def _agree(layers: list[FusedLinear]) -> bool:
+def _agree(layers: list[LoraLayer]) -> bool:
     """Whether they can be computed in one call as things stand."""
     if _roles is None and any(map(_not_now, layers)):
         return False
@@ -101,34 +122,35 @@ def _state(x: Tensor) -> tuple[Any, ...]:
     return _roles, torch.is_grad_enabled(), autocast, None if x.is_inference() else x._version
 
 
-def _outputs(x: Tensor, layers: list[FusedLinear]) -> tuple[Tensor, ...]:
+def _outputs(x: Tensor, layers: list[LoraLayer]) -> tuple[Tensor, ...]:
     bases = [layer.base_layer for layer in layers]
-    weights = [base.weight.T if isinstance(base, Conv1D) else base.weight for base in bases]
+    weights = [matrix(base) for base in bases]
     given = _roles
     segments = [(None, 0)] if given is None else given
     names = [[_active(layer)[0] if given is None else role for layer in layers] for role, _ in segments]
     loras = [[_lora(layer, name) for layer, name in zip(layers, each, strict=True)] for each in names]
-    return lora_linear(
-        x,
-        weights,
-        loras[0] if given is None else loras,
-        biases=[base.bias for base in bases],
-        dropout=_dropout(layers[0]),
-        rows=None if given is None else [count for _, count in given],
-    )
+    with kept_packed(bases, weights):
+        return lora_linear(
+            x,
+            weights,
+            loras[0] if given is None else loras,
+            biases=[base.bias for base in bases],
+            dropout=_dropout(layers[0]),
+            rows=None if given is None else [count for _, count in given],
+        )
 
 
-def _lora(layer: Linear, name: str | None) -> tuple[Tensor, Tensor, float] | None:
+def _lora(layer: LoraLayer, name: str | None) -> tuple[Tensor, Tensor, float] | None:
     if name not in layer.lora_A:
         return None
     return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
-def _active(layer: Linear) -> list[str]:
+def _active(layer: LoraLayer) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _dropout(layer: Linear) -> float:
+def _dropout(layer: LoraLayer) -> float:
     """Of the one adapter that is active; of several roles, what is on in any of them."""
     given = _roles
     names = _active(layer)[:1] if given is None else [name for name, _ in given if name in layer.lora_dropout]
@@ -139,7 +161,9 @@ def _dropout(layer: Linear) -> float:
 def why_not(layer: LoraLayer) -> str | None:
     """Why the layer cannot be fused; None where it can."""
     base = layer.get_base_layer()
-    if type(layer) not in (Linear, FusedLinear) or type(base) not in (nn.Linear, Conv1D):
+    kind = _pefts(layer)
+    plain = kind is Linear and type(base) in (nn.Linear, Conv1D)
+    if not plain and not (kind.__name__ == "Linear4bit" and in_four_bits(base)):
         return f"a {type(layer).__module__}.{type(layer).__name__} over {type(base).__name__}"
     if layer.base_layer is not base:
         return "its base layer is wrapped more than once"
@@ -151,7 +175,7 @@ def why_not(layer: LoraLayer) -> str | None:
     return _not_now(layer)
 
 
-def _not_now(layer: Linear) -> str | None:
+def _not_now(layer: LoraLayer) -> str | None:
     """Why PEFT computes the layer as things stand: this may change from call to call."""
     if layer.disable_adapters:
         return "its adapters are disabled"
@@ -181,7 +205,7 @@ class Calls(NamedTuple):
     sizes: set[int]  # rows (..., I) of the layers' inputs
 
 
-def group(layers: dict[str, FusedLinear], run: Callable[[], Any]) -> Calls:
+def group(layers: dict[str, LoraLayer], run: Callable[[], Any]) -> Calls:
     """Has layers that read the same input computed together, as the projections to query, key and value do. ``run`` is
     a forward pass of a few tokens, which shows them."""
     calls = _calls(layers, run)
@@ -192,7 +216,7 @@ def group(layers: dict[str, FusedLinear], run: Callable[[], Any]) -> Calls:
     return calls
 
 
-def _calls(layers: dict[str, FusedLinear], run: Callable[[], Any]) -> Calls:
+def _calls(layers: dict[str, LoraLayer], run: Callable[[], Any]) -> Calls:
     called: list[str] = []
     groups: list[list[str]] = []
     sizes: set[int] = set()

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-COMMON = "--model_name_or_path tiny-random --batch_size 4 --micro_batch_size 2 --max_steps 2 --max_length 64"
+COMMON = (
+    "--model_name_or_path tiny-random --dtype float32 --batch_size 4 --micro_batch_size 2 --max_steps 2 --max_length 64"
+)
 OWN = {
     "sft": "--dataset_name sft.jsonl --output_dir out",
     "reward": "--dataset_name pairs.jsonl --output_dir out --response_length 8 --calibration_prompts 4",

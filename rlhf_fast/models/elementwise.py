@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rlhf_fast.base_weights import matrix
 from rlhf_fast.models.recomputing import note_output
 from rlhf_fast.ops import gated_activation, rms_norm, rotary_embedding
 
@@ -56,9 +57,9 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor] | None:
 
 def _feed_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
     gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
-    if not isinstance(gate, nn.Linear) or not _plain(gate.weight) or _arguments(module) != 1:
+    if not isinstance(gate, nn.Linear) or gate.weight.is_meta or _arguments(module) != 1:
         return None
-    rows = _rows(gate.in_features, like=gate.weight)
+    rows = _rows(gate.in_features, like=matrix(gate))
     expected = _tried(lambda: module(rows))
     for activation in ACTIVATIONS:
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rlhf_fast.base_weights import in_four_bits
 from rlhf_fast.errors import UserError
 
 FILE = "base_model.json"  # beside PEFT's own files, which do not read it
@@ -19,15 +20,17 @@ def fingerprint(linear: Mapping[str, Any]) -> dict[str, str]:
     """A digest of the linear layers that adapters can stand on, by their path in the decoder.
 
     The weights are rounded to bfloat16 first, so that it is the same whether they were read in float32 or bfloat16;
-    float16 cannot hold all of them, and has a digest of its own.
+    float16 cannot hold all of them, and has a digest of its own, as have packed 4-bit numbers.
     """
     weights = [module.weight.detach() for module in linear.values()]
-    half = torch.float16 if any(weight.dtype == torch.float16 for weight in weights) else torch.bfloat16
-    samples = [weight.flatten()[:: max(1, weight.numel() // SAMPLES)][:SAMPLES].to(half) for weight in weights]
-    digest = hashlib.sha256(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
+    rounded = torch.float16 if any(weight.dtype == torch.float16 for weight in weights) else torch.bfloat16
+    if any(map(in_four_bits, linear.values())):
+        rounded = torch.uint8
+    samples = [weight.flatten()[:: max(1, weight.numel() // SAMPLES)][:SAMPLES].to(rounded) for weight in weights]
+    digest = hashlib.sha256(torch.cat(samples).cpu().view(torch.uint8).numpy().tobytes())
     for path, weight in zip(linear, weights, strict=True):
         digest.update(f"{path} {tuple(weight.shape)}\n".encode())
-    return {"rounded_to": str(half).removeprefix("torch."), "weights_sha256": digest.hexdigest()}
+    return {"rounded_to": str(rounded).removeprefix("torch."), "weights_sha256": digest.hexdigest()}
 
 
 def write(folder: Path, own: Mapping[str, str]) -> None:

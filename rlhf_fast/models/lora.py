@@ -39,7 +39,9 @@ class Adaptable:
 
     def config(self, asked: StageConfig) -> LoraConfig:
         """Raises UserError for a module that is not there or gets no adapter, and for more layers than there are."""
-        names = self.names if asked.lora_target_modules == [ALL_LINEAR] else list(asked.lora_target_modules)
+        names = [
+            name for given in asked.lora_target_modules for name in (self.names if given == ALL_LINEAR else [given])
+        ]
         self._check(names)
         count, top = len(self.decoder.layers), asked.lora_layers
         if top is not None and top > count:
@@ -59,7 +61,7 @@ class Adaptable:
         )
 
     def _check(self, names: list[str]) -> None:
-        known = self.names
+        known = [*self.names, targets.head_path(self.model).rsplit(".", 1)[-1]]
         there = f"there are {', '.join(known)}"
         if not names:
             raise UserError(f"--lora_target_modules must name a module: {ALL_LINEAR}, or some of {', '.join(known)}")

@@ -1,11 +1,13 @@
 """An adapter folded into its base: a plain transformers model that needs neither PEFT nor rlhf-fast."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_fast.errors import UserError
@@ -34,6 +36,7 @@ def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer in {adapter}; copy the one it was trained with there") from error
         model = _load_base(source, lora, Path(adapter), tokenizer.pad_token_id, dtype)
+    _untie(model, state)
     with layers.quiet_peft():
         peft = PeftModel.from_pretrained(model, adapter)
         lost = sorted(state.keys() - get_peft_model_state_dict(peft).keys())
@@ -47,6 +50,16 @@ def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write the merged model to {output_dir}: {reason}") from error
     return target
+
+
+def _untie(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Where the head has an adapter, a head that shares its weight with the token embedding gets one of its own."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    if any(f"{targets.head_path(model)}.lora_" in key for key in state):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
 
 
 def _load_base(source: str, lora: LoraConfig, adapter: Path, pad_id: int, dtype: str | None) -> PreTrainedModel:

@@ -6,29 +6,38 @@ The base's own weights are never written to: modules are exchanged while the cop
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_fast.base_weights import in_four_bits, matrix
 from rlhf_fast.errors import UserError
 
 
 class Merged:
-    """The modules of one role: W + scale * B A, summed in float32 and rounded once to the base's dtype.
+    """The modules of one role below the head: W + scale * B A, summed in float32 and rounded once to the base's dtype,
+    in which the copy of a 4-bit weight is too.
 
     Where the role has no adapter, a module is the base's own. ``bytes``: of the copies. Later changes of the role's
     adapter do not reach them.
     """
 
-    def __init__(self, model: nn.Module, role: str | None) -> None:
-        found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+    def __init__(self, model: PreTrainedModel, role: str | None) -> None:
+        head = model.get_output_embeddings()
+        found = [
+            (path, module)
+            for path, module in model.named_modules()
+            if isinstance(module, LoraLayer) and module is not head
+        ]
         adapted = {module for _, module in found if role in module.lora_A}
         for module in adapted:
             _check(module, role)
-        self.bytes = sum(module.base_layer.weight.nbytes for module in adapted)
+        self.bytes = sum(_bytes(module.base_layer) for module in adapted)
         _check_memory(self.bytes, next(model.parameters()).device)
         self._places = [
             (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], module) for path, module in found
@@ -56,7 +65,14 @@ def why_not_merge(model: nn.Module) -> str | None:
 
 
 def _plain(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.is_floating_point()
+    return isinstance(layer, (nn.Linear, Conv1D)) and (layer.weight.is_floating_point() or in_four_bits(layer))
+
+
+def _bytes(layer: Any) -> int:
+    """Of a copy."""
+    if in_four_bits(layer):
+        return int(layer.out_features * layer.in_features * layer.compute_dtype.itemsize)
+    return int(layer.weight.nbytes)
 
 
 def _check(module: LoraLayer, role: str | None) -> None:
@@ -107,10 +123,17 @@ def _packs(weight: torch.Tensor) -> bool:
 def _merged(module: LoraLayer, role: str | None) -> nn.Module:
     layer = module.base_layer
     down, up = module.lora_A[role].weight.float(), module.lora_B[role].weight.float()
-    factors = (down.T, up.T) if isinstance(layer, Conv1D) else (up, down)
-    weight = torch.addmm(layer.weight.float(), *factors, alpha=module.scaling[role]).to(layer.weight.dtype)
-    if type(layer) is nn.Linear and _packs(weight):
+    own = matrix(layer)
+    weight = torch.addmm(own.float(), up, down, alpha=module.scaling[role]).to(own.dtype)
+    if not isinstance(layer, Conv1D) and _packs(weight):
         return PackedLinear(weight, layer.bias)
-    twin = copy.copy(layer)
+    if isinstance(layer, Conv1D):
+        weight = weight.T.contiguous()
+    twin = _plain_linear(layer) if in_four_bits(layer) else copy.copy(layer)
     twin._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
     return twin
+
+
+def _plain_linear(layer: Any) -> nn.Linear:
+    """Of the same sizes, without data."""
+    return nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")

@@ -1,6 +1,7 @@
 """Finding and loading the frozen base: a folder, a built-in name, or a hub name that never hangs offline."""
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,6 +40,7 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
     or code that would have to be trusted.
     """
     name = config.model_name_or_path
+    dtype = choose_dtype(config.dtype, device)
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     extra: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     with located(name) as source:
@@ -45,6 +48,8 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
         with loading(name, source, "config.json"):
             model_config = AutoConfig.from_pretrained(source, **common)
         check_config(name, model_config)
+        if config.load_in_4bit:
+            extra |= four_bits(name, model_config, dtype, device)
         folder.check_sizes(name, model_config)
         with loading(name, source, "the tokenizer"):
             tokenizer = load_tokenizer(source, **common)
@@ -55,17 +60,22 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
                 auto_class(model_config),
                 source,
                 config=model_config,
-                dtype=choose_dtype(config.dtype, device),
+                dtype=dtype,
                 use_safetensors=None if config.allow_pickle_weights else True,
                 **common,
                 **extra,
             )
+    if config.load_in_4bit:
+        for module in model.modules():
+            # else a forward without gradient repacks the numbers, for a product that has no backward
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     # generate() fills what a call leaves unset from here: a top_k or a penalty of the model's own would bend the
     # distribution that is sampled away from the one that is trained
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     model.generation_config = GenerationConfig(eos_token_id=ends)
-    return model.to(device).eval(), tokenizer
+    return (model if config.load_in_4bit else model.to(device)).eval(), tokenizer
 
 
 def check_config(name: str, config: Any) -> None:
@@ -75,6 +85,18 @@ def check_config(name: str, config: Any) -> None:
         raise UserError(f"{name}: it is no causal language model: a {kind} is an encoder with a decoder")
     if getattr(config.get_text_config(decoder=True), "vocab_size", None) is None:
         raise UserError(f"{name}: it is no causal language model: the config of a {kind} has no vocab_size")
+
+
+def four_bits(name: str, model_config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What transformers loads a model's linear layers in 4 bits with. Raises UserError where it cannot."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit needs bitsandbytes: pip install 'rlhf-fast[4bit]'")
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise UserError(f"--load_in_4bit: the weights of {name} are quantised already; leave it out")
+    numbers = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": numbers, "device_map": {"": device}}
 
 
 def auto_class(config: Any) -> Any:
@@ -150,11 +172,14 @@ def check_window(model: PreTrainedModel, max_length: int) -> None:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on a GPU that computes in it, else float32."""
-    if name == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    return DTYPES[name]
+    """``auto`` is bfloat16 on a GPU or CPU that has instructions for products in it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)  # every processor with AMX has it too
+    return torch.bfloat16 if fast else torch.float32
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ class SharedBase:
         self._splits: dict[int, bool] = {}
         self._linear = targets.inside(self.decoder, found.linear)
         self.fingerprint = identity.fingerprint(self._linear)
-        if config.lora_target_modules == [ALL_LINEAR]:
+        if ALL_LINEAR in config.lora_target_modules:
             self.notes += self._adaptable.notes()
 
     def check_tokens(self, source: str, row: int, ids: Sequence[int]) -> None:
@@ -158,11 +158,12 @@ class SharedBase:
 
         ``same_base``: they are known to be made for this base, so that what does not fit is their own fault."""
         fault = "damaged, or its config is not the one it was trained with" if same_base else "made for another base"
+        head = tuple(f"{targets.head_path(self.model)}.lora_{part}.weight" for part in "AB")
         for key in state:
-            if not LORA_IN_A_LAYER.search(key):
+            if not LORA_IN_A_LAYER.search(key) and not key.endswith(head):
                 raise UserError(
-                    f"adapter {name}: it holds {key}, and only LoRA matrices of the decoder layers' linear modules can "
-                    "be used: whatever else it changes would be lost, or shared with every other role"
+                    f"adapter {name}: it holds {key}, and only LoRA matrices of the decoder layers' linear modules and "
+                    "of the head can be used: whatever else it changes would be lost, or shared with every other role"
                 )
         try:
             self._add_adapter(name, lora)
@@ -307,8 +308,15 @@ class SharedBase:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        head = self.model.get_output_embeddings()
-        return Vocabulary(head.weight, getattr(head, "bias", None), self._softcap, self._scale)
+        """The head of the bare base."""
+        return self.vocabulary_of(None)
+
+    def vocabulary_of(self, role: str | None) -> Vocabulary:
+        """The head under a role's adapter, if it has one there."""
+        head, lora = self.model.get_output_embeddings(), None
+        if isinstance(head, LoraLayer) and role in head.lora_A:
+            lora = (head.lora_A[role].weight, head.lora_B[role].weight, head.scaling[role])
+        return Vocabulary(head.weight, getattr(head, "bias", None), self._softcap, self._scale, lora)
 
     def _states(
         self,

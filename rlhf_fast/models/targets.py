@@ -89,21 +89,29 @@ def _means_experts(model: PreTrainedModel, name: str) -> bool:
     return name not in (config.target_modules or ())
 
 
+def head_path(model: PreTrainedModel) -> str:
+    """Of the language-model head, such as ``lm_head``."""
+    head = model.get_output_embeddings()
+    return next(path for path, module in model.named_modules() if module is head)
+
+
 def target_modules(
     model: PreTrainedModel, decoder: Decoder, targets: Targets, names: list[str], layer_numbers: list[int] | None
 ) -> list[str] | str:
     """PEFT's target_modules for the linear modules of these names: the names, where they reach nothing else.
 
     Else, as beside a vision tower, a regular expression of their whole paths, and of the layers' numbers where those
-    are given.
+    are given; the head lies in no layer.
     """
     reached = {path for path, _ in model.named_modules() if _last(path) in names}
     wanted = {path for path in targets.linear if _last(path) in names}
-    if reached == wanted:
+    head = [path for path in (head_path(model),) if _last(path) in names]
+    if reached == wanted | set(head) and not (head and layer_numbers):
         return names
     numbers = r"\d+" if layer_numbers is None else f"({'|'.join(map(str, layer_numbers))})"
     paths = sorted({_any_number(path.removeprefix(f"{decoder.path}.").split(".", 1)[1]) for path in wanted})
-    return rf"{re.escape(decoder.path)}\.{numbers}\.({'|'.join(paths)})"
+    in_layers = rf"{re.escape(decoder.path)}\.{numbers}\.({'|'.join(paths)})"
+    return "|".join([in_layers, *map(re.escape, head)])
 
 
 def _any_number(path: str) -> str:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.ops import lora_linear
 
 FULL_PRECISION = (torch.float32, torch.float64)
 
@@ -17,17 +17,23 @@ FULL_PRECISION = (torch.float32, torch.float64)
 class Vocabulary:
     """logits = scale * cap(hidden weight^T + bias), where cap(x) = softcap * tanh(x / softcap), or x without one.
 
-    ``weight`` (V, H), ``bias`` (V,) or None, ``scale`` above 0.
+    ``weight`` (V, H), ``bias`` (V,) or None, ``scale`` above 0. ``lora``: an adapter on the head, (A (r, H), B (V, r),
+    its scale), of one role.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     softcap: float | None
     scale: float = 1.0
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., H) -> (..., V), in the dtype of the weight."""
-        return self.scaled(nn.functional.linear(hidden, self.weight, self.bias))
+        return self.scaled(self.raw(hidden))
+
+    def raw(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's own outputs, hidden weight^T + bias and what its adapter adds."""
+        return lora_linear(hidden, self.weight, self.lora, biases=self.bias)
 
     def scaled(self, raw: torch.Tensor) -> torch.Tensor:
         """The logits of the head's own outputs, hidden weight^T + bias."""
@@ -35,8 +41,13 @@ class Vocabulary:
         return logits if self.scale == 1 else self.scale * logits
 
     def options(self, temperature: float = 1.0) -> dict[str, Any]:
-        """bias, softcap and temperature for the linear ops, so that they compute log softmax(logits / temperature)."""
-        return {"bias": self.bias, "softcap": self.softcap, "temperature": temperature / self.scale}
+        """What the linear ops take beside the weight, so that they compute log softmax(logits / temperature)."""
+        return {
+            "bias": self.bias,
+            "softcap": self.softcap,
+            "temperature": temperature / self.scale,
+            "lora": self.lora,
+        }
 
 
 def measure(model: PreTrainedModel, raw: torch.Tensor, logits: torch.Tensor) -> tuple[float | None, float]:

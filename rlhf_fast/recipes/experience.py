@@ -66,7 +66,8 @@ def score(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference
     policy, ref = base.hidden_of([POLICY, reference], episodes.input_ids, mask, trunk)
     judges = [CRITIC, REWARD] if REWARD in base.roles else [CRITIC]
     critic, *reward = base.hidden_of(judges, episodes.input_ids, mask, trunk)
-    logprobs, ref_logprobs = (_logprobs(base, config, episodes, states) for states in (policy, ref))
+    logprobs = _logprobs(base, config, episodes, POLICY, policy)
+    ref_logprobs = _logprobs(base, config, episodes, reference, ref)
     values = torch.where(episodes.response_mask, base.heads[CRITIC](episodes.before_response(critic)), 0.0)
     if reward:
         scores = base.heads[REWARD](last_states(reward[0], mask))
@@ -76,8 +77,10 @@ def score(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference
     return Experience(episodes, trunk, logprobs, ref_logprobs, values, scores, scores, nothing, nothing, nothing)
 
 
-def _logprobs(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, states: torch.Tensor) -> torch.Tensor:
-    vocabulary = base.vocabulary
+def _logprobs(
+    base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, role: str | None, states: torch.Tensor
+) -> torch.Tensor:
+    vocabulary = base.vocabulary_of(role)
     return linear_logprobs(
         episodes.before_response(states),
         vocabulary.weight,

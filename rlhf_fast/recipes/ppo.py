@@ -227,7 +227,7 @@ def losses(stage: Stage[PPOConfig], experience: Experience, tokens: torch.Tensor
     ``tokens``: the mini-batch's live response tokens, over all processes.
     """
     config = stage.config
-    episodes, vocabulary = experience.episodes, stage.base.vocabulary
+    episodes, vocabulary = experience.episodes, stage.base.vocabulary_of(POLICY)
     policy_states, critic_states = response_states(stage.base, [POLICY, CRITIC], episodes, experience.trunk)
     policy = linear_policy_loss(
         policy_states,

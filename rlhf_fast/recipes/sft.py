@@ -58,7 +58,7 @@ def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[
 def loss_sum(stage: Stage[SFTConfig], rows: Sequence[SFTRow]) -> torch.Tensor:
     """Cross-entropy summed over the rows' response tokens."""
     batch = collate_sft(rows, stage.base.pad_id)
-    device, vocabulary = stage.base.device, stage.base.vocabulary
+    device, vocabulary = stage.base.device, stage.base.vocabulary_of(ROLE)
     hidden = stage.base.hidden(ROLE, batch["input_ids"].to(device), batch["attention_mask"].to(device))
     return linear_cross_entropy(
         hidden[:, :-1],  # logits for token t come from position t - 1

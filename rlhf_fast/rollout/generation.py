@@ -65,7 +65,7 @@ class Generation:
         fault = why_not_fast(base)
         if fault is not None:
             raise UserError(f"{type(base.model).__name__}: {fault}: use generate, which has another engine")
-        self.base, self.rows = base, list(rows)
+        self.base, self.rows, self._vocabulary = base, list(rows), base.vocabulary_of(role)
         self.response_length, self.temperature = response_length, temperature
         self.uniforms = draws(len(rows), response_length) if uniforms is None else uniforms
         self.tokens: list[list[int]] = [[] for _ in rows]
@@ -118,9 +118,8 @@ class Generation:
 
     @torch.no_grad()
     def _read(self, ids: Tensor) -> None:
-        hidden = self._decoder.read(ids)
-        raw = self.base.model.get_output_embeddings()(hidden[:, None])[:, 0, : self.base.vocab_size]
-        self.logits = self.base.vocabulary.scaled(raw.float())
+        raw = self._vocabulary.raw(self._decoder.read(ids))[:, : self.base.vocab_size]
+        self.logits = self._vocabulary.scaled(raw.float())
 
     def _without_finished(self, tokens: Tensor) -> Tensor:
         """Takes finished rows out of the batch where enough have left; the ``tokens`` of those that stay."""

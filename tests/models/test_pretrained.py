@@ -53,12 +53,20 @@ def change_json(path: Path, **changes: Any) -> None:
 
 
 def test_a_folder_loads_frozen_in_eval_mode_and_in_the_dtype_asked_for(folder: Path) -> None:
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         model, tokenizer = load(folder, dtype=name)
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
         assert tokenizer.eos_token_id == 1
-    assert torch.equal(load(folder)[0].lm_head.weight, tiny_model("llama").lm_head.weight)
+    assert torch.equal(load(folder, dtype="float32")[0].lm_head.weight, tiny_model("llama").lm_head.weight)
+
+
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, multiplies: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": multiplies})
+    assert load(folder, dtype="auto")[0].dtype == dtype
 
 
 def test_a_missing_folder_is_named_with_the_nearest_beside_it(

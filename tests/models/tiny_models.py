@@ -164,4 +164,4 @@ def batch(lengths: list[int], side: str, width: int | None = None) -> tuple[torc
 
 
 def settings(**changes: Any) -> StageConfig:
-    return StageConfig(**{"lora_r": 4, "lora_alpha": 8.0, **changes})
+    return StageConfig(**{"dtype": "float32", "lora_r": 4, "lora_alpha": 8.0, **changes})

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def base(folder: Path) -> SharedBase:
     """PAD 0, EOS 1, 258 real tokens of 320 rows; its bare base and its role ``policy`` give different logits."""
-    config = StageConfig(model_name_or_path=str(folder), lora_r=4)
+    config = StageConfig(model_name_or_path=str(folder), dtype="float32", lora_r=4)
     model, tokenizer = load_pretrained(config, torch.device("cpu"))
     model.lm_head.weight.mul_(20)
     shared = SharedBase(model, tokenizer, config)

@@ -56,10 +56,10 @@ def scored(base: SharedBase, responses: list[Response], temperature: float) -> t
     episodes = collate_episodes(responses, base.pad_id, base.device)
     with torch.no_grad():
         hidden = base.hidden("policy", episodes.input_ids, episodes.attention_mask)
-        options = base.vocabulary.options(temperature)
-        states, weight = episodes.before_response(hidden), base.vocabulary.weight
+        head, states = base.vocabulary_of("policy"), episodes.before_response(hidden)
+        options = head.options(temperature)
         found = linear_logprobs(
-            states, weight, episodes.targets, episodes.response_mask, vocab_size=base.vocab_size, **options
+            states, head.weight, episodes.targets, episodes.response_mask, vocab_size=base.vocab_size, **options
         )
     assert isinstance(found, torch.Tensor)
     return found
@@ -77,6 +77,11 @@ def test_greedy_tokens_are_those_of_transformers_and_log_probs_those_of_training
         drawn = collate_episodes(responses, base.pad_id, base.device).sampled_logprobs
         torch.testing.assert_close(drawn, scored(base, responses, 0.7), rtol=0, atol=2e-4)
         assert drawn.min() < -0.5
+
+
+def test_an_adapter_on_the_head_is_sampled_with(folder: Path, row: MakeRow) -> None:
+    base = make("llama", folder, lora_target_modules=["q_proj", "lm_head"])
+    test_greedy_tokens_are_those_of_transformers_and_log_probs_those_of_training(base, row)
 
 
 @pytest.fixture

@@ -1,0 +1,37 @@
+"""The weights of frozen linear layers, plain or in four bits, as matrices to multiply."""
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def in_four_bits(layer: nn.Module) -> bool:
+    """Whether bitsandbytes holds the layer's weight as packed 4-bit numbers (a Linear4bit)."""
+    return getattr(layer.weight, "quant_state", None) is not None
+
+
+def matrix(layer: Any) -> Tensor:
+    """The weight as (O, I): a view, or of 4-bit numbers a new tensor in the dtype that the layer computes in."""
+    if in_four_bits(layer):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
+    weight: Tensor = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    return weight
+
+
+def kept_packed(layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """Inside, a backward that saves one of ``weights``, the ``matrix`` of each layer, keeps the 4-bit numbers in its
+    place and unpacks them again when it runs."""
+    packed = {w.data_ptr(): layer for layer, w in zip(layers, weights, strict=True) if in_four_bits(layer)}
+    if not packed:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: packed.get(tensor.data_ptr(), tensor),
+        lambda kept: matrix(kept) if isinstance(kept, nn.Module) else kept,
+    )
