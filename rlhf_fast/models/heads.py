@@ -28,3 +28,9 @@ class ScoreHead(nn.Module):
         """From now on, scores that had this mean and standard deviation have 0 and 1."""
         self.mean.fill_(mean)
         self.std.fill_(std)
+
+    @torch.no_grad()
+    def refit(self, slope: float, shift: float) -> None:
+        """From now on, what scored s scores slope * s + shift."""
+        self.weight.mul_(slope)
+        self.mean.mul_(slope).sub_(shift * self.std)

@@ -91,7 +91,7 @@ def _logprobs(
     )
 
 
-def set_advantages(
+def set_rewards(
     experiences: Sequence[Experience],
     scores: torch.Tensor,
     config: PPOConfig,
@@ -99,8 +99,8 @@ def set_advantages(
     kl_coef: float,
     group: torch.distributed.ProcessGroup | None,
 ) -> None:
-    """Fills in rewards, advantages and returns. ``scores``: one an episode, in order; whitening is over the whole
-    rollout, of all processes where ``group`` is given."""
+    """Fills in the rewards. ``scores``: one an episode, in order; whitening is over the whole rollout, of all processes
+    where ``group`` is given."""
     for experience, part in zip(experiences, scores.split([len(e.scores) for e in experiences]), strict=True):
         kl = token_kl(experience.logprobs, experience.ref_logprobs, experience.mask, estimator=config.kl_estimator)
         experience.penalties = -kl_coef * kl.sum(dim=1)
@@ -109,6 +109,12 @@ def set_advantages(
         rewards = _whiten(experiences, [e.rewards for e in experiences], group, shift_mean=False)
         for experience, whitened in zip(experiences, rewards, strict=True):
             experience.rewards = whitened
+
+
+def set_advantages(
+    experiences: Sequence[Experience], config: PPOConfig, *, group: torch.distributed.ProcessGroup | None
+) -> None:
+    """Fills in advantages, whitened as in ``set_rewards``, and returns."""
     for experience in experiences:
         experience.advantages, experience.returns = gae(
             experience.rewards, experience.values, experience.mask, gamma=config.gamma, lam=config.lam

@@ -16,7 +16,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.metrics import Metric
 from rlhf_fast.models import adapters
 from rlhf_fast.ops import clipped_value_loss, linear_policy_loss
-from rlhf_fast.recipes import judging, ppo_report
+from rlhf_fast.recipes import critic, judging, ppo_report
 from rlhf_fast.recipes.experience import (
     CRITIC,
     POLICY,
@@ -28,6 +28,7 @@ from rlhf_fast.recipes.experience import (
     response_states,
     score,
     set_advantages,
+    set_rewards,
 )
 from rlhf_fast.recipes.memory import MICRO_BATCH, give_back_memory, memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.rows import load_rows
@@ -66,6 +67,7 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
     }
     stage.start([POLICY, CRITIC], total, values=fresh)
     controller.kl_coef, moments = stage.values["kl_coef"], RunningMoments(**stage.values["moments"])
+    critic.restore(stage)
 
     if stage.values["baseline"] and len(stage.values["baseline"]["scores"]) != len(held_out):
         raise UserError(
@@ -93,7 +95,10 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
                 moments.update(torch.tensor(stage.gather(scores.tolist())))
                 scores = scores / moments.std
             kl_coef = controller.kl_coef
-            set_advantages(experiences, scores, config, kl_coef=kl_coef, group=stage.group)
+            set_rewards(experiences, scores, config, kl_coef=kl_coef, group=stage.group)
+            if step == 1 and REWARD in stage.base.roles:
+                critic.fit(stage, experiences)
+            set_advantages(experiences, config, group=stage.group)
             clock.append(time.perf_counter())
 
             give_back_memory()
@@ -118,7 +123,8 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
 def add_roles(stage: Stage[PPOConfig]) -> str | None:
     """Policy, critic and reward model on the base; returns the role that is the reference.
 
-    The policy starts as the SFT model, the critic as the reward model where there is one.
+    The policy starts as the SFT model, the critic as the reward model where there is one, fitted to the first rollout
+    (``critic.fit``).
     """
     config = stage.config
     reference = None

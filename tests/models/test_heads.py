@@ -31,3 +31,13 @@ def test_calibrated_scores_have_mean_0_and_standard_deviation_1() -> None:
     head.calibrate(raw.mean().item(), raw.std().item())
     torch.testing.assert_close(head(hidden).mean(), torch.tensor(0.0), rtol=0, atol=1e-5)
     torch.testing.assert_close(head(hidden).std(), torch.tensor(1.0), rtol=0, atol=1e-5)
+
+
+def test_a_refitted_head_gives_a_linear_function_of_its_scores() -> None:
+    head, hidden = ScoreHead(16), torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+    head.calibrate(1.5, 4.0)
+    before = head(hidden).detach()
+    head.refit(0.25, -3.0)
+    torch.testing.assert_close(head(hidden).detach(), 0.25 * before - 3, rtol=0, atol=1e-6)
+    head.refit(0.0, 2.0)
+    assert head(hidden).tolist() == [2.0] * 9

@@ -262,6 +262,19 @@ def test_critic_and_policy_start_as_reward_model_and_sft_model(ppo_config):
     assert (critic.mean, critic.std) == (reward.mean, reward.std)
 
 
+def test_the_critic_explains_returns_from_the_first_rollout_on(ppo_config, tmp_path):
+    """The reward model's values of half a response must not be what the critic has to unlearn: the reward depends on
+    the prompt, which a critic learns in a few steps."""
+    (tmp_path / "reward.py").write_text(
+        "def first(prompts, completions):\n    return [3.0 * ('dog' in p or 'cat' in p) - 6.0 for p in prompts]\n"
+    )
+    changes = dict(reward_functions=[f"{tmp_path}/reward.py:first"], batch_size=32, micro_batch_size=16, max_steps=6)
+    ppo.train(ppo_config(**changes, eval_size=0, lam=1.0))
+    found = [line["critic/explained_variance"] for line in metrics(tmp_path / "ppo")]
+    assert found[0] >= -1e-6
+    assert sum(found[-3:]) / 3 > 0.2
+
+
 def test_only_policy_and_critic_change(ppo_config):
     stages = []
     original = ppo.add_roles
