@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rlhf_fast import lora_layers
 from rlhf_fast.ops import _native, _products
 from rlhf_fast.ops._products import add_product_, linear, logits_product, matmul, summed_over_rows
 
@@ -152,3 +153,22 @@ def test_the_rule(cpu_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _native.build_info()["float32_products"] == ("rlhf-fast" if expected else "torch")
     assert _products._own(torch.ones(1)) is expected
     assert not _products._own(torch.ones(1).double()) and not _products._own(torch.ones(1).bfloat16())
+
+
+def test_layers_without_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are exchanged where the product is chosen, in float32 alone, and give what they gave."""
+    model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 9, bias=False), nn.Linear(9, 9).bfloat16())
+    hidden = random(6, 40).requires_grad_()
+    expected = model[:2](hidden)
+    (slope,) = torch.autograd.grad(expected.sum(), hidden)
+    monkeypatch.setattr(lora_layers, "build_info", lambda: {"float32_products": "torch"})
+    lora_layers.exchange_plain(model)
+    assert type(model[0]) is nn.Linear
+    monkeypatch.setattr(lora_layers, "build_info", lambda: {"float32_products": "rlhf-fast"})
+    lora_layers.exchange_plain(model)
+    assert [type(layer) for layer in model] == [lora_layers.PlainLinear, lora_layers.PlainLinear, nn.Linear]
+    ours = model[:2](hidden)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), hidden)[0], slope)
+    with torch.no_grad():
+        torch.testing.assert_close(model[:2](hidden), expected)
