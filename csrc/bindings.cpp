@@ -33,6 +33,7 @@ py::dict build_info() {
   py::dict info;
   info["cpu_paths"] = paths();
   info["cpu_path"] = cpu().path;
+  info["float32_products"] = multiplies_float32() ? "rlhf-fast" : "torch";
   info["compiler"] = RLHF_FAST_COMPILER;
 #ifdef _OPENMP
   info["openmp"] = true;
@@ -179,6 +180,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("path", [] { return cpu().path; });
   m.def("choose_path", &choose_path);
   m.def("multiplies_bfloat16", &multiplies_bfloat16);
+  m.def("multiplies_float32", &multiplies_float32);
   m.def(
       "bfloat16_product",
       [](int64_t rows, int64_t columns, int64_t inner, Address left, int64_t left_stride, Address right,
@@ -187,6 +189,17 @@ PYBIND11_MODULE(_C, m) {
                                right_stride, (float*)out, out_stride, threads})) {
           throw std::bad_alloc();
         }
+      },
+      py::call_guard<Release>());
+  m.def(
+      "float32_product",
+      [](int64_t rows, int64_t columns, int64_t inner, Address left, int64_t left_stride, int64_t left_inner_stride,
+         Address right, int64_t right_stride, int64_t right_column_stride, Address out, int64_t out_stride, float scale,
+         bool add, int threads) {
+        cpu().float32_product(
+            {rows, columns, inner, (const float*)left, left_stride, left_inner_stride, (const float*)right,
+             right_stride, right_column_stride, (float*)out, out_stride, scale, add},
+            threads);
       },
       py::call_guard<Release>());
 

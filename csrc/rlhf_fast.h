@@ -17,20 +17,36 @@ struct RowStatistics {
 
 static_assert(sizeof(RowStatistics) == kStatistics * sizeof(float));
 
+// out (rows, columns) = scale * left (rows, inner) right (inner, columns), or out += it. The columns of out lie side by
+// side.
+struct Float32Product {
+  int64_t rows, columns, inner;
+  const float* left;
+  int64_t left_stride, left_inner_stride;
+  const float* right;
+  int64_t right_stride, right_column_stride;
+  float* out;
+  int64_t out_stride;
+  float scale;
+  bool add;
+};
+
 // ---- the CPU's launchers, compiled once for each instruction set -----------------------------------------------------
 
 struct CpuLaunchers {
   const char* path;  // "avx512", "avx2" or "portable"
 #define RLHF_FAST_MEMBER(name, Arguments) void (*name)(const Arguments&, int threads);
   RLHF_FAST_LAUNCHERS(RLHF_FAST_MEMBER)
+  RLHF_FAST_MEMBER(float32_product, Float32Product)
 #undef RLHF_FAST_MEMBER
 };
 
 #define RLHF_FAST_DECLARE(name, Arguments) void name(const Arguments&, int threads);
-#define RLHF_FAST_DECLARE_PATH(path_name) \
-  namespace path_name {                   \
-  extern const CpuLaunchers launchers;    \
-  RLHF_FAST_LAUNCHERS(RLHF_FAST_DECLARE)  \
+#define RLHF_FAST_DECLARE_PATH(path_name)            \
+  namespace path_name {                              \
+  extern const CpuLaunchers launchers;               \
+  RLHF_FAST_LAUNCHERS(RLHF_FAST_DECLARE)             \
+  RLHF_FAST_DECLARE(float32_product, Float32Product) \
   }
 RLHF_FAST_DECLARE_PATH(avx512)
 RLHF_FAST_DECLARE_PATH(avx2)
@@ -55,6 +71,11 @@ struct BFloat16Product {
   int64_t out_stride;
   int threads;
 };
+// Whether float32_product computes float32 products, rather than torch: by the processor's maker, not by a trial, so
+// that every run gives the same bits. MKL, which torch calls, keeps its best code to Intel's processors, where it is
+// near the peak; on AMD's float32_product is as fast or faster on both vector paths.
+bool multiplies_float32();
+
 // Whether the chosen path has the instructions for bfloat16_product. If not, it must not be called.
 bool multiplies_bfloat16();
 // False if there is no memory for the packed columns.

@@ -1,4 +1,7 @@
-"""PEFT's LoRA layers computed by ``lora_linear``: several layers in one call, and rows of several roles in one pass."""
+"""PEFT's LoRA layers computed by ``lora_linear``: several layers in one call, and rows of several roles in one pass.
+
+Layers without an adapter too, where the engine's float32 product is faster than torch's.
+"""
 
 import contextlib
 import functools
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.base_weights import in_four_bits, kept_packed, matrix
-from rlhf_fast.ops import lora_linear
+from rlhf_fast.ops import build_info, lora_linear
 
 # (role, rows) of the consecutive rows that a pass computes; None as a role has no adapter. Unset: what PEFT has active.
 # A plain global, which torch.compile guards on.
@@ -53,6 +56,27 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(module, FusedLayer):
             module.__class__ = _pefts(module)
             del module._fused_group
+
+
+class PlainLinear(nn.Linear):
+    """nn.Linear on the engine's product; its class alone is exchanged."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = lora_linear(input, self.weight, None, biases=self.bias)
+        return output
+
+
+def exchange_plain(model: nn.Module) -> None:
+    """Exchanges the class of every float32 nn.Linear on the CPU, on processors where the engine's product is chosen."""
+    if build_info().get("float32_products") != "rlhf-fast":
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in vars(module) and _on_engine(module.weight):
+            module.__class__ = PlainLinear
+
+
+def _on_engine(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 class FusedLayer:
@@ -162,7 +186,7 @@ def why_not(layer: LoraLayer) -> str | None:
     """Why the layer cannot be fused; None where it can."""
     base = layer.get_base_layer()
     kind = _pefts(layer)
-    plain = kind is Linear and type(base) in (nn.Linear, Conv1D)
+    plain = kind is Linear and type(base) in (nn.Linear, PlainLinear, Conv1D)
     if not plain and not (kind.__name__ == "Linear4bit" and in_four_bits(base)):
         return f"a {type(layer).__module__}.{type(layer).__name__} over {type(base).__name__}"
     if layer.base_layer is not base:

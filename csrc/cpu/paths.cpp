@@ -52,6 +52,15 @@ bool multiplies_bfloat16() {
 #endif
 }
 
+bool multiplies_float32() {
+#ifdef RLHF_FAST_X86
+  __builtin_cpu_init();
+  return paths().chosen != &portable::launchers && __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 bool choose_cpu_path(const char* path) {
   for (const CpuLaunchers* const* candidate = paths().list; *candidate; candidate++) {
     if (strcmp((*candidate)->path, path) == 0) {

@@ -7,6 +7,7 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 #define RLHF_FAST_NAME(x) RLHF_FAST_TEXT(x)
 #define RLHF_FAST_ENTRY(name, Arguments) &name,
 
-extern const CpuLaunchers launchers = {RLHF_FAST_NAME(RLHF_FAST_PATH), RLHF_FAST_LAUNCHERS(RLHF_FAST_ENTRY)};
+extern const CpuLaunchers launchers = {RLHF_FAST_NAME(RLHF_FAST_PATH),
+                                       RLHF_FAST_LAUNCHERS(RLHF_FAST_ENTRY) & float32_product};
 
 }  // namespace rlhf_fast::RLHF_FAST_PATH

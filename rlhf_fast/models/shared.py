@@ -72,6 +72,7 @@ class SharedBase:
         with measure.own_code(model):
             self._softcap, self._scale = self._measure_logits()
         elementwise.exchange(self.decoder.body)
+        lora_layers.exchange_plain(model)
         self._exchanged = elementwise.Rotary(self.decoder.body).exchanged
         self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, self.vocabulary.weight.shape[0])
         found = targets.find_targets(self.decoder)  # before adapters bring linear modules of their own

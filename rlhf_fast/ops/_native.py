@@ -92,13 +92,30 @@ def bfloat16_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
+def float32_product(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool) -> None:
+    """``out`` (n, m), whose columns lie side by side, becomes or gains scale * left (n, k) right (k, m), in float32."""
+    _module.float32_product(
+        *out.shape, left.shape[1], left.data_ptr(), *left.stride(), right.data_ptr(), *right.stride(), out.data_ptr(),
+        out.stride(0), scale, add, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def multiplies_float32() -> bool:
+    """Whether the engine's float32 product is chosen over torch's, by the maker of the processor."""
+    return _module is not None and bool(_module.multiplies_float32())
+
+
+multiplies_float32._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile cannot look inside
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for bfloat16 products, so that torch's are faster than float32 ones."""
     return bool(_module.multiplies_bfloat16())
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled: CPU paths and the one in use, compiler, OpenMP, CUDA and its architectures.
+    """What was compiled: CPU paths and the one in use, compiler, OpenMP, CUDA and its architectures; and what computes
+    float32 products on this processor ("rlhf-fast" or "torch").
 
     ``{"native": None, "reason": ...}`` where the compiled module is missing or cannot be loaded.
     """

@@ -1,14 +1,18 @@
-"""Matrix products of an lm head, in float32 whatever the factors are, and how many rows and columns one takes."""
+"""Matrix products: torch's or the engine's own; those of an lm head, in float32 whatever the factors are, and how many
+rows and columns one takes.
+"""
 
 import functools
 import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import pad
 
 from . import _native
+from ._op import fused_op
 
 # On the CPU: the buffer of one chunk's logits. Fewer rows a chunk would read the weight more often than it takes to
 # multiply them. And the columns of one product: tiles that stay in the cache are a tenth faster in float32 than the
@@ -92,13 +96,50 @@ def tiles(vocab: int, columns: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], vocab], strict=True)]
 
 
+class _Product(NamedTuple):
+    out: Tensor  # (n, m), whose columns lie side by side
+    left: Tensor  # (n, k)
+    right: Tensor  # (k, m)
+    scale: float
+    add: bool
+
+
+def _kernel(given: _Product) -> None:
+    _native.float32_product(*given)
+
+
+_own_product = fused_op("float32_product", _Product, _kernel, lambda given: None, mutates="out")
+
+
+def _own(left: Tensor) -> bool:
+    """Whether the engine multiplies it, rather than torch."""
+    return left.dtype == torch.float32 and left.device.type == "cpu" and _native.multiplies_float32()
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left (n, k) right (k, m), both of one dtype, and so the result. It has no gradient."""
+    if not _own(left):
+        return left @ right
+    out = left.new_empty(left.shape[0], right.shape[1])
+    _own_product(_Product(out, left, right, 1.0, False))
+    return out
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden (n, I) weight (O, I)^T + bias (O,), all of one dtype. It has no gradient."""
+    if not _own(hidden):
+        return F.linear(hidden, weight, bias)
+    out = matmul(hidden, weight.T)
+    return out if bias is None else out.add_(bias)
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """(n, k) x (k, m), both of ``product_dtype`` -> (n, m) in float32. On the CPU a bfloat16 one was rounded.
 
     There the inner indices past the last whole block go apart, with zeros behind them, and join before the rounding.
     """
     if left.dtype != torch.bfloat16:
-        return left @ right
+        return matmul(left, right)
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     whole = left.shape[1] // BLOCK * BLOCK
@@ -113,11 +154,13 @@ def summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
     """left (N, k)^T right (N, m) -> (k, m) in float32. On the CPU one of halves was rounded to their dtype."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left.T, right, out_dtype=torch.float32)
-    return (left.T @ right).float()
+    return matmul(left.T, right).float()
 
 
 def add_product_(sums: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """sums (n, m) += scale * left (n, k) right (k, m), all of one dtype."""
+    """sums (n, m), whose columns lie side by side, += scale * left (n, k) right (k, m), all of one dtype."""
+    if _own(left):
+        return _own_product(_Product(sums, left, right, scale, True))
     inner = left.shape[1]
     if left.dtype == torch.bfloat16 and left.device.type == "cpu" and inner % BLOCK and inner not in WHOLE:
         left, right = pad(left, (0, -inner % BLOCK)), pad(right, (0, 0, 0, -inner % BLOCK))
@@ -126,7 +169,9 @@ def add_product_(sums: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
 
 def logits_product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """hidden (n, H) weight^T (H, V) into float32 ``out`` (n, V), which may be a tile of columns."""
-    if hidden.dtype == torch.float32:
+    if _own(hidden):
+        _own_product(_Product(out, hidden, weight.float().T, 1.0, False))
+    elif hidden.dtype == torch.float32:
         torch.mm(hidden, weight.float().T, out=out)
     elif hidden.is_cuda:
         torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)

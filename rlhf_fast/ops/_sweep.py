@@ -14,7 +14,17 @@ from torch import Tensor
 from rlhf_fast.kernels import records
 
 from ._linear import Head, without_autocast
-from ._products import TILE, empty_logits, logits_product, plan, product, product_dtype, tiles
+from ._products import (
+    TILE,
+    add_product_,
+    empty_logits,
+    logits_product,
+    matmul,
+    plan,
+    product,
+    product_dtype,
+    tiles,
+)
 from ._rows import Tokens, rows_of
 
 Fold = Callable[[slice, tuple[Tensor, ...], Tensor | None], None]
@@ -151,8 +161,8 @@ def _project(hidden: Tensor, head: Head, columns: list[slice], out: Tensor) -> N
     """The logits (n, V) of hidden (n, H), in float32 whatever the factors are."""
     inner = None
     if head.down is not None:
-        inner = (hidden.float() @ head.down.float().T).mul_(head.scale)
-    tiled = hidden.is_cuda or hidden.dtype == torch.float32  # the engine's own product tiles itself
+        inner = matmul(hidden.float(), head.down.float().T).mul_(head.scale)
+    tiled = hidden.is_cuda or hidden.dtype == torch.float32  # the engine's own product cuts itself up
     if not tiled:
         logits_product(hidden, head.weight, out)
     for tile in columns:
@@ -160,7 +170,7 @@ def _project(hidden: Tensor, head: Head, columns: list[slice], out: Tensor) -> N
         if tiled:
             logits_product(hidden, head.weight[tile], logits)
         if inner is not None and head.up is not None:
-            logits.addmm_(inner, head.up[tile].float().T)
+            add_product_(logits, inner, head.up[tile].float().T, 1.0)
         if head.bias is not None:
             logits.add_(head.bias[tile])
 
@@ -186,7 +196,7 @@ class _Sums:
         if grads.weight is not None:
             for tile in tiles(grad.shape[1], TILE):
                 if dtype == torch.float32:
-                    grads.weight[tile].addmm_(grad[:, tile].T, hidden)
+                    add_product_(grads.weight[tile], grad[:, tile].T, hidden, 1.0)
                 else:
                     grads.weight[tile] += product(grad[:, tile].T, hidden)
         if grads.bias is not None:
@@ -204,7 +214,7 @@ class _Sums:
         else:
             total = grad.new_zeros(grad.shape[0], weight.shape[1])
             for tile in tiles(grad.shape[1], TILE):
-                total.addmm_(grad[:, tile], weight[tile].to(self.dtype))
+                add_product_(total, grad[:, tile], weight[tile].to(self.dtype), 1.0)
         if inner is not None and self.head.down is not None:
             total += product(inner, self.head.down.to(self.dtype))
         return total

@@ -12,7 +12,7 @@ from . import _checks
 from ._dispatch import implementation, implements
 from ._linear import LoRA, Product, autocasted, checked_lora, without_autocast
 from ._op import once_differentiable
-from ._products import add_product_, summed_over_rows
+from ._products import add_product_, linear, matmul, summed_over_rows
 from ._rows import accumulation_dtype, as_rows
 
 Loras = Sequence[LoRA | None]  # one a layer
@@ -224,6 +224,8 @@ class Stack(NamedTuple):
 @implements("lora_linear", "fused")
 def fused(inputs: Inputs) -> tuple[Tensor, ...]:
     adapters = inputs.adapters
+    if not adapters and not torch.is_grad_enabled():
+        return tuple(linear(inputs.hidden, *layer) for layer in zip(inputs.weights, inputs.biases, strict=True))
     tensors = [*inputs.weights, *inputs.biases, *[each.kept for each in adapters]]
     tensors += [*[each.down for each in adapters], *[each.up for each in adapters]]
     outputs: tuple[Tensor, ...] = _LoraLinear.apply(_stacks(adapters), inputs.hidden, *tensors)
@@ -248,13 +250,13 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stacks: list[Stack], hidden: Tensor, *tensors: Tensor | None) -> Any:
         weights, biases, kept, downs, ups = _parts(tensors, stacks)
-        outputs = [F.linear(hidden, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        outputs = [linear(hidden, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         ups = [up.to(hidden.dtype) for up in ups]
         stacked: list[Tensor] = []
         for start, stop, places in stacks:
             own = [downs[place.number].to(hidden.dtype) for place in places]
             stack = own[0] if len(own) == 1 else torch.cat(own)
-            inner = _seen(_rows(hidden, start, stop), kept[places[0].number]) @ stack.T
+            inner = matmul(_seen(_rows(hidden, start, stop), kept[places[0].number]), stack.T)
             for number, layer, scale, columns in places:
                 add_product_(_rows(outputs[layer], start, stop), _columns(inner, columns), ups[number].T, scale)
             stacked += [stack, inner]
@@ -278,10 +280,10 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
     wants_hidden, *wants = ctx.needs_input_grad[1:]
     wants_weight, wants_bias, _, wants_down, wants_up = _parts(wants, stacks)
 
-    grad_hidden = grads[0] @ weights[0] if wants_hidden else None
+    grad_hidden = matmul(grads[0], weights[0]) if wants_hidden else None
     if grad_hidden is not None:
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_hidden.addmm_(grad, weight)
+            add_product_(grad_hidden, grad, weight, 1.0)
     grad_downs: list[Tensor | None] = [None] * count
     grad_ups: list[Tensor | None] = [None] * count
     for (start, stop, places), stack, inner in zip(stacks, stacked, stacked, strict=True):
@@ -292,7 +294,7 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
             if wants_up[number]:
                 grad_ups[number] = summed_over_rows(_columns(inner, columns), grad).mul_(scale).T
             if trained or wants_hidden:
-                inner_grads.append((grad @ ups[number]).mul_(scale))
+                inner_grads.append(matmul(grad, ups[number]).mul_(scale))
         if not inner_grads:
             continue
         inner_grad, mask = torch.cat(inner_grads, 1) if len(inner_grads) > 1 else inner_grads[0], kept[places[0].number]
@@ -303,10 +305,10 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
         if grad_hidden is not None and mask is None:
             add_product_(_rows(grad_hidden, start, stop), inner_grad, stack, 1.0)
         elif grad_hidden is not None and mask is not None:
-            grad_hidden[start:stop] += (inner_grad @ stack).masked_fill_(~mask, 0.0)
+            grad_hidden[start:stop] += matmul(inner_grad, stack).masked_fill_(~mask, 0.0)
     return (
         grad_hidden,
-        *[grad.T @ hidden if want else None for grad, want in zip(grads, wants_weight, strict=True)],
+        *[matmul(grad.T, hidden) if want else None for grad, want in zip(grads, wants_weight, strict=True)],
         *[grad.sum(0) if want else None for grad, want in zip(grads, wants_bias, strict=True)],
         *[None] * count,
         *grad_downs,

@@ -23,7 +23,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase, pretrained
 from rlhf_fast.monitor import print_summary
 from rlhf_fast.recipes import ppo
-from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, SFT, set_advantages
+from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, SFT, set_advantages, set_rewards
 from rlhf_fast.recipes.stage import MICRO_BATCH_SIZE
 from rlhf_fast.rollout import Response, generate
 
@@ -236,7 +236,8 @@ def time_passes(base: SharedBase, config: PPOConfig, lengths: Sequence[int]) -> 
     ]
     stage: Any = SimpleNamespace(base=base, config=config, backward=torch.Tensor.backward)
     experience = ppo.scored(stage, responses, SFT)
-    set_advantages([experience], torch.ones(len(responses)), config, kl_coef=0.0, group=None)
+    set_rewards([experience], torch.ones(len(responses)), config, kl_coef=0.0, group=None)
+    set_advantages([experience], config, group=None)
     tokens = experience.mask.sum()
     return {
         "prompt": sampled[0],

@@ -212,7 +212,8 @@ def gradients(stage, experiences) -> dict[str, torch.Tensor]:
 def experiences_of(stage, parts) -> list:
     found = [ppo.scored(stage, part, "sft") for part in parts]
     scores = torch.arange(sum(map(len, parts)), dtype=torch.float32)
-    experience.set_advantages(found, scores, stage.config, kl_coef=0.05, group=None)
+    experience.set_rewards(found, scores, stage.config, kl_coef=0.05, group=None)
+    experience.set_advantages(found, stage.config, group=None)
     return found
 
 

@@ -10,6 +10,7 @@ const CpuLaunchers* const none[] = {nullptr};
 const CpuLaunchers* const* cpu_paths() { return none; }
 const CpuLaunchers& cpu() { return nothing; }
 bool choose_cpu_path(const char*) { return false; }
+bool multiplies_float32() { return false; }
 bool multiplies_bfloat16() { return false; }
 bool bfloat16_product(const BFloat16Product&) { return false; }
 }  // namespace rlhf_fast

@@ -1,0 +1,211 @@
+// out = scale * left right, or out += it, in float32. MKL, which torch calls, leaves out its AVX-512 code on AMD's
+// processors.
+//
+// Both factors are packed as lines of kLanes rows of left, or columns of right, side by side, so that any strides cost
+// the same. A task is a tile of out, of which kRows x kColumns are in registers at a time. Each element is the sum of
+// the sums over kInner inner indices, in their order: it depends on its row, its column and the inner size alone.
+#include "parallel.h"
+
+namespace rlhf_fast::RLHF_FAST_PATH {
+namespace {
+
+// The sums take 24 of the 32 registers of AVX-512 and 12 of the 16 of AVX2: enough independent ones to hide the latency
+// of an addition, and a loaded vector is used kRows times.
+constexpr int kVectors = 3;
+constexpr int kColumns = kVectors * kLanes;
+constexpr int kRows = kLanes == 16 ? 8 : 4;
+constexpr int64_t kInner = 384;
+constexpr int64_t kPanels = 96 / kLanes;  // of kColumns, packed by a task: 384 KB, which stay in the L2 cache
+constexpr int64_t kTaskRows = 512;        // enough for the packed columns to pay
+constexpr int64_t kSerialProducts = 1 << 18;
+
+typedef float Line[kLanes] __attribute__((aligned(4 * kLanes)));  // one inner index of kLanes rows or columns
+
+// Packed by a thread, which keeps the memory: to allocate it again for each product would cost a page fault per 4 KB.
+thread_local Line packed_rows[kInner];
+thread_local Line packed_columns[kPanels * kVectors][kInner];
+
+#if defined(__AVX512F__)
+#define RLHF_FAST_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define RLHF_FAST_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+#define RLHF_FAST_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define RLHF_FAST_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define RLHF_FAST_LOW 0, 4, 1, 5
+#define RLHF_FAST_HIGH 2, 6, 3, 7
+#endif
+
+// Rows become columns. To interleave the first half of the vectors with the second turns the bits of (vector, lane) by
+// one place; to do so log2(kLanes) times exchanges vector and lane.
+RLHF_FAST_INLINE void transpose(F32 (&x)[kLanes]) {
+#pragma GCC unroll 4
+  for (int turn = 1; turn < kLanes; turn *= 2) {
+    F32 turned[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; i++) {
+      turned[2 * i] = __builtin_shufflevector(x[i], x[i + kLanes / 2], RLHF_FAST_LOW);
+      turned[2 * i + 1] = __builtin_shufflevector(x[i], x[i + kLanes / 2], RLHF_FAST_HIGH);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) x[i] = turned[i];
+  }
+}
+
+// `count` rows or columns of a factor, `inner` of their elements, times `scale`; 0 past the last one. To scale here,
+// not in the sums, leaves the compiler no multiplication that it may or may not fuse with the last addition.
+void pack(const float* from, int64_t stride, int64_t inner_stride, int64_t count, int64_t inner, float scale,
+          Line* to) {
+  if (count > kLanes) count = kLanes;
+  if (stride == 1) {
+    for (int64_t k = 0; k < inner; k++) {
+      __builtin_prefetch(from + k * inner_stride + kLanes);
+      store(to[k], scale * load(from + k * inner_stride, (int)count));
+    }
+    return;
+  }
+  int64_t k = 0;
+  if (inner_stride == 1) {
+    for (; k + kLanes <= inner; k += kLanes) {
+      F32 x[kLanes];
+      for (int i = 0; i < kLanes; i++) x[i] = i < count ? load(from + i * stride + k) : F32{};
+      transpose(x);
+      for (int i = 0; i < kLanes; i++) store(to[k + i], scale * x[i]);
+    }
+  }
+  for (; k < inner; k++) {
+    for (int i = 0; i < kLanes; i++) to[k][i] = i < count ? scale * from[i * stride + k * inner_stride] : 0.0f;
+  }
+}
+
+struct Tile {
+  const float* left;  // kLanes apart from one inner index to the next
+  const Line (*right)[kInner];
+  int64_t inner;
+  float* out;
+  int64_t stride;
+  bool add;
+};
+
+// The sizes of the tile are template arguments, so that the sums stay in registers.
+template <int rows, int vectors>
+void multiply(const Tile& t) {
+  F32 sums[rows][vectors] = {};
+  for (int64_t k = 0; k < t.inner; k++) {
+    F32 columns[vectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; v++) columns[v] = load(t.right[v][k]);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+      const F32 x = all(t.left[k * kLanes + r]);
+#pragma GCC unroll 3
+      for (int v = 0; v < vectors; v++) sums[r][v] += x * columns[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; v++) {
+      float* to = t.out + r * t.stride + v * kLanes;
+      store(to, t.add ? load(to) + sums[r][v] : sums[r][v]);
+    }
+  }
+}
+
+template <int rows>
+void multiply_columns(int vectors, const Tile& t) {
+  if (vectors == 1) return multiply<rows, 1>(t);
+  if (vectors == 2) return multiply<rows, 2>(t);
+  multiply<rows, 3>(t);
+}
+
+void multiply_rows(int rows, int vectors, const Tile& t) {
+  switch (rows) {
+    case 1: return multiply_columns<1>(vectors, t);
+    case 2: return multiply_columns<2>(vectors, t);
+    case 3: return multiply_columns<3>(vectors, t);
+#if defined(__AVX512F__)
+    case 4: return multiply_columns<4>(vectors, t);
+    case 5: return multiply_columns<5>(vectors, t);
+    case 6: return multiply_columns<6>(vectors, t);
+    case 7: return multiply_columns<7>(vectors, t);
+#endif
+    default: return multiply_columns<kRows>(vectors, t);
+  }
+}
+
+// A tile of up to kRows x kColumns. One whose last vector is not whole takes a detour through memory where it is.
+void multiply_any(int rows, int columns, const Tile& t) {
+  const int vectors = (columns + kLanes - 1) / kLanes;
+  if (columns == vectors * kLanes) return multiply_rows(rows, vectors, t);
+  float out[kRows][kColumns] = {};
+  Tile whole = t;
+  whole.out = out[0], whole.stride = kColumns;
+  for (int r = 0; t.add && r < rows; r++) memcpy(out[r], t.out + r * t.stride, columns * sizeof(float));
+  multiply_rows(rows, vectors, whole);
+  for (int r = 0; r < rows; r++) memcpy(t.out + r * t.stride, out[r], columns * sizeof(float));
+}
+
+RLHF_FAST_INLINE int64_t at_most(int64_t x, int64_t bound) { return x < bound ? x : bound; }
+
+struct Range {
+  int64_t start, stop;
+};
+
+// Part `part` of `parts` of [0, length), cut at multiples of `unit`.
+Range part_of(int64_t length, int64_t unit, int64_t parts, int64_t part) {
+  const int64_t units = (length + unit - 1) / unit;
+  const int64_t stop = units * (part + 1) / parts * unit;
+  return {units * part / parts * unit, stop < length ? stop : length};
+}
+
+void multiply_tile(const Float32Product& a, Range rows, Range columns) {
+  int64_t from = 0;
+  do {  // once where there is no inner index: the result is 0
+    const int64_t inner = at_most(a.inner - from, kInner);
+    for (int64_t column = columns.start; column < columns.stop; column += kLanes) {
+      pack(a.right + column * a.right_column_stride + from * a.right_stride, a.right_column_stride, a.right_stride,
+           columns.stop - column, inner, 1.0f, packed_columns[(column - columns.start) / kLanes]);
+    }
+    for (int64_t first = rows.start; first < rows.stop; first += kLanes) {
+      pack(a.left + first * a.left_stride + from * a.left_inner_stride, a.left_stride, a.left_inner_stride,
+           rows.stop - first, inner, a.scale, packed_rows);
+      const int64_t last = at_most(rows.stop, first + kLanes);
+      for (int64_t column = columns.start; column < columns.stop; column += kColumns) {
+        const int width = (int)at_most(columns.stop - column, kColumns);
+        for (int64_t row = first; row < last; row += kRows) {
+          multiply_any((int)at_most(last - row, kRows), width,
+                       {packed_rows[0] + (row - first), packed_columns + (column - columns.start) / kLanes, inner,
+                        a.out + row * a.out_stride + column, a.out_stride, a.add || from > 0});
+        }
+      }
+    }
+    from += kInner;
+  } while (from < a.inner);
+}
+
+}  // namespace
+
+void float32_product(const Float32Product& a, int threads) {
+  if (a.rows * a.columns * a.inner <= kSerialProducts) threads = 1;
+  const int64_t panels = (a.columns + kColumns - 1) / kColumns, lines = (a.rows + kLanes - 1) / kLanes;
+  int64_t column_parts = (panels + kPanels - 1) / kPanels, row_parts = (a.rows + kTaskRows - 1) / kTaskRows;
+  // Several tasks a thread, so that none waits long for the last. They stay nearly square, to pack little.
+  while (row_parts * column_parts < 3 * threads && threads > 1) {
+    const bool wide = lines * kLanes * column_parts < panels * kColumns * row_parts;
+    if (column_parts < panels && (wide || row_parts >= lines)) {
+      column_parts++;
+    } else if (row_parts < lines) {
+      row_parts++;
+    } else {
+      break;
+    }
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+  for (int64_t task = 0; task < row_parts * column_parts; task++) {
+    multiply_tile(a, part_of(a.rows, kLanes, row_parts, task / column_parts),
+                  part_of(a.columns, kColumns, column_parts, task % column_parts));
+  }
+}
+
+}  // namespace rlhf_fast::RLHF_FAST_PATH
