@@ -81,7 +81,6 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             batch = [prompts[i] for i in batch_indices(len(prompts), config.batch_size, step - 1, config.seed)]
             clock = [time.perf_counter()]
 
-            give_back_memory()
             responses = roll_out(stage, stage.share(batch))
             clock.append(time.perf_counter())
 
@@ -101,7 +100,6 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             set_advantages(experiences, config, group=stage.group)
             clock.append(time.perf_counter())
 
-            give_back_memory()
             statistics = update(stage, experiences, step)
             clock.append(time.perf_counter())
 
