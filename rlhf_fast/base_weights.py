@@ -31,7 +31,19 @@ def kept_packed(layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> Abstr
     packed = {w.data_ptr(): layer for layer, w in zip(layers, weights, strict=True) if in_four_bits(layer)}
     if not packed:
         return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: packed.get(tensor.data_ptr(), tensor),
-        lambda kept: matrix(kept) if isinstance(kept, nn.Module) else kept,
-    )
+    # torch asks the innermost hooks alone; those around, of gradient checkpointing, are asked from here
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    pack, unpack = outer if outer is not None else (_same, _same)
+
+    def keep(tensor: Tensor) -> Any:
+        layer = packed.get(tensor.data_ptr())
+        return pack(tensor) if layer is None else layer
+
+    def give(kept: Any) -> Tensor:
+        return matrix(kept) if isinstance(kept, nn.Module) else unpack(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(keep, give)
+
+
+def _same(kept: Any) -> Any:
+    return kept

@@ -1,6 +1,8 @@
 """A base whose linear layers bitsandbytes holds in 4 bits: loading, LoRA layers, merged copies, and a run."""
 
+import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,21 @@ def test_a_backward_keeps_no_unpacked_weight(base: SharedBase) -> None:
         output = layer(x)
     assert all(tensor.numel() < layer.in_features * layer.out_features for tensor in kept)
     assert torch.autograd.grad(output.sum(), x)[0].isfinite().all()
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_alone(base: SharedBase) -> None:
+    plain_states, plain = gradients(base)
+    base.config = dataclasses.replace(base.config, gradient_checkpointing=True)
+    inputs = []
+    for layer in base.decoder.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    states = base.hidden("policy", IDS, MASK)
+    assert len(inputs) == 4 and not any(found() is not None for found in inputs)
+    found = torch.autograd.grad(
+        (states * torch.linspace(-1, 1, states.shape[-1])).sum(), list(base.named_parameters("policy").values())
+    )
+    assert torch.equal(states, plain_states)
+    assert all(map(torch.equal, found, plain))
 
 
 def test_a_merged_copy_predicts_as_the_adapter_does(base: SharedBase) -> None:
