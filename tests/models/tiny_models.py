@@ -111,7 +111,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         **WINDOW,
         "global_head_dim": 8,
-        "hidden_size_per_layer_input": 8,
+        "hidden_size_per_layer_input": 16,  # whole vectors: torch's gelu rounds what is left over in another way
         "vocab_size_per_layer_input": 288,
     },
 }

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _dispatch, use_backend
+from rlhf_fast.ops import _dispatch, _native, use_backend
 
 every_op = pytest.mark.parametrize("op", [*OPS, *LAYER_OPS], ids=lambda op: op.name)
 QUICK = ("exact_kl", "token_kl", "clipped_policy_loss", "gae")  # the other references take long with dynamic shapes
@@ -249,6 +249,9 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
                         case = make(op, (2, 3), dtype)
                         outputs_and_grads(op.run, op, case, case.mask)
                 ops.masked_whiten(torch.rand(5), group=object())  # type: ignore[arg-type]
+        patch.setattr(_native, "multiplies_float32", lambda: True)  # which depends on the processor
+        with recorder:
+            ops.lora_linear(torch.rand(2, 3), torch.rand(4, 3), None)
     return recorder.seen
 
 

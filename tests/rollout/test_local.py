@@ -8,7 +8,7 @@ import torch
 
 from rlhf_fast.data import PromptRow
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import SharedBase
+from rlhf_fast.models import SharedBase, Vocabulary
 from rlhf_fast.ops import linear_logprobs
 from rlhf_fast.rollout import Response, collate_episodes, generate
 
@@ -29,14 +29,14 @@ def forced(base: SharedBase, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[
     def force(rows: list[list[int]]) -> None:
         calls = iter(range(len(rows[0])))
 
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
+        def raw(_: Vocabulary, hidden: torch.Tensor) -> torch.Tensor:
             column = next(calls)
-            logits = torch.full((*hidden.shape[:2], 320), -50.0)
+            logits = torch.full((len(hidden), 320), -50.0)
             for row, tokens in enumerate(rows):
-                logits[row, :, tokens[column]] = 50.0
+                logits[row, tokens[column]] = 50.0
             return logits
 
-        monkeypatch.setattr(base.model.lm_head, "forward", forward)
+        monkeypatch.setattr(Vocabulary, "raw", raw)
 
     return force
 
