@@ -54,12 +54,13 @@ __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
     store_columns<In>(grad, columns, start, x);
     return;
   }
-  // 1. Start the loads, and compute the slopes while they are under way.
+  // 1. Start the loads, and compute the slopes while they are under way. The temperature comes first: to choose where
+  // it is from while the columns are loading takes two registers too many.
+  const float inverse_temperature = inverse_temperature_of(rows, row), rate = kLog2E * inverse_temperature;
   float ref_x[kPair ? kColumns : 1];
   const int vocab = (int)rows.vocab;
   load_columns(row_of<const In>(logits, row), vocab, start, x);
   if constexpr (kPair) load_columns(row_of<const In>(ref_logits, row), vocab, start, ref_x);
-  const float inverse_temperature = inverse_temperature_of(rows, row), rate = kLog2E * inverse_temperature;
   const RowSlopes s = op(row, inverse_temperature, writes);
   cap(x, rows.softcap);
   if constexpr (kPair) cap(ref_x, rows.softcap);
