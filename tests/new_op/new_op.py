@@ -70,7 +70,7 @@ class SampleOpBackward(NamedTuple):
     (
         "csrc/formulas.h",
         "// One step of GAE, backwards in time:",
-        """// sample_op of a token, and its slope by x.
+        """// sample_op of a token, and its slope by x. F{} is 0.
 template <class F>
 RLHF_FAST_FORMULA F sample_op_value(F x, float scale) {
   return x * scale;

@@ -36,6 +36,7 @@ def sample_op(x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0) -> T
 
 
 class Inputs(NamedTuple):
+    # _save unpacks the fields in this order; trained= at the end names those that get a gradient
     x: Tensor  # any shape; float32 or float64
     live: Tensor | None  # that shape, bool
     scale: float
