@@ -1,7 +1,7 @@
 """What the backward makes again in place of keeping it: outputs of cheap kernels always, whole layers on request.
 
 A norm's output and a gated feed-forward's product are the inputs of adapted layers, which keep them for the gradient
-of A. Each is one sweep over what is kept anyway, and a third of all that a layer keeps (docs/training.md).
+of A. Each is one sweep over what is kept anyway.
 """
 
 import contextlib
