@@ -22,11 +22,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 class Experience:
     """One micro-batch. All of (b, R) float32 with 0 outside ``episodes.response_mask``; made without gradient.
 
-    ``trunk`` is the shared part of the forward pass, (b, P + R, H), kept for every role and every epoch.
+    ``trunk`` is the shared part of the forward pass, (b, P + R, H), kept for every role and every epoch. ``states`` are
+    policy's and critic's (b, R, H) with their graph, for the first epoch; None where that computes them itself.
     """
 
     episodes: EpisodeBatch
     trunk: torch.Tensor | None
+    states: list[torch.Tensor] | None
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
@@ -55,34 +57,43 @@ def response_states(
 
 
 @torch.no_grad()
-def score(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference: str | None) -> Experience:
+def score(
+    base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference: str | None, *, keep_graph: bool = False
+) -> Experience:
     """Everything that the frozen roles and the policy before its update say of the episodes; no rewards yet.
 
-    Two roles go through the model at a time, as in the update: products of other shapes round in another way, and the
-    first ratio of an update would not be 1.
+    ``keep_graph``: the first epoch trains on the states of policy and critic that are computed here. They go through
+    the model together, as in the update: products of other shapes round in another way, and the first ratio of an
+    update would not be 1.
     """
     mask = episodes.attention_mask
     trunk = base.trunk(episodes.input_ids, mask)
-    policy, ref = base.hidden_of([POLICY, reference], episodes.input_ids, mask, trunk)
-    judges = [CRITIC, REWARD] if REWARD in base.roles else [CRITIC]
-    critic, *reward = base.hidden_of(judges, episodes.input_ids, mask, trunk)
+    frozen = [reference, REWARD] if REWARD in base.roles else [reference]
+    ref, *reward = base.hidden_of(frozen, episodes.input_ids, mask, trunk)
+    with torch.set_grad_enabled(keep_graph):
+        states = response_states(base, [POLICY, CRITIC], episodes, trunk)
+    policy, critic = states
     logprobs = _logprobs(base, config, episodes, POLICY, policy)
-    ref_logprobs = _logprobs(base, config, episodes, reference, ref)
-    values = torch.where(episodes.response_mask, base.heads[CRITIC](episodes.before_response(critic)), 0.0)
+    ref_logprobs = _logprobs(base, config, episodes, reference, episodes.before_response(ref))
+    values = torch.where(episodes.response_mask, base.heads[CRITIC](critic), 0.0)
     if reward:
         scores = base.heads[REWARD](last_states(reward[0], mask))
     else:
         scores = torch.zeros(len(episodes.responses), device=base.device)
     nothing = torch.zeros_like(values)
-    return Experience(episodes, trunk, logprobs, ref_logprobs, values, scores, scores, nothing, nothing, nothing)
+    return Experience(
+        episodes, trunk, states if keep_graph else None, logprobs, ref_logprobs, values, scores, scores, nothing,
+        nothing, nothing,
+    )  # fmt: skip
 
 
 def _logprobs(
     base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, role: str | None, states: torch.Tensor
 ) -> torch.Tensor:
+    """(b, R) of the response tokens, from the states (b, R, H) that predict them."""
     vocabulary = base.vocabulary_of(role)
     return linear_logprobs(
-        episodes.before_response(states),
+        states,
         vocabulary.weight,
         episodes.targets,
         episodes.response_mask,
