@@ -32,9 +32,9 @@ from .sums import join_segments, sum_rows
 def _normalise(
     length, live, temperature, temperature_stride, parts, ref_parts, segments, normalisers, statistics
 ):  # fmt: skip
-    """The normalisers of each pair, for the sweep over the terms and as the statistics of the backward.
+    """The normalisers of each pair of rows, for the second sweep and as the statistics of the backward.
 
-    A row with nothing above -inf has no softmax. Its infinite shift turns every later result into NaN.
+    A row with only -inf has no softmax. Its shift of -inf makes every later result NaN.
     """
     lanes = lanes_of_program(length, live)
     inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
@@ -45,7 +45,7 @@ def _normalise(
         scale=1.0 / (p.tops + p.rest),
         ref_shift=r.shift,
         ref_scale=1.0 / (r.tops + r.rest),
-        # log1p of the sums without one of their 1s: exact where a single column has nearly all the mass
+        # log(tops + rest) as log1p(tops + rest - 1), accurate where a single column has nearly all the probability
         offset=log1p(p.tops - 1.0 + p.rest) - log1p(r.tops - 1.0 + r.rest),
     )
     store_normalisers(normalisers, lanes, of_row)

@@ -1,4 +1,4 @@
-"""activation(gate) * up. The backward computes the activation again.
+"""activation(gate) * up. The backward recomputes the activation.
 
 formula         activate() of kernels/formulas.py, in float32; one rounding
 bytes a number  of b bytes: forward 2 b read, b written; backward 3 b read, 2 b written

@@ -345,4 +345,4 @@ print(json.dumps([native._reason, native._load()[1]]))
 """
     before, after = child(package, script)
     assert before is None
-    assert after == f"the compiled module {MODULE.name} is of another state of csrc/; make, or install rlhf-fast again"
+    assert after == f"the compiled module {MODULE.name} is from other sources than csrc/; run make or install it again"

@@ -1,4 +1,4 @@
-// Which of the compiled paths runs: the best one that the processor supports, unless another is chosen by name.
+// Chooses the compiled path: the best one that the processor supports, unless another is chosen by name.
 #include <cstring>
 
 #include "../rlhf_fast.h"

@@ -1,4 +1,4 @@
-// The table of the launchers of one path. The only symbol of a path that code outside its namespace uses.
+// The table of one path's launchers. It is the only symbol of a path that code outside its namespace uses.
 #include "vec.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {

@@ -49,7 +49,7 @@ def clipped_policy_loss(
         old_logprobs: same shape; log-probs of the policy that sampled.
         advantages: same shape; above 0 the token was better than expected.
         mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read and get gradient 0.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         clip_low, clip_high: how far the ratio may go below and above 1; 0 <= clip_low <= 1, clip_high >= 0.
         dual_clip: c > 1 bounds the loss of a token with a negative advantage by -c A (arXiv 1912.09729, eq. 5).
         ratio_level: "token"; or "sequence" for GSPO (arXiv 2507.18071), (B, T) only: every token of a sequence has

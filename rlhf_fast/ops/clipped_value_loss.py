@@ -38,7 +38,7 @@ def clipped_value_loss(
         old_values: same shape; what the critic said when the tokens were sampled.
         returns: same shape; the targets, such as the returns of ``gae``.
         mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read and get gradient 0.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         clip: how far a value may move from its old value, in units of reward; None does not clip.
         aggregation, num_items: see ``rlhf_fast.ops._aggregate.aggregate``.
 

@@ -71,7 +71,7 @@ def linear_policy_loss(
         old_logprobs: (...), log-probs of the policy that sampled; a constant.
         advantages: (...), above 0 the token was better than expected; a constant.
         mask: (...), bool or 0/1, 1 = counts. Masked tokens are not computed, and their data is never used.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         ref_logprobs: (...), log-probs of the reference, for the KL term; a constant. Without it there is no KL term.
         kl_coef: weight of the KL term, >= 0.
         kl_estimator: see ``token_kl``, which says what the gradient of each is worth.

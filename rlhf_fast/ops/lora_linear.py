@@ -1,4 +1,4 @@
-"""Linear layers under LoRA adapters: one call for the layers that read the same input, and for several roles' rows."""
+"""Linear layers with LoRA adapters: one call for several layers with the same input, and for rows of several roles."""
 
 import itertools
 from collections.abc import Sequence
@@ -49,20 +49,21 @@ def lora_linear(
 ) -> Tensor | tuple[Tensor, ...]:
     """hidden weight^T + bias + scale * (dropout(hidden) A^T) B^T, for one layer or several that read the same hidden.
 
-    The input is kept once for the backward, with hidden A^T beside it; a frozen weight costs no gradient product of
-    its own. Products are in the dtype of hidden and summed in float32; A and B are cast to it once a call. (Hu et al.,
-    "LoRA", 2021.)
+    The backward keeps hidden once for all layers, and hidden A^T. A frozen weight needs no gradient product. Products
+    are in the dtype of hidden and summed in float32; A and B are cast to that dtype once per call. (Hu et al., "LoRA",
+    2021.)
 
     Args:
         hidden: (..., I), float64, float32, bfloat16 or float16.
-        weights: (O, I), dtype of hidden, of any strides; or a sequence of them, as of the projections to query, key
+        weights: (O, I), dtype of hidden, any strides; or a sequence of them, such as the projections to query, key
             and value. Inside torch.autocast hidden and weights are cast to its dtype, as F.linear does.
-        loras: (A (r, I), B (O, r), scale), or None for no adapter; of a sequence of weights, one for each. With
-            ``rows``, a sequence of such, one a segment. A and B may have another dtype than hidden, as float32.
-        biases: (O,), or None; of a sequence of weights, one for each.
-        dropout: the share of the entries of hidden that an adapter does not see, in [0, 1), with a mask of its own for
-            each adapter from torch's generator; the others are multiplied by 1 / (1 - dropout).
-        rows: how many consecutive rows of hidden, flattened to (N, I), are under each of ``loras``; their sum is N.
+        loras: (A (r, I), B (O, r), scale), or None for no adapter; for a sequence of weights, a sequence of these. With
+            ``rows``, one such entry per segment of rows. A and B may have another dtype than hidden, such as float32.
+        biases: (O,), or None; for a sequence of weights, one for each.
+        dropout: probability that an entry of an adapter's input is set to 0, in [0, 1). Each adapter has its own mask,
+            drawn with torch's generator; the other entries are multiplied by 1 / (1 - dropout).
+        rows: the number of consecutive rows of hidden, flattened to (N, I), in each segment; their sum is N. Each
+            segment has its own entry of ``loras``.
 
     Returns:
         (..., O) in the dtype of hidden; a tuple of them for a sequence of weights. Gradients have the dtype of their
@@ -90,14 +91,14 @@ class Adapter(NamedTuple):
     down: Tensor  # A, (r, I)
     up: Tensor  # B, (O, r)
     scale: float
-    kept: Tensor | None  # (stop - start, I) bool, what dropout leaves; None = everything
+    kept: Tensor | None  # (stop - start, I) bool, False = dropped; None = no dropout
 
 
 class Inputs(NamedTuple):
     hidden: Tensor  # (N, I)
     weights: list[Tensor]  # (O, I) each
     biases: list[Tensor | None]  # (O,)
-    adapters: list[Adapter]  # by their rows, then their layer
+    adapters: list[Adapter]  # sorted by rows, then by layer
 
 
 def _is_list(value: object) -> bool:
@@ -159,7 +160,7 @@ def _checked(
 
 
 def _bounds(op: str, count: int, segments: Any, rows: Sequence[int] | None) -> list[tuple[int, int]]:
-    """First and last + 1 of each segment's rows."""
+    """[start, stop) of each segment's rows."""
     if rows is None:
         return [(0, count)]
     if not _is_list(segments) or len(segments) != len(rows):
@@ -182,7 +183,7 @@ def _sized(value: Any) -> str:
 
 @implements("lora_linear", "torch")
 def reference(inputs: Inputs) -> list[Tensor]:
-    """-> (N, O) of each layer. Sums are in full precision, rounded once."""
+    """-> (N, O) of each layer, computed in full precision and rounded once."""
     wide = accumulation_dtype(inputs.hidden.dtype)
     hidden = inputs.hidden.to(wide)
     outputs = []
@@ -199,18 +200,18 @@ def reference(inputs: Inputs) -> list[Tensor]:
     return outputs
 
 
-# ---- the products as few and as narrow as they can be ---------------------------------------------------------------
+# ---- the fused implementation ---------------------------------------------------------------------------------------
 #
-# The adapters of the same rows are stacked: hidden [A_q; A_k; A_v]^T is one product, and so are its gradients. One with
-# dropout has an input of its own, and so a stack of its own. What adapters add to an output, or to the gradient of
-# hidden, is accumulated there by the product itself.
+# The A of all adapters on the same rows are stacked: hidden [A_q; A_k; A_v]^T is one product, and so are the gradient
+# of the stack and that of its input. An adapter with dropout has its own masked input, so it forms a stack by itself.
+# The products with B, and those of the gradient of hidden, accumulate in their output.
 
 
 class Place(NamedTuple):
     number: int  # among all adapters
     layer: int
     scale: float
-    columns: slice  # of the stack's hidden A^T
+    columns: slice  # of hidden [A_1; A_2; ...]^T of the stack
 
 
 class Stack(NamedTuple):
@@ -245,7 +246,7 @@ def _stacks(adapters: list[Adapter]) -> list[Stack]:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Its tensors are those of ``_parts``, one after the other."""
+    """Takes the tensors of ``_parts``, flattened in that order."""
 
     @staticmethod
     def forward(ctx: Any, stacks: list[Stack], hidden: Tensor, *tensors: Tensor | None) -> Any:
@@ -317,7 +318,7 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
 
 
 def _parts(flat: Sequence[Any], stacks: list[Stack]) -> tuple[list[Any], ...]:
-    """Weights and biases, one a layer; kept, downs and ups, one an adapter."""
+    """Splits a flat sequence into weights and biases, one per layer, and kept, downs and ups, one per adapter."""
     count = sum(len(stack.places) for stack in stacks)
     layers = (len(flat) - 3 * count) // 2
     sizes = (layers, layers, count, count, count)
@@ -325,7 +326,7 @@ def _parts(flat: Sequence[Any], stacks: list[Stack]) -> tuple[list[Any], ...]:
 
 
 def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """A slice costs microseconds, and mostly is the whole."""
+    """tensor[start:stop]. Skips the slice, which takes microseconds, in the usual case that it is the whole tensor."""
     return tensor if stop - start == tensor.shape[0] else tensor[start:stop]
 
 
@@ -334,5 +335,5 @@ def _columns(tensor: Tensor, columns: slice) -> Tensor:
 
 
 def _seen(hidden: Tensor, kept: Tensor | None) -> Tensor:
-    """What an adapter multiplies; the 1 / (1 - dropout) is in its scale."""
+    """hidden with the dropped entries set to 0; the factor 1 / (1 - dropout) is in the adapter's scale."""
     return hidden if kept is None else hidden.masked_fill(~kept, 0.0)

@@ -65,7 +65,7 @@ def ppo_loss(
         old_values: same shape; what the critic said when the tokens were sampled; a constant.
         returns: same shape; the values' targets, such as the returns of ``gae``; a constant.
         mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read and get gradient 0.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         entropy: same shape, nats, for the entropy bonus. The gradient goes here, to logprobs and to values.
         ref_logprobs: same shape; log-probs of the reference, for the KL term; a constant.
         clip_low, clip_high, dual_clip: as in ``clipped_policy_loss``, whose ratios are by the token here.
