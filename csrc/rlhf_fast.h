@@ -31,6 +31,29 @@ struct Float32Product {
   bool add;
 };
 
+// One row of numbers per token and head. The last stride is 1.
+struct HeadRows {
+  void* data;
+  int64_t row_stride, head_stride;
+};
+
+// Attention over packed sequences, or its gradients where grad_out.data is not nullptr. `width` is that of query and
+// key; each of the `shared` heads of key and value serves heads / shared heads of query.
+struct ShortAttention {
+  DType dtype;
+  int64_t sequences, heads, shared, width, value_width, longest;
+  const int64_t* starts;  // (sequences + 1,) the first token of each sequence, and the number of tokens
+  const uint8_t* mask;    // (longest, longest) bool between two positions of a sequence: 1 = attends
+  float scale;
+  HeadRows query, key, value, out;
+  float* log_sums;  // (tokens, heads), of the scores
+  HeadRows grad_out, grad_query, grad_key, grad_value;
+  // (threads, scratch_size) floats: the longest sequence's rows of query (of all heads that share a key), key and
+  // value, the gradients of two of them, and twice its scores.
+  float* scratch;
+  int64_t scratch_size;
+};
+
 // ---- the CPU's launchers, compiled once for each instruction set -----------------------------------------------------
 
 struct CpuLaunchers {
@@ -38,6 +61,7 @@ struct CpuLaunchers {
 #define RLHF_FAST_MEMBER(name, Arguments) void (*name)(const Arguments&, int threads);
   RLHF_FAST_LAUNCHERS(RLHF_FAST_MEMBER)
   RLHF_FAST_MEMBER(float32_product, Float32Product)
+  RLHF_FAST_MEMBER(short_attention, ShortAttention)
 #undef RLHF_FAST_MEMBER
 };
 
@@ -47,6 +71,7 @@ struct CpuLaunchers {
   extern const CpuLaunchers launchers;               \
   RLHF_FAST_LAUNCHERS(RLHF_FAST_DECLARE)             \
   RLHF_FAST_DECLARE(float32_product, Float32Product) \
+  RLHF_FAST_DECLARE(short_attention, ShortAttention) \
   }
 RLHF_FAST_DECLARE_PATH(avx512)
 RLHF_FAST_DECLARE_PATH(avx2)
@@ -60,15 +85,28 @@ const CpuLaunchers* const* cpu_paths();
 const CpuLaunchers& cpu();
 bool choose_cpu_path(const char* path);
 
-// out (rows, columns) = left (rows, inner) right (columns, inner)^T, from bfloat16 to float32. All last strides are 1.
-struct BFloat16Product {
-  int64_t rows, columns, inner;
+// A product of bfloat16 matrices, added to rows [start, stop) of a result: scale * left (stop - start, inner)
+// right (inner, columns). The last stride of left is 1.
+struct BFloat16Term {
   const uint16_t* left;
   int64_t left_stride;
   const uint16_t* right;
-  int64_t right_stride;
-  float* out;
+  int64_t right_stride, right_column_stride;
+  const uint32_t* packed;  // right, from pack_bfloat16; nullptr: `right` is read
+  int64_t inner, start, stop;
+  float scale;  // not 0 where another term with the same rows stands before
+};
+
+// out (rows, columns) = bias + the sum of the terms, in float32 (`wide`) or bfloat16. Its last stride is 1.
+struct BFloat16Product {
+  static constexpr int kColumns = 48;  // a panel
+  int64_t rows, columns;
+  const BFloat16Term* terms;
+  int count;
+  const uint16_t* bias;  // (columns,) or nullptr
+  void* out;
   int64_t out_stride;
+  bool wide;
   int threads;
 };
 // Whether float32_product computes float32 products, rather than torch: by the processor's maker, not by a trial, so
@@ -78,8 +116,13 @@ bool multiplies_float32();
 
 // Whether the chosen path has the instructions for bfloat16_product. If not, it must not be called.
 bool multiplies_bfloat16();
-// False if there is no memory for the packed columns.
+// Whether bfloat16_product computes bfloat16 products that torch could, by the processor's maker too: Intel's with
+// these instructions mostly have AMX, which torch uses.
+bool prefers_bfloat16();
+// False if there is no memory for it.
 bool bfloat16_product(const BFloat16Product&);
+// term.right in the order in which it is multiplied: (panels, (inner + 1) / 2, kColumns) pairs.
+void pack_bfloat16(const BFloat16Term& term, int64_t columns, uint32_t* packed, int threads);
 
 // ---- CUDA's launchers: the same arguments, a scratch and a stream -----------------------------------------------------
 

@@ -67,16 +67,15 @@ class PlainLinear(nn.Linear):
 
 
 def exchange_plain(model: nn.Module) -> None:
-    """Exchanges the class of every float32 nn.Linear on the CPU, on processors where the engine's product is chosen."""
-    if build_info().get("float32_products") != "rlhf-fast":
-        return
+    """Exchanges the class of every nn.Linear on the CPU whose dtype the engine multiplies on this processor."""
+    info = build_info()
+    products = {torch.float32: "float32_products", torch.bfloat16: "bfloat16_products"}
+    exchanged = {dtype for dtype, name in products.items() if info.get(name) == "rlhf-fast"}
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module) and _on_engine(module.weight):
-            module.__class__ = PlainLinear
-
-
-def _on_engine(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu"
+        if type(module) is nn.Linear and "forward" not in vars(module):
+            weight = module.weight
+            if weight.dtype in exchanged and weight.device.type == "cpu":
+                module.__class__ = PlainLinear
 
 
 class FusedLayer:

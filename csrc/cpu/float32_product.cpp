@@ -5,6 +5,7 @@
 // the same. A task is a tile of out, of which kRows x kColumns are in registers at a time. Each element is the sum of
 // the sums over kInner inner indices, in their order: it depends on its row, its column and the inner size alone.
 #include "parallel.h"
+#include "transpose.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
 namespace {
@@ -24,33 +25,6 @@ typedef float Line[kLanes] __attribute__((aligned(4 * kLanes)));  // one inner i
 // Packed by a thread, which keeps the memory: to allocate it again for each product would cost a page fault per 4 KB.
 thread_local Line packed_rows[kInner];
 thread_local Line packed_columns[kPanels * kVectors][kInner];
-
-#if defined(__AVX512F__)
-#define RLHF_FAST_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define RLHF_FAST_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif defined(__AVX2__)
-#define RLHF_FAST_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define RLHF_FAST_HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define RLHF_FAST_LOW 0, 4, 1, 5
-#define RLHF_FAST_HIGH 2, 6, 3, 7
-#endif
-
-// Rows become columns. To interleave the first half of the vectors with the second turns the bits of (vector, lane) by
-// one place; to do so log2(kLanes) times exchanges vector and lane.
-RLHF_FAST_INLINE void transpose(F32 (&x)[kLanes]) {
-#pragma GCC unroll 4
-  for (int turn = 1; turn < kLanes; turn *= 2) {
-    F32 turned[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; i++) {
-      turned[2 * i] = __builtin_shufflevector(x[i], x[i + kLanes / 2], RLHF_FAST_LOW);
-      turned[2 * i + 1] = __builtin_shufflevector(x[i], x[i + kLanes / 2], RLHF_FAST_HIGH);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i++) x[i] = turned[i];
-  }
-}
 
 // `count` rows or columns of a factor, `inner` of their elements, times `scale`; 0 past the last one. To scale here,
 // not in the sums, leaves the compiler no multiplication that it may or may not fuse with the last addition.

@@ -18,6 +18,15 @@ bool has_avx512() {
 }
 #endif
 
+bool made_by_amd() {
+#ifdef RLHF_FAST_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 struct Paths {
   const CpuLaunchers* list[4] = {};
   const CpuLaunchers* chosen = nullptr;
@@ -52,14 +61,9 @@ bool multiplies_bfloat16() {
 #endif
 }
 
-bool multiplies_float32() {
-#ifdef RLHF_FAST_X86
-  __builtin_cpu_init();
-  return paths().chosen != &portable::launchers && __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
+bool multiplies_float32() { return made_by_amd() && paths().chosen != &portable::launchers; }
+
+bool prefers_bfloat16() { return made_by_amd() && multiplies_bfloat16(); }
 
 bool choose_cpu_path(const char* path) {
   for (const CpuLaunchers* const* candidate = paths().list; *candidate; candidate++) {

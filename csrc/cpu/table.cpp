@@ -8,6 +8,6 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 #define RLHF_FAST_ENTRY(name, Arguments) &name,
 
 extern const CpuLaunchers launchers = {RLHF_FAST_NAME(RLHF_FAST_PATH),
-                                       RLHF_FAST_LAUNCHERS(RLHF_FAST_ENTRY) & float32_product};
+                                       RLHF_FAST_LAUNCHERS(RLHF_FAST_ENTRY) & float32_product, &short_attention};
 
 }  // namespace rlhf_fast::RLHF_FAST_PATH

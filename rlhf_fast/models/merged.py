@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.base_weights import in_four_bits, matrix
 from rlhf_fast.errors import UserError
+from rlhf_fast.ops._packed import PackedWeight
 
 
 class Merged:
@@ -96,27 +97,14 @@ def _check_memory(needed: int, device: torch.device) -> None:
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear in bfloat16 on the CPU, with the weight in oneDNN's packed layout.
-
-    oneDNN would reorder a plain weight in every product, which takes as long as a product with few rows. The results
-    are bitwise equal.
-    """
+    """nn.Linear in bfloat16 on the CPU, with its weight packed. Bitwise equal to the plain layer."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight, None), bias
+        self.weight, self.bias = PackedWeight(weight), bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(hidden, self.weight, self.bias, "none", [], "")
-
-
-def _packs(weight: torch.Tensor) -> bool:
-    return (
-        weight.dtype == torch.bfloat16
-        and weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+        return self.weight.linear(hidden, self.bias)
 
 
 @torch.no_grad()
@@ -125,7 +113,7 @@ def _merged(module: LoraLayer, role: str | None) -> nn.Module:
     down, up = module.lora_A[role].weight.float(), module.lora_B[role].weight.float()
     own = matrix(layer)
     weight = torch.addmm(own.float(), up, down, alpha=module.scaling[role]).to(own.dtype)
-    if not isinstance(layer, Conv1D) and _packs(weight):
+    if not isinstance(layer, Conv1D) and PackedWeight.can_pack(weight):
         return PackedLinear(weight, layer.bias)
     if isinstance(layer, Conv1D):
         weight = weight.T.contiguous()

@@ -8,8 +8,9 @@ import importlib
 import os
 import struct
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from rlhf_fast.kernels import records
 
 _PACKAGE = Path(__file__).parent.parent
+PANEL = 48  # columns that the engine's bfloat16 product computes at a time
 
 
 def _load() -> tuple[Any, str | None]:
@@ -84,12 +86,48 @@ class Native:
 native = Native(_module, _reason)
 
 
-def bfloat16_product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """left (n, k) x right (m, k)^T, bfloat16, into float32 ``out`` (n, m); all three have contiguous columns."""
+class Packed(NamedTuple):
+    """A right factor (k, m) of bfloat16 products, in the order in which the engine reads it."""
+
+    pairs: Tensor  # (panels, ceil(k / 2), PANEL) int32: two neighbours along k, of each column of a panel
+    inner: int  # k
+
+
+class Term(NamedTuple):
+    """scale * left (n, k) x right (k, m), bfloat16, in rows [start, start + n) of a sum. Columns of left contiguous."""
+
+    left: Tensor
+    right: Tensor  # not read where it is packed
+    start: int = 0
+    scale: float = 1.0
+    packed: Packed | None = None
+
+
+def bfloat16_product(out: Tensor, terms: Sequence[Term], bias: Tensor | None = None) -> None:
+    """``out`` (n, m) = bias (m,) + the sum of ``terms``, accumulated in float32. Columns of out contiguous.
+
+    out: float32 or bfloat16. Where two terms have rows in common, the scale of the later one must not be 0.
+    """
     _module.bfloat16_product(
-        *out.shape, left.shape[1], left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), out.data_ptr(),
-        out.stride(0), torch.get_num_threads(),
+        *out.shape, [_addresses(term) for term in terms], 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        out.stride(0), out.dtype == torch.float32, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def pack_bfloat16(right: Tensor) -> Packed:
+    """right: (k, m), bfloat16, any strides."""
+    inner, columns = right.shape
+    pairs = torch.empty(-(-columns // PANEL), -(-inner // 2), PANEL, dtype=torch.int32)
+    _module.pack_bfloat16(columns, _addresses(Term(right[:0], right)), pairs.data_ptr(), torch.get_num_threads())
+    return Packed(pairs, inner)
+
+
+def _addresses(term: Term) -> tuple[Any, ...]:
+    left, right, start, scale, packed = term
+    place: tuple[int, ...] = (0, 0, 0, packed.pairs.data_ptr(), packed.inner) if packed else (
+        right.data_ptr(), *right.stride(), 0, right.shape[0],
+    )  # fmt: skip
+    return left.data_ptr(), left.stride(0), *place, start, start + left.shape[0], scale
 
 
 def float32_product(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool) -> None:
@@ -98,6 +136,31 @@ def float32_product(out: Tensor, left: Tensor, right: Tensor, scale: float, add:
         *out.shape, left.shape[1], left.data_ptr(), *left.stride(), right.data_ptr(), *right.stride(), out.data_ptr(),
         out.stride(0), scale, add, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def short_attention(
+    dtype: int,
+    sizes: Sequence[int],
+    starts: Tensor,
+    mask: Tensor,
+    scale: float,
+    rows: Sequence[Tensor | None],
+    log_sums: Tensor,
+    grads: Sequence[Tensor | None],
+    scratch: Tensor,
+) -> None:
+    """The launcher of csrc/cpu/short_attention.cpp, whose structure names the arguments.
+
+    rows: query, key, value, out; grads: of out, query, key, value. (heads, N, width) each, with contiguous columns.
+    """
+    _module.short_attention(
+        dtype, sizes, starts.data_ptr(), mask.data_ptr(), scale, [*map(_head_rows, rows)], log_sums.data_ptr(),
+        [*map(_head_rows, grads)], scratch.data_ptr(), scratch.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _head_rows(rows: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if rows is None else (rows.data_ptr(), rows.stride(1), rows.stride(0))
 
 
 def multiplies_float32() -> bool:
@@ -113,9 +176,17 @@ def multiplies_bfloat16() -> bool:
     return bool(_module.multiplies_bfloat16())
 
 
+def prefers_bfloat16() -> bool:
+    """Whether the engine computes bfloat16 products, not torch: decided by the maker of the processor."""
+    return _module is not None and bool(_module.prefers_bfloat16())
+
+
+prefers_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile cannot look inside
+
+
 def build_info() -> dict[str, Any]:
     """What was compiled: CPU paths and the one in use, compiler, OpenMP, CUDA and its architectures; and which library
-    computes float32 products on this processor ("rlhf-fast" or "torch").
+    computes float32 and bfloat16 products on this processor ("rlhf-fast" or "torch").
 
     ``{"native": None, "reason": ...}`` if the compiled module is missing or cannot be loaded.
     """

@@ -110,7 +110,7 @@ def _tensor_paths(record: Any, before: str = "") -> Iterator[str]:
     for name, annotation in _fields(record).items():
         if is_record(annotation):
             yield from _tensor_paths(annotation, f"{before}{name}.")
-        elif annotation is Tensor or Tensor in typing.get_args(annotation):
+        elif annotation is Tensor or annotation == Tensor | None:  # those of a list are of the same kind as the others
             yield before + name
 
 

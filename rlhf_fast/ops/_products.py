@@ -6,6 +6,7 @@ dimension. The columns of a row-major matrix are contiguous where a docstring sa
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import _native
+from ._native import Term
 from ._op import fused_op
 
 # CPU: bytes of one chunk's logits. With smaller chunks, reading the weight once per chunk would take longer than the
@@ -108,7 +110,7 @@ def tiles(vocab: int, columns: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], vocab], strict=True)]
 
 
-class _Product(NamedTuple):
+class _Float32Product(NamedTuple):
     out: Tensor  # (n, m), columns contiguous
     left: Tensor  # (n, k)
     right: Tensor  # (k, m)
@@ -116,45 +118,99 @@ class _Product(NamedTuple):
     add: bool
 
 
-def _kernel(given: _Product) -> None:
+def _float32_kernel(given: _Float32Product) -> None:
     _native.float32_product(*given)
 
 
-_own_product = fused_op("float32_product", _Product, _kernel, lambda given: None, mutates="out")
+_float32_product = fused_op("float32_product", _Float32Product, _float32_kernel, lambda given: None, mutates="out")
 
 
-def _own(left: Tensor) -> bool:
+class _BFloat16Product(NamedTuple):
+    out: Tensor  # (n, m), columns contiguous
+    bias: Tensor | None  # (m,)
+    lefts: list[Tensor]  # of each term
+    rights: list[Tensor]
+    starts: list[int]
+    scales: list[float]
+
+
+def _bfloat16_kernel(given: _BFloat16Product) -> None:
+    terms = map(Term, given.lefts, given.rights, given.starts, given.scales)
+    _native.bfloat16_product(given.out, list(terms), given.bias)
+
+
+_bfloat16_product = fused_op("bfloat16_product", _BFloat16Product, _bfloat16_kernel, lambda given: None, mutates="out")
+
+
+def _own_float32(left: Tensor) -> bool:
     """Whether the compiled engine computes the product, not torch."""
     return left.dtype == torch.float32 and left.device.type == "cpu" and _native.multiplies_float32()
 
 
+def _own_bfloat16(left: Tensor) -> bool:
+    return left.dtype == torch.bfloat16 and left.device.type == "cpu" and _native.prefers_bfloat16()
+
+
+def sum_of_products(terms: Sequence[Term], bias: Tensor | None = None) -> Tensor:
+    """bias (m,) + the sum of ``terms``, all of one dtype. Not differentiable.
+
+    The last term has all rows and scale 1. Where the engine computes it, a 16-bit result is rounded once; torch rounds
+    after each term.
+    """
+    *others, last = terms
+    left, right = last.left, last.right
+    if _own_bfloat16(left):
+        out = left.new_empty(left.shape[0], right.shape[1])
+        _sum_bfloat16(out, terms, bias)
+        return out
+    out = linear(left, right.T, bias) if bias is not None else matmul(left, right)
+    for term in others:
+        stop = term.start + term.left.shape[0]
+        add_product_(out[term.start : stop] if stop - term.start < len(out) else out, term.left, term.right, term.scale)
+    return out
+
+
+def _sum_bfloat16(out: Tensor, terms: Sequence[Term], bias: Tensor | None = None) -> None:
+    lefts = [left if left.stride(1) == 1 else left.contiguous() for left, *_ in terms]
+    rights = [term.right for term in terms]
+    starts, scales = [term.start for term in terms], [float(term.scale) for term in terms]
+    _bfloat16_product(_BFloat16Product(out, bias, lefts, rights, starts, scales))
+
+
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """left (n, k) x right (k, m), all of one dtype. Not differentiable."""
-    if not _own(left):
-        return left @ right
-    out = left.new_empty(left.shape[0], right.shape[1])
-    _own_product(_Product(out, left, right, 1.0, False))
-    return out
+    if _own_float32(left):
+        out = left.new_empty(left.shape[0], right.shape[1])
+        _float32_product(_Float32Product(out, left, right, 1.0, False))
+        return out
+    # torch reads a left factor of contiguous rows in place
+    return sum_of_products([Term(left, right)]) if _own_bfloat16(left) and left.stride(1) == 1 else left @ right
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hidden (n, I) x weight (O, I)^T + bias (O,), all of one dtype. Not differentiable."""
-    if not _own(hidden):
+    if _own_bfloat16(hidden):
+        return sum_of_products([Term(hidden, weight.T)], bias)
+    if not _own_float32(hidden):
         return F.linear(hidden, weight, bias)
     out = matmul(hidden, weight.T)
     return out if bias is None else out.add_(bias)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """(n, k) x (k, m), both of ``product_dtype`` -> (n, m) in float32. On a CPU a bfloat16 product is rounded first.
+    """(n, k) x (k, m), both of ``product_dtype`` -> (n, m) in float32.
 
-    If K is no multiple of BLOCK there, the remainder of K is multiplied separately, padded with zeros, and added by
-    the main product.
+    torch rounds a bfloat16 product first on a CPU. If K is no multiple of BLOCK there, the remainder of K is multiplied
+    separately, padded with zeros, and added by the main product.
     """
     if left.dtype != torch.bfloat16:
         return matmul(left, right)
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
+    if _own_bfloat16(left) and left.stride(1) == 1:
+        out = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+        _sum_bfloat16(out, [Term(left, right)])
+        return out
     whole = left.shape[1] // BLOCK * BLOCK
     if whole == left.shape[1]:
         return (left @ right).float()
@@ -172,8 +228,8 @@ def summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
 
 def add_product_(sums: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """sums (n, m) += scale * left (n, k) x right (k, m), all of one dtype; the columns of sums are contiguous."""
-    if _own(left):
-        return _own_product(_Product(sums, left, right, scale, True))
+    if _own_float32(left):
+        return _float32_product(_Float32Product(sums, left, right, scale, True))
     inner = left.shape[1]
     if left.dtype == torch.bfloat16 and left.device.type == "cpu" and inner % BLOCK and inner not in WHOLE:
         left, right = pad(left, (0, -inner % BLOCK)), pad(right, (0, 0, 0, -inner % BLOCK))
@@ -182,12 +238,11 @@ def add_product_(sums: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
 
 def logits_product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """hidden (n, H) x weight^T (H, V) into float32 ``out`` (n, V), which may be a tile of a wider matrix."""
-    if _own(hidden):
-        _own_product(_Product(out, hidden, weight.float().T, 1.0, False))
+    if _own_float32(hidden):
+        _float32_product(_Float32Product(out, hidden, weight.float().T, 1.0, False))
     elif hidden.dtype == torch.float32:
         torch.mm(hidden, weight.float().T, out=out)
     elif hidden.is_cuda:
         torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
     else:
-        weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        _native.bfloat16_product(hidden, weight, out)
+        _native.bfloat16_product(out, [Term(hidden if hidden.stride(1) == 1 else hidden.contiguous(), weight.T)])

@@ -11,8 +11,9 @@ from torch import Tensor
 from . import _checks
 from ._dispatch import implementation, implements
 from ._linear import LoRA, Product, autocasted, checked_lora, without_autocast
+from ._native import Term
 from ._op import once_differentiable
-from ._products import add_product_, linear, matmul, summed_over_rows
+from ._products import linear, matmul, sum_of_products, summed_over_rows
 from ._rows import accumulation_dtype, as_rows
 
 Loras = Sequence[LoRA | None]  # one a layer
@@ -251,16 +252,20 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stacks: list[Stack], hidden: Tensor, *tensors: Tensor | None) -> Any:
         weights, biases, kept, downs, ups = _parts(tensors, stacks)
-        outputs = [linear(hidden, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         ups = [up.to(hidden.dtype) for up in ups]
+        added: list[list[Term]] = [[] for _ in weights]
         stacked: list[Tensor] = []
         for start, stop, places in stacks:
             own = [downs[place.number].to(hidden.dtype) for place in places]
             stack = own[0] if len(own) == 1 else torch.cat(own)
             inner = matmul(_seen(_rows(hidden, start, stop), kept[places[0].number]), stack.T)
             for number, layer, scale, columns in places:
-                add_product_(_rows(outputs[layer], start, stop), _columns(inner, columns), ups[number].T, scale)
+                added[layer].append(Term(_columns(inner, columns), ups[number].T, start, scale))
             stacked += [stack, inner]
+        outputs = [
+            sum_of_products([*terms, Term(hidden, weight.T)], bias)
+            for terms, weight, bias in zip(added, weights, biases, strict=True)
+        ]
         ctx.stacks = stacks
         ctx.save_for_backward(hidden, *weights, *kept, *ups, *stacked)
         return tuple(outputs)
@@ -281,10 +286,8 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
     wants_hidden, *wants = ctx.needs_input_grad[1:]
     wants_weight, wants_bias, _, wants_down, wants_up = _parts(wants, stacks)
 
-    grad_hidden = matmul(grads[0], weights[0]) if wants_hidden else None
-    if grad_hidden is not None:
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            add_product_(grad_hidden, grad, weight, 1.0)
+    terms = [Term(grad, weight) for grad, weight in zip(grads[1:], weights[1:], strict=True)]
+    dropped: list[tuple[int, int, Tensor]] = []  # rows and what an adapter with dropout adds to their gradient
     grad_downs: list[Tensor | None] = [None] * count
     grad_ups: list[Tensor | None] = [None] * count
     for (start, stop, places), stack, inner in zip(stacks, stacked, stacked, strict=True):
@@ -303,10 +306,14 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
             both = summed_over_rows(inner_grad, _seen(_rows(hidden, start, stop), mask))
             for place in places:
                 grad_downs[place.number] = both[place.columns] if wants_down[place.number] else None
-        if grad_hidden is not None and mask is None:
-            add_product_(_rows(grad_hidden, start, stop), inner_grad, stack, 1.0)
-        elif grad_hidden is not None and mask is not None:
-            grad_hidden[start:stop] += matmul(inner_grad, stack).masked_fill_(~mask, 0.0)
+        if wants_hidden and mask is None:
+            terms.append(Term(inner_grad, stack, start))
+        elif wants_hidden:
+            dropped.append((start, stop, matmul(inner_grad, stack).masked_fill_(~mask, 0.0)))
+    grad_hidden = sum_of_products([*terms, Term(grads[0], weights[0])]) if wants_hidden else None
+    for start, stop, part in dropped:
+        assert grad_hidden is not None
+        grad_hidden[start:stop] += part
     return (
         grad_hidden,
         *[matmul(grad.T, hidden) if want else None for grad, want in zip(grads, wants_weight, strict=True)],
