@@ -72,4 +72,4 @@ def _check_finished(name: str, stage: StageConfig) -> None:
             f"(`rlhf-fast {name} --overwrite_output_dir true`), or keep what it made: --resume_with_changes true"
         )
     if os.environ.get("RANK", "0") == "0":
-        tell(one_line(f"{name}: has finished before, passed over"))
+        tell(one_line(f"{name}: has finished before, skipped"))
