@@ -1,4 +1,5 @@
-// Every launcher of the compiled engine. Its arguments are a structure of records.h. No torch and no Python here.
+// Declares every launcher of the compiled engine. Its arguments are a structure of records.h. Uses neither torch nor
+// Python.
 #pragma once
 
 #include <cstddef>
@@ -7,9 +8,9 @@
 
 namespace rlhf_fast {
 
-// What the backward needs of a row of logits: the kStatistics floats of its statistics.
+// The kStatistics floats per row of logits that the backward needs.
 struct RowStatistics {
-  float shift;        // the largest logit but the target's, after the softcap, before the temperature
+  float shift;        // the largest logit except the target's, after the softcap, before the temperature
   float others_mass;  // 1 - p_target
   float scale;        // p_j = e^((x_j - shift) / temperature) * scale
   float log_norm;     // log p_j = (x_j - shift) / temperature - log_norm
@@ -17,8 +18,8 @@ struct RowStatistics {
 
 static_assert(sizeof(RowStatistics) == kStatistics * sizeof(float));
 
-// out (rows, columns) = scale * left (rows, inner) right (inner, columns), or out += it. The columns of out lie side by
-// side.
+// out (rows, columns) = scale * left (rows, inner) x right (inner, columns), or += with `add`. `inner` is the K
+// dimension. The columns of out are contiguous.
 struct Float32Product {
   int64_t rows, columns, inner;
   const float* left;
@@ -31,7 +32,7 @@ struct Float32Product {
   bool add;
 };
 
-// ---- the CPU's launchers, compiled once for each instruction set -----------------------------------------------------
+// ---- CPU launchers, compiled once for each instruction set ----------------------------------------------------------
 
 struct CpuLaunchers {
   const char* path;  // "avx512", "avx2" or "portable"
@@ -54,13 +55,14 @@ RLHF_FAST_DECLARE_PATH(portable)
 #undef RLHF_FAST_DECLARE_PATH
 #undef RLHF_FAST_DECLARE
 
-// The paths in this build that this processor can run, best first. A nullptr ends the list.
+// The paths of this build that this processor can run, best first, terminated by nullptr.
 const CpuLaunchers* const* cpu_paths();
-// The path in use: the best one, unless choose_cpu_path chose another. That returns false if the path cannot run here.
+// The path in use: the best one, unless choose_cpu_path chose another. choose_cpu_path returns false if the path cannot
+// run here.
 const CpuLaunchers& cpu();
 bool choose_cpu_path(const char* path);
 
-// out (rows, columns) = left (rows, inner) right (columns, inner)^T, from bfloat16 to float32. All last strides are 1.
+// out (rows, columns) = left (rows, inner) x right (columns, inner)^T, bfloat16 to float32. All last strides are 1.
 struct BFloat16Product {
   int64_t rows, columns, inner;
   const uint16_t* left;
@@ -71,19 +73,19 @@ struct BFloat16Product {
   int64_t out_stride;
   int threads;
 };
-// Whether float32_product computes float32 products, rather than torch: by the processor's maker, not by a trial, so
-// that every run gives the same bits. MKL, which torch calls, keeps its best code to Intel's processors, where it is
-// near the peak; on AMD's float32_product is as fast or faster on both vector paths.
+// Whether float32_product computes float32 products, not torch. Decided by the maker of the processor, not by timing,
+// so that every run gives the same bits. MKL, which torch calls, uses its best code only on Intel's processors, where it
+// is near the peak. On AMD's, float32_product is as fast or faster on both vector paths.
 bool multiplies_float32();
 
-// Whether the chosen path has the instructions for bfloat16_product. If not, it must not be called.
+// Whether the chosen path has the instructions for bfloat16_product, which otherwise must not be called.
 bool multiplies_bfloat16();
-// False if there is no memory for the packed columns.
+// Returns false if there is no memory for the packed columns.
 bool bfloat16_product(const BFloat16Product&);
 
-// ---- CUDA's launchers: the same arguments, a scratch and a stream -----------------------------------------------------
+// ---- CUDA launchers: the same arguments, scratch memory and a stream -------------------------------------------------
 
-// Device memory for intermediate results. A launcher sets `needed` first, and does not launch if `size` is less.
+// Device memory for intermediate results. A launcher sets `needed` first, and launches only if `size` >= `needed`.
 struct Scratch {
   void* data;
   size_t size;
@@ -91,12 +93,12 @@ struct Scratch {
 };
 
 namespace cuda {
-// Returns nullptr, or the text of CUDA's error. No launcher waits for the device.
+// Returns nullptr, or CUDA's error message. No launcher waits for the device.
 #define RLHF_FAST_DECLARE(name, Arguments) const char* name(const Arguments&, Scratch&, void* stream);
 RLHF_FAST_LAUNCHERS(RLHF_FAST_DECLARE)
 #undef RLHF_FAST_DECLARE
 
-// Why the kernels cannot run on the current device: CUDA's text, or nullptr.
+// Why the kernels cannot run on the current device: CUDA's error message, or nullptr if they can.
 const char* cannot_run();
 }  // namespace cuda
 

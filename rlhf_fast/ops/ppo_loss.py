@@ -134,7 +134,7 @@ def _torch(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
 def with_terms(inputs: LossInputs, policy: Tensor, of_policy: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A policy loss with its KL and entropy terms -> the loss, and policy_loss, kl, entropy and ``of_policy``.
 
-    A term of weight 0 stays out of the graph, and so costs nothing in the backward.
+    A term of weight 0 is not in the graph, so the backward does not compute it.
     """
     terms, logprobs, live = inputs.terms, inputs.logprobs, inputs.live
     loss, entropy = policy, torch.zeros_like(of_policy[0])
