@@ -74,8 +74,8 @@ struct BFloat16Product {
   int threads;
 };
 // Whether float32_product computes float32 products, not torch. Decided by the maker of the processor, not by timing,
-// so that every run gives the same bits. MKL, which torch calls, uses its best code only on Intel's processors, where it
-// is near the peak. On AMD's, float32_product is as fast or faster on both vector paths.
+// so that every run gives the same bits. MKL, which torch calls, uses its best code only on Intel's processors, where
+// it is near the peak. On AMD's, float32_product is as fast or faster on both vector paths.
 bool multiplies_float32();
 
 // Whether the chosen path has the instructions for bfloat16_product, which otherwise must not be called.
