@@ -20,13 +20,17 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 @dataclass
 class Experience:
-    """One micro-batch. Tensors are (b, R) float32 if not noted, 0 outside ``episodes.response_mask``, without gradient.
+    """One micro-batch. Tensors are (b, R) float32 if not noted, and 0 outside ``episodes.response_mask``. Only
+    ``states`` has a gradient.
 
     ``trunk``: (b, P + R, H), the hidden states below the adapted layers, which all roles and epochs reuse; or None.
+    ``states``: (b, R, H) of policy and critic with their autograd graph, for the first epoch; None if that epoch
+    computes them itself.
     """
 
     episodes: EpisodeBatch
     trunk: torch.Tensor | None
+    states: list[torch.Tensor] | None
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
@@ -55,34 +59,43 @@ def response_states(
 
 
 @torch.no_grad()
-def score(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference: str | None) -> Experience:
+def score(
+    base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference: str | None, *, keep_graph: bool = False
+) -> Experience:
     """Log-probs of the policy before its update and of the reference, values and scores. Rewards are not set yet.
 
-    Two roles go through the model in one pass, as in the update: a product of another shape rounds differently, and the
+    ``keep_graph``: keeps the states of policy and critic with their graph, for training in the first epoch. These two
+    roles go through the model in one pass, as in the update: a product of another shape rounds differently, and the
     first ratio of an update would not be exactly 1.
     """
     mask = episodes.attention_mask
     trunk = base.trunk(episodes.input_ids, mask)
-    policy, ref = base.hidden_of([POLICY, reference], episodes.input_ids, mask, trunk)
-    judges = [CRITIC, REWARD] if REWARD in base.roles else [CRITIC]
-    critic, *reward = base.hidden_of(judges, episodes.input_ids, mask, trunk)
+    frozen = [reference, REWARD] if REWARD in base.roles else [reference]
+    ref, *reward = base.hidden_of(frozen, episodes.input_ids, mask, trunk)
+    with torch.set_grad_enabled(keep_graph):
+        states = response_states(base, [POLICY, CRITIC], episodes, trunk)
+    policy, critic = states
     logprobs = _logprobs(base, config, episodes, POLICY, policy)
-    ref_logprobs = _logprobs(base, config, episodes, reference, ref)
-    values = torch.where(episodes.response_mask, base.heads[CRITIC](episodes.before_response(critic)), 0.0)
+    ref_logprobs = _logprobs(base, config, episodes, reference, episodes.before_response(ref))
+    values = torch.where(episodes.response_mask, base.heads[CRITIC](critic), 0.0)
     if reward:
         scores = base.heads[REWARD](last_states(reward[0], mask))
     else:
         scores = torch.zeros(len(episodes.responses), device=base.device)
     nothing = torch.zeros_like(values)
-    return Experience(episodes, trunk, logprobs, ref_logprobs, values, scores, scores, nothing, nothing, nothing)
+    return Experience(
+        episodes, trunk, states if keep_graph else None, logprobs, ref_logprobs, values, scores, scores, nothing,
+        nothing, nothing,
+    )  # fmt: skip
 
 
 def _logprobs(
     base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, role: str | None, states: torch.Tensor
 ) -> torch.Tensor:
+    """(b, R) of the response tokens, from the states (b, R, H) that predict them."""
     vocabulary = base.vocabulary_of(role)
     return linear_logprobs(
-        episodes.before_response(states),
+        states,
         vocabulary.weight,
         episodes.targets,
         episodes.response_mask,

@@ -33,7 +33,7 @@ def open_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW and its schedule over ``total_steps``."""
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, eps=config.adam_epsilon, weight_decay=config.weight_decay
+        parameters, lr=config.learning_rate, eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=True
     )
     factor = get_scheduler(
         config.lr_scheduler_type,

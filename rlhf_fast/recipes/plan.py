@@ -23,7 +23,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase, pretrained
 from rlhf_fast.monitor import print_summary
 from rlhf_fast.recipes import ppo
-from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, SFT, set_advantages, set_rewards
+from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, SFT, response_states, set_advantages, set_rewards
 from rlhf_fast.recipes.stage import MICRO_BATCH_SIZE
 from rlhf_fast.rollout import Response, generate
 
@@ -198,6 +198,8 @@ def measure_seconds(
         "scoring": share * whole("scoring", shape.adapted + below / passes),
         "update": config.num_ppo_epochs * share * whole("update", shape.adapted),
     }
+    if len(parts) == 1:  # the first epoch trains on the states of the scoring
+        seconds["update"] -= whole("forward", shape.adapted)
     seconds["rollout"] *= math.ceil(config.batch_size / config.rollout_batch_size)
     return seconds | {"step": sum(seconds.values())}
 
@@ -243,6 +245,7 @@ def time_passes(base: SharedBase, config: PPOConfig, lengths: Sequence[int]) -> 
         "prompt": sampled[0],
         "token": (sampled[1] - sampled[0]) / SAMPLED,
         "scoring": fastest(lambda: ppo.scored(stage, responses, SFT)),
+        "forward": fastest(lambda: response_states(base, [POLICY, CRITIC], experience.episodes, None)),
         "update": fastest(lambda: ppo.losses(stage, experience, tokens)),
     }
 

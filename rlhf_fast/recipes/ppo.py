@@ -85,7 +85,9 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             clock.append(time.perf_counter())
 
             give_back_memory()  # memory of the merged copy
-            experiences = [scored(stage, part, reference) for part in micro_batches(stage, responses)]
+            parts = micro_batches(stage, responses)
+            # only for a single micro-batch: the graphs of several would be in memory at once
+            experiences = [scored(stage, part, reference, keep_graph=len(parts) == 1) for part in parts]
             if step == 1:
                 check_start(experiences, stage.base.dtype)
             judged = judging.judge(stage, rewarders, responses, epoch=(step - 1) * config.batch_size / len(prompts))
@@ -173,11 +175,13 @@ def roll_out(stage: Stage[PPOConfig], rows: Sequence[PromptRow]) -> list[Respons
         )
 
 
-def scored(stage: Stage[PPOConfig], responses: Sequence[Response], reference: str | None) -> Experience:
+def scored(
+    stage: Stage[PPOConfig], responses: Sequence[Response], reference: str | None, *, keep_graph: bool = False
+) -> Experience:
     """One micro-batch of responses with log-probs, values and scores."""
     with memory_for(stage, "scoring", response_lengths(responses), *MEMORY):
         episodes = collate_episodes(responses, stage.base.pad_id, stage.base.device)
-        return score(stage.base, stage.config, episodes, reference)
+        return score(stage.base, stage.config, episodes, reference, keep_graph=keep_graph)
 
 
 def total_scores(config: PPOConfig, experiences: Sequence[Experience], rewards: Sequence[float]) -> torch.Tensor:
@@ -233,7 +237,10 @@ def losses(stage: Stage[PPOConfig], experience: Experience, tokens: torch.Tensor
     """
     config = stage.config
     episodes, vocabulary = experience.episodes, stage.base.vocabulary_of(POLICY)
-    policy_states, critic_states = response_states(stage.base, [POLICY, CRITIC], episodes, experience.trunk)
+    states, experience.states = experience.states, None
+    if states is None:
+        states = response_states(stage.base, [POLICY, CRITIC], episodes, experience.trunk)
+    policy_states, critic_states = states
     policy = linear_policy_loss(
         policy_states,
         vocabulary.weight,
