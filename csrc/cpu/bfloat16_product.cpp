@@ -1,8 +1,14 @@
-// out = left right^T, from bfloat16 to float32. torch's own product would round the logits to bfloat16, which changes a
-// log-prob by up to 2^-9 of the largest logit. For processors with AVX-512 BF16; the only file written in intrinsics.
+// out = left x right^T, bfloat16 to float32. torch's product would round the logits to bfloat16, which changes a
+// log-prob by up to 2^-9 of the largest logit. Needs AVX-512 BF16; the only file written in intrinsics.
 //
-// A task is a panel of 64 columns. It is packed once as pairs along the inner dimension, the operand of vdpbf16ps, and
-// then multiplied by six rows at a time. The order of the sums depends only on the inner size.
+// `inner` is the K dimension. A task computes a panel of 64 columns of out. It packs the panel's part of right once, as
+// pairs along K, the operand of vdpbf16ps, and multiplies it with six rows at a time. The order of the sums depends
+// only on K.
+//
+//   formula         out_ij = sum_k left_ik right_jk
+//   bytes           left is read once per 64 columns of out, right once; out is written once per 2048 of K
+//   passes          one per 2048 of K
+//   error           products are exact, sums are float32
 #include <cstdlib>
 #include <cstring>
 
@@ -14,14 +20,15 @@
 namespace rlhf_fast {
 namespace {
 
-// 6 x 4 vectors of sums, 4 of columns and 1 of the left matrix: 29 of the 32 registers. Every loaded vector is used for
-// several products, and 24 independent sums hide the latency of the instruction.
+// Registers: 6 x 4 accumulators, 4 vectors of columns and 1 of the left matrix are 29 of 32. 24 independent
+// accumulators hide the latency of the instruction.
 constexpr int kColumns = 64;
 constexpr int kVectors = kColumns / 16;
 constexpr int kRows = 6;
-constexpr int64_t kInner = 2048;  // a packed panel has 256 KB and stays in the L2 cache
+constexpr int64_t kInner = 2048;  // K of a packed panel, which takes 256 KB and stays in L2
 
-// Columns [column, column + 64) of right^T, inner indices [from, to), as (pairs, 64) of two bfloat16; 0 past the ends.
+// Packs columns [column, column + 64) of right^T, K from `from` to `to`, as (pairs, 64) pairs of bfloat16; 0 past the
+// ends.
 void pack(const BFloat16Product& a, int64_t column, int64_t from, int64_t to, uint32_t* packed) {
   const int64_t pairs = (to - from + 1) / 2;
   for (int64_t c = 0; c < kColumns; c++) {
@@ -35,32 +42,32 @@ void pack(const BFloat16Product& a, int64_t column, int64_t from, int64_t to, ui
   }
 }
 
-// Two neighbours of a row of `left`, in all lanes. At an odd end the second is 0, which is not read from memory.
+// Broadcasts two consecutive elements of a row of `left`. If the second is past the end of K, it is 0 and is not read.
 inline __m512bh pair_of(const uint16_t* left, int64_t index, bool whole) {
   uint32_t pair = left[index];
   if (whole) memcpy(&pair, left + index, 4);
   return (__m512bh)_mm512_set1_epi32((int)pair);
 }
 
-// Adds inner indices [from, to) of a tile of `rows` x 64 to `out`.
+// Adds the products of K from `from` to `to` to a tile of `rows` x 64 of `out`.
 template <int rows>
 void multiply(const BFloat16Product& a, int64_t row, int64_t column, int64_t from, int64_t to, const uint32_t* packed) {
   __m512 sums[rows][kVectors];
   float* out = a.out + row * a.out_stride + column;
   const int64_t width = a.columns - column < kColumns ? a.columns - column : kColumns;
-  // 1. At the right edge the masks leave out the columns that do not exist.
+  // 1. The masks exclude columns past the right edge.
   __mmask16 masks[kVectors];
   for (int v = 0; v < kVectors; v++) {
     const int64_t left = width - 16 * v;
     masks[v] = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
   }
-  // 2. The sums so far. They continue in the same order, as if the inner dimension had not been cut.
+  // 2. The sums over earlier K. Continuing them gives the same order of additions as without blocks of K.
   for (int r = 0; r < rows; r++) {
     for (int v = 0; v < kVectors; v++) {
       sums[r][v] = from == 0 ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(masks[v], out + r * a.out_stride + 16 * v);
     }
   }
-  // 3. The products: each packed vector is loaded once for all rows.
+  // 3. The products. Each packed vector is loaded once for all rows.
   const uint16_t* left = a.left + row * a.left_stride + from;
   const int64_t pairs = (to - from + 1) / 2;
   for (int64_t p = 0; p < pairs; p++) {
@@ -77,7 +84,7 @@ void multiply(const BFloat16Product& a, int64_t row, int64_t column, int64_t fro
   }
 }
 
-// The number of rows is a template argument, so that the loops unroll and the sums stay in registers.
+// The number of rows is a template argument, so that the loops are unrolled and the accumulators stay in registers.
 void multiply_rows(const BFloat16Product& a, int64_t row, int64_t column, int64_t from, int64_t to,
                    const uint32_t* packed) {
   switch (a.rows - row) {

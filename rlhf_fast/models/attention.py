@@ -1,9 +1,9 @@
-"""Attention over sequences packed side by side, as an attention function of transformers.
+"""Attention over packed sequences, registered as an attention function of transformers.
 
-A packed batch is one row of N tokens: the live tokens of all sequences, without padding. The model computes its linear
-layers and norms on that row as it is. Attention alone needs to know where a sequence begins and ends; it gets that from
-the ``Layout`` that ``packed`` sets around the forward pass. The mask (causal, sliding window, chunks) is the model's
-own: transformers describes it as a function of two positions in a sequence.
+A packed batch is one row of N tokens: the live tokens of all sequences, without padding. Linear layers and norms need
+no change for such a row. Only attention must know where each sequence begins and ends; it reads that from the
+``Layout`` that ``packed`` sets around the forward pass. The mask (causal, sliding window, chunks) is the model's own,
+which transformers defines as a function of two positions in a sequence.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "rlhf_fast_packed"
-# Up to this many tokens a sequence, explicit products are faster on the CPU than torch's fused attention, whose
-# backward in bfloat16 takes four to five times as long on short sequences (docs/training.md).
+# For sequences of up to this many tokens, explicit matrix products are faster on the CPU than torch's fused attention,
+# whose backward in bfloat16 takes four to five times as long on short sequences (docs/training.md).
 SHORT = 192
-# Keyword arguments of a model's attention that change nothing here. Another one that is set is an error.
+# Keyword arguments of a model's attention that have no effect here. Any other one that is set is an error.
 IGNORED = {
     "sliding_window",  # the mask has it
     "position_ids",
@@ -33,7 +33,7 @@ IGNORED = {
 
 
 class Layout:
-    """Where sequences of ``lengths`` tokens stand in a packed row, and in a padded batch of the same sequences."""
+    """The positions of S sequences of ``lengths`` tokens in a packed row and in a padded batch (S, T)."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = lengths
@@ -42,13 +42,13 @@ class Layout:
         columns = torch.arange(self.longest, device=device)
         self.live = columns < sizes[:, None]  # (S, T)
         starts = sizes.cumsum(0) - sizes
-        # (S * T,) the row of each padded place; padding takes some row, which no token of the sequence attends to
+        # (S * T,) the packed index of each padded position; padding has index 0, to which no token attends
         self.take = torch.where(self.live, starts[:, None] + columns, 0).reshape(-1)
-        self.put = self.live.reshape(-1).nonzero().squeeze(1)  # (N,) the padded place of each row
+        self.put = self.live.reshape(-1).nonzero().squeeze(1)  # (N,) the padded position of each packed token
         self.tokens = sum(lengths)
 
     def pad(self, rows: Tensor) -> Tensor:
-        """(heads, N, D) -> (S, heads, T, D); padding holds some other token's data."""
+        """(heads, N, D) -> (S, heads, T, D); padding has the data of token 0."""
         heads, _, size = rows.shape
         flat = rows.transpose(0, 1).reshape(self.tokens, heads * size)
         padded = flat.index_select(0, self.take).view(len(self.lengths), self.longest, heads, size)
@@ -61,7 +61,7 @@ class Layout:
         return flat.index_select(0, self.put).view(self.tokens, heads, size)
 
     def padded_gradient(self, rows: Tensor) -> Tensor:
-        """(N, heads, D), a gradient -> (S, heads, T, D) with 0 on the padding."""
+        """(N, heads, D) -> (S, heads, T, D) for a gradient: padding is 0."""
         _, heads, size = rows.shape
         flat = rows.new_zeros(len(self.lengths) * self.longest, heads * size)
         flat.index_copy_(0, self.put, rows.reshape(self.tokens, heads * size))
@@ -72,14 +72,14 @@ _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 def configs_of(body: nn.Module) -> list[Any]:
-    """The configs that the modules of ``body`` read the name of their attention from."""
+    """The configs from which the modules of ``body`` read the name of their attention function."""
     found = {id(config): config for module in body.modules() if (config := getattr(module, "config", None))}
     return list(found.values())
 
 
 @contextlib.contextmanager
 def packed(configs: list[Any], layout: Layout) -> Iterator[None]:
-    """Inside, the modules of these configs compute a packed row of this layout."""
+    """Inside, the modules with these configs expect a packed row of this layout."""
     before = [config._attn_implementation for config in configs]
     token = _layout.set(layout)
     try:
@@ -137,8 +137,8 @@ def _attention(
 def _explicit(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Padded (S, heads, T, D) each, with a softcap on the scores, or a score a head that takes its share of the
-    softmax and has no value.
+    """Attention of padded (S, heads, T, D) tensors, with a softcap on the scores, or with sinks: one more score per
+    head in the softmax, without a value.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
@@ -154,7 +154,7 @@ def _explicit(
 
 
 class _Short(torch.autograd.Function):
-    """softmax(scale query key^T + mask) value by products of whole sequences; keeps the shares, T x T a head."""
+    """softmax(scale query key^T + mask) value by explicit products. Saves the probabilities, T x T per head."""
 
     @staticmethod
     def forward(
@@ -164,7 +164,7 @@ class _Short(torch.autograd.Function):
         query, key, value = (layout.pad(tensor) for tensor in (query, key, value))
         sequences, heads, longest, size = query.shape
         shared = key.shape[1]
-        rows = (sequences * shared, heads // shared * longest)  # the heads that share a key, one after the other
+        rows = (sequences * shared, heads // shared * longest)  # joins the rows of the heads that share a key head
         scores = torch.bmm(query.view(*rows, size), key.view(-1, longest, size).transpose(1, 2))
         scores = scores.view(sequences * heads, longest, longest).float().mul_(scale)
         scores.masked_fill_(~mask, torch.finfo(torch.float32).min)
