@@ -23,7 +23,7 @@ constexpr int kRows = kLanes == 16 ? 8 : 4;
 constexpr int64_t kInner = 384;               // K of a block
 constexpr int64_t kPanels = 96 / kLanes;      // panels of kColumns packed by a task: 432 KB, which stay in L2
 constexpr int64_t kTaskRows = 512;            // rows of a task: enough to amortise packing its columns
-constexpr int64_t kSerialProducts = 1 << 18;  // multiplications up to which one thread is faster
+constexpr int64_t kSerialProducts = 1 << 18;  // up to this many multiplications, one thread is used
 
 typedef float Line[kLanes] __attribute__((aligned(4 * kLanes)));  // the elements of one k of kLanes rows or columns
 
