@@ -6,7 +6,7 @@ to the reference and entropy bonus together.
     formula         share * (max(-A r, -A clip(r)) + kl_coef KL - entropy_coef H), by logit (policy_token, kl_slope)
     bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
     passes          one, and one more for the gradient
-    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+    error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
 import triton

@@ -51,12 +51,12 @@ class ConversationEncoder:
         return CHAT if self.tokenizer.chat_template is not None else AS_TEXT
 
     def facts(self, forms: Iterable[str]) -> list[str]:
-        """What a person should know of the template, where some prompts went through it."""
+        """Notes for the user on the chat template, if some prompts were written with it."""
         end = self._default.end
         return [EOS_ADDED.format(end.name)] if CHAT in forms and end.added else []
 
     def special_text(self, example: Example) -> str | None:
-        """The first special token that the row's own text spells (other than EOS at the end of a string)."""
+        """The first special token in the text of the row (except EOS at the end of a string)."""
         responses = [self._without_eos(text) if isinstance(text, str) else text for text in example.responses]
         texts = self._writer(example.template.get("tools")).texts
         return texts.first([example.prompt, *responses, example.template])

@@ -45,7 +45,7 @@ class DataReport:
     def reject(self, reason: str, row: int, detail: str = "") -> None:
         """Count one row as unusable; ``detail``, which differs from row to row, continues ``reason`` in messages.
 
-        Raises UserError where ``strict``.
+        Raises UserError if ``strict``.
         """
         self._unusable(reason, row, self.place(row), detail)
 
