@@ -1,5 +1,5 @@
-// The Python module rlhf_fast._C: one function per launcher, those of CUDA in the submodule `cuda`. Only rlhf_fast/ops
-// calls it, after it has checked shapes, dtypes and strides.
+// The Python module rlhf_fast._C: one function per launcher, with those of CUDA in the submodule `cuda`. Only
+// rlhf_fast/ops calls it, after checking shapes, dtypes and strides.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -55,8 +55,8 @@ py::dict build_info() {
 
 // ---- read(value, to): reads a record of kernels/records.py into its structure ----------------------------------------
 //
-// A record is a tuple of tensors, numbers, None and further records. Each function returns false if a Python error is
-// set. They use Python's C API, not pybind11's casts, because a small op calls them a dozen times.
+// A record is a tuple of tensors, numbers, None and further records. Each function returns false if it has set a Python
+// error. They use Python's C API instead of pybind11's slower casts, because an op calls them a dozen times.
 
 bool no_error() { return !PyErr_Occurred(); }
 
@@ -123,7 +123,7 @@ Arguments arguments_of(const py::handle& record) {
   return arguments;
 }
 
-// ---- a launcher as a function of the module -------------------------------------------------------------------------
+// ---- binding a launcher as a function of the module ------------------------------------------------------------------
 
 using Release = py::gil_scoped_release;
 using Address = uintptr_t;  // a data_ptr(), or a stream
@@ -162,7 +162,7 @@ void on_cpu(py::module_& m, const char* name, void (*CpuLaunchers::*launcher)(co
 }
 
 #ifdef RLHF_FAST_CUDA
-// The size of a launch, for its error. The overload is chosen by the fields that the structure has.
+// The size of a launch, for error messages. The overload is selected by the fields of the structure.
 template <class Arguments>
 auto size_of(const Arguments& a) -> decltype(a.rows, std::string()) {
   return std::to_string(a.rows.length) + " rows of " + std::to_string(a.rows.vocab);
@@ -183,7 +183,7 @@ auto size_of(const Arguments& a) -> decltype(a.elements, std::string()) {
   return std::to_string(a.elements) + " elements";
 }
 
-// The function returns the bytes of scratch that the launch needs, or 0 if it has launched.
+// The Python function returns 0 if it has launched, else the bytes of scratch that the launch needs.
 template <class Arguments>
 void on_cuda(py::module_& m, const char* name, const char* (*launcher)(const Arguments&, Scratch&, void*)) {
   m.def(name, [=](const py::handle& record, Address scratch_data, size_t scratch_size, Address stream) -> size_t {

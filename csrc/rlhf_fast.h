@@ -1,4 +1,5 @@
-// Every launcher of the compiled engine. Its arguments are a structure of records.h. No torch and no Python here.
+// Declares every launcher of the compiled engine. Its arguments are a structure of records.h. Uses neither torch nor
+// Python.
 #pragma once
 
 #include <cstddef>
@@ -7,9 +8,9 @@
 
 namespace rlhf_fast {
 
-// What the backward needs of a row of logits: the kStatistics floats of its statistics.
+// The kStatistics floats per row of logits that the backward needs.
 struct RowStatistics {
-  float shift;        // the largest logit but the target's, after the softcap, before the temperature
+  float shift;        // the largest logit except the target's, after the softcap, before the temperature
   float others_mass;  // 1 - p_target
   float scale;        // p_j = e^((x_j - shift) / temperature) * scale
   float log_norm;     // log p_j = (x_j - shift) / temperature - log_norm
@@ -17,8 +18,8 @@ struct RowStatistics {
 
 static_assert(sizeof(RowStatistics) == kStatistics * sizeof(float));
 
-// out (rows, columns) = scale * left (rows, inner) right (inner, columns), or out += it. The columns of out lie side by
-// side.
+// out (rows, columns) = scale * left (rows, inner) x right (inner, columns), or += with `add`. `inner` is the K
+// dimension. The columns of out are contiguous.
 struct Float32Product {
   int64_t rows, columns, inner;
   const float* left;
@@ -54,7 +55,7 @@ struct ShortAttention {
   int64_t scratch_size;
 };
 
-// ---- the CPU's launchers, compiled once for each instruction set -----------------------------------------------------
+// ---- CPU launchers, compiled once for each instruction set ----------------------------------------------------------
 
 struct CpuLaunchers {
   const char* path;  // "avx512", "avx2" or "portable"
@@ -79,14 +80,15 @@ RLHF_FAST_DECLARE_PATH(portable)
 #undef RLHF_FAST_DECLARE_PATH
 #undef RLHF_FAST_DECLARE
 
-// The paths in this build that this processor can run, best first. A nullptr ends the list.
+// The paths of this build that this processor can run, best first, terminated by nullptr.
 const CpuLaunchers* const* cpu_paths();
-// The path in use: the best one, unless choose_cpu_path chose another. That returns false if the path cannot run here.
+// The path in use: the best one, unless choose_cpu_path chose another. choose_cpu_path returns false if the path cannot
+// run here.
 const CpuLaunchers& cpu();
 bool choose_cpu_path(const char* path);
 
-// A product of bfloat16 matrices, added to rows [start, stop) of a result: scale * left (stop - start, inner)
-// right (inner, columns). The last stride of left is 1.
+// scale * left (stop - start, inner) x right (inner, columns), bfloat16, added to rows [start, stop) of a result. The
+// last stride of left is 1.
 struct BFloat16Term {
   const uint16_t* left;
   int64_t left_stride;
@@ -109,24 +111,24 @@ struct BFloat16Product {
   bool wide;
   int threads;
 };
-// Whether float32_product computes float32 products, rather than torch: by the processor's maker, not by a trial, so
-// that every run gives the same bits. MKL, which torch calls, keeps its best code to Intel's processors, where it is
-// near the peak; on AMD's float32_product is as fast or faster on both vector paths.
+// Whether float32_product computes float32 products, not torch. Decided by the maker of the processor, not by timing,
+// so that every run gives the same bits. MKL, which torch calls, uses its best code only on Intel's processors, where
+// it is near the peak. On AMD's, float32_product is as fast or faster on both vector paths.
 bool multiplies_float32();
 
-// Whether the chosen path has the instructions for bfloat16_product. If not, it must not be called.
+// Whether the chosen path has the instructions for bfloat16_product, which otherwise must not be called.
 bool multiplies_bfloat16();
-// Whether bfloat16_product computes bfloat16 products that torch could, by the processor's maker too: Intel's with
-// these instructions mostly have AMX, which torch uses.
+// Whether bfloat16_product computes bfloat16 products, not torch. Decided by the maker of the processor too: Intel's
+// with these instructions mostly have AMX, which torch uses.
 bool prefers_bfloat16();
-// False if there is no memory for it.
+// Returns false if there is no memory for the packed columns.
 bool bfloat16_product(const BFloat16Product&);
-// term.right in the order in which it is multiplied: (panels, (inner + 1) / 2, kColumns) pairs.
+// Packs term.right: (panels, (inner + 1) / 2, kColumns) pairs of neighbours along K.
 void pack_bfloat16(const BFloat16Term& term, int64_t columns, uint32_t* packed, int threads);
 
-// ---- CUDA's launchers: the same arguments, a scratch and a stream -----------------------------------------------------
+// ---- CUDA launchers: the same arguments, scratch memory and a stream -------------------------------------------------
 
-// Device memory for intermediate results. A launcher sets `needed` first, and does not launch if `size` is less.
+// Device memory for intermediate results. A launcher sets `needed` first, and launches only if `size` >= `needed`.
 struct Scratch {
   void* data;
   size_t size;
@@ -134,12 +136,12 @@ struct Scratch {
 };
 
 namespace cuda {
-// Returns nullptr, or the text of CUDA's error. No launcher waits for the device.
+// Returns nullptr, or CUDA's error message. No launcher waits for the device.
 #define RLHF_FAST_DECLARE(name, Arguments) const char* name(const Arguments&, Scratch&, void* stream);
 RLHF_FAST_LAUNCHERS(RLHF_FAST_DECLARE)
 #undef RLHF_FAST_DECLARE
 
-// Why the kernels cannot run on the current device: CUDA's text, or nullptr.
+// Why the kernels cannot run on the current device: CUDA's error message, or nullptr if they can.
 const char* cannot_run();
 }  // namespace cuda
 

@@ -7,7 +7,7 @@ their weighted sum.
     formula         those of masked_logprobs and exact_kl
     bytes a row     of V columns: 8 V read for the sums, 8 V for the KL, 8 V read and 4 V written for the gradient
     passes          two, and one more for the gradient
-    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+    error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
 import triton

@@ -1,10 +1,15 @@
-// out = the sum of products of bfloat16 matrices, plus a bias, accumulated in float32 and rounded once: a layer and
-// what its adapters add to it are one sweep over the output. For processors with AVX-512 BF16; the only file in
-// intrinsics.
+// out = bias + the sum of products of bfloat16 matrices. A layer and its adapters are one such sum. Needs AVX-512 BF16;
+// the only file written in intrinsics.
 //
-// A task is a panel of kColumns columns and a block of rows. It packs the right factors of the panel as pairs along the
-// inner dimension, the operand of vdpbf16ps, and multiplies them by kRows rows at a time. The order of the additions of
-// an element depends on the inner sizes and the scales alone.
+// `inner` is the K dimension. A task computes a panel of kColumns columns and a block of rows of out. It packs the
+// panel's part of the right factors as pairs along K, the operand of vdpbf16ps, and multiplies it with kRows rows at a
+// time. The order of the sums of an element depends only on the K and the scale of the terms.
+//
+//   formula         out_ij = bias_j + sum over terms of scale * sum_k left_ik right_kj
+//   bytes           the left factors are read once per 48 columns of out, the right ones once per 2048 rows; out is
+//                   written once
+//   passes          one per 4096 of the sum of K; float32 sums are kept in scratch memory between passes
+//   error           products are exact, sums are float32, one rounding to the dtype of out
 #include <cstdlib>
 #include <cstring>
 
@@ -18,20 +23,20 @@ namespace {
 
 using bfloat16::transpose;
 
-// 8 x 3 vectors of sums, 3 of the right factor and 1 of the left: 28 of the 32 registers. Every loaded vector is used
-// for several products, and 24 independent sums hide the latency of the instruction.
+// Registers: 8 x 3 accumulators, 3 vectors of columns and 1 of the left factor are 28 of 32. 24 independent
+// accumulators hide the latency of the instruction.
 constexpr int kColumns = BFloat16Product::kColumns;
 constexpr int kVectors = kColumns / 16;
 constexpr int kRows = 8;
-constexpr int64_t kPairs = 2048;     // packed at a time: 384 KB, which stay in the L2 cache
+constexpr int64_t kPairs = 2048;     // packed at a time, 384 KB, which stay in L2
 constexpr int64_t kTaskRows = 2048;  // enough for the packing to take a hundredth of the time
 constexpr int64_t kSerialProducts = 1 << 18;
 
-typedef uint32_t Pairs[kColumns];  // two consecutive inner indices of the columns of a panel
+typedef uint32_t Pairs[kColumns];  // elements k and k + 1 of each column of a panel
 
 int64_t pairs_of(int64_t inner) { return (inner + 1) / 2; }
 
-// Packs inner indices [from, to) of `width` columns from `column` on; 0 past the last column and an odd end.
+// Packs `width` columns from `column` on, K from `from` to `to`; 0 past the last column and past an odd K.
 void pack(const BFloat16Term& term, int64_t column, int64_t width, int64_t from, int64_t to, Pairs* packed) {
   const uint16_t* right = term.right + column * term.right_column_stride + from * term.right_stride;
   const int64_t pairs = pairs_of(to - from), whole = (to - from) / 2;
@@ -71,14 +76,14 @@ void pack(const BFloat16Term& term, int64_t column, int64_t width, int64_t from,
   }
 }
 
-// Inner indices [from, to) of a term.
+// K from `from` to `to` of a term.
 struct Piece {
   const BFloat16Term* term;
   int64_t from, to;
   const Pairs* packed;
 };
 
-// What the sums of a row are multiplied by after a piece, so that in the end each term has its own scale.
+// The factor of a row's sums after a piece: the term's scale relative to that of the next term, which multiplies both.
 float factor_after(const BFloat16Product& a, const Piece& piece, int64_t row) {
   if (piece.to < piece.term->inner) return 1.0f;
   for (const BFloat16Term* next = piece.term + 1; next < a.terms + a.count; next++) {
@@ -87,7 +92,7 @@ float factor_after(const BFloat16Product& a, const Piece& piece, int64_t row) {
   return piece.term->scale;
 }
 
-// Two neighbours of a row of a left factor, in all lanes. At an odd end the second is 0, which is not read from memory.
+// Elements k and k + 1 of a row of a left factor, in all lanes. Without a k + 1 (`whole` = false) it is 0, not read.
 inline __m512bh pair_of(const uint16_t* left, bool whole) {
   uint32_t pair = *left;
   if (whole) memcpy(&pair, left, 4);

@@ -6,7 +6,7 @@
 //   formula         A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, over the live tokens
 //   bytes a token   8 read, 1 more with a mask; 8 written
 //   passes          one, from the end; whitening follows
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "parallel.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {

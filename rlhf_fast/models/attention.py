@@ -1,9 +1,9 @@
-"""Attention over sequences packed side by side, as an attention function of transformers.
+"""Attention over packed sequences, registered as an attention function of transformers.
 
-A packed batch is one row of N tokens: the live tokens of all sequences, without padding. The model computes its linear
-layers and norms on that row as it is. Attention alone needs to know where a sequence begins and ends; it gets that from
-the ``Layout`` that ``packed`` sets around the forward pass. The mask (causal, sliding window, chunks) is the model's
-own: transformers describes it as a function of two positions in a sequence.
+A packed batch is one row of N tokens: the live tokens of all sequences, without padding. Linear layers and norms need
+no change for such a row. Only attention must know where each sequence begins and ends; it reads that from the
+``Layout`` that ``packed`` sets around the forward pass. The mask (causal, sliding window, chunks) is the model's own,
+which transformers defines as a function of two positions in a sequence.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rlhf_fast.ops._short_attention import Inputs, can_run, short_attention
 
 NAME = "rlhf_fast_packed"
-# Up to this many tokens a sequence, the engine's attention is faster on the CPU than torch's (docs/training.md).
+# For sequences of up to this many tokens, the engine's attention is faster on the CPU than torch's (docs/training.md).
 SHORT = 512
-# Keyword arguments of a model's attention that change nothing here. Another one that is set is an error.
+# Keyword arguments of a model's attention that have no effect here. Any other one that is set is an error.
 IGNORED = {
     "sliding_window",  # the mask has it
     "position_ids",
@@ -35,7 +35,7 @@ IGNORED = {
 
 
 class Layout:
-    """Where sequences of ``lengths`` tokens stand in a packed row, and in a padded batch of the same sequences."""
+    """The positions of S sequences of ``lengths`` tokens in a packed row and in a padded batch (S, T)."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = lengths
@@ -45,13 +45,13 @@ class Layout:
         self.live = columns < sizes[:, None]  # (S, T)
         self.starts = torch.tensor([0, *accumulate(lengths)])  # (S + 1,) on the CPU
         starts = sizes.cumsum(0) - sizes
-        # (S * T,) the row of each padded place; padding takes some row, which no token of the sequence attends to
+        # (S * T,) the packed index of each padded position; padding has index 0, to which no token attends
         self.take = torch.where(self.live, starts[:, None] + columns, 0).reshape(-1)
-        self.put = self.live.reshape(-1).nonzero().squeeze(1)  # (N,) the padded place of each row
+        self.put = self.live.reshape(-1).nonzero().squeeze(1)  # (N,) the padded position of each packed token
         self.tokens = sum(lengths)
 
     def pad(self, rows: Tensor) -> Tensor:
-        """(heads, N, D) -> (S, heads, T, D); padding holds some other token's data."""
+        """(heads, N, D) -> (S, heads, T, D); padding has the data of token 0."""
         heads, _, size = rows.shape
         flat = rows.transpose(0, 1).reshape(self.tokens, heads * size)
         padded = flat.index_select(0, self.take).view(len(self.lengths), self.longest, heads, size)
@@ -68,14 +68,14 @@ _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 def configs_of(body: nn.Module) -> list[Any]:
-    """The configs that the modules of ``body`` read the name of their attention from."""
+    """The configs from which the modules of ``body`` read the name of their attention function."""
     found = {id(config): config for module in body.modules() if (config := getattr(module, "config", None))}
     return list(found.values())
 
 
 @contextlib.contextmanager
 def packed(configs: list[Any], layout: Layout) -> Iterator[None]:
-    """Inside, the modules of these configs compute a packed row of this layout."""
+    """Inside, the modules with these configs expect a packed row of this layout."""
     before = [config._attn_implementation for config in configs]
     token = _layout.set(layout)
     try:
@@ -139,8 +139,8 @@ def _unit(rows: Tensor) -> Tensor:
 def _explicit(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Padded (S, heads, T, D) each, with a softcap on the scores, or a score a head that takes its share of the
-    softmax and has no value.
+    """Attention of padded (S, heads, T, D) tensors, with a softcap on the scores, or with sinks: one more score per
+    head in the softmax, without a value.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))

@@ -163,7 +163,7 @@ def forced_backend() -> str | None:
 def _say_once(op: str, name: str, reason: str) -> None:
     if (op, name) not in _warned:
         _warned.add((op, name))
-        warnings.warn(f"{op}: backend {name!r} cannot run here and is passed over: {reason}", stacklevel=4)
+        warnings.warn(f"{op}: backend {name!r} cannot run here and is skipped: {reason}", stacklevel=4)
 
 
 # Makes torch.compile run _say_once while tracing; a traced warning would break the graph. This is what

@@ -71,7 +71,7 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> T
 
 
 class Inputs(NamedTuple):
-    gate: Tensor  # (..., I), and so is up
+    gate: Tensor  # (..., I), like up
     up: Tensor
     activation: int  # index in records.ACTIVATIONS
 
