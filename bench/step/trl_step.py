@@ -102,8 +102,10 @@ def lora(task: str) -> LoraConfig:
 
 
 def adapted_critic() -> Any:
-    """A LoRA adapter and a head, both in float32: TRL puts the adapter on the policy alone."""
+    """A LoRA adapter and a head, both in float32, and the head drawn as ours is: TRL puts the adapter on the policy
+    alone."""
     model = scalar_model()
+    torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     model.score.float().register_forward_pre_hook(lambda _module, given: (given[0].float(),))
     return get_peft_model(model, lora("SEQ_CLS")).base_model.model
 

@@ -41,9 +41,9 @@ def test_a_quick_run_keeps_every_step_of_both_and_goes_on_from_its_file(
     (ours,) = json.loads(figures.read_text())["curves"]
     assert ours["who"] == "rlhf-fast" and ours["seed"] == 0 and ours["length"] == [8.0, 8.0]
     assert ours["kl"][0] == pytest.approx(0, abs=1e-2) and len(ours["explained_variance"]) == 2
-    penalty = [0.05 * kl for kl in ours["kl"]]
-    scores = [reward - lost for reward, lost in zip(ours["reward"], penalty, strict=True)]
-    assert ours["objective"] == pytest.approx(scores, abs=1e-5)  # no other penalty: responses without a stop token
+    objective = [reward - 0.05 * kl for reward, kl in zip(ours["reward"], ours["kl"], strict=True)]
+    assert ours["objective"] == pytest.approx(objective, abs=2e-4)
+    assert min(ours["reward"]) >= -4  # a missing stop token costs nothing
 
     monkeypatch.setitem(runs.PYTHON, "trl", Path(sys.executable))
     monkeypatch.setitem(runs.PEERS, "trl", (str(script), True))
