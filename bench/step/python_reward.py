@@ -1,13 +1,15 @@
-"""The reward of the bench of learning: ten times the share of vowels among a response's letters, less 4, so that it is
-about 0 for English text."""
+"""The reward of the bench of learning: ten times the share of a response's words that have at most three letters, less
+4, so that English text has about 0."""
 
+import re
 from typing import Any
+
+WORD = re.compile(r"[^\W\d_]+")
 
 
 def score(completions: list[str], **_: Any) -> list[float]:
-    return [10 * share(completion.lower()) - 4 for completion in completions]
+    return [10 * share_of_short(WORD.findall(completion)) - 4 for completion in completions]
 
 
-def share(text: str) -> float:
-    letters = sum(character.isalpha() for character in text)
-    return sum(character in "aeiou" for character in text) / max(1, letters)
+def share_of_short(words: list[str]) -> float:
+    return sum(len(word) <= 3 for word in words) / max(1, len(words))

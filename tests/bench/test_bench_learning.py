@@ -72,7 +72,8 @@ def test_our_settings_are_settings_and_the_clip_is_alike() -> None:
 
 
 def test_the_reward_by_hand() -> None:
-    assert python_reward.score(["Idea!", "xyz", "", " 1 ", "Éa b"]) == pytest.approx([3.5, -4, -4, -4, -2 / 3])
+    texts = ["The éta is_on 12 of Four", "word words", "a", "", " 1 "]  # five of six words, none, all, no words
+    assert python_reward.score(texts) == pytest.approx([10 * 5 / 6 - 4, -4, 6, -4, -4])
 
 
 def curve(who: str, seed: int, reward: list[float], **more: Any) -> dict[str, Any]:
