@@ -1,5 +1,5 @@
 """The reward of the bench of learning: ten times the share of a response's words that have at most three letters, less
-4, so that English text has about 0."""
+4, which brings the rewards near 0."""
 
 import re
 from typing import Any
