@@ -76,19 +76,24 @@ def titled(title: str, table: str) -> str:
     return f"**{title}**\n\n{table}" if table else ""
 
 
-def where(results: dict[str, Any]) -> str:
-    machine, work = results["machine"], results["work"]
+def machine(results: dict[str, Any]) -> str:
+    """The processor, our packages, and the peers' own."""
     packages = {
         name: version
         for who, found in results["versions"].items()
         for name, version in found.items()
         if name in ("torch", "transformers", "peft") and who == "rlhf-fast" or name == who
     }
+    found = results["machine"]
+    return f"{found['cores']} cores of {found['cpu']}; {', '.join(f'{n} {v}' for n, v in packages.items())}."
+
+
+def where(results: dict[str, Any]) -> str:
+    work = results["work"]
     low, high = work["prompt_tokens"]
     rates = ", ".join(f"{SHORT[dtype]} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in results["peaks"].items())
     return (
-        f"{machine['cores']} cores of {machine['cpu']}; {', '.join(f'{n} {v}' for n, v in packages.items())}. "
-        f"Load of the machine before the first run: {machine['load_before']:.1f}. "
+        f"{machine(results)} Load of the machine before the first run: {results['machine']['load_before']:.1f}. "
         f"Model {work['model']}; data {work['data']}. PPO: {work['batch_size']} prompts of {low} to {high} tokens "
         f"({work['tokens']['prompts']} in all), {work['response_length']} response tokens each, {work['ppo_epochs']} "
         f"epochs, one mini-batch, LoRA r={work['lora_r']} on all linear layers. SFT and reward training: "

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf_fast.bench.step import __main__ as step
-from rlhf_fast.bench.step import arithmetic, process, tables, work
+from rlhf_fast.bench.step import arithmetic, process, runs, tables, work
 from rlhf_fast.bench.step.contest import ROWS
 from rlhf_fast.models.builtin import tiny_model
 
@@ -26,7 +26,7 @@ def test_a_quick_run_measures_our_rows_and_names_the_peers_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "step.json"
-    monkeypatch.setitem(step.PYTHON, "trl", step.ROOT / ".venv-nowhere" / "bin" / "python")
+    monkeypatch.setitem(runs.PYTHON, "trl", runs.ROOT / ".venv-nowhere" / "bin" / "python")
     call(monkeypatch, "--quick", "--rounds", "1", "--json", str(figures), "--only", "ours-bf16-4,trl-bf16")
     results = json.loads(figures.read_text())
     assert results["quick"] is True and results["failed"] == {} and set(results["versions"]) == {"rlhf-fast"}
@@ -49,8 +49,8 @@ def test_a_row_that_fails_is_told_and_not_run_again(
 ) -> None:
     script = tmp_path / "peer.py"
     script.write_text("import sys\nprint('one line')\nsys.exit('it broke')")
-    monkeypatch.setitem(step.PYTHON, "trl", Path(sys.executable))
-    monkeypatch.setitem(step.PEERS, "trl", (str(script), True))
+    monkeypatch.setitem(runs.PYTHON, "trl", Path(sys.executable))
+    monkeypatch.setitem(runs.PEERS, "trl", (str(script), True))
     monkeypatch.setattr(step, "versions", lambda python: {})
     with pytest.raises(SystemExit):
         call(monkeypatch, "--quick", "--rounds", "2", "--only", "trl-bf16")
@@ -116,21 +116,20 @@ def test_too_few_rows_of_the_right_length_are_refused() -> None:
 
 def test_peak_memory_counts_children(tmp_path: Path) -> None:
     hold = "held = bytearray(300_000_000); import time; time.sleep(1.5)"
-    alone = process.run([sys.executable, "-c", hold], tmp_path / "a.log", os.environ)
+    alone = process.run([sys.executable, "-c", hold], tmp_path / "a.log", os.environ, 60)
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}"
-    both = process.run([sys.executable, "-c", code], tmp_path / "b.log", os.environ)
+    both = process.run([sys.executable, "-c", code], tmp_path / "b.log", os.environ, 60)
     assert 0.3 < alone < 0.36 and 0.6 < both < 0.72
 
 
 def test_a_failed_process_gives_its_last_line(tmp_path: Path) -> None:
     with pytest.raises(process.Failed, match="^ValueError: wrong$"):
-        process.run([sys.executable, "-c", "raise ValueError('wrong')"], tmp_path / "a.log", os.environ)
+        process.run([sys.executable, "-c", "raise ValueError('wrong')"], tmp_path / "a.log", os.environ, 60)
 
 
-def test_a_process_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "LIMIT_SECONDS", 0.3)
+def test_a_process_that_hangs_is_stopped(tmp_path: Path) -> None:
     with pytest.raises(process.Failed, match="stopped after 0.3 s"):
-        process.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "a.log", os.environ)
+        process.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "a.log", os.environ, 0.3)
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
