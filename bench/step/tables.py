@@ -103,18 +103,19 @@ def where(results: dict[str, Any]) -> str:
     )
 
 
-def baseline(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """The peer that the entry is measured by: of its stage and dtype."""
+def baselines(entry: Entry, entries: Sequence[Entry]) -> list[Entry]:
+    """The peer's rows that the entry is measured by: of its stage and dtype, at any micro-batch."""
     alike = [e for e in entries if (e.row["stage"], e.row["dtype"]) == (entry.row["stage"], entry.row["dtype"])]
-    return next((e for e in alike if e.row["who"] in BASELINES), None)
+    return [e for e in alike if e.row["who"] in BASELINES]
 
 
 def beside(entry: Entry, entries: Sequence[Entry]) -> tuple[str, str]:
-    """The rate and the memory against the baseline's."""
-    base = baseline(entry, entries)
-    if base is None or base is entry:
+    """The rate against the peer's best rate, and the memory against its least."""
+    found = baselines(entry, entries)
+    if not found or entry in found:
         return "", ""
-    return report.times(entry.rate / base.rate), f"{entry.peak_gb / base.peak_gb:.0%}"
+    rate, peak = max(base.rate for base in found), min(base.peak_gb for base in found)
+    return report.times(entry.rate / rate), f"{entry.peak_gb / peak:.0%}"
 
 
 def phases(values: dict[str, float], form: str) -> str:

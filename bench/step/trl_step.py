@@ -75,6 +75,7 @@ parser.add_argument("work", type=Path)
 parser.add_argument("output", type=Path)
 parser.add_argument("--dtype", required=True)
 parser.add_argument("--steps", type=int, required=True)
+parser.add_argument("--micro_batch_size", type=int)
 parser.add_argument("--own_reference", action="store_true")
 parser.add_argument("--learning", type=Path)
 args = parser.parse_args()
@@ -110,7 +111,7 @@ def adapted_critic() -> Any:
     return get_peft_model(model, lora("SEQ_CLS")).base_model.model
 
 
-micro_batch = work["batch_size"] // 4 if args.stage == "ppo" else work["train_micro_batch"]
+micro_batch = args.micro_batch_size or work["train_micro_batch"]
 settings: dict[str, Any] = {
     "output_dir": str(args.output / "trainer"),
     "per_device_train_batch_size": micro_batch,
@@ -162,6 +163,8 @@ if args.stage == "ppo":
         callbacks=[Clock(args.output / "metrics.jsonl", figures)],
         **common,
     )
+    # All prompts are one batch, the loader's last, in which accelerate would step the optimizer after each micro-batch.
+    trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
 else:
     from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 

@@ -27,10 +27,10 @@ def test_a_quick_run_measures_our_rows_and_names_the_peers_that_are_not_there(
 ) -> None:
     figures = tmp_path / "step.json"
     monkeypatch.setitem(runs.PYTHON, "trl", runs.ROOT / ".venv-nowhere" / "bin" / "python")
-    call(monkeypatch, "--quick", "--rounds", "1", "--json", str(figures), "--only", "ours-bf16-4,trl-bf16")
+    call(monkeypatch, "--quick", "--rounds", "1", "--json", str(figures), "--only", "ours-bf16-4,trl-bf16-4")
     results = json.loads(figures.read_text())
     assert results["quick"] is True and results["failed"] == {} and set(results["versions"]) == {"rlhf-fast"}
-    assert results["missing"] == {"trl-bf16": "no trl in .venv-nowhere/bin/python"}
+    assert results["missing"] == {"trl-bf16-4": "no trl in .venv-nowhere/bin/python"}
     assert results["peaks"].keys() == {"bfloat16", "float32"} and min(results["peaks"].values()) > 0
     (run,) = results["runs"]
     assert run["key"] == "ours-bf16-4" and run["dtype"] == "bfloat16" and run["round"] == 1
@@ -41,7 +41,7 @@ def test_a_quick_run_measures_our_rows_and_names_the_peers_that_are_not_there(
     assert 0.1 < run["peak_memory_gb"] < 5
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[0]) == run
-    assert "| rlhf-fast, micro-batch 4 | bf16 |" in out and "- trl-bf16: no trl in" in out and "Quick sizes" in out
+    assert "| rlhf-fast, micro-batch 4 | bf16 |" in out and "- trl-bf16-4: no trl in" in out and "Quick sizes" in out
 
 
 def test_a_row_that_fails_is_told_and_not_run_again(
@@ -53,9 +53,9 @@ def test_a_row_that_fails_is_told_and_not_run_again(
     monkeypatch.setitem(runs.PEERS, "trl", (str(script), True))
     monkeypatch.setattr(step, "versions", lambda python: {})
     with pytest.raises(SystemExit):
-        call(monkeypatch, "--quick", "--rounds", "2", "--only", "trl-bf16")
+        call(monkeypatch, "--quick", "--rounds", "2", "--only", "trl-bf16-4")
     out = capsys.readouterr().out
-    assert out.count('{"key": "trl-bf16", "failed": "it broke"}') == 1 and "- trl-bf16: it broke" in out
+    assert out.count('{"key": "trl-bf16-4", "failed": "it broke"}') == 1 and "- trl-bf16-4: it broke" in out
 
 
 def test_rows_are_listed_and_an_unknown_one_is_refused(
@@ -64,8 +64,8 @@ def test_rows_are_listed_and_an_unknown_one_is_refused(
     call(monkeypatch, "--list")
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == [row.key for row in ROWS] and len(set(listed)) == len(listed)
-    with pytest.raises(SystemExit, match="--only: there is no row 'nobody'; there are trl-four-bf16, trl-bf16"):
-        call(monkeypatch, "--list", "--only", "trl-bf16,nobody")
+    with pytest.raises(SystemExit, match="--only: there is no row 'nobody'; there are trl-four-bf16-4, trl-bf16-4"):
+        call(monkeypatch, "--list", "--only", "trl-bf16-4,nobody")
 
 
 # ---- the work ------------------------------------------------------------------------------------------------------
@@ -188,7 +188,8 @@ def results() -> dict[str, Any]:
         "work": WORK,
         "peaks": {"bfloat16": 1e8, "float32": 5e7},
         "runs": [
-            run("trl-bf16", "trl", "ppo", [99.0, 10.0], 4.0, memory="policy and reference on one base (TRL)"),
+            run("trl-bf16-4", "trl", "ppo", [99.0, 10.0], 4.0, memory="policy and reference on one base (TRL)"),
+            run("trl-bf16-16", "trl", "ppo", [99.0, 12.0], 3.0),
             run("ours", "rlhf-fast", "ppo", [99.0, 2.0], 1.0, flags=flags, phases=phases[0], memory="all roles"),
             run(
                 "ours", "rlhf-fast", "ppo", [99.0, 4.0], 1.2, flags=flags, phases=phases[1], memory="all roles", round=2
@@ -214,7 +215,8 @@ def test_tables_by_hand() -> None:
     # ours: 3 s, the median of 2 and 4; 60 tokens in 3 s against 60 in 10 s; rollout 2.6 MFLOP at 100 MFLOP/s in 0.5 s
     assert body["**A step of PPO**"].splitlines()[2:] == [
         "| TRL | bf16 | 10.00 | 6.0 |  | 4.00 GB |  |  |  |",
-        "| rlhf-fast, micro-batch 4 | bf16 | 3.00 | 20.0 | 3.33x | 1.20 GB | 30% | "
+        "| TRL | bf16 | 12.00 | 5.0 |  | 3.00 GB |  |  |  |",
+        "| rlhf-fast, micro-batch 4 | bf16 | 3.00 | 20.0 | 3.33x | 1.20 GB | 40% | "
         "rollout 0.50, scoring 0.50, update 2.00 | rollout 5%, scoring 18%, update 18% |",
     ]
     assert body["**What sharing saves, at the same batch**"].splitlines()[2:] == [
@@ -235,5 +237,5 @@ def test_tables_by_hand() -> None:
 
 def test_without_a_peer_there_are_no_ratios() -> None:
     alone = results()
-    alone["runs"], alone["failed"] = alone["runs"][1:2], {}
+    alone["runs"] = [run for run in alone["runs"] if run["key"] == "ours"][:1]
     assert "| 30.0 |  | 1.00 GB |  |" in tables.tables(alone)
