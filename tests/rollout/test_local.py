@@ -178,7 +178,7 @@ def test_log_probs_of_what_was_sampled_are_finite_and_the_same_padded_or_alone(b
             ids = torch.tensor([response.row.input_ids + response.token_ids])
             logits = base.model(input_ids=ids).logits[0, len(response.row.input_ids) - 1 : -1, :258]
         by_hand = (logits / 0.7).log_softmax(dim=-1).gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
-        torch.testing.assert_close(alone, by_hand, rtol=0, atol=2e-4)
+        torch.testing.assert_close(alone, by_hand, rtol=0, atol=5e-4)  # of logits up to 60
     assert together.min() > -math.log(1e9)
 
 
