@@ -41,8 +41,10 @@ class Entry:
         """Phase -> the floor as a share of the time taken. Of rlhf-fast alone: the floor is that of its own roles."""
         if self.row["who"] != "rlhf-fast":
             return {}
-        layers = self.row["flags"].get("lora_layers")
-        needed = flop(self.row["stage"], self.results["work"], int(layers) if layers else None)
+        flags, work = self.row["flags"], self.results["work"]
+        layers = flags.get("lora_layers")
+        whole = int(flags.get("micro_batch_size", 0)) >= work["batch_size"]
+        needed = flop(self.row["stage"], work, int(layers) if layers else None, whole)
         took = self.phases if self.row["stage"] == "ppo" else {"step": self.seconds}
         peak = self.results["peaks"][self.row["dtype"]]
         return {phase: needed[phase] / peak / seconds for phase, seconds in took.items()}
@@ -98,7 +100,7 @@ def where(results: dict[str, Any]) -> str:
         f"({work['tokens']['prompts']} in all), {work['response_length']} response tokens each, {work['ppo_epochs']} "
         f"epochs, one mini-batch, LoRA r={work['lora_r']} on all linear layers. SFT and reward training: "
         f"{work['batch_size']} rows of up to {work['max_length']} tokens in micro-batches of "
-        f"{work['train_micro_batch']}. Best rate of torch.mm here: {rates}."
+        f"{work['train_micro_batch']}. Best rate of a matrix product here: {rates}."
         + (" Quick sizes: the figures mean nothing." if results["quick"] else "")
     )
 

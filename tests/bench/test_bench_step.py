@@ -156,6 +156,9 @@ def test_flop_by_hand() -> None:
         "score": 4 * 2 * 100 * 10_000 + 2 * 2 * 60 * 5_000,
         "update": 4 * (2 * 4 * 100 * 10_000 + 4 * 60 * 5_000),
     }
+    # one micro-batch: the first epoch has no forward pass of its own
+    whole = arithmetic.flop("ppo", WORK, one_micro_batch=True)
+    assert whole["update"] == arithmetic.flop("ppo", WORK)["update"] - 2 * 2 * 100 * 10_000
     # 2 of 10 layers have adapters: the 8 below run once for the four roles, and not at all in the update
     assert arithmetic.flop("ppo", WORK, 2) == {
         "rollout": 2 * 100 * 10_000 + 2 * 60 * 5_000,
