@@ -10,6 +10,8 @@ A result depends neither on the number of threads nor on where a row stands. Siz
 """
 
 import hashlib
+import math
+import sys
 import typing
 from typing import Annotated, Any, NamedTuple
 
@@ -27,6 +29,20 @@ ENUMS = {
     "Activation": ACTIVATIONS,
     "Aggregation": tuple(name.replace("-", "_") for name in AGGREGATIONS),
 }
+
+
+class Range:
+    """The finite numbers that a caller may give for a field: ``least`` to ``most``, both included."""
+
+    def __init__(self, lowest: float, highest: float = math.inf, above: bool = False, optional: bool = False) -> None:
+        """``above`` leaves out the lowest. An ``optional`` field may be None, which reaches the kernels as +inf."""
+        self.least = math.nextafter(lowest, math.inf) if above else lowest
+        self.most = min(highest, sys.float_info.max)
+        self.optional = optional
+        self.text = f"a finite number {'>' if above else '>='} {lowest:g}{', or None' if optional else ''}"
+        if highest < math.inf:
+            self.text = f"in [{lowest:g}, {highest:g}]"
+
 
 # Python's type of a field, and C's.
 Size = Annotated[int, "int64_t"]
@@ -128,15 +144,22 @@ class LinearLogprobs(NamedTuple):
 
 
 class PolicyTerms(NamedTuple):
-    """The scalars of the losses with a policy."""
+    """The scalars of the losses with a policy. Each default leaves its term out."""
 
-    clip_low: Number  # the ratio is held within [1 - clip_low, 1 + clip_high]
-    clip_high: Number
-    dual_clip: Number  # +inf = none
-    kl_coef: Number
-    entropy_coef: Number
-    kl: KlCode  # whose value the KL has
-    kl_slope: KlCode  # and whose slope ("k3+" has k2's)
+    clip_low: Annotated[Number, Range(0, 1)] = 1.0  # the ratio is held within [1 - clip_low, 1 + clip_high]
+    clip_high: Annotated[Number, Range(0)] = math.inf
+    dual_clip: Annotated[Number, Range(1, above=True, optional=True)] = math.inf  # +inf = none
+    kl_coef: Annotated[Number, Range(0)] = 0.0
+    entropy_coef: Annotated[Number, Range(0)] = 0.0
+    kl: KlCode = 0  # whose value the KL has
+    kl_slope: KlCode = 0  # and whose slope ("k3+" has k2's)
+
+
+class ValueTerms(NamedTuple):
+    """The scalars of the losses with a value."""
+
+    clip: Annotated[Number, Range(0, above=True, optional=True)] = math.inf  # +inf = none
+    coef: Annotated[Number, Range(0)] = 1.0
 
 
 class LinearPolicyLoss(NamedTuple):
@@ -275,8 +298,7 @@ class PpoLoss(NamedTuple):
     live: Live | None
     sequence_level: Flag  # ratios by the sequence
     terms: PolicyTerms
-    value_clip: Number  # +inf = none
-    value_coef: Number
+    value_terms: ValueTerms
     divisor: LossDivisor
     loss: Out  # 1
     statistics: Out
@@ -438,6 +460,17 @@ def fields_of(record: type) -> dict[str, Any]:
         given = [part for part in (annotation, *typing.get_args(annotation)) if hasattr(part, "__metadata__")]
         found[name] = given[0].__metadata__[0] if given else annotation
     return found
+
+
+def ranges_of(record: type) -> dict[str, Range]:
+    """Name -> what a caller may give, of the fields that declare it."""
+    hints = typing.get_type_hints(record, include_extras=True)
+    return {
+        name: part
+        for name, hint in hints.items()
+        for part in getattr(hint, "__metadata__", ())
+        if isinstance(part, Range)
+    }
 
 
 def structures() -> dict[type, dict[str, Any]]:

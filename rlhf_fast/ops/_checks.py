@@ -1,9 +1,12 @@
 """Argument checks shared by the public functions. Each error says what was expected, what came and what to do."""
 
 import math
+from typing import Any
 
 import torch
 from torch._C._functorch import TransformType
+
+from rlhf_fast.kernels.records import Range
 
 # Past them, float32 has no reciprocal of a temperature, or no product of one and the exponents' range.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**119
@@ -198,6 +201,19 @@ def within(op: str, lowest: float, highest: float, **numbers: float) -> None:
             is_number(op, **{name: number})
         if not lowest <= number <= highest:
             raise ValueError(f"{op}: {name} must be in [{lowest:g}, {highest:g}]; got {number!r}")
+
+
+def in_ranges(op: str, ranges: dict[str, Range], numbers: dict[str, float | None], prefix: str = "") -> dict[str, Any]:
+    """Each number is in the range of its name; errors name it behind ``prefix``. Returns them, inf in place of None."""
+    for name, number in numbers.items():
+        if type(number) not in NUMBERS:
+            is_number(op, **{prefix + name: number})
+        allowed = ranges[name]
+        if number is None and allowed.optional:
+            numbers[name] = math.inf
+        elif number is None or not allowed.least <= number <= allowed.most:
+            raise ValueError(f"{op}: {prefix}{name} must be {allowed.text}; got {number!r}")
+    return numbers
 
 
 def one_of(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
