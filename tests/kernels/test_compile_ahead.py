@@ -35,7 +35,7 @@ def test_the_numbers_of_a_loss_compile_no_kernel_again() -> None:
     from rlhf_fast.kernels.formulas import kernel_terms
     from rlhf_fast.kernels.records import PolicyTerms, ValueTerms
 
-    policy = kernel_terms(PolicyTerms(kl_coef=1.0, kl=1, kl_slope=1))
+    policy = kernel_terms(PolicyTerms(kl_coef=1.0, kl=2, kl_slope=2))
     assert mangle_type(policy, specialize=True) == ("fp32",) * 5 + ("constexpr",) * 2
     assert mangle_type(ValueTerms(), specialize=True) == ("fp32",) * 2
 
