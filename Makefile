@@ -1,6 +1,7 @@
 # make demo: the three stages on a real language model. make test: everything that CI checks.
 # make new-op NAME=...: a new operation. make docs: the documentation. make bench: the speed of every operation, compared
 # with other libraries. make bench-step: the speed and memory of whole training steps, beside other trainers.
+# make bench-learning: what PPO learns, beside TRL's.
 # make gpu: tests and benchmarks on this machine's GPU. make wheel, make sanitize: more tests of the compiled engine.
 PYTHON ?= python3
 # Pinned: an unpinned torch takes several GB of CUDA packages. On a GPU machine: make demo TORCH=torch
@@ -13,15 +14,17 @@ TEST_PROCESSES ?= 2
 FOUR_BIT := .venv-4bit
 RESULTS := bench/results/cpu
 STEP_RESULTS := bench/results/step.json
+LEARNING_RESULTS := bench/results/learning.json
 # The peers of bench-step, each in an environment of its own. TRL 1.12 is the last one with PPO.
 TRL := trl==1.12.0 transformers==5.24.0 peft==0.21.2 datasets==5.2.0
 AGILERL := agilerl[cpu-llm]==2.58.0
 CHART := docs/images/benchmarks-cpu.png
+LEARNING_CHART := docs/images/learning.png
 ENGINE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 CPP := $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cu) tests/cuda/*.cpp tests/cuda/emulated/*.h tests/cuda/emulated/*.cpp)
 
 .DEFAULT_GOAL := $(VENV)/installed
-.PHONY: demo test lint format new-op docs bench bench-step gpu wheel sanitize clean
+.PHONY: demo test lint format new-op docs bench bench-step bench-learning gpu wheel sanitize clean
 
 $(VENV)/packages: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("rlhf-fast needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -95,11 +98,19 @@ bench: $(VENV)/installed
 .venv-trl/installed: PEER = $(TRL)
 .venv-agilerl/installed: PEER = "$(AGILERL)"
 
+# The folder of the demo's model, in a recipe.
+DEMO_FOLDER = $$($(BIN)/python -c 'from rlhf_fast.models.builtin import default_model; print(default_model())')
+
 # About half an hour on a quiet machine. On HH-RLHF: make bench-step DATA=FILE.jsonl.gz
 bench-step: $(VENV)/model .venv-trl/installed .venv-agilerl/installed
-	model=$$($(BIN)/python -c 'from rlhf_fast.models.builtin import default_model; print(default_model())') && \
-	$(BIN)/python -m rlhf_fast.bench.step --model "$$model" $(if $(DATA),--data "$(DATA)") --json $(STEP_RESULTS)
+	$(BIN)/python -m rlhf_fast.bench.step --model "$(DEMO_FOLDER)" $(if $(DATA),--data "$(DATA)") --json $(STEP_RESULTS)
 	$(BIN)/python bench/results.py $(STEP_RESULTS)
+
+# About an hour on a quiet machine. The runs that the file has are kept; delete it to begin anew.
+bench-learning: $(VENV)/model .venv-trl/installed
+	$(BIN)/python -m rlhf_fast.bench.step.learning --model "$(DEMO_FOLDER)" --json $(LEARNING_RESULTS) \
+	--chart $(LEARNING_CHART)
+	$(BIN)/python bench/results.py $(LEARNING_RESULTS)
 
 # On this machine's GPU, with $(PYTHON) and what it has, since a GPU's torch is the machine's own; without a network. Each
 # step is bounded in seconds, all of them by eight minutes. One that fails is told, and the others run. The cheapest proof

@@ -3,7 +3,7 @@
 `python bench/results.py runs/demo` writes bench/results/demo.json and renews the tables made from it, wherever the
 README or a page of docs/ has `<!-- results demo -->` or `<!-- highlights demo -->` and `<!-- end -->`.
 `python bench/results.py bench/results/cpu.json` renews the tables of what `rlhf-fast bench --json` wrote there, and
-bench/results/step.json those of `make bench-step`.
+bench/results/step.json and bench/results/learning.json those of `make bench-step` and `make bench-learning`.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import yaml
 
 from rlhf_fast.bench import report
 from rlhf_fast.bench.peers import installed_version
+from rlhf_fast.bench.step import curves
 from rlhf_fast.bench.step.tables import tables
 from rlhf_fast.bench.workload import COMPILED, EAGER, OURS
 
@@ -72,11 +73,14 @@ def machine() -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Every figure: the rows of a bench, the tables of whole steps, or one line for each figure of a run."""
+    """Every figure: the rows of a bench, the tables of whole steps, that of learning, or one line for each figure
+    of a run."""
     if "rows" in results:
         return report.summary(results)
     if "runs" in results:
         return tables(results)
+    if "curves" in results:
+        return curves.table(results)
     stages = {name: summary["figures"] for name, summary in results["stages"].items()}
     rows: list[tuple[str, str]] = []
     if "validation_loss" in stages.get("sft", {}):

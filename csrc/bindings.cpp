@@ -1,12 +1,15 @@
-// The Python module rlhf_fast._C: one function per launcher, those of CUDA in the submodule `cuda`. Only rlhf_fast/ops
-// calls it, after it has checked shapes, dtypes and strides.
+// The Python module rlhf_fast._C: one function per launcher, with those of CUDA in the submodule `cuda`. Only
+// rlhf_fast/ops calls it, after checking shapes, dtypes and strides.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "rlhf_fast.h"
 
@@ -34,6 +37,7 @@ py::dict build_info() {
   info["cpu_paths"] = paths();
   info["cpu_path"] = cpu().path;
   info["float32_products"] = multiplies_float32() ? "rlhf-fast" : "torch";
+  info["bfloat16_products"] = prefers_bfloat16() ? "rlhf-fast" : "torch";
   info["compiler"] = RLHF_FAST_COMPILER;
 #ifdef _OPENMP
   info["openmp"] = true;
@@ -51,8 +55,8 @@ py::dict build_info() {
 
 // ---- read(value, to): reads a record of kernels/records.py into its structure ----------------------------------------
 //
-// A record is a tuple of tensors, numbers, None and further records. Each function returns false if a Python error is
-// set. They use Python's C API, not pybind11's casts, because a small op calls them a dozen times.
+// A record is a tuple of tensors, numbers, None and further records. Each function returns false if it has set a Python
+// error. They use Python's C API instead of pybind11's slower casts, because an op calls them a dozen times.
 
 bool no_error() { return !PyErr_Occurred(); }
 
@@ -119,10 +123,34 @@ Arguments arguments_of(const py::handle& record) {
   return arguments;
 }
 
-// ---- a launcher as a function of the module -------------------------------------------------------------------------
+// ---- binding a launcher as a function of the module ------------------------------------------------------------------
 
 using Release = py::gil_scoped_release;
 using Address = uintptr_t;  // a data_ptr(), or a stream
+
+// The fields of a BFloat16Term.
+using Term = std::tuple<Address, int64_t, Address, int64_t, int64_t, Address, int64_t, int64_t, int64_t, float>;
+
+BFloat16Term term_of(const Term& term) {
+  const auto& [left, left_stride, right, right_stride, right_column_stride, packed, inner, start, stop, scale] = term;
+  return {(const uint16_t*)left,
+          left_stride,
+          (const uint16_t*)right,
+          right_stride,
+          right_column_stride,
+          (const uint32_t*)packed,
+          inner,
+          start,
+          stop,
+          scale};
+}
+
+using Place = std::tuple<Address, int64_t, int64_t>;  // the fields of HeadRows
+
+HeadRows heads_of(const Place& place) {
+  const auto& [data, row_stride, head_stride] = place;
+  return {(void*)data, row_stride, head_stride};
+}
 
 template <class Arguments>
 void on_cpu(py::module_& m, const char* name, void (*CpuLaunchers::*launcher)(const Arguments&, int)) {
@@ -134,7 +162,7 @@ void on_cpu(py::module_& m, const char* name, void (*CpuLaunchers::*launcher)(co
 }
 
 #ifdef RLHF_FAST_CUDA
-// The size of a launch, for its error. The overload is chosen by the fields that the structure has.
+// The size of a launch, for error messages. The overload is selected by the fields of the structure.
 template <class Arguments>
 auto size_of(const Arguments& a) -> decltype(a.rows, std::string()) {
   return std::to_string(a.rows.length) + " rows of " + std::to_string(a.rows.vocab);
@@ -155,7 +183,7 @@ auto size_of(const Arguments& a) -> decltype(a.elements, std::string()) {
   return std::to_string(a.elements) + " elements";
 }
 
-// The function returns the bytes of scratch that the launch needs, or 0 if it has launched.
+// The Python function returns 0 if it has launched, else the bytes of scratch that the launch needs.
 template <class Arguments>
 void on_cuda(py::module_& m, const char* name, const char* (*launcher)(const Arguments&, Scratch&, void*)) {
   m.def(name, [=](const py::handle& record, Address scratch_data, size_t scratch_size, Address stream) -> size_t {
@@ -181,16 +209,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_path", &choose_path);
   m.def("multiplies_bfloat16", &multiplies_bfloat16);
   m.def("multiplies_float32", &multiplies_float32);
-  m.def(
-      "bfloat16_product",
-      [](int64_t rows, int64_t columns, int64_t inner, Address left, int64_t left_stride, Address right,
-         int64_t right_stride, Address out, int64_t out_stride, int threads) {
-        if (!bfloat16_product({rows, columns, inner, (const uint16_t*)left, left_stride, (const uint16_t*)right,
-                               right_stride, (float*)out, out_stride, threads})) {
-          throw std::bad_alloc();
-        }
-      },
-      py::call_guard<Release>());
+  m.def("prefers_bfloat16", &prefers_bfloat16);
+  m.def("bfloat16_product", [](int64_t rows, int64_t columns, const std::vector<Term>& terms, Address bias, Address out,
+                               int64_t out_stride, bool wide, int threads) {
+    std::vector<BFloat16Term> read(terms.size());
+    for (size_t i = 0; i < terms.size(); i++) read[i] = term_of(terms[i]);
+    Release release;
+    if (!bfloat16_product({rows, columns, read.data(), (int)read.size(), (const uint16_t*)bias, (void*)out, out_stride,
+                           wide, threads})) {
+      throw std::bad_alloc();
+    }
+  });
+  m.def("pack_bfloat16", [](int64_t columns, const Term& term, Address packed, int threads) {
+    Release release;
+    pack_bfloat16(term_of(term), columns, (uint32_t*)packed, threads);
+  });
   m.def(
       "float32_product",
       [](int64_t rows, int64_t columns, int64_t inner, Address left, int64_t left_stride, int64_t left_inner_stride,
@@ -200,6 +233,36 @@ PYBIND11_MODULE(_C, m) {
             {rows, columns, inner, (const float*)left, left_stride, left_inner_stride, (const float*)right,
              right_stride, right_column_stride, (float*)out, out_stride, scale, add},
             threads);
+      },
+      py::call_guard<Release>());
+
+  m.def(
+      "short_attention",
+      [](int dtype, const std::array<int64_t, 6>& sizes, Address starts, Address mask, float scale,
+         const std::array<Place, 4>& rows, Address log_sums, const std::array<Place, 4>& grads, Address scratch,
+         int64_t scratch_size, int threads) {
+        cpu().short_attention({(DType)dtype,
+                               sizes[0],
+                               sizes[1],
+                               sizes[2],
+                               sizes[3],
+                               sizes[4],
+                               sizes[5],
+                               (const int64_t*)starts,
+                               (const uint8_t*)mask,
+                               scale,
+                               heads_of(rows[0]),
+                               heads_of(rows[1]),
+                               heads_of(rows[2]),
+                               heads_of(rows[3]),
+                               (float*)log_sums,
+                               heads_of(grads[0]),
+                               heads_of(grads[1]),
+                               heads_of(grads[2]),
+                               heads_of(grads[3]),
+                               (float*)scratch,
+                               scratch_size},
+                              threads);
       },
       py::call_guard<Release>());
 

@@ -1,9 +1,9 @@
-// The token-level formulas, written once: F is a vector on the CPU and a float in a CUDA thread. Each is the formula of
-// the torch reference of the same name in rlhf_fast/ops.
+// The token-level formulas, shared by the CPU (F is a vector) and CUDA (F is a float, one token per thread). They
+// compute the same as the torch references in rlhf_fast/ops.
 //
-// They need arithmetic and comparisons of F, and the functions where(condition, a, b), expm1, abs, reciprocal and
-// bounded_exp, which is e^x for x <= 87. This file is included INSIDE the namespace that defines these:
-// rlhf_fast::<path> in cpu/vec.h, rlhf_fast::cuda in cuda/scalar.h.
+// F needs arithmetic, comparisons, and the functions where(condition, a, b), expm1, abs, reciprocal and bounded_exp,
+// which is e^x for x <= 87. This file is included INSIDE the namespace that defines them: rlhf_fast::<path> in
+// cpu/vec.h, rlhf_fast::cuda in cuda/scalar.h.
 
 #ifdef __CUDACC__
 #define RLHF_FAST_FORMULA __host__ __device__ __forceinline__
@@ -11,11 +11,11 @@
 #define RLHF_FAST_FORMULA inline __attribute__((always_inline))
 #endif
 
-// exp(x) - 1 - x to a few units in the last place. Where the difference would cancel, |x| < 1/2, by its Taylor series
+// exp(x) - 1 - x to a few ulp. For |x| < 1/2, where the difference would cancel, by its Taylor series
 //
 //     x^2 / 2 (1 + x / 3 (1 + x / 4 (1 + ... x / 9))),
 //
-// whose next term is less than half a unit in the last place of a float.
+// whose next term is less than half an ulp of a float.
 template <class F>
 RLHF_FAST_FORMULA F k3(F x) {
   F tail = 1.0f + x * (1.0f / 9);
@@ -25,13 +25,13 @@ RLHF_FAST_FORMULA F k3(F x) {
   tail = 1.0f + x * (1.0f / 5) * tail;
   tail = 1.0f + x * (1.0f / 4) * tail;
   tail = 1.0f + x * (1.0f / 3) * tail;
-  // The bound prevents inf - inf. Where it acts, exp(x) is infinite already.
+  // The bound prevents inf - inf; exp(x) overflows before x reaches it.
   const F bounded = where(x > 1000.0f, F{} + 1000.0f, x);
   return where(abs(x) < 0.5f, 0.5f * x * x * tail, expm1(x) - bounded);
 }
 
-// NaN for a code that no switch knows. A switch without a default makes the compiler reject a forgotten code
-// (-Werror=switch), so this is only reached by a module of another build.
+// NaN for an invalid code. The switches have no default, so that -Werror=switch rejects a missing case; this is reached
+// only if the caller passes a code of another build.
 template <class F>
 RLHF_FAST_FORMULA F no_formula() {
   return F{} + __builtin_nanf("");
@@ -49,7 +49,7 @@ RLHF_FAST_FORMULA F kl_value(Kl estimator, F d) {
   return no_formula<F>();
 }
 
-// d value / d logprob. That of abs is 0 at NaN, as torch.sign.
+// d value / d logprob. The slope of abs is 0 at NaN, like torch.sign.
 template <class F>
 RLHF_FAST_FORMULA F kl_slope(Kl estimator, F d) {
   switch (estimator) {
@@ -74,11 +74,11 @@ template <class F>
 struct LossToken {
   F loss;
   F slope;    // d loss / d log-prob or value: 0 where the loss is clipped
-  F clipped;  // 1 where it is, else 0, never NaN
+  F clipped;  // 1 where the loss is clipped, else 0; never NaN
 };
 
-// PPO's clipped loss of a token. `log_ratio` is the token's, not yet clamped. `ratio` is exp of the clamped one, or
-// that of the token's sequence. At a tie, or at the ceiling itself, it is not clipped.
+// PPO's clipped loss of a token. `log_ratio` is the token's, not clamped. `ratio` is exp of the clamped log ratio, or
+// the ratio of the token's sequence. A tie, or a loss equal to the ceiling, is not clipped.
 template <class F>
 RLHF_FAST_FORMULA LossToken<F> policy_token(F log_ratio, F ratio, F advantage, const PolicyTerms& terms) {
   const float low = 1.0f - terms.clip_low, high = 1.0f + terms.clip_high;
@@ -91,13 +91,13 @@ RLHF_FAST_FORMULA LossToken<F> policy_token(F log_ratio, F ratio, F advantage, c
   const F loss = where(outside, at_bound, unclipped);
   const auto over = (advantage < 0.0f) & (loss > ceiling);
   const auto clipped = outside | over;
-  // d ratio / d logprob = ratio, so the slope of the unclipped loss is that loss. Where the ratio is clipped or its
-  // logarithm clamped, the loss does not depend on the log-prob.
+  // d ratio / d logprob = ratio, so the slope of the unclipped loss is the loss itself. If the ratio is clipped or the
+  // log ratio clamped, the loss does not depend on the log-prob.
   const auto constant = clipped | (abs(log_ratio) > kLogRatioBound);
   return {where(over, ceiling, loss), where(constant, F{}, unclipped), where(clipped, F{} + 1.0f, F{})};
 }
 
-// 0.5 * max((v - R)^2, (clip(v) - R)^2). At a tie the unclipped branch counts.
+// 0.5 * max((v - R)^2, (clip(v) - R)^2). A tie is not clipped.
 template <class F>
 RLHF_FAST_FORMULA LossToken<F> value_token(F value, F old_value, F target, const ValueTerms& terms) {
   const F lowest = old_value - terms.clip, highest = old_value + terms.clip;
@@ -122,9 +122,9 @@ RLHF_FAST_FORMULA F gae_step(F reward, F value, F next_value, F next_advantage, 
 //     advantage_t = reward_t - value_t + g_{t+1}
 //     g_t         = gain_t + gamma_lam * g_{t+1}
 //
-// so that one number is carried from token to token, not two. `gamma_rest` is gamma - gamma_lam, subtracted in double,
-// so that the values cancel exactly at lam = 1. An infinite value makes all earlier tokens NaN, as in the reference:
-// that is the term value - value.
+// so that only one number is carried from token to token. `gamma_rest` is gamma - gamma_lam, subtracted in double, so
+// that it is exactly 0 at lam = 1. The term value - value is NaN for an infinite value, which makes all earlier tokens
+// NaN, as in the torch reference.
 template <class F>
 RLHF_FAST_FORMULA F gae_gain(F reward, F value, float gamma_lam, float gamma_rest) {
   return gamma_lam * reward + gamma_rest * value + (value - value);
@@ -138,15 +138,15 @@ struct Activated {
   F slope;  // a'(x)
 };
 
-// x * sigmoid(u); `rise` is du/dx. The exponential's bound keeps 1 - sigmoid(u) = e^-u sigmoid(u) finite.
+// x * sigmoid(u); `rise` is du/dx. bounded_exp keeps 1 - sigmoid(u) = e^-u sigmoid(u) finite.
 template <class F>
 RLHF_FAST_FORMULA Activated<F> sigmoid_gate(F x, F u, F rise) {
   const F e = bounded_exp(-u), sigmoid = reciprocal(1.0f + e), value = x * sigmoid;
   return {value, sigmoid + value * (e * sigmoid) * rise};
 }
 
-// Phi(x), the share of a normal distribution below x: half of erfc(|x| / sqrt(2)), to 1.2e-7 of itself (Press et al.,
-// Numerical Recipes, 2nd edition, section 6.2), or what is left of 1.
+// Phi(x), the normal distribution function. For x < 0 it is erfc(|x| / sqrt(2)) / 2 with a relative error of 1.2e-7
+// (Press et al., Numerical Recipes, 2nd edition, section 6.2), else 1 minus that. `bell` is e^(-x^2 / 2).
 template <class F>
 RLHF_FAST_FORMULA F normal_share(F x, F bell) {
   const F t = reciprocal(1.0f + abs(x) * 0.353553391f);
@@ -169,7 +169,7 @@ RLHF_FAST_FORMULA Activated<F> activate(Activation activation, F x) {
   switch (activation) {
     case Activation::silu: return sigmoid_gate(x, x, F{} + 1.0f);
     case Activation::gelu_tanh: {
-      // (1 + tanh(z)) / 2 = sigmoid(2 z), 2 z = sqrt(8 / pi) (x + 0.044715 x^3); at 30 it has long been 0 or 1
+      // (1 + tanh(z)) / 2 = sigmoid(2 z), 2 z = sqrt(8 / pi) (x + 0.044715 x^3); for |x| > 30 it is 0 or 1
       F near = where(x > 30.0f, F{} + 30.0f, x);
       near = where(x < -30.0f, F{} - 30.0f, near);
       const F square = near * near;

@@ -26,7 +26,7 @@ struct Rows {
   const int64_t* targets;      // (length,); in [0, vocab) where live
   const uint8_t* live;         // (length,)
   const float* temperatures;   // (length,); None = all rows have ``temperature``
-  int64_t temperature_stride;  // of temperatures
+  int64_t temperature_stride;  // stride of temperatures
   float temperature;
   float softcap;  // 0 = none
 };
@@ -53,7 +53,7 @@ inline auto fields(MaskedLogprobs& a) { return std::tie(a.rows, a.logits, a.logp
 struct MaskedLogprobsBackward {
   Rows rows;
   Logits logits;
-  int64_t columns;  // of grad; those past vocab get 0
+  int64_t columns;  // columns of grad; columns past vocab get 0
   const float* statistics;
   const float* logprobs;
   const float* entropy;        // needed with grad_entropy
@@ -102,13 +102,13 @@ inline auto fields(LinearLogprobs& a) {
 }
 
 struct PolicyTerms {
-  float clip_low;  // the ratio is held within [1 - clip_low, 1 + clip_high]
+  float clip_low;  // the ratio is clipped to [1 - clip_low, 1 + clip_high]
   float clip_high;
   float dual_clip;  // +inf = none
   float kl_coef;
   float entropy_coef;
-  Kl kl;        // whose value the KL has
-  Kl kl_slope;  // and whose slope ("k3+" has k2's)
+  Kl kl;        // the formula of the KL's value
+  Kl kl_slope;  // and of its slope ("k3+" has k2's)
 };
 inline auto fields(PolicyTerms& a) {
   return std::tie(a.clip_low, a.clip_high, a.dual_clip, a.kl_coef, a.entropy_coef, a.kl, a.kl_slope);
@@ -120,7 +120,7 @@ struct LinearPolicyLoss {
   const float* old_logprobs;
   const float* advantages;
   const float* ref_logprobs;  // None = no KL
-  const float* share;         // (length,) of the token in the loss
+  const float* share;         // (length,) the weight of the token in the loss
   PolicyTerms terms;
   Logits grad;
   float* logprobs;
@@ -140,7 +140,7 @@ struct LinearPolicyRef {
   float* entropy;
   float* kl;
   Logits grad;
-  const float* grad_logprobs;  // these three, (length,), with grad
+  const float* grad_logprobs;  // this, grad_entropy and grad_kl: (length,), needed with grad
   const float* grad_entropy;
   const float* grad_kl;
 };
@@ -174,14 +174,14 @@ inline auto fields(TokenKlBackward& a) {
 
 struct Gae {
   int64_t sequences;
-  int64_t length;             // of a padded row; of all sequences together where cu_seqlens is given
+  int64_t length;             // tokens of a padded row; with cu_seqlens, tokens of all sequences together
   const int64_t* cu_seqlens;  // (sequences + 1,) bounds of packed sequences, or None = padded
   const float* rewards;
   const float* values;
   const uint8_t* live;
   double gamma;
   double lam;
-  bool whiten;  // advantages alone
+  bool whiten;  // whitens the advantages, not the returns
   float* advantages;
   float* returns;
 };
@@ -235,14 +235,14 @@ inline auto fields(ValueTerms& a) { return std::tie(a.clip, a.coef); }
 
 struct LossDivisor {
   Aggregation aggregation;
-  double number;        // num_items, where it is known; below 0 = count here
-  const double* items;  // or it is there, on the device: CUDA alone
+  double number;        // num_items; below 0 = the launcher counts
+  const double* items;  // num_items on the device, used instead of number; only on CUDA
 };
 inline auto fields(LossDivisor& a) { return std::tie(a.aggregation, a.number, a.items); }
 
 struct PpoLoss {
-  bool policy;  // what is there; the other's data is not read
-  bool value;
+  bool policy;  // whether the loss has a policy term; if not, its data is not read
+  bool value;   // the same for the value term
   int64_t sequences;
   int64_t length;
   const float* logprobs;
@@ -254,13 +254,13 @@ struct PpoLoss {
   const float* entropy;
   const float* ref_logprobs;
   const uint8_t* live;
-  bool sequence_level;  // ratios by the sequence
+  bool sequence_level;  // ratios per sequence
   PolicyTerms terms;
   ValueTerms value_terms;
   LossDivisor divisor;
   float* loss;  // 1
   float* statistics;
-  float* grad_logprobs;  // these three of the loss, (sequences, length); None = not wanted
+  float* grad_logprobs;  // the three gradients of the loss: (sequences, length); None = not wanted
   float* grad_values;
   float* grad_entropy;
 };
@@ -344,8 +344,8 @@ inline auto fields(Heads& a) { return std::tie(a.data, a.sequence_stride, a.head
 struct Angles {
   void* cos;
   void* sin;
-  DType dtype;              // float32, or that of the heads
-  int64_t sequence_stride;  // 0 where all sequences share them
+  DType dtype;              // float32, or the dtype of the heads
+  int64_t sequence_stride;  // 0 = all sequences have the same
   int64_t token_stride;
 };
 inline auto fields(Angles& a) { return std::tie(a.cos, a.sin, a.dtype, a.sequence_stride, a.token_stride); }
@@ -354,12 +354,12 @@ struct RotaryEmbedding {
   int64_t sequences;
   int64_t heads;
   int64_t length;
-  int64_t width;   // of a head
-  int64_t turned;  // even, at most width
+  int64_t width;   // columns of a head
+  int64_t turned;  // columns that are rotated; even, at most width
   DType dtype;
   Heads x;
   Angles angles;
-  bool backward;  // the other way round: the gradient of x from that of the result
+  bool backward;  // the transposed rotation: x is the gradient of the result, out that of the input
   Heads out;
 };
 inline auto fields(RotaryEmbedding& a) {

@@ -1,7 +1,7 @@
-"""The token-level formulas, those of csrc/formulas.h. Each is the formula of the torch reference of the same name.
+"""The token-level formulas, as in csrc/formulas.h. They compute the same as the torch references in rlhf_fast/ops.
 
-The exponentials are written out. Triton has no expm1. Its exp is 2^(x log2 e), and the rounded product loses digits as
-x grows. CUDA's own library exists neither in the interpreter nor on other targets.
+The exponentials are implemented here. Triton has no expm1. Its exp is 2^(x log2 e), and the rounding of that product
+makes it inaccurate for large x. CUDA's libdevice does not exist in the interpreter and on other targets.
 """
 
 from typing import Any, NamedTuple
@@ -24,15 +24,15 @@ LOG_RATIO_BOUND = tl.constexpr(20.0)
 def _split_exponential(x):
     """(half, fraction) with e^x = 2 * half * (1 + fraction).
 
-    half is 2^(n - 1), not 2^n, because 2^128 is no float32. Below -86.9 it is 0.
+    half is 2^(n - 1) instead of 2^n, because 2^128 is not a float32. It is 0 for x < -86.9.
     """
     # 1. x = n log 2 + r with an integer n and |r| <= log(2) / 2. The bounds keep the exponent of ``half`` in range.
     bounded = tl.where(x > 89.0, 89.0, x)
     bounded = tl.where(bounded < -86.9, -86.9, bounded)
-    # Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum.
+    # Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the sum.
     shifted = bounded * 1.44269504 + 12582912.0
     n = shifted - 12582912.0
-    # log 2 in two parts, the first with zeros at its end: n times it is exact, and so r keeps its digits
+    # log 2 is split in two parts. The first has trailing zeros, so that n times it is exact and r is accurate.
     r = bounded - n * 0.693145752
     r = r - n * 1.42860677e-6
     # 2. e^r - 1 = r + r^2 p(r)
@@ -41,7 +41,7 @@ def _split_exponential(x):
     p = p * r + 4.1665795e-2
     p = p * r + 1.6666665e-1
     p = p * r + 0.5
-    # 3. 2^(n - 1): the integer moved into the exponent bits
+    # 3. 2^(n - 1): the integer shifted into the exponent bits
     half = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F000000).to(tl.float32, bitcast=True)
     return tl.where(x < -86.9, 0.0, half), p * (r * r) + r
 
@@ -54,14 +54,14 @@ def exponential(x):
 
 @triton.jit
 def expm1(x):
-    """e^x - 1. Small x keep their digits: there half is 1/2, and the fraction alone is left."""
+    """e^x - 1, accurate for small x: there half = 1/2, and the result is the fraction."""
     half, fraction = _split_exponential(x)
     return 2.0 * (half * fraction + (half - 0.5))
 
 
 @triton.jit
 def k3(x):
-    """exp(x) - 1 - x to a few units in the last place: by its Taylor series where the difference would cancel."""
+    """exp(x) - 1 - x to a few ulp, by its Taylor series where the difference would cancel."""
     tail = 1.0 + x * (1.0 / 9)
     tail = 1.0 + x * (1.0 / 8) * tail
     tail = 1.0 + x * (1.0 / 7) * tail
@@ -69,7 +69,7 @@ def k3(x):
     tail = 1.0 + x * (1.0 / 5) * tail
     tail = 1.0 + x * (1.0 / 4) * tail
     tail = 1.0 + x * (1.0 / 3) * tail
-    # The bound prevents inf - inf. Where it acts, exp(x) is infinite already.
+    # The bound prevents inf - inf; exp(x) overflows before x reaches it.
     bounded = tl.where(x > 1000.0, 1000.0, x)
     return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * tail, expm1(x) - bounded)
 
@@ -91,7 +91,7 @@ def kl_value(d, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def kl_slope(d, ESTIMATOR: tl.constexpr):
-    """d value / d logprob. That of abs is 0 at NaN, as torch.sign."""
+    """d value / d logprob. The slope of abs is 0 at NaN, like torch.sign."""
     if ESTIMATOR == K1:
         slope = tl.full(d.shape, 1.0, tl.float32)
     elif ESTIMATOR == K2:
@@ -138,8 +138,8 @@ def kernel_terms(terms: PolicyTerms) -> KernelTerms:
 def policy_token(log_ratio, ratio, advantage, terms):
     """PPO's clipped loss of a token: (loss, d loss / d logprob, whether it is clipped).
 
-    ``log_ratio`` is the token's, not yet clamped. ``ratio`` is exp of the clamped one, or that of the token's sequence.
-    At a tie, and at the ceiling itself, the unclipped branch counts.
+    ``log_ratio`` is the token's, not clamped. ``ratio`` is exp of the clamped log ratio, or the ratio of the token's
+    sequence. A tie, or a loss equal to the ceiling, is not clipped.
     """
     clipped_ratio = tl.where(ratio < terms.low, terms.low, ratio)
     clipped_ratio = tl.where(clipped_ratio > terms.high, terms.high, clipped_ratio)
@@ -150,8 +150,8 @@ def policy_token(log_ratio, ratio, advantage, terms):
     loss = tl.where(outside, at_bound, unclipped)
     over = (advantage < 0.0) & (loss > ceiling)
     clipped = outside | over
-    # d ratio / d logprob = ratio, so the slope of the unclipped loss is the loss. Where the ratio is clipped or its
-    # logarithm clamped, the loss does not depend on the log-prob.
+    # d ratio / d logprob = ratio, so the slope of the unclipped loss is the loss itself. If the ratio is clipped or the
+    # log ratio clamped, the loss does not depend on the log-prob.
     constant = clipped | (tl.abs(log_ratio) > LOG_RATIO_BOUND)
     return tl.where(over, ceiling, loss), tl.where(constant, 0.0, unclipped), clipped
 
@@ -160,7 +160,7 @@ def policy_token(log_ratio, ratio, advantage, terms):
 def value_token(value, old_value, target, terms):
     """0.5 * max((v - R)^2, (clip(v) - R)^2): (loss, d loss / d value, whether it is clipped).
 
-    At a tie the unclipped branch counts.
+    A tie is not clipped.
     """
     lowest = old_value - terms.clip
     highest = old_value + terms.clip
@@ -181,9 +181,9 @@ def gae_gain(reward, value, gamma_lam, gamma_rest):
         advantage_t = reward_t - value_t + g_{t+1}
         g_t         = gain_t + gamma_lam * g_{t+1}
 
-    so that one number is carried from token to token, not two. ``gamma_rest`` is gamma - gamma_lam, subtracted in
-    float64, so that the values cancel exactly at lam = 1. An infinite value makes all earlier tokens NaN, as in the
-    reference: that is the term value - value.
+    so that only one number is carried from token to token. ``gamma_rest`` is gamma - gamma_lam, subtracted in float64,
+    so that it is exactly 0 at lam = 1. The term value - value is NaN for an infinite value, which makes all earlier
+    tokens NaN, as in the torch reference.
     """
     return gamma_lam * reward + gamma_rest * value + (value - value)
 
@@ -198,7 +198,7 @@ RELU = tl.constexpr(3)
 
 @triton.jit
 def sigmoid_gate(x, u, rise):
-    """(x * sigmoid(u), its slope); ``rise`` is du/dx. The bound keeps 1 - sigmoid(u) = e^-u sigmoid(u) finite."""
+    """(x * sigmoid(u), its slope); ``rise`` is du/dx. The bound on u keeps 1 - sigmoid(u) = e^-u sigmoid(u) finite."""
     e = exponential(tl.where(u < -87.0, 87.0, -u))
     sigmoid = 1.0 / (1.0 + e)
     value = x * sigmoid
@@ -207,8 +207,10 @@ def sigmoid_gate(x, u, rise):
 
 @triton.jit
 def normal_share(x, bell):
-    """Phi(x), the share of a normal distribution below x: half of erfc(|x| / sqrt(2)), to 1.2e-7 of itself (Press et
-    al., Numerical Recipes, 2nd edition, section 6.2), or what is left of 1.
+    """Phi(x), the normal distribution function. ``bell`` is e^(-x^2 / 2).
+
+    For x < 0 it is erfc(|x| / sqrt(2)) / 2 with a relative error of 1.2e-7 (Press et al., Numerical Recipes, 2nd
+    edition, section 6.2), else 1 minus that.
     """
     t = 1.0 / (1.0 + tl.abs(x) * 0.353553391)
     p = 0.17087277 * t - 0.82215223
@@ -230,7 +232,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         value, slope = sigmoid_gate(x, x, 1.0)
     elif ACTIVATION == GELU_TANH:
-        # (1 + tanh(z)) / 2 = sigmoid(2 z), 2 z = sqrt(8 / pi) (x + 0.044715 x^3); at 30 it has long been 0 or 1
+        # (1 + tanh(z)) / 2 = sigmoid(2 z), 2 z = sqrt(8 / pi) (x + 0.044715 x^3); for |x| > 30 it is 0 or 1
         near = tl.where(x > 30.0, 30.0, x)
         near = tl.where(x < -30.0, -30.0, near)
         square = near * near

@@ -1,18 +1,18 @@
 """Generalised advantage estimation: a scan over each sequence from its end.
 
-The recurrence carries one number from a token to the one before it (``gae_gain``). So a run of tokens is a linear
-function of the number after it, rate * later + gain, and two neighbouring runs join into another such function. That
-join is associative: the runs can be computed in parallel and joined by a scan. A masked token is the identity.
+The recurrence carries one number g from a token to the one before it (``gae_gain``). A run of consecutive tokens maps
+the g after it linearly to its own: g = rate * later + gain. Two neighbouring runs compose to another linear function,
+and composition is associative, so a parallel scan computes all of them. A masked token is the identity.
 
-A program takes several short sequences or one long one. A long one is scanned in blocks from its end, each starting
-with the carry of the block after it. A padded sequence of more than SPLIT tokens has one program per block: a first
-kernel computes the function of each block, and in the second each program gets its carry from these. How a sequence is
-cut depends on its own length only.
+A program takes several short sequences or one long one. It scans a long one in blocks, from the last to the first, and
+passes the carry on. A padded sequence of more than SPLIT tokens has one program per block: a first kernel computes the
+function of each block, and in the second each program computes its carry from the functions of the later blocks. The
+blocks of a sequence depend only on its own length.
 
     formula         A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, over the live tokens
     bytes a token   8 read, 1 more with a mask; 8 written
     passes          one; a sequence that is split among programs is read twice; whitening follows
-    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+    error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
 from typing import NamedTuple
@@ -36,15 +36,15 @@ class Block(NamedTuple):
     """The tokens of a block of one or several sequences, (ROWS, BLOCK) each."""
 
     index: tl.tensor
-    inside: tl.tensor  # whether there is such a token
+    inside: tl.tensor  # whether the token exists
     counted: tl.tensor  # whether it counts
     reward: tl.tensor
     value: tl.tensor
-    rate: tl.tensor  # the function of the token
+    rate: tl.tensor  # the linear function of the token
     gain: tl.tensor
 
 
-# The scans run from the end (reverse), so the first arguments of a join are the later run.
+# The scans run from the end (reverse), so the first arguments of a join belong to the later run.
 @triton.jit
 def _join(later_rate, later_gain, rate, gain):
     return later_rate * rate, gain + rate * later_gain
@@ -52,10 +52,10 @@ def _join(later_rate, later_gain, rate, gain):
 
 @triton.jit
 def _join_with_advantage(later_rate, later_gain, later_slope, later_base, rate, gain, slope, base):
-    """Joins two runs, and keeps the advantage of the first token of the run: slope * later + base.
+    """Composes two runs, and also the advantage of the run's first token: slope * later + base.
 
-    The advantage is not the carried number, but it is linear in the same ``later``. In the scan it costs two more
-    registers per token, and saves reading the tokens again.
+    The advantage is not the carried number, but it is linear in the same ``later``. Two more registers per token in the
+    scan save a second read of the tokens.
     """
     joined_rate, joined_gain = _join(later_rate, later_gain, rate, gain)
     return joined_rate, joined_gain, slope * later_rate, base + slope * later_gain
@@ -66,7 +66,7 @@ def _load_block(rewards, values, live, start, size, block, gamma_lam, gamma_rest
     """Block number ``block`` of each sequence. The sequences start at ``start`` and have ``size`` tokens."""
     column = tl.arange(0, BLOCK)[None, :]
     index = start + block * BLOCK + column
-    # Compared in 32 bits, which are cheaper: only the first BLOCK columns matter, so 2 BLOCK stands for any more.
+    # A 32-bit comparison is cheaper. Columns are below BLOCK, so the bound can be clamped to 2 * BLOCK.
     inside = tl.broadcast_to(column < tl.minimum(size - block * BLOCK, 2 * BLOCK).to(tl.int32), index.shape)
     counted = live_at(live, index, inside)
     reward = load_kept(rewards, index, inside, counted)
@@ -78,7 +78,7 @@ def _load_block(rewards, values, live, start, size, block, gamma_lam, gamma_rest
 
 @triton.jit
 def _first(x):
-    """The first column of each row. Triton cannot index a tensor, so all others are summed as 0."""
+    """The first column of each row. Triton cannot index a tensor, so this sums the row with the other columns as 0."""
     return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :] == 0, x, 0.0), 1)
 
 
@@ -86,7 +86,7 @@ def _first(x):
 def _measure(
     rewards, values, live, length, blocks, gamma_lam, gamma_rest, block_rates, block_gains, BLOCK: tl.constexpr
 ):
-    """The function of one block of a sequence of ``length`` tokens."""
+    """Writes the linear function of one block of a sequence of ``length`` tokens."""
     sequence = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     tokens = _load_block(
@@ -108,7 +108,7 @@ def _measure(
 
 @triton.jit
 def _write_nan(advantages, returns, start, stop, BLOCK: tl.constexpr):
-    """For tokens that belong to no sequence because cu_seqlens is wrong."""
+    """Writes NaN to tokens that belong to no sequence because cu_seqlens is wrong."""
     for at in range(start, stop, BLOCK):
         index = at + tl.arange(0, BLOCK)
         nan = tl.full((BLOCK,), float("nan"), tl.float32)
@@ -136,15 +136,15 @@ def _sweep(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Whole sequences or, given the functions of all blocks, one block. BLOCKS is a power of 2, at least ``blocks``."""
+    """Scans whole sequences or, given the functions of all blocks, one block. BLOCKS: a power of 2, >= ``blocks``."""
     # 1. The sequences of this program.
     if cu_seqlens is None:
-        # Rows past the last sequence repeat its work and write the same numbers: cheaper than a mask everywhere.
+        # Rows past the last sequence compute it again and write the same numbers, which is cheaper than masks.
         sequence = tl.minimum(tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), sequences - 1)[:, None]
         start = sequence * length
         size = length
     else:
-        # Clamped, so that wrong bounds never lead to memory outside the tensors.
+        # Clamped, so that wrong bounds cause no access outside the tensors.
         bound = cu_seqlens + tl.program_id(0)
         start = tl.minimum(tl.maximum(tl.load(bound), 0), tokens)
         size = tl.minimum(tl.maximum(tl.load(bound + 1), start), tokens) - start
@@ -152,13 +152,13 @@ def _sweep(
             _write_nan(advantages, returns, start * 0, start, BLOCK)
         if tl.program_id(0) == sequences - 1:
             _write_nan(advantages, returns, start + size, tokens, BLOCK)
-    # 2. Its blocks, and the number carried into the last of them.
+    # 2. The blocks of this program, and the carry into the last of them.
     if block_rates is None:
         first = 0
         last = tl.cdiv(size, BLOCK)
         carry = tl.zeros((ROWS,), tl.float32)
     else:
-        # One block. The blocks after it are joined by a scan over their functions, (1, BLOCKS), from a carry of 0.
+        # One block. Its carry comes from composing the functions of the later blocks, (1, BLOCKS), with carry 0.
         first = tl.program_id(1)
         last = first + 1
         other = tl.arange(0, BLOCKS)[None, :]
@@ -168,7 +168,7 @@ def _sweep(
             tl.load(block_gains + sequence * blocks + other, mask=after, other=0.0),
         )
         carry = _first(tl.associative_scan(functions, 1, _join, reverse=True)[1])
-    # 3. From the last block to the first: scan, write, carry on.
+    # 3. From the last block to the first: scan, write, and pass the carry on.
     for done in range(first, last):
         block = _load_block(
             rewards,
@@ -200,7 +200,7 @@ def gae(a: Gae) -> None:
         a.advantages.fill_(float("nan"))
         a.returns.fill_(float("nan"))
         return
-    # Packed sequences all have the same block size, so that none depends on the length of another.
+    # Packed sequences all have the same block size, so that no result depends on the length of another sequence.
     block = BLOCK if a.cu_seqlens is not None else min(max(triton.next_power_of_2(a.length), 32), BLOCK)
     rows = BLOCK // block
     gamma_lam, gamma_rest = a.gamma * a.lam, a.gamma - a.gamma * a.lam

@@ -1,9 +1,9 @@
-"""activation(gate) * up. The backward computes the activation again.
+"""activation(gate) * up. The backward recomputes the activation.
 
 formula         activate() of kernels/formulas.py, in float32; one rounding
 bytes a number  of b bytes: forward 2 b read, b written; backward 3 b read, 2 b written
 passes          one each way
-error           a few units in float32's last place, before the rounding (tests/ops/test_layers.py)
+error           a few ulp of float32, before the rounding (tests/ops/test_layers.py)
 """
 
 import triton

@@ -1,13 +1,13 @@
-"""The gradient of rows of logits in one sweep, the same for every op.
+"""The last sweep: the gradient of rows of logits, the same kernel for every op.
 
-A kernel per row first writes what the gradient needs of each row, the RowSlopes, as a table (7, length). The sweep
-then reads the logits once and writes the gradient once. With gap = x - shift, the gradient of a column that is not the
+First, a kernel per row writes the RowSlopes, the coefficients of each row's gradient, to a table (7, length). Then the
+sweep reads the logits once and writes the gradient once. With gap = x - shift, the gradient of a column other than the
 target is
 
     e^(gap / temperature) * (constant + slope * gap + ratio_slope * ratio)
     ratio = log(r_j / p_j) = (ref_x - ref_shift - gap) / temperature + offset
 
-The last term and the last three fields are there only for a pair of rows, policy p and reference r.
+The last term and the last three fields are used only for a pair of rows, policy p and reference r.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ from .rows import (
 
 
 class RowSlopes(NamedTuple):
-    """What the gradient needs of a row, in the order of the table's fields."""
+    """The coefficients of a row's gradient, in the order of the table's rows."""
 
     shift: tl.tensor
     constant: tl.tensor
@@ -87,7 +87,7 @@ def store_row_slopes(
 ):  # fmt: skip
     """The slopes of grad_logprob * logprob + grad_entropy * entropy, from the RowResult of each row."""
     scale = result.scale * inverse_temperature
-    # An entropy that no one asks the gradient of may be infinite or NaN: 0 times it must be 0.
+    # An entropy whose gradient is 0 may be infinite or NaN; its product must be 0.
     by_entropy = grad_entropy * (at_most(result.log_norm, FAR) - result.entropy)
     by_entropy = tl.where(grad_entropy == 0.0, 0.0, by_entropy)
     at_target = target_slope(result.others_mass, result.logprob, result.entropy, grad_logprob, grad_entropy)
@@ -103,7 +103,7 @@ def store_row_slopes(
 
 @triton.jit
 def load_slopes(slopes, index, length):
-    """The slopes of one row. The compiler drops the loads that are not used, so those fields need no value."""
+    """The slopes of one row. The compiler drops unused loads, so unused fields may be uninitialised."""
     at = slopes + index
     return RowSlopes(
         shift=tl.load(field_of(at, 0, length)),
@@ -124,11 +124,11 @@ def block_gradient(row, ref_row, at, columns, rate, slopes, SLOPED: tl.constexpr
     e = tl.exp2(gap * rate)
     factor = slopes.constant
     if SLOPED:
-        # A gap of -inf has e = 0, and counts as 0. A NaN in the slopes still shows in the gradient.
+        # A gap of -inf has e = 0, and 0 * -inf must be 0. A NaN in the slopes still reaches the gradient.
         factor += slopes.slope * tl.where(e == 0.0, 0.0, gap)
     if ref_row is not None:
         ref_x = load_block(ref_row, at, columns, PLAIN)
-        # the gaps are subtracted before the temperature rounds them, so that equal rows give exactly 0
+        # subtract the gaps first and divide by the temperature afterwards, so that equal rows give exactly 0
         ratio = ((ref_x - slopes.ref_shift) - gap) * (rate / LOG2E) + slopes.offset
         factor += slopes.ratio_slope * tl.where(e * slopes.ratio_slope == 0.0, 0.0, ratio)
     g = e * factor * cap_slope(x, row.softcap)
@@ -143,9 +143,9 @@ def write_segments(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, ref_logits,
     ref_stride, slopes, grad, grad_stride, columns, VECTOR: tl.constexpr, SLOPED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a segment. ``grad`` may be the logits themselves if it has their type.
+    """Writes the gradient of a segment. ``grad`` may be the logits themselves if it has their dtype.
 
-    In place is safe: a block of columns is read whole before it is written, and no other program reads it.
+    In place is safe: each block is read as a whole before it is written, and no other program reads it.
     """
     index, segment = row_and_segment(columns)
     start = segment * SEGMENT
@@ -158,7 +158,7 @@ def write_segments(
     if live is not None:
         alive = tl.load(live + index) != 0
     if alive:
-        # 1. What the row has in common, once per program.
+        # 1. The scalars of the row, loaded once per program.
         rate = LOG2E / temperature_of_row(temperature, temperature_stride, index)
         target = row_target(targets, index, vocab)
         row = Row(logits + tl.multiple_of(index * logits_stride, VECTOR), vocab, target, softcap)
@@ -175,7 +175,7 @@ def write_segments(
                 g = block_gradient(row, ref_row, at, offsets, rate=rate, slopes=of_row, SLOPED=SLOPED, PLAIN=False)
                 tl.store(out + at + offsets, rounded(g, kind), mask=at + begins < stop)
     else:
-        # A dead row is not read: its logits may hold anything.
+        # A dead row is not read, because its logits may be NaN.
         for at in range(start, stop, BLOCK):
             tl.store(out + at + offsets, tl.zeros(offsets.shape, kind), mask=at + begins < stop)
 
@@ -192,7 +192,7 @@ def write_gradient(
 ) -> None:
     """Writes ``columns`` columns of grad, 0 past the vocabulary and in dead rows.
 
-    Without ``sloped`` every slope is 0. ``reference`` is the other row of a pair.
+    Without ``sloped``, RowSlopes.slope is taken as 0. ``reference`` has the logits of the reference, for pairs of rows.
     """
     segments = triton.cdiv(columns, SEGMENT.value)
     ref_data, ref_stride = (None, 0) if reference is None else (reference.data, reference.row_stride)
@@ -209,7 +209,7 @@ def write_gradient(
         grad=grad.data,
         grad_stride=grad.row_stride,
         columns=columns,
-        VECTOR=width if columns % width == 0 else 1,  # a vector that ends past the last column must not be stored
+        VECTOR=width if columns % width == 0 else 1,  # a vector store must not extend past the last column
         SLOPED=sloped,
         num_warps=WARPS,
     )

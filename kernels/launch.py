@@ -1,4 +1,4 @@
-"""How every kernel is launched."""
+"""Launches a kernel with its arguments by name."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from typing import Any
 def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, **arguments: Any) -> None:
     """Launches a Triton kernel with its arguments by name.
 
-    Triton takes keywords too, but copies them three times on the way: for 30 of them that costs more than sorting them
-    into the kernel's order here. enable_fp_fusion compiles a * b + c to one fused multiply-add with one rounding; no
-    formula relies on the rounding of the product.
+    Triton accepts keywords too, but copies them three times, which for 30 arguments takes longer than passing them by
+    position, as here. enable_fp_fusion compiles a * b + c to a fused multiply-add; no formula relies on the rounding
+    of the product.
 
     Raises TypeError for a name that the kernel does not have, KeyError for one that is missing.
     """

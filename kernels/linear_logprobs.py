@@ -1,11 +1,11 @@
-"""linear_logprobs and linear_cross_entropy on one tile of float32 logits, straight from the matrix product.
+"""linear_logprobs and linear_cross_entropy: the fold of a chunk of float32 logits (rlhf_fast/ops/_sweep.py).
 
-The tile gives its log-probs and is then overwritten by their gradient.
+Computes the log-probs of the rows, then overwrites their logits with the gradient.
 
-    formula         as masked_logprobs; its gradient, p_j times a factor of the row, and the target apart
+    formula         as masked_logprobs; the gradient is p_j times a factor of the row, except at the target
     bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
     passes          one, and one more for the gradient
-    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+    error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
 import triton
@@ -34,9 +34,9 @@ def _finish(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts, segments,
     logprobs, entropy, grad_logprobs, grad_entropy, slopes,
 ):  # fmt: skip
-    """Joins the segments of each row, writes its results and, for the gradient, its slopes.
+    """Combines the segments of each row, writes its results and, if a gradient is wanted, its slopes.
 
-    The target's logit is read here, before the gradient overwrites it.
+    Reads the target's logit before the gradient overwrites it.
     """
     lanes = lanes_of_program(length, live)
     inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)

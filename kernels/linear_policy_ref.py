@@ -1,12 +1,13 @@
-"""linear_policy_ref on one tile of the policy's float32 logits and one of the reference's.
+"""linear_policy_ref: the fold of two chunks of float32 logits, the policy's and the reference's
+(rlhf_fast/ops/_sweep.py).
 
-They give both log-probs, the policy's entropy and the exact KL. The policy's tile is then overwritten by the gradient
-of all of them together.
+Computes both log-probs, the policy's entropy and the exact KL. Then overwrites the policy's logits with the gradient of
+their weighted sum.
 
-    formula         those of masked_logprobs and exact_kl, over two tiles side by side
+    formula         those of masked_logprobs and exact_kl
     bytes a row     of V columns: 8 V read for the sums, 8 V for the KL, 8 V read and 4 V written for the gradient
     passes          two, and one more for the gradient
-    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+    error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
 import triton
@@ -39,7 +40,7 @@ def _normalise(
     ref_stride, parts, ref_parts, segments, logprobs, ref_logprobs, entropy, grad_logprobs, grad_entropy, normalisers,
     slopes,
 ):  # fmt: skip
-    """After the first sweep: all but the KL, and the slopes of log-prob and entropy."""
+    """After the first sweep: all results except the KL, and the slopes of log-prob and entropy."""
     lanes = lanes_of_program(length, live)
     inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
     target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
@@ -73,7 +74,7 @@ def _finish(
 ):  # fmt: skip
     """After the second sweep: the KL, and its part of the slopes, d KL / d x_j = p_j (log p_j - log r_j - KL)."""
     lanes = lanes_of_program(length, live)
-    # 1. The KL: the target's term and those of the other columns.
+    # 1. The KL: the target's term plus those of the other columns.
     logprob = load_rows(logprobs, lanes)
     ref_logprob = load_rows(ref_logprobs, lanes)
     p = exponential(logprob)
@@ -81,21 +82,21 @@ def _finish(
     divergence = target_term + join_terms(lanes, terms, segments)
     store_rows(kl, lanes, divergence)
     if slopes is not None:
-        # 2. The other columns. An infinite KL whose gradient is not asked for must add 0, not NaN.
+        # 2. The slopes of the other columns. An infinite KL with a gradient of 0 must add 0, not NaN.
         inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
         scaled_grad = load_rows(grad_kl, lanes) * inverse_temperature
         ratio_slope = scaled_grad * load_rows(field_of(normalisers, 1, length), lanes)
         constants = field_of(slopes, 1, length)
         by_kl = tl.where(scaled_grad == 0.0, 0.0, ratio_slope * divergence)
         store_rows(constants, lanes, load_rows(constants, lanes) - by_kl)
-        # 3. The target's column. If its probability is 0, so is its part: 0 * log 0 = 0.
+        # 3. The target's column. Its term is 0 if its probability is 0, because 0 * log 0 = 0.
         target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
         by_target = scaled_grad * p * (logprob - ref_logprob - divergence) * cap_slope(target_logit, softcap)
         at_target = field_of(slopes, 3, length)
         slope = load_rows(at_target, lanes)
         slope += tl.where((scaled_grad == 0.0) | (p == 0.0), 0.0, by_target)
         store_rows(at_target, lanes, slope)
-        # 4. What only a pair of rows has.
+        # 4. The slopes that only a pair of rows has.
         store_pair_slopes(
             slopes,
             lanes,

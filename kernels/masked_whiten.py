@@ -1,13 +1,13 @@
 """Whitening: mean 0 and variance 1 over the live elements. ``whitened`` may be ``x`` itself.
 
-Only the few numbers that come from the sums are float64; float64 arithmetic per element would be slow on a GPU. A mean
-far from 0 costs no digits all the same: the moments of a tile are about its own mean, and deviations are taken from a
-mean that is kept as the sum of two floats.
+Only the sums over tiles are float64; float64 arithmetic per element would be slow on a GPU. A mean far from 0 still
+loses no precision: the moments of a tile are relative to its own mean, and deviations are computed from a mean that is
+the sum of two floats.
 
     formula         (x - mean) / sqrt(variance + 1e-8)
     bytes a value   forward 8 read, 4 written; backward 16 read, 4 written; half as much for one tile
     passes          two each way; one for a single tile
-    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+    error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
 import torch
@@ -43,14 +43,14 @@ def _load_tile(x, live, count, TILE: tl.constexpr):
 
 @triton.jit
 def _deviations(x, mean, counted):
-    """x - mean in float32, without rounding the float64 mean: it is the sum of two floats."""
+    """x - mean in float32. The float64 mean is split into two floats, so it is not rounded."""
     near = mean.to(tl.float32)
     return tl.where(counted, (x - near) - (mean - near).to(tl.float32), 0.0)
 
 
 @triton.jit
 def _measure(x, live, count, parts, TILE: tl.constexpr):
-    """parts (4, tiles): count, the two floats of the mean, and squared deviations of each tile."""
+    """parts (4, tiles): count, the two floats of the mean, and the sum of squared deviations of each tile."""
     _, _, counted, x = _load_tile(x, live, count, TILE)
     part_count, near, off, deviation = tile_moments(x, counted)
     tile, tiles = tl.program_id(0), tl.num_programs(0)
@@ -77,7 +77,7 @@ def _all_moments(parts, tiles):
 
 @triton.jit
 def _add_moments(parts, tiles, given_mean, moments):
-    """The second moment is the sum or, with a given mean, the sum of squared deviations from it."""
+    """Writes count and, without a given mean, the sum; with one, the sum of squared deviations from it."""
     count, mean, deviation = _all_moments(parts, tiles)
     if given_mean is None:
         second = count * mean
@@ -116,7 +116,7 @@ def _whiten(
     MEASURE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """With MEASURE there is one tile: its statistics are computed here and are an output, which saves two launches."""
+    """With MEASURE there is one tile, whose statistics are computed and written here, which saves two launches."""
     index, inside, counted, x = _load_tile(x, live, count, TILE)
     if MEASURE:
         tile_count, near, off, deviation = tile_moments(x, counted)
@@ -158,7 +158,7 @@ def _whiten_backward(
     UNBIASED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Without ``parts`` there is one tile, whose sums are computed here."""
+    """If ``parts`` is None there is one tile, whose sums are computed here."""
     index, inside, counted, x = _load_tile(x, live, count, TILE)
     upstream = load_kept(grad_whitened, index, inside, counted)
     deviations = _deviations(x, tl.load(statistics + 1), counted)
@@ -166,7 +166,7 @@ def _whiten_backward(
         total = tl.sum(upstream).to(tl.float64)
         product = tl.sum(upstream * deviations).to(tl.float64)
     else:
-        # Every program adds the few parts by itself. That costs less than another launch.
+        # Every program adds the few parts, which is cheaper than another launch.
         total = tl.zeros((), tl.float64)
         product = tl.zeros((), tl.float64)
         for start in range(0, tiles, PARTS):

@@ -1,7 +1,7 @@
-"""Two rows of logits side by side, x of the policy and y of the reference: KL(policy || reference) in a second sweep.
+"""The second sweep, over two rows together, the policy's and the reference's: KL(policy || reference).
 
-The formulas are those of csrc/cpu/pairs.h, over all columns but the target. A kernel per row writes the Normalisers of
-each pair as a table (5, length) before the sweep.
+The formulas are those of csrc/cpu/pairs.h, over all columns except the target. Before the sweep, a kernel per row
+writes the Normalisers of each pair of rows to a table (5, length).
 """
 
 from typing import NamedTuple
@@ -39,22 +39,23 @@ from .rows import (
 
 
 class Normalisers(NamedTuple):
-    """p_j = e^((x_j - shift) / temperature) * scale, and r_j the same with the reference's."""
+    """p_j = e^((x_j - shift) / temperature) * scale, and r_j likewise from the reference's logits and fields."""
 
     shift: tl.tensor
     scale: tl.tensor
     ref_shift: tl.tensor
     ref_scale: tl.tensor
-    offset: tl.tensor  # log(ref_scale / scale), but exact where both scales are close to 1
+    offset: tl.tensor  # log(ref_scale / scale), computed so that it is accurate where both are close to 1
 
 
 @triton.jit
 def kl_terms(p, ratio, r):
-    """p log(p / r) - p + r with ratio = log(r / p), which is never negative.
+    """p log(p / r) - p + r >= 0, with ratio = log(r / p).
 
-    Near ratio = 0 the three terms cancel. As p * (e^ratio - 1 - ratio) nothing does: k3 has a series for it.
+    Near ratio = 0 the three terms cancel, so there it is computed as p * (e^ratio - 1 - ratio), for which k3 has a
+    series.
     """
-    ratio = tl.where(p == 0.0, 2.0, ratio)  # log p is -inf: take the other branch, which leaves r
+    ratio = tl.where(p == 0.0, 2.0, ratio)  # log p is -inf: select the branch r - p - p * ratio, which gives r
     return tl.where(ratio <= 1.0, p * k3(ratio), r - p - p * ratio)
 
 
@@ -69,7 +70,7 @@ def store_normalisers(table, lanes, normalisers):
 
 @triton.jit
 def load_normalisers(table, index, length):
-    """Those of one row."""
+    """The normalisers of one row."""
     at = table + index
     return Normalisers(
         shift=tl.load(field_of(at, 0, length)),
@@ -85,7 +86,7 @@ def block_terms(row, ref_row, at, columns, rate, normalisers, PLAIN: tl.constexp
     """(THREADS,): the KL terms of a block, summed per thread."""
     gap = load_block(row, at, columns, PLAIN) - normalisers.shift
     ref_gap = load_block(ref_row, at, columns, PLAIN) - normalisers.ref_shift
-    # the gaps are subtracted before the temperature rounds them, so that equal rows give exactly 0
+    # subtract the gaps first and divide by the temperature afterwards, so that equal rows give exactly 0
     ratio = (ref_gap - gap) * (rate / LOG2E) + normalisers.offset
     p = tl.exp2(gap * rate) * normalisers.scale
     r = tl.exp2(ref_gap * rate) * normalisers.ref_scale
@@ -109,7 +110,7 @@ def sum_terms(
     ref_row = Row(ref_logits + tl.multiple_of(index * ref_stride, VECTOR), vocab, target, softcap)
     columns = block_columns(VECTOR)
 
-    # Each thread keeps one sum in a register; the threads are added once, at the end.
+    # Each thread keeps one sum in a register; one reduction over the threads follows at the end.
     total = tl.zeros((THREADS,), tl.float32)
     start = segment * SEGMENT
     stop = tl.minimum(start + SEGMENT, vocab)
@@ -143,7 +144,7 @@ def kl_parts(rows: Rows, logits: Logits, ref_logits: Logits, normalisers: Tensor
 
 @triton.jit
 def join_terms(lanes, terms, segments):
-    """The sum of each row, over its segments in their order."""
+    """The sum over each row's segments, in order."""
     total = tl.zeros((ROWS,), tl.float32)
     term = terms + lanes.row
     for _ in range(segments):

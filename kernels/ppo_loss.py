@@ -1,15 +1,14 @@
-"""PPO's joint loss, its gradients and its statistics in one launch.
-
-Without the value's data this is the clipped policy loss alone, and without the policy's data the value loss alone.
+"""PPO's joint loss, its gradients and its statistics in one launch. Without values it is the clipped policy loss, and
+without log-probs the clipped value loss.
 
 A program reads each input of its tile once. It writes the gradients as if the divisor of the loss were 1, because only
-the last program knows how many tokens count. That one adds the parts of the loss and writes 1 / divisor, by which the
-caller multiplies the gradients. Ratios per sequence, and divisors that count sequences, take a launch before.
+the last program knows how many tokens count. The last program adds the parts of the loss and writes 1 / divisor, by
+which the caller multiplies the gradients. Ratios per sequence, and divisors that count sequences, need a launch before.
 
     formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
     bytes a token   4 read of each given tensor, 1 of a mask; 4 written of each gradient
     passes          one; one more before it for ratios per sequence or a count of sequences
-    error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+    error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
 import torch
@@ -39,9 +38,9 @@ from .tokens import (
     token_weight,
 )
 
-# Parts that the last program reads at once: few, because it has about ten numbers of each in registers.
+# Parts per load of the last program: few, because it keeps about ten numbers of each part in registers.
 PARTS = tl.constexpr(256)
-# The rows of the table of parts. PEAK is the largest ratio; MEAN and DEVIATION are those of the ratios of a tile.
+# The rows of the table of parts. PEAK, MEAN and DEVIATION (sum of squared deviations) are those of a tile's ratios.
 COUNT, POLICY, CLIPPED, SQUARED, PEAK, MEAN, DEVIATION, KL, ENTROPY, VALUE, VALUE_CLIPPED = map(tl.constexpr, range(11))
 ROWS = 11
 
@@ -57,7 +56,7 @@ def _evaluate(
     inside = index < tokens
     counted = live_at(live, index, inside)
     weight = token_weight(lengths, index, tokens, length, inside, DIFFER)
-    # 1. All loads, before the first sum: a sum is a barrier, and a load behind it would wait for it.
+    # 1. All loads, before the first sum: a sum contains a barrier, for which later loads would wait.
     if logprobs is not None:
         logprob = load_kept(logprobs, index, inside, counted)
         old_logprob = load_kept(old_logprobs, index, inside, counted)
@@ -71,7 +70,7 @@ def _evaluate(
         old_value = load_kept(old_values, index, inside, counted)
         target = load_kept(returns, index, inside, counted)
 
-    # 2. The policy, with KL and entropy. Every sum of the tile becomes a part.
+    # 2. The policy, with KL and entropy. Every sum over the tile is stored as a part.
     store_part(parts, COUNT, tl.sum(counted.to(tl.float32)))
     if logprobs is not None:
         log_ratio = logprob - old_logprob
@@ -134,8 +133,8 @@ def _finish(
     parts, logprobs, values, entropy, ref_logprobs, terms, value_terms, lengths, sequences, items, norm, loss,
     statistics, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts, and writes loss and statistics. Of the four tensors it only asks whether they are given."""
-    # 1. Sums per lane: lane i adds the tiles i, i + PARTS, ... in their order.
+    """Adds the parts, and writes loss and statistics. The tensors are used only to test whether they are None."""
+    # 1. Sums per lane: lane i adds the tiles i, i + PARTS, ... in order.
     zero = tl.zeros((PARTS,), tl.float64)
     count, total, squares, peak = zero, zero, zero, zero  # of the ratios
     policy, kl, spread, value = zero, zero, zero, zero
@@ -161,7 +160,7 @@ def _finish(
             value += load_part(parts, VALUE, tiles, tile)
             value_clipped += load_part(parts, VALUE_CLIPPED, tiles, tile)
 
-    # 2. Over the lanes. The variance may cancel here: float64 has the digits for it.
+    # 2. Sums over the lanes. float64 is accurate enough for E[x^2] - E[x]^2.
     live_tokens = tl.sum(count)
     scale = loss_scale(lengths, sequences, items, norm, live_tokens, ITEMS)
     inverse = reciprocal(tl.maximum(live_tokens, 1.0))
@@ -170,7 +169,7 @@ def _finish(
     mean = tl.sum(total) * inverse
     variance = tl.sum(squares) * inverse - mean * mean
 
-    # 3. In the order of the statistics of PpoLoss (records.py).
+    # 3. Writes the loss, and the statistics in the order of PpoLoss in records.py.
     joint = policy_loss + _term(value_terms.coef, value_loss) + _term(terms.kl_coef, kl_loss)
     tl.store(loss, (joint - _term(terms.entropy_coef, entropy_loss)).to(tl.float32))
     if logprobs is not None and values is not None:
@@ -183,7 +182,7 @@ def _finish(
         tl.store(statistics, (tl.sum(clipped) * inverse).to(tl.float32))
         tl.store(statistics + 1, (0.5 * tl.sum(squared) * inverse).to(tl.float32))
         tl.store(statistics + 2, mean.to(tl.float32))
-        # tl.max may pass over a NaN, but the mean does not
+        # tl.max may ignore a NaN; the mean does not
         tl.store(statistics + 3, tl.where(mean == mean, tl.max(peak), mean).to(tl.float32))
         tl.store(statistics + 4, tl.where(variance < 0.0, 0.0, variance).to(tl.float32))
         statistics += 5

@@ -1,12 +1,13 @@
-"""The arguments of every launcher, declared once: an operation fills a record in, by name, and a kernel gets it.
+"""The arguments of every launcher, declared once as records: an operation fills one in and passes it to a launcher.
 
 A Triton launcher takes the record itself. The compiled engine reads it, field by field, into the C structure of the
 same name, which csrc/write_records.py writes to csrc/records.h from this file: a tensor becomes its data_ptr, None a
-null pointer. The compiled module tells the digest of the records that it was compiled with, and is refused where that
-is not this file's (``rlhf_fast/ops/_native.py``).
+null pointer. The compiled module has a digest of the records that it was compiled with; ``rlhf_fast/ops/_native.py``
+refuses a module whose digest differs from this file's.
 
-``live`` is one byte a token, 0 = does not count and is not read; None = every token counts. Outputs are written whole.
-A result depends neither on the number of threads nor on where a row stands. Sizes and strides are in elements.
+``live`` is one byte per token, 0 = does not count and is not read; None = every token counts. Outputs are written
+completely. A result depends neither on the number of threads nor on the position of a row. Sizes and strides are in
+elements.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ class Range:
     """The finite numbers that a caller may give for a field: ``least`` to ``most``, both included."""
 
     def __init__(self, lowest: float, highest: float = math.inf, above: bool = False, optional: bool = False) -> None:
-        """``above`` leaves out the lowest. An ``optional`` field may be None, which reaches the kernels as +inf."""
+        """``above`` excludes the lowest number. An ``optional`` field may be None, passed to the kernels as +inf."""
         self.least = math.nextafter(lowest, math.inf) if above else lowest
         self.most = min(highest, sys.float_info.max)
         self.optional = optional
@@ -44,7 +45,7 @@ class Range:
             self.text = f"in [{lowest:g}, {highest:g}]"
 
 
-# Python's type of a field, and C's.
+# The Python type of a field, and its C type.
 Size = Annotated[int, "int64_t"]
 Number = Annotated[float, "float"]
 Double = Annotated[float, "double"]
@@ -60,9 +61,9 @@ Ids = Annotated[Tensor, "const int64_t*"]
 Live = Annotated[Tensor, "const uint8_t*"]
 Doubles = Annotated[Tensor, "const double*"]
 OutDoubles = Annotated[Tensor, "double*"]
-Given = Annotated[Tensor, "or None"]  # of an op's inputs: whoever has none does not read it
+Given = Annotated[Tensor, "or None"]  # an input of an op that may be None where the op does not read it
 
-STATISTICS = 4  # floats a row that the backward of the vocabulary-level launchers needs
+STATISTICS = 4  # floats per row that the vocabulary-level launchers save for their backward
 
 
 # ---- vocabulary level: one row is one token -------------------------------------------------------------------------
@@ -74,7 +75,7 @@ class Rows(NamedTuple):
     targets: Ids | None  # (length,); in [0, vocab) where live
     live: Live | None  # (length,)
     temperatures: In | None  # (length,); None = all rows have ``temperature``
-    temperature_stride: Size  # of temperatures
+    temperature_stride: Size  # stride of temperatures
     temperature: Number
     softcap: Number  # 0 = none
 
@@ -98,7 +99,7 @@ class MaskedLogprobs(NamedTuple):
 class MaskedLogprobsBackward(NamedTuple):
     rows: Rows
     logits: Logits
-    columns: Size  # of grad; those past vocab get 0
+    columns: Size  # columns of grad; columns past vocab get 0
     statistics: In
     logprobs: In
     entropy: In | None  # needed with grad_entropy
@@ -125,14 +126,14 @@ class ExactKlBackward(NamedTuple):
     grad: Logits  # may be the logits themselves
 
 
-# ---- the fold of the ops with an lm head: a tile of logits and its gradient -----------------------------------------
+# ---- the fold of the ops with an lm head (rlhf_fast/ops/_sweep.py): logits to results and gradient -------------------
 #
-# The logits are float32. The gradient may lie over them, each row where its logits start; on CUDA a narrower one may
-# not.
+# The logits are float32. The gradient may overwrite them in place, each row from the start of its logits; on CUDA only
+# if it is float32 too.
 
 
 class LinearLogprobs(NamedTuple):
-    """logprobs and entropy of every row, and grad_logprobs * d logprob + grad_entropy * d entropy."""
+    """logprobs and entropy of every row, and grad = grad_logprobs * d logprob + grad_entropy * d entropy."""
 
     rows: Rows
     logits: Logits
@@ -146,13 +147,13 @@ class LinearLogprobs(NamedTuple):
 class PolicyTerms(NamedTuple):
     """The scalars of the losses with a policy. Each default leaves its term out."""
 
-    clip_low: Annotated[Number, Range(0, 1)] = 1.0  # the ratio is held within [1 - clip_low, 1 + clip_high]
+    clip_low: Annotated[Number, Range(0, 1)] = 1.0  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: Annotated[Number, Range(0)] = math.inf
     dual_clip: Annotated[Number, Range(1, above=True, optional=True)] = math.inf  # +inf = none
     kl_coef: Annotated[Number, Range(0)] = 0.0
     entropy_coef: Annotated[Number, Range(0)] = 0.0
-    kl: KlCode = 0  # whose value the KL has
-    kl_slope: KlCode = 0  # and whose slope ("k3+" has k2's)
+    kl: KlCode = 0  # the formula of the KL's value
+    kl_slope: KlCode = 0  # and of its slope ("k3+" has k2's)
 
 
 class ValueTerms(NamedTuple):
@@ -163,14 +164,14 @@ class ValueTerms(NamedTuple):
 
 
 class LinearPolicyLoss(NamedTuple):
-    """As LinearLogprobs, with the gradient of share * (policy loss + kl_coef * KL - entropy_coef * entropy)."""
+    """Like LinearLogprobs, with the gradient of share * (policy loss + kl_coef * KL - entropy_coef * entropy)."""
 
     rows: Rows
     logits: Logits
     old_logprobs: In
     advantages: In
     ref_logprobs: In | None  # None = no KL
-    share: In  # (length,) of the token in the loss
+    share: In  # (length,) the weight of the token in the loss
     terms: PolicyTerms
     grad: Logits
     logprobs: Out
@@ -178,8 +179,8 @@ class LinearPolicyLoss(NamedTuple):
 
 
 class LinearPolicyRef(NamedTuple):
-    """Policy and reference side by side, a tile of logits each; the gradient is that of the policy's:
-    grad_logprobs * d logprob + grad_entropy * d entropy + grad_kl * d KL.
+    """Log-probs of policy and reference, entropy and KL from the logits of both. The gradient is by the policy's
+    logits: grad_logprobs * d logprob + grad_entropy * d entropy + grad_kl * d KL.
     """
 
     rows: Rows
@@ -190,7 +191,7 @@ class LinearPolicyRef(NamedTuple):
     entropy: Out
     kl: Out
     grad: Logits
-    grad_logprobs: In | None  # these three, (length,), with grad
+    grad_logprobs: In | None  # this, grad_entropy and grad_kl: (length,), needed with grad
     grad_entropy: In | None
     grad_kl: In | None
 
@@ -219,14 +220,14 @@ class TokenKlBackward(NamedTuple):
 
 class Gae(NamedTuple):
     sequences: Size
-    length: Size  # of a padded row; of all sequences together where cu_seqlens is given
+    length: Size  # tokens of a padded row; with cu_seqlens, tokens of all sequences together
     cu_seqlens: Ids | None  # (sequences + 1,) bounds of packed sequences, or None = padded
     rewards: In
     values: In
     live: Live | None
     gamma: Double
     lam: Double
-    whiten: Flag  # advantages alone
+    whiten: Flag  # whitens the advantages, not the returns
     advantages: Out
     returns: Out
 
@@ -242,7 +243,7 @@ class MaskedMoments(NamedTuple):
 
 
 class MaskedWhiten(NamedTuple):
-    """(x - mean) * scale, + mean where not shift_mean. With statistics given they are used, else they are computed."""
+    """(x - mean) * scale, + mean without shift_mean. With ``given``, statistics are an input, else an output."""
 
     elements: Size
     x: In
@@ -266,25 +267,25 @@ class MaskedWhitenBackward(NamedTuple):
 
 
 class LossDivisor(NamedTuple):
-    """What an aggregated loss is divided by."""
+    """The divisor of an aggregated loss."""
 
     aggregation: AggregationCode
-    number: Double  # num_items, where it is known; below 0 = count here
-    items: Doubles | None  # or it is there, on the device: CUDA alone
+    number: Double  # num_items; below 0 = the launcher counts
+    items: Doubles | None  # num_items on the device, used instead of number; only on CUDA
 
 
 class PpoLoss(NamedTuple):
-    """policy + value_coef * value + kl_coef * KL - entropy_coef * entropy; or the policy's or the value's alone.
+    """policy + value_coef * value + kl_coef * KL - entropy_coef * entropy; or only the policy or the value loss.
 
-    The statistics are, of what is there,
-    - of the joint loss its terms: policy, value, KL, entropy;
-    - of the policy: clip_fraction, approx_kl, ratio_mean, ratio_max, ratio_var;
-    - of the value: clip_fraction;
-    - always: what the gradients are still to be multiplied by.
+    The statistics, in this order:
+    - with policy and value, the terms: policy, value, KL, entropy;
+    - with policy: clip_fraction, approx_kl, ratio_mean, ratio_max, ratio_var;
+    - with value: clip_fraction;
+    - always: the scale by which the caller must multiply the gradients.
     """
 
-    policy: Flag  # what is there; the other's data is not read
-    value: Flag
+    policy: Flag  # whether the loss has a policy term; if not, its data is not read
+    value: Flag  # the same for the value term
     sequences: Size
     length: Size
     logprobs: In | None
@@ -296,18 +297,18 @@ class PpoLoss(NamedTuple):
     entropy: In | None
     ref_logprobs: In | None
     live: Live | None
-    sequence_level: Flag  # ratios by the sequence
+    sequence_level: Flag  # ratios per sequence
     terms: PolicyTerms
     value_terms: ValueTerms
     divisor: LossDivisor
     loss: Out  # 1
     statistics: Out
-    grad_logprobs: Out | None  # these three of the loss, (sequences, length); None = not wanted
+    grad_logprobs: Out | None  # the three gradients of the loss: (sequences, length); None = not wanted
     grad_values: Out | None
     grad_entropy: Out | None
 
 
-# ---- layers of a transformer: the elementwise passes between its matrix products -------------------------------------
+# ---- layers of a transformer: operations between its matrix products ------------------------------------------------
 
 
 class Hidden(NamedTuple):
@@ -367,7 +368,7 @@ class GatedActivationBackward(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """data[sequence, head, token] is a head of a token, whose numbers lie side by side."""
+    """data[sequence, head, token] is a vector with contiguous elements."""
 
     data: Data
     sequence_stride: Size
@@ -376,27 +377,27 @@ class Heads(NamedTuple):
 
 
 class Angles(NamedTuple):
-    """cos and sin [sequence, token], in rows of ``turned`` numbers."""
+    """cos and sin [sequence, token], each a row of ``turned`` numbers."""
 
     cos: Data
     sin: Data
-    dtype: DTypeCode  # float32, or that of the heads
-    sequence_stride: Size  # 0 where all sequences share them
+    dtype: DTypeCode  # float32, or the dtype of the heads
+    sequence_stride: Size  # 0 = all sequences have the same
     token_stride: Size
 
 
 class RotaryEmbedding(NamedTuple):
-    """Turns the pairs (j, j + turned / 2) of a head's first ``turned`` numbers; the others are copied."""
+    """Rotates the pairs (j, j + turned / 2) of a head's first ``turned`` columns; copies the other columns."""
 
     sequences: Size
     heads: Size
     length: Size
-    width: Size  # of a head
-    turned: Size  # even, at most width
+    width: Size  # columns of a head
+    turned: Size  # columns that are rotated; even, at most width
     dtype: DTypeCode
     x: Heads
     angles: Angles
-    backward: Flag  # the other way round: the gradient of x from that of the result
+    backward: Flag  # the transposed rotation: x is the gradient of the result, out that of the input
     out: Heads
 
 
@@ -446,7 +447,7 @@ LAUNCHERS: dict[str, type[Record]] = {
 NAMES = {record: name for name, record in LAUNCHERS.items()}
 
 
-# ---- what csrc/write_records.py writes and the compiled module was written from --------------------------------------
+# ---- the structures for csrc/write_records.py, and the digest of the compiled module ---------------------------------
 
 
 def is_record(kind: Any) -> bool:
@@ -454,7 +455,7 @@ def is_record(kind: Any) -> bool:
 
 
 def fields_of(record: type) -> dict[str, Any]:
-    """Name -> the C type of a field, or the class of a nested record."""
+    """Field name -> its C type, or the class of a nested record."""
     found = {}
     for name, annotation in typing.get_type_hints(record, include_extras=True).items():
         given = [part for part in (annotation, *typing.get_args(annotation)) if hasattr(part, "__metadata__")]
@@ -463,7 +464,7 @@ def fields_of(record: type) -> dict[str, Any]:
 
 
 def ranges_of(record: type) -> dict[str, Range]:
-    """Name -> what a caller may give, of the fields that declare it."""
+    """Field name -> its range, for the fields that declare one."""
     hints = typing.get_type_hints(record, include_extras=True)
     return {
         name: part
@@ -474,7 +475,7 @@ def ranges_of(record: type) -> dict[str, Range]:
 
 
 def structures() -> dict[type, dict[str, Any]]:
-    """Every record with its fields, after those that it holds."""
+    """Every record with its fields; nested records come before the records that contain them."""
     found: dict[type, dict[str, Any]] = {}
 
     def add(record: type) -> None:
@@ -490,7 +491,7 @@ def structures() -> dict[type, dict[str, Any]]:
 
 
 def digest() -> str:
-    """Of all fields: equal where the compiled module reads the records of this file."""
+    """A digest of all fields. The compiled module fits this file if it was compiled with the same digest."""
     layout = {
         record.__name__: [(name, getattr(kind, "__name__", kind)) for name, kind in fields.items()]
         for record, fields in structures().items()

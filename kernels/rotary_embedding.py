@@ -1,10 +1,12 @@
-"""Rotary embedding, by halves of a head: the pairs (j, j + turned / 2). A program takes some heads of a token.
+"""Rotary embedding of the pairs (j, j + turned / 2) of a head. A program takes some heads of a token.
+
+``turned`` is the number of columns of a head that are rotated, R in rlhf_fast/ops/rotary_embedding.py.
 
 formula         x_j cos_j - x_k sin_j and x_k cos_k + x_j sin_k, k = j + turned / 2, in float32; one rounding.
                 backward: the transpose of that, with -sin_k for sin_j and -sin_j for sin_k
 bytes a number  of b bytes: b read, b written; and a token's cosines and sines
 passes          one each way
-error           1 unit in float32's last place, before the rounding
+error           1 ulp of float32, before the rounding
 """
 
 import triton
@@ -20,7 +22,7 @@ def _turn(
     x, x_sequence, x_head, x_token, cos, sin, angle_sequence, angle_token, out, out_sequence, out_head, out_token,
     heads, length, width, half, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of up to PAIRS pairs, and of up to REST numbers that are copied."""
+    """Rotates HEADS heads of up to PAIRS pairs each, and copies up to REST further columns of each."""
     sequence = tl.program_id(0).to(tl.int64) // length
     token = tl.program_id(0).to(tl.int64) % length
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]

@@ -1,9 +1,10 @@
-"""Rows of logits on a GPU: how a program reads the columns of a row, and how a thread reads the numbers of a row.
+"""Loads and stores of the kernels on rows of logits. A row is one token, a column one vocabulary entry.
 
-Two kinds of kernels work on rows:
+There are two kinds of kernels:
 
 - A sweep reads the logits. A program takes one SEGMENT of one row and reads it in blocks of BLOCK columns.
-- A kernel per row reads and writes a few numbers of each row. A program takes ROWS rows, one per lane (thread).
+- A kernel per row reads and writes a few scalars of each row, such as its log-sum-exp. A program takes ROWS rows, one
+  per lane (thread).
 """
 
 from typing import Any, NamedTuple
@@ -14,16 +15,17 @@ import triton.language as tl
 from .numbers import tanh
 from .records import Logits, Rows
 
-# Columns of a program in a sweep: enough work to pay for its start, and few enough that 16 rows fill 132 processors.
+# Columns of a program in a sweep: enough to amortise its launch, and few enough that 16 rows of a large vocabulary fill
+# the 132 multiprocessors of an H100.
 SEGMENT: tl.constexpr = tl.constexpr(8192)
-# Columns that a program reads at a time: 16 of a thread, 32 bytes of a 16-bit type or 64 bytes of float32.
+# Columns of a program's load: 16 per thread, 32 bytes of a 16-bit type or 64 bytes of float32.
 BLOCK: tl.constexpr = tl.constexpr(2048)
 THREADS: tl.constexpr = tl.constexpr(128)
 WARPS = THREADS.value // 32
 # Rows of a program in a kernel per row.
 ROWS: tl.constexpr = tl.constexpr(128)
 
-# Arguments whose values Triton must not specialise on: another number of rows must not compile a kernel again.
+# Arguments that Triton must not specialise on, so that another number of rows does not compile a kernel again.
 GENERAL = (
     "length vocab targets live temperature temperature_stride softcap logits_stride ref_stride grad_stride columns "
     "segments parts ref_parts terms normalisers slopes statistics logprobs ref_logprobs entropy kl grad_logprobs "
@@ -44,12 +46,15 @@ class Lanes(NamedTuple):
     """The rows of a program in a kernel per row: (ROWS,), one per lane."""
 
     row: tl.tensor
-    alive: tl.tensor  # whether it exists and is live
+    alive: tl.tensor  # row < length, and the row is live
     length: tl.tensor  # rows of the launch
 
 
 def row_arguments(rows: Rows) -> dict[str, Any]:
-    """The kernel arguments that every row has, by name. No softcap is None, so that no code is compiled for it."""
+    """The kernel arguments that all kernels on rows share, by name.
+
+    Without a softcap its argument is None, so that no code is compiled for it.
+    """
     return {
         "length": rows.length,
         "vocab": rows.vocab,
@@ -77,7 +82,7 @@ def grid_of_rows(rows: Rows) -> tuple[int]:
 
 
 def vector(*logits: Logits) -> int:
-    """Columns in a load of 16 bytes, or 1 if some row does not start at a multiple of 16 bytes."""
+    """Columns of a 16-byte load, or 1 if some row does not start at a multiple of 16 bytes."""
     given = [(each.data, each.row_stride) for each in logits if each.data is not None]
     aligned = all(data.data_ptr() % 16 == 0 and stride * data.element_size() % 16 == 0 for data, stride in given)
     return 16 // given[0][0].element_size() if aligned else 1
@@ -85,9 +90,9 @@ def vector(*logits: Logits) -> int:
 
 @triton.jit
 def row_and_segment(columns):
-    """The row and the segment of this program. Neighbouring programs read neighbouring memory."""
+    """The row and the segment of this program. Consecutive programs read consecutive segments."""
     segments = tl.cdiv(columns, SEGMENT).to(tl.uint32)
-    # divided as 32 bits, which takes far fewer instructions than 64
+    # a 32-bit division takes far fewer instructions than a 64-bit one
     row = tl.program_id(0).to(tl.uint32) // segments
     return row.to(tl.int64), (tl.program_id(0) - row * segments).to(tl.int32)
 
@@ -106,7 +111,7 @@ def vector_starts(VECTOR: tl.constexpr):
 def block_columns(VECTOR: tl.constexpr):
     """(steps, THREADS, VECTOR): the columns of a block. In every step a thread reads one vector.
 
-    This shape makes Triton emit one 16-byte load per step and thread, with the threads of a warp side by side.
+    With this shape Triton emits one 16-byte load per step and thread, coalesced over the threads of a warp.
     """
     return vector_starts(VECTOR) + tl.arange(0, VECTOR)[None, None, :]
 
@@ -120,7 +125,7 @@ def capped(x, softcap):
 
 @triton.jit
 def cap_slope(x, softcap):
-    """d capped / d logit at the capped value ``x``. It is 0 at the -inf that stands for no column."""
+    """d capped / d logit, given the capped value ``x``; 0 at -inf, which marks the target and columns past the row."""
     slope = 1.0
     if softcap is not None:
         t = x / softcap
@@ -140,9 +145,9 @@ def row_target(targets, row, vocab):
 
 @triton.jit
 def is_plain(start, row):
-    """Whether the block at ``start`` lies in the vocabulary and does not hold the target.
+    """Whether the block at ``start`` lies inside the vocabulary and does not contain the target.
 
-    Most blocks do. They need no mask and no comparison per column.
+    Most blocks are plain. They need no mask and no comparison per column.
     """
     return (start + BLOCK <= row.vocab) & ((row.target < start) | (row.target >= start + BLOCK))
 
@@ -151,13 +156,13 @@ def is_plain(start, row):
 def load_block(row, start, columns, PLAIN: tl.constexpr):
     """The block at ``start`` as float32, after the softcap. The target and the columns past the vocabulary are -inf.
 
-    A vector that starts in the row is read whole, past the row's end too. That is safe: the 16 bytes are aligned, so
-    they lie in one page, and the next row starts no earlier than they end.
+    A vector that starts in the row is loaded as a whole, even if it extends past the row's end. That is safe: its 16
+    bytes are aligned, so they lie in one page, and the next row does not start within them.
     """
     if PLAIN:
         x = capped(tl.load(row.data + start + columns).to(tl.float32), row.softcap)
     else:
-        # A mask per vector, not per column, keeps the load 16 bytes wide. What it must not see is replaced afterwards.
+        # A mask per vector, not per column, keeps the load 16 bytes wide. The excluded columns are replaced afterwards.
         begins = start + vector_starts(columns.shape[2]) < row.vocab
         x = capped(tl.load(row.data + start + columns, mask=begins, other=0.0).to(tl.float32), row.softcap)
         other = (start + columns < row.vocab) & (start + columns != row.target)
@@ -167,7 +172,7 @@ def load_block(row, start, columns, PLAIN: tl.constexpr):
 
 @triton.jit
 def thread_sum(x):
-    """(steps, THREADS, VECTOR) -> (THREADS,): each thread sums its own columns, without a shuffle or a barrier."""
+    """(steps, THREADS, VECTOR) -> (THREADS,): each thread sums its own columns, so no shuffle or barrier is needed."""
     return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
@@ -208,7 +213,7 @@ def target_logits(lanes, targets, vocab, logits, logits_stride, softcap):
 
 @triton.jit
 def load_rows(tensor, lanes, STRIDE: tl.constexpr = 1):
-    """A number of each row. 0 if the row is dead or ``tensor`` is None."""
+    """One number per row, 0 if the row is dead or ``tensor`` is None."""
     value = tl.zeros((ROWS,), tl.float32)
     if tensor is not None:
         value = tl.load(tensor + lanes.row * STRIDE, mask=lanes.alive, other=0.0)
@@ -217,12 +222,12 @@ def load_rows(tensor, lanes, STRIDE: tl.constexpr = 1):
 
 @triton.jit
 def store_rows(tensor, lanes, value, STRIDE: tl.constexpr = 1):
-    """Writes a number of each row, 0 if the row is dead. Does nothing if ``tensor`` is None."""
+    """Writes one number per row, 0 if the row is dead. Does nothing if ``tensor`` is None."""
     if tensor is not None:
         tl.store(tensor + lanes.row * STRIDE, tl.where(lanes.alive, value, 0.0), mask=lanes.row < lanes.length)
 
 
 @triton.jit
 def field_of(table, FIELD: tl.constexpr, length):
-    """Row FIELD of a scratch table (fields, length). The offset needs 64 bits, ``length`` may have 32."""
+    """Row FIELD of a scratch table (fields, length). The offset is computed in 64 bits; ``length`` may have 32."""
     return table + FIELD * length.to(tl.int64)

@@ -1,17 +1,18 @@
-"""The log-sum-exp of rows of logits in one sweep (online softmax), and log-prob and entropy from it.
+"""The first sweep: the log-sum-exp of rows of logits (online softmax), and from it log-prob and entropy.
 
-The formulas are those of csrc/cpu/rows.h. A row is cut into segments and each program sums one, so that a thousand
-rows and a single row of 151936 columns both fill the GPU. A kernel per row then joins the segments of each row in
-their order. So the result of a row depends neither on its position nor on the other rows.
+The formulas are those of csrc/cpu/rows.h. Each program reduces one segment of a row, so that a thousand rows and a
+single row of 151936 columns both fill the GPU. A kernel per row then combines the segments of each row in order, so
+the result of a row depends neither on its position nor on the other rows.
 
-The sums run over all columns but the target, with gap = x - shift:
+The sums are over all columns except the target, with gap = x - shift:
 
-    shift      the largest x
-    tops       how many columns have it
-    rest       sum of e^(gap / temperature) over the other columns
+    shift      the maximum of x
+    tops       the number of columns with x = shift
+    rest       sum of e^(gap / temperature) over the columns with x < shift
     weighted   sum of e^(gap / temperature) * -gap, for the entropy
 
-``tops`` is separate from ``rest`` because 1 + 1e-8 is 1 in float32: a confident row would lose its tail.
+tops + rest is the usual sum of the softmax. They are kept apart because 1 + 1e-8 is 1 in float32: a row with one large
+logit would lose the sum of all others.
 """
 
 from typing import NamedTuple
@@ -47,7 +48,7 @@ from .rows import (
 
 
 class RowSums(NamedTuple):
-    """The four sums above, of some of a row's columns."""
+    """The four sums above, over a part of a row's columns."""
 
     shift: tl.tensor
     tops: tl.tensor
@@ -56,7 +57,7 @@ class RowSums(NamedTuple):
 
 
 class RowResult(NamedTuple):
-    """What the sums of a whole row give. The last four are the fields of RowStatistics in csrc/rlhf_fast.h."""
+    """The results of a row. The last four are the fields of RowStatistics in csrc/rlhf_fast.h."""
 
     logprob: tl.tensor
     entropy: tl.tensor  # only if the sums are weighted
@@ -74,12 +75,12 @@ def no_columns(SIZE: tl.constexpr):
 
 @triton.jit
 def rescaled(sums, shift, rate):
-    """The same sums relative to ``shift``, which is no smaller than theirs: the rescaling of the online softmax."""
+    """The same sums relative to another ``shift`` >= sums.shift: the rescaling step of the online softmax."""
     below = shift > sums.shift
-    # no columns so far: their shift of -inf must not give inf - inf
+    # if no column was summed yet, sums.shift is -inf, and the difference would be inf - inf
     rise = tl.where(below & (sums.shift > -float("inf")), shift - sums.shift, 0.0)
     shrink = tl.exp2(-rise * rate)
-    # The columns that were largest no longer are: they join the rest. A gap grows by the rise.
+    # The former maximum is below the new shift, so ``tops`` joins ``rest``. Every -gap grows by ``rise``.
     total = sums.tops + sums.rest
     moved = tl.where(shrink == 0.0, 0.0, shrink * (sums.weighted + rise * total))
     return RowSums(
@@ -92,15 +93,15 @@ def rescaled(sums, shift, rate):
 
 @triton.jit
 def add_block(sums, x, rate, WEIGHTED: tl.constexpr):
-    """The sums (THREADS,) of each thread and its columns of another block."""
-    # 1. The new maximum first: then no exponential exceeds 1, and none overflows.
+    """Adds a block to the sums (THREADS,), each thread its own columns."""
+    # 1. Update the running max first: then no exponential exceeds 1, and none overflows.
     sums = rescaled(sums, tl.maximum(sums.shift, tl.max(tl.max(x, axis=2), axis=0)), rate)
-    # 2. All exponentials of the block, relative to it. (Every column may be -inf: subtract 0 then.)
+    # 2. The exponentials of the block, relative to the running max. (If all columns are -inf, subtract 0.)
     gap = x - tl.where(sums.shift == -float("inf"), 0.0, sums.shift)[None, :, None]
     e = tl.exp2(gap * rate)
     rest = thread_sum(tl.where(gap == 0.0, 0.0, e))
-    # 3. The largest columns have e = 1 exactly. Their number is the difference of two sums, rounded: that saves a
-    #    comparison and a selection per column.
+    # 3. Columns at the maximum have e = 1 exactly. Their number is the difference of the two sums, rounded, which saves
+    #    a comparison and a selection per column.
     tops = tl.floor(thread_sum(e) - rest + 0.5)
     weighted = sums.weighted
     if WEIGHTED:
@@ -120,11 +121,11 @@ def sum_segments(
             return
     target = row_target(targets, index, vocab)
     rate = LOG2E / temperature_of_row(temperature, temperature_stride, index)
-    # multiple_of lets Triton emit vector loads: a stride known only at run time proves no alignment.
+    # multiple_of lets Triton emit vector loads: it cannot infer the alignment from a stride known only at run time.
     row = Row(logits + tl.multiple_of(index * logits_stride, VECTOR), vocab, target, softcap)
     columns = block_columns(VECTOR)
 
-    # 1. Each thread keeps sums of its own, in registers: the loop has no barrier.
+    # 1. Each thread keeps its own sums in registers, so the loop has no barrier.
     sums = no_columns(THREADS)
     start = segment * SEGMENT
     stop = tl.minimum(start + SEGMENT, vocab)
@@ -134,7 +135,7 @@ def sum_segments(
         else:
             sums = add_block(sums, load_block(row, at, columns, False), rate, WEIGHTED)
 
-    # 2. One reduction over the threads, relative to their common maximum.
+    # 2. One reduction over the threads, after rescaling to their common maximum.
     largest = tl.max(sums.shift, axis=0)
     sums = rescaled(sums, largest, rate)
     part = parts + segment.to(tl.int64) * length + index
@@ -147,8 +148,8 @@ def sum_segments(
 
 
 def sum_rows(rows: Rows, logits: Logits, weighted: bool) -> Tensor:
-    """The sums of each segment of the live rows, (4, segments, length). An entropy needs ``weighted``."""
-    assert logits.data is not None  # None stands for a gradient that is not wanted
+    """The sums of each segment of the live rows, (4, segments, length). The entropy needs ``weighted``."""
+    assert logits.data is not None  # only a gradient may be None
     segments = segments_of(rows)
     parts = torch.empty(4, segments, rows.length, dtype=torch.float32, device=logits.data.device)
     launch(
@@ -167,7 +168,7 @@ def sum_rows(rows: Rows, logits: Logits, weighted: bool) -> Tensor:
 
 @triton.jit
 def join_segments(lanes, parts, segments, inverse_temperature, WEIGHTED: tl.constexpr):
-    """The sums of each row, from those of its segments in their order."""
+    """Combines the sums of each row's segments, in order."""
     rate = LOG2E * inverse_temperature
     sums = no_columns(ROWS)
     field = segments.to(tl.int64) * lanes.length
@@ -192,27 +193,27 @@ def join_segments(lanes, parts, segments, inverse_temperature, WEIGHTED: tl.cons
 
 @triton.jit
 def finish_rows(sums, target_logit, inverse_temperature):
-    """The RowResult of each row: the formulas of rlhf_fast/ops/_vocab.py.
+    """The RowResult of each row, by the formulas of rlhf_fast/ops/_vocab.py.
 
-    With d the log odds against the target, log p_target = -softplus(d) and 1 - p_target = sigmoid(d): neither subtracts
-    near-equal numbers, so that a confident token keeps its digits.
+    With d the log odds against the target, log p_target = -softplus(d) and 1 - p_target = sigmoid(d). Neither subtracts
+    nearly equal numbers, so a confident token keeps its relative precision.
     """
-    # 1. The log-sum-exp of the other columns, relative to the shift; 0 if there is none above -inf.
+    # 1. The log-sum-exp of the other columns, relative to the shift; 0 if all of them are -inf.
     alone = sums.shift == -float("inf")
     empty = alone & (sums.rest == 0.0)
     total = tl.where(empty, 1.0, sums.tops + sums.rest)
     log_total = tl.where(empty, 0.0, log1p(sums.tops - 1.0 + sums.rest))
-    # 2. The log odds. A target at +inf has no log-prob: the reference gives NaN, not 0.
+    # 2. The log odds. A target at +inf gives NaN, as in the torch reference.
     d = (sums.shift - target_logit) * inverse_temperature + log_total
     d = tl.where(target_logit == float("inf"), float("nan"), d)
-    # 3. Everything by e^-|d| <= 1, which cannot overflow.
+    # 3. Probabilities and softplus from e^-|d| <= 1, which cannot overflow.
     certainty = tl.abs(d)
     odds = exponential(-certainty)
     softplus = log1p(odds)
-    larger_mass = 1.0 / (1.0 + odds)  # of the target and the others together, the more likely
+    larger_mass = 1.0 / (1.0 + odds)  # max(p_target, 1 - p_target)
     smaller_mass = odds * larger_mass
     others_mass = tl.where(d > 0.0, larger_mass, smaller_mass)
-    # 4. entropy = H(target or not) + others_mass * H(the others among themselves)
+    # 4. entropy = H(p_target, 1 - p_target) + others_mass * H(softmax over the other columns)
     binary_entropy = smaller_mass * at_most(certainty, FAR) + softplus
     others_entropy = log_total + sums.weighted * inverse_temperature / total
     return RowResult(

@@ -1,4 +1,4 @@
-"""Estimates of the KL from two log-probs per token: one sweep forward, one backward.
+"""Estimates of the KL from two log-probs per token: one pass forward, one backward.
 
 formula         value and slope of the table in rlhf_fast/ops/token_kl.py, d = logprob - ref_logprob
 bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read with a mask
@@ -18,12 +18,12 @@ from .tokens import TILE, WARPS, live_at, tile_of_tokens
 
 @triton.jit
 def _sweep(logprobs, ref_logprobs, live, grad_kl, out, tokens, ESTIMATOR: tl.constexpr, TILE: tl.constexpr):
-    """The estimates or, with grad_kl, the gradient. A token that does not count gives 0 both ways."""
+    """The estimates or, with grad_kl, the gradient; both are 0 for a token that does not count."""
     index = tile_of_tokens(TILE)
     inside = index < tokens
     counted = live_at(live, index, inside)
     logprob = tl.load(logprobs + index, mask=inside, other=0.0)
-    # Selected after the loads, which thus stay vectors: a masked token may hold anything, NaN included.
+    # The mask is applied after the loads, so that they stay vector loads. Masked tokens may be NaN.
     difference = tl.where(counted, logprob - tl.load(ref_logprobs + index, mask=inside, other=0.0), 0.0)
     if grad_kl is None:
         result = kl_value(difference, ESTIMATOR)

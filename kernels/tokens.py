@@ -1,8 +1,8 @@
-"""Ops with one number per token: which tokens count, the divisor of a loss, and sums over tokens.
+"""Shared by the ops with one number per token: masks, the divisor of a loss, and sums over tokens.
 
-A program takes a tile of TILE tokens. A sum over several tiles takes two steps: each program writes its part to a
-scratch table with one row per sum and one column per tile, and one last program adds the parts in the order of the
-tiles. So the result is the same on every run. Sums are float32 within a tile and float64 over tiles.
+A program takes a tile of TILE tokens. A sum over several tiles takes two steps. Each program writes its partial sum to
+a scratch table, with one row per sum and one column per tile. Then a single program adds these "parts" in the order of
+the tiles, so that the result is the same on every run. Sums are float32 within a tile and float64 over tiles.
 """
 
 import functools
@@ -18,7 +18,7 @@ from .records import AGGREGATIONS, LossDivisor
 TILE = 1024
 # 4 tokens per thread: one 16-byte load of floats and one 4-byte load of the mask.
 WARPS = 8
-PARTS = tl.constexpr(1024)  # parts read at once by the program that adds them
+PARTS = tl.constexpr(1024)  # parts per load of the program that adds them
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def tile_of_tokens(TILE: tl.constexpr):
 
 @triton.jit
 def live_at(live, index, inside):
-    """Which tokens count: those inside, with a mask those that it marks."""
+    """Which tokens count: inside the tensor and, with a mask, marked by it."""
     if live is not None:
         inside = inside & (tl.load(live + index, mask=inside, other=0) != 0)
     return inside
@@ -38,7 +38,7 @@ def live_at(live, index, inside):
 def load_kept(data, index, inside, counted):
     """The tokens' numbers, 0 where a token does not count.
 
-    The load covers the masked tokens too: with ``counted`` as its mask it would be one load per token, not a vector.
+    The load includes masked tokens: with ``counted`` as its mask it would be one load per token, not a vector load.
     """
     return tl.where(counted, tl.load(data + index, mask=inside, other=0.0), 0.0)
 
@@ -50,22 +50,22 @@ def store_part(parts, row, value):
 
 @triton.jit
 def load_part(parts, row, tiles, tile):
-    """The parts of some tiles, as float64. ".cg" bypasses the L1 cache, which does not see other programs' stores."""
+    """The parts of some tiles, as float64. ".cg" bypasses the L1 cache, where other programs' stores do not show."""
     part = tl.load(parts + row * tiles + tile, mask=tile < tiles, other=0.0, cache_modifier=".cg")
     return part.to(tl.float64)
 
 
 @triton.jit
 def is_last(ticket):
-    """Whether this program is the last of the launch to get here. It then sees what all others stored before.
+    """Whether this program is the last of the launch to call this. If so, it sees the stores of all other programs.
 
-    Which program is last differs from run to run. So it may decide who adds the parts, but not what is added.
+    Which program is last differs from run to run, so it decides only which program adds the parts, never a result.
     """
-    # 1. The barrier: all threads have stored their parts before any thread takes the ticket.
+    # 1. Barrier: all threads of the program have stored their parts before the atomic.
     tl.debug_barrier()
-    # 2. acq_rel makes these stores visible to the last program, and those of the others to this one.
+    # 2. acq_rel makes this program's stores visible to the last program, and the others' stores to this one.
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
-    # 3. Back to 0 for the next launch, which saves a memset.
+    # 3. Reset for the next launch, which saves a memset.
     if last:
         tl.store(ticket, 0)
     return last
@@ -74,8 +74,8 @@ def is_last(ticket):
 def ticket_of(device: torch.device) -> Tensor:
     """The counter of ``is_last``, 0 before and after each launch.
 
-    There is one per stream: launches on a stream do not overlap. A captured graph may run on any stream, so it gets its
-    own.
+    There is one counter per stream, because launches on a stream do not overlap. A captured graph may run on any
+    stream, so it gets its own counter.
     """
     if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
         return torch.zeros((), dtype=torch.int32, device=device)
@@ -97,8 +97,8 @@ def tile_moments(x, counted):
     count = tl.sum(counted.to(tl.float32))
     divisor = tl.maximum(count, 1.0)
     near = tl.sum(x) / divisor
-    # 2. Deviations from it are small, so their sums keep their digits where a sum of squares would cancel. Their mean
-    #    is the rounding error of ``near``.
+    # 2. Sums of deviations from ``near``, because a sum of squares of x would cancel. The mean of the deviations is the
+    #    rounding error of ``near``.
     deviations = tl.where(counted, x - near, 0.0)
     off = tl.sum(deviations) / divisor
     deviation = tl.sum(deviations * deviations) - count * off * off
@@ -107,7 +107,7 @@ def tile_moments(x, counted):
 
 @triton.jit
 def merge_moments(count, mean, deviation, counts, means, deviations):
-    """The moments so far, merged with those of further parts (a vector of each). All float64."""
+    """Merges the moments with those of further parts (a vector of each), in float64."""
     total = count + tl.sum(counts)
     merged = (count * mean + tl.sum(counts * means)) / tl.maximum(total, 1.0)
     step = mean - merged
@@ -120,7 +120,7 @@ def merge_moments(count, mean, deviation, counts, means, deviations):
 
 @triton.jit
 def _count_live(live, lengths, length, TILE: tl.constexpr):
-    """The live tokens of each sequence, one sequence per program."""
+    """The number of live tokens of each sequence, one sequence per program."""
     sequence = tl.program_id(0).to(tl.int64)
     count = tl.zeros((), tl.int64)
     for start in range(0, length, TILE):
@@ -131,7 +131,7 @@ def _count_live(live, lengths, length, TILE: tl.constexpr):
 
 @triton.jit
 def token_weight(lengths, index, tokens, length, inside, DIFFER: tl.constexpr):
-    """The weight of a token before the division: 1 or, with DIFFER, 1 / the live tokens of its sequence."""
+    """The weight of a token before the division by the divisor: 1 or, with DIFFER, 1 / live tokens of its sequence."""
     weight = 1.0
     if DIFFER:
         live_tokens = tl.load(lengths + sequence_at(index, tokens, length), mask=inside, other=1)
@@ -141,15 +141,13 @@ def token_weight(lengths, index, tokens, length, inside, DIFFER: tl.constexpr):
 
 @triton.jit
 def sequence_at(index, tokens, length):
-    """The sequence of each token. Divided in 32 bits, unless the number of tokens needs 64: that is several times
-    slower.
-    """
+    """The sequence of each token. Divides in 32 bits if the number of tokens fits, which is several times faster."""
     return index.to((tokens + length).dtype) // length
 
 
 @triton.jit
 def loss_scale(lengths, sequences, items, norm, count, ITEMS: tl.constexpr):
-    """1 / divisor in float64. ``count`` is the number of live tokens. The other arguments are those of Divisor."""
+    """1 / divisor in float64. ``count`` is the number of live tokens; Divisor has the other arguments."""
     if ITEMS == "tokens":
         found = count
     elif ITEMS == "sequences":
@@ -167,19 +165,20 @@ def loss_scale(lengths, sequences, items, norm, count, ITEMS: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x of a float64, to all but its last digits: a float32 reciprocal and one Newton step.
+    """1 / x in float64, accurate except in the last digits: a float32 reciprocal and one Newton step.
 
-    A float64 division would be a function call, which puts registers on a stack.
+    A float64 division would be a function call, which spills registers to the stack.
     """
     near = (1.0 / x.to(tl.float32)).to(tl.float64)
     return near * (2.0 - x * near)
 
 
 class Divisor:
-    """What a loss over (sequences, length) tokens is divided by: ``norm`` times the number that ITEMS names.
+    """The divisor of a loss over (sequences, length) tokens: ``norm`` times a number that ITEMS selects.
 
-    ITEMS is "tokens" or "sequences" for the number of live ones, "given" for the number at the address ``items``, or
-    None for 1. ``lengths`` are the live tokens of each sequence, counted by a launch if the divisor needs them.
+    ITEMS is "tokens" (the number of live tokens), "sequences" (the number of sequences with a live token), "given" (the
+    number in the tensor ``items``) or None (1). ``lengths`` is the number of live tokens of each sequence, counted by a
+    launch if the divisor needs it.
     """
 
     def __init__(
@@ -217,5 +216,5 @@ class Divisor:
 
 
 def tile_of(length: int) -> int:
-    """The tile of a program that walks over a whole sequence."""
+    """The tile size of a program that loops over a whole sequence."""
     return min(max(triton.next_power_of_2(length), 128), TILE)

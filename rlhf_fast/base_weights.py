@@ -1,4 +1,4 @@
-"""The weights of frozen linear layers, plain or in four bits, as matrices to multiply."""
+"""The weights of frozen linear layers, plain or 4-bit, as matrices."""
 
 import contextlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def in_four_bits(layer: nn.Module) -> bool:
 
 
 def matrix(layer: Any) -> Tensor:
-    """The weight as (O, I): a view, or of 4-bit numbers a new tensor in the dtype that the layer computes in."""
+    """The weight as (O, I): a view, or for a 4-bit weight a new tensor in the dtype that the layer computes in."""
     if in_four_bits(layer):
         from bitsandbytes.functional import dequantize_4bit
 
@@ -26,12 +26,12 @@ def matrix(layer: Any) -> Tensor:
 
 
 def kept_packed(layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    """Inside, a backward that saves one of ``weights``, the ``matrix`` of each layer, keeps the 4-bit numbers in its
-    place and unpacks them again when it runs."""
+    """Inside, autograd saves the 4-bit weight instead of its ``matrix`` (``weights``, one per layer), and dequantises
+    it again in the backward."""
     packed = {w.data_ptr(): layer for layer, w in zip(layers, weights, strict=True) if in_four_bits(layer)}
     if not packed:
         return contextlib.nullcontext()
-    # torch asks the innermost hooks alone; those around, of gradient checkpointing, are asked from here
+    # torch calls only the innermost saved-tensor hooks; these call the outer ones, of gradient checkpointing
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     pack, unpack = outer if outer is not None else (_same, _same)
 

@@ -222,8 +222,7 @@ def restore_optimizer(
         parameter = parameters[name]
         if key != "step" and value.shape != parameter.shape:
             raise ValueError(f"the optimizer's {full_name} has the shape {tuple(value.shape)}")
-        place = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = value.clone().to(place)
+        optimizer.state[parameter][key] = value.clone().to(parameter.device)
 
 
 @contextlib.contextmanager

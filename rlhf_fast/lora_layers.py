@@ -1,6 +1,6 @@
-"""PEFT's LoRA layers computed by ``lora_linear``: several layers in one call, and rows of several roles in one pass.
+"""Makes ``lora_linear`` compute PEFT's LoRA layers: several layers in one call, and rows of several roles in one pass.
 
-Layers without an adapter too, where the engine's float32 product is faster than torch's.
+Also layers without an adapter, on processors where the engine's float32 product is faster than torch's.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_fast.base_weights import in_four_bits, kept_packed, matrix
 from rlhf_fast.ops import build_info, lora_linear
 
-# (role, rows) of the consecutive rows that a pass computes; None as a role has no adapter. Unset: what PEFT has active.
-# A plain global, which torch.compile guards on.
+# (role, number of rows) of consecutive rows of the current pass; a role None has no adapter. If _roles is None, the
+# active adapter of PEFT computes all rows. A plain global, so that torch.compile guards on it.
 _roles: Sequence[tuple[str | None, int]] | None = None
 
 
 @contextlib.contextmanager
 def roles(rows: Sequence[tuple[str | None, int]]) -> Iterator[None]:
-    """Inside, fused layers compute the first rows of their input, flattened to (N, I), under the adapter of the first
-    role, the next rows under the next. Which adapter PEFT has active does not matter."""
+    """Inside, fused layers apply the adapter of the first role to the first rows of their input, flattened to (N, I),
+    that of the second role to the next rows, and so on. PEFT's active adapter is ignored."""
     global _roles
     outer, _roles = _roles, tuple(rows)
     try:
@@ -34,13 +34,13 @@ def roles(rows: Sequence[tuple[str | None, int]]) -> Iterator[None]:
 
 
 def given_roles() -> Sequence[tuple[str | None, int]] | None:
-    """What ``roles`` has set, if it has."""
+    """The argument of the surrounding ``roles``, if any."""
     return _roles
 
 
 def fuse(layers: dict[str, LoraLayer]) -> dict[str, str]:
-    """Exchanges the class of PEFT's layers over nn.Linear, Conv1D and bitsandbytes' Linear4bit. Returns name -> reason
-    of what it leaves."""
+    """Replaces the class of PEFT's layers on nn.Linear, Conv1D and bitsandbytes' Linear4bit. Returns name -> reason for
+    the layers that it does not replace."""
     left = {name: reason for name, layer in layers.items() if (reason := why_not(layer)) is not None}
     for name, layer in layers.items():
         if name not in left:
@@ -51,7 +51,7 @@ def fuse(layers: dict[str, LoraLayer]) -> dict[str, str]:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Has PEFT compute its layers again. A model that is not fused is left as it is."""
+    """Undoes ``fuse``. Does nothing to a model that is not fused."""
     for module in model.modules():
         if isinstance(module, FusedLayer):
             module.__class__ = _pefts(module)
@@ -59,7 +59,7 @@ def unfuse(model: nn.Module) -> None:
 
 
 class PlainLinear(nn.Linear):
-    """nn.Linear on the engine's product; its class alone is exchanged."""
+    """nn.Linear computed by the engine's product. Existing modules get this class; nothing else of them changes."""
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = lora_linear(input, self.weight, None, biases=self.bias)
@@ -67,20 +67,19 @@ class PlainLinear(nn.Linear):
 
 
 def exchange_plain(model: nn.Module) -> None:
-    """Exchanges the class of every float32 nn.Linear on the CPU, on processors where the engine's product is chosen."""
-    if build_info().get("float32_products") != "rlhf-fast":
-        return
+    """Replaces the class of every nn.Linear on the CPU whose dtype the engine multiplies on this processor."""
+    info = build_info()
+    products = {torch.float32: "float32_products", torch.bfloat16: "bfloat16_products"}
+    exchanged = {dtype for dtype, name in products.items() if info.get(name) == "rlhf-fast"}
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module) and _on_engine(module.weight):
-            module.__class__ = PlainLinear
-
-
-def _on_engine(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu"
+        if type(module) is nn.Linear and "forward" not in vars(module):
+            weight = module.weight
+            if weight.dtype in exchanged and weight.device.type == "cpu":
+                module.__class__ = PlainLinear
 
 
 class FusedLayer:
-    """Marks a layer of PEFT's whose class has been exchanged for one with the forward of ``_forward``."""
+    """Marks a layer of PEFT whose class ``fuse`` has replaced by one with ``_forward`` as its forward."""
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,17 +98,18 @@ class FusedLinear(Linear, FusedLayer):
 
 @functools.cache
 def _fused_class(kind: Any) -> Any:
-    """Of PEFT's class ``kind``. That of 4-bit layers can be imported only where bitsandbytes is installed."""
+    """The fused subclass of PEFT's class ``kind``. Created at run time for 4-bit layers, because PEFT's class can be
+    imported only if bitsandbytes is installed."""
     return FusedLinear if kind is Linear else type(f"Fused{kind.__name__}", (kind, FusedLayer), {"forward": _forward})
 
 
 def _pefts(layer: LoraLayer) -> Any:
-    """Its class in PEFT."""
+    """The layer's class in PEFT."""
     return type(layer).__bases__[0] if isinstance(layer, FusedLayer) else type(layer)
 
 
 class _Group:
-    """Layers that read the same input: the first one that is called computes all, and the others fetch theirs."""
+    """Layers that read the same input: the first one computes the outputs of all, and the others fetch theirs."""
 
     def __init__(self, layers: list[LoraLayer]) -> None:
         self.layers = layers
@@ -134,14 +134,14 @@ class _Group:
 
 
 def _agree(layers: list[LoraLayer]) -> bool:
-    """Whether they can be computed in one call as things stand."""
+    """Whether the layers can be computed in one call at the moment."""
     if _roles is None and any(map(_not_now, layers)):
         return False
     return len({_dropout(layer) for layer in layers}) == 1
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
-    """What must be the same when another layer of the group fetches its output."""
+    """State that must not change between the first layer's call and another layer's fetch of its output."""
     autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     return _roles, torch.is_grad_enabled(), autocast, None if x.is_inference() else x._version
 
@@ -175,7 +175,7 @@ def _active(layer: LoraLayer) -> list[str]:
 
 
 def _dropout(layer: LoraLayer) -> float:
-    """Of the one adapter that is active; of several roles, what is on in any of them."""
+    """The dropout probability of the active adapter; for several roles, the largest of those in train mode."""
     given = _roles
     names = _active(layer)[:1] if given is None else [name for name, _ in given if name in layer.lora_dropout]
     modules = [layer.lora_dropout[name] for name in names]
@@ -183,7 +183,7 @@ def _dropout(layer: LoraLayer) -> float:
 
 
 def why_not(layer: LoraLayer) -> str | None:
-    """Why the layer cannot be fused; None where it can."""
+    """Why the layer cannot be fused; None if it can."""
     base = layer.get_base_layer()
     kind = _pefts(layer)
     plain = kind is Linear and type(base) in (nn.Linear, PlainLinear, Conv1D)
@@ -200,7 +200,7 @@ def why_not(layer: LoraLayer) -> str | None:
 
 
 def _not_now(layer: LoraLayer) -> str | None:
-    """Why PEFT computes the layer as things stand: this may change from call to call."""
+    """Why PEFT must compute the layer in its current state, which may change from call to call; None = it need not."""
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
@@ -223,15 +223,15 @@ def _not_now(layer: LoraLayer) -> str | None:
 
 
 class Calls(NamedTuple):
-    """What a forward pass called."""
+    """The calls of layers in a forward pass."""
 
-    groups: list[list[str]]  # names of layers of one module that read the very same tensor, one after the other
-    sizes: set[int]  # rows (..., I) of the layers' inputs
+    groups: list[list[str]]  # names of layers of one module that read the same tensor in consecutive calls
+    sizes: set[int]  # numbers of rows of the layers' inputs (..., I)
 
 
 def group(layers: dict[str, LoraLayer], run: Callable[[], Any]) -> Calls:
-    """Has layers that read the same input computed together, as the projections to query, key and value do. ``run`` is
-    a forward pass of a few tokens, which shows them."""
+    """Groups layers that read the same input, such as the projections to query, key and value, to be computed in one
+    call. ``run``: a forward pass on a few tokens, in which these layers are found."""
     calls = _calls(layers, run)
     for names in calls.groups:
         together = _Group([layers[name] for name in names])
@@ -244,7 +244,7 @@ def _calls(layers: dict[str, LoraLayer], run: Callable[[], Any]) -> Calls:
     called: list[str] = []
     groups: list[list[str]] = []
     sizes: set[int] = set()
-    last: list[Any] = [None, None]  # the module that holds the layer called last, and what it was called with
+    last: list[Any] = [None, None]  # the parent module and the input of the layer called last
 
     def seen(name: str, args: tuple[Any, ...]) -> None:
         called.append(name)

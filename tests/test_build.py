@@ -305,7 +305,7 @@ def test_a_module_for_another_python_is_said_wherever_someone_may_ask(package: P
     )
     assert info == {"native": None, "reason": reason}
     assert (listing["chosen"], listing["unavailable"]["native"]) == ("torch", reason)
-    assert said == [f"token_kl: backend 'native' cannot run here and is passed over: {reason}"]
+    assert said == [f"token_kl: backend 'native' cannot run here and is skipped: {reason}"]
     assert kl == [2.0, 2.0]
     assert reason in forced
 
@@ -345,4 +345,4 @@ print(json.dumps([native._reason, native._load()[1]]))
 """
     before, after = child(package, script)
     assert before is None
-    assert after == f"the compiled module {MODULE.name} is of another state of csrc/; make, or install rlhf-fast again"
+    assert after == f"the compiled module {MODULE.name} is from other sources than csrc/; run make or install it again"

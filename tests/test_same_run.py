@@ -236,6 +236,6 @@ def test_a_finished_stage_of_a_run_is_passed_over_only_with_its_settings(command
     assert command("run", "--config run.yaml").code == 0
     resumed = "--config run.yaml --resume_from_checkpoint auto"
     outcome = command("run", resumed)
-    assert outcome.code == 0 and "sft: has finished before, passed over" in outcome.err
+    assert outcome.code == 0 and "sft: has finished before, skipped" in outcome.err
     outcome = command("run", f"{resumed} --learning_rate 1")
     assert outcome.code == 2 and "sft has finished with other settings: learning_rate (0.0002 -> 1.0)" in outcome.err

@@ -10,30 +10,19 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import rlhf_fast
 from rlhf_fast.bench.results import machine
 from rlhf_fast.bench.step import arithmetic, tables
-from rlhf_fast.bench.step.contest import ROWS, SEPARATE_REWARD, Row
-from rlhf_fast.bench.step.process import Failed, run
-from rlhf_fast.bench.step.work import Work, prepare, quick
+from rlhf_fast.bench.step.contest import ROWS, Row
+from rlhf_fast.bench.step.process import Failed
+from rlhf_fast.bench.step.runs import PYTHON, missing, run_row, versions
+from rlhf_fast.bench.step.work import Work, prepare, quick, without_paths
 
-ROOT = Path(rlhf_fast.__file__).parent.parent
-SCRIPTS = Path(__file__).parent
-PYTHON = {
-    "rlhf-fast": Path(sys.executable),
-    "peft": Path(sys.executable),
-    "trl": ROOT / ".venv-trl" / "bin" / "python",
-    "agilerl": ROOT / ".venv-agilerl" / "bin" / "python",
-}
-PACKAGES = ("torch", "transformers", "peft", "trl", "agilerl")
 ROUNDS = 2
 PHASES = {phase: f"perf/seconds_{phase}" for phase in ("rollout", "score", "update")}
 
@@ -82,18 +71,16 @@ def measure(rows: list[Row], work: Work, args: argparse.Namespace, folder: Path)
     environment is not there stands under "missing"."""
     start = perf_counter()
     work_file = prepare(work, args.data, folder)
-    present = [row for row in rows if PYTHON[row.who].exists()]
+    present = [row for row in rows if missing(row) is None]
     measured: dict[str, Any] = {
         "machine": machine() | {"load_before": os.getloadavg()[0]},
         "versions": {who: versions(PYTHON[who]) for who in dict.fromkeys(row.who for row in present)},
         "quick": args.quick,
-        "work": asdict(work) | {"model": Path(work.model).name, "prompts": "", "sft": "", "reward": ""},
+        "work": without_paths(work),
         "peaks": arithmetic.peaks(args.quick),
         "runs": [],
         "failed": {},
-        "missing": {
-            row.key: f"no {row.who} in {PYTHON[row.who].relative_to(ROOT)}" for row in rows if row not in present
-        },
+        "missing": {row.key: reason for row in rows if (reason := missing(row))},
     }
     for number in range(args.rounds):
         for row in present:
@@ -115,27 +102,7 @@ def measure(rows: list[Row], work: Work, args: argparse.Namespace, folder: Path)
 
 def one_run(row: Row, number: int, work: Work, work_file: Path, folder: Path) -> dict[str, Any]:
     """The run's record: seconds, phases and response tokens of every step, the first one included."""
-    output = folder / f"{row.key}-{number}"
-    output.mkdir()
-    steps = 1 if work.steps == 1 else row.steps or work.steps
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
-    environment |= {"HF_DATASETS_CACHE": str(folder / "datasets"), "TRL_EXPERIMENTAL_SILENCE": "1"}
-    environment |= {"RLHF_FAST_STEP_WORK": str(work_file), "RLHF_FAST_STEP_DTYPE": row.dtype}
-    if row.who == "rlhf-fast":
-        command = our_command(row, work, steps, output)
-        if row.stage == "ppo":
-            command += reward_flags(row, work, folder, environment)
-    else:
-        environment.pop("PYTHONPATH", None)
-        script, stage = PEERS[row.who]
-        command = [str(PYTHON[row.who]), "-P", str(SCRIPTS / script), *([row.stage] if stage else [])]
-        command += [str(work_file), str(output), "--dtype", row.dtype, "--steps", str(steps)]
-        command += [word for name, value in row.flags.items() for word in (f"--{name}", value) if word]
-    start = perf_counter()
-    peak = run(command, output.with_suffix(".log"), environment)
-    wall = perf_counter() - start
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "perf/seconds_step" in line]
+    lines, peak, seconds = run_row(row, str(number), work, work_file, folder)
     phases = {phase: [line[name] for line in lines] for phase, name in PHASES.items() if name in lines[0]}
     lengths = [line["response/length_mean"] for line in lines if "response/length_mean" in line]
     return {
@@ -146,62 +113,8 @@ def one_run(row: Row, number: int, work: Work, work_file: Path, folder: Path) ->
         "phases": phases,
         "response_tokens": [round(length * work.batch_size) for length in lengths],
         "peak_memory_gb": peak,
-        "process_seconds": wall,
+        "process_seconds": seconds,
     }
-
-
-# who -> script, and whether it wants the stage's name
-PEERS = {"trl": ("trl_step.py", True), "agilerl": ("agilerl_ppo.py", False), "peft": ("peft_generate.py", False)}
-
-
-def our_command(row: Row, work: Work, steps: int, output: Path) -> list[str]:
-    flags = {
-        "model_name_or_path": work.model,
-        "dataset_name": {"ppo": work.prompts, "sft": work.sft, "reward": work.reward}[row.stage],
-        "output_dir": str(output),
-        "overwrite_output_dir": "true",
-        "dtype": row.dtype,
-        "eval_size": "0",
-        "batch_size": str(work.batch_size),
-        "micro_batch_size": str(work.train_micro_batch),
-        "max_length": str(work.max_length),
-        "max_steps": str(steps),
-        "save_steps": str(steps),
-        "lora_r": str(work.lora_r),
-        "learning_rate": str(work.learning_rate),
-    }
-    if row.stage == "ppo":
-        flags |= {"max_length": str(work.prompt_tokens[1] + work.response_length), "ignore_eos": "true"}
-        flags |= {"response_length": str(work.response_length), "num_ppo_epochs": str(work.ppo_epochs)}
-    if row.stage == "reward":
-        flags |= CALIBRATION
-    flags |= row.flags
-    return [sys.executable, "-m", "rlhf_fast.cli", row.stage, *(f"--{name}={value}" for name, value in flags.items())]
-
-
-CALIBRATION = {"calibration_prompts": "2", "response_length": "4"}  # not what is measured here: kept short
-
-
-def reward_flags(row: Row, work: Work, folder: Path, environment: dict[str, str]) -> list[str]:
-    """The reward: a model of its own, or an adapter on the base, which is made where it is first needed."""
-    if row.name == SEPARATE_REWARD:
-        return [f"--reward_functions={SCRIPTS / 'separate_reward.py'}:score"]
-    layers = row.flags.get("lora_layers")
-    output = folder / f"reward-adapter-{row.dtype}-{layers}"
-    if not output.exists():
-        making = Row("", "", "reward", "rlhf-fast", row.dtype, {"lora_layers": layers} if layers else {})
-        run(our_command(making, work, 1, output), output.with_suffix(".log"), environment)
-    return [f"--reward_adapter={output / 'adapter'}"]
-
-
-def versions(python: Path) -> dict[str, str]:
-    """The packages of an environment that take part."""
-    code = (
-        "import importlib.metadata as m, json; "
-        f"names = {{d.metadata['Name'].lower() for d in m.distributions()}} & set({PACKAGES!r}); "
-        "print(json.dumps({name: m.version(name) for name in sorted(names)}))"
-    )
-    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 if __name__ == "__main__":

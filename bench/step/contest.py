@@ -42,8 +42,19 @@ LEAST_MEMORY, CHECKPOINTING = "rlhf-fast, set for memory", {"gradient_checkpoint
 ONE_BASE, SEPARATE_REWARD = "rlhf-fast", "rlhf-fast, a reward model of its own"
 
 ROWS = (
-    Row("trl-four-bf16", "TRL", "ppo", "trl", BF16, {"own_reference": ""}, "four models (TRL)", speed=False, rounds=1),
-    Row("trl-bf16", "TRL", "ppo", "trl", BF16, memory="policy and reference on one base (TRL)"),
+    Row(
+        "trl-four-bf16-4",
+        "TRL",
+        "ppo",
+        "trl",
+        BF16,
+        micro_batch(4) | {"own_reference": ""},
+        memory="four models (TRL)",
+        speed=False,
+        rounds=1,
+    ),
+    Row("trl-bf16-4", "TRL", "ppo", "trl", BF16, micro_batch(4), memory="policy and reference on one base (TRL)"),
+    Row("trl-bf16-16", "TRL", "ppo", "trl", BF16, micro_batch(16)),
     Row("agilerl-speed-bf16", "AgileRL, set for speed", "ppo", "agilerl", BF16, steps=2),
     Row("agilerl-memory-bf16", "AgileRL, set for memory", "ppo", "agilerl", BF16, {"least_memory": ""}, steps=2),
     Row(
@@ -72,7 +83,8 @@ ROWS = (
         rounds=1,
     ),
     Row("ours-trunk-bf16-16", TRUNK, "ppo", "rlhf-fast", BF16, micro_batch(16, TOP)),
-    Row("trl-fp32", "TRL", "ppo", "trl", FP32, steps=2),
+    Row("trl-fp32-4", "TRL", "ppo", "trl", FP32, micro_batch(4), rounds=1),
+    Row("trl-fp32-16", "TRL", "ppo", "trl", FP32, micro_batch(16)),
     Row("ours-fp32-4", ONE_BASE, "ppo", "rlhf-fast", FP32, micro_batch(4)),
     Row("ours-fp32-16", ONE_BASE, "ppo", "rlhf-fast", FP32, micro_batch(16)),
     Row("ours-memory-fp32", LEAST_MEMORY, "ppo", "rlhf-fast", FP32, micro_batch(16) | CHECKPOINTING),

@@ -11,22 +11,22 @@ from pathlib import Path
 import psutil
 
 WATCH_SECONDS = 0.1
-LIMIT_SECONDS = 1800
 
 
 class Failed(Exception):
     """A contestant that did not end well; the message is one line."""
 
 
-def run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> float:
+def run(command: Sequence[str], log: Path, environment: Mapping[str, str], limit: float) -> float:
     """Runs ``command`` with its output in ``log``; returns the peak resident memory in GB, its children's
-    included (Linux: VmHWM of /proc). Raises Failed where it ends with an error or runs for too long."""
+    included (Linux: VmHWM of /proc). Raises Failed where it ends with an error or runs for more than ``limit``
+    seconds."""
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
         )
         try:
-            peak, seen, end = 0, {process.pid}, time.monotonic() + LIMIT_SECONDS
+            peak, seen, end = 0, {process.pid}, time.monotonic() + limit
             while process.poll() is None and time.monotonic() < end:
                 family = descendants(process.pid)
                 # a child counts from its second sighting: before exec it still has its parent's memory
@@ -39,7 +39,7 @@ def run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> fl
             process.wait()
     if process.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        late = f"stopped after {LIMIT_SECONDS} s" if process.returncode == -signal.SIGKILL else ""
+        late = f"stopped after {limit:g} s" if process.returncode == -signal.SIGKILL else ""
         raise Failed(late or (lines[-1].strip()[:300] if lines else f"exit code {process.returncode}"))
     return peak / 1e9
 

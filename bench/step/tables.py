@@ -76,19 +76,24 @@ def titled(title: str, table: str) -> str:
     return f"**{title}**\n\n{table}" if table else ""
 
 
-def where(results: dict[str, Any]) -> str:
-    machine, work = results["machine"], results["work"]
+def machine(results: dict[str, Any]) -> str:
+    """The processor, our packages, and the peers' own."""
     packages = {
         name: version
         for who, found in results["versions"].items()
         for name, version in found.items()
         if name in ("torch", "transformers", "peft") and who == "rlhf-fast" or name == who
     }
+    found = results["machine"]
+    return f"{found['cores']} cores of {found['cpu']}; {', '.join(f'{n} {v}' for n, v in packages.items())}."
+
+
+def where(results: dict[str, Any]) -> str:
+    work = results["work"]
     low, high = work["prompt_tokens"]
     rates = ", ".join(f"{SHORT[dtype]} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in results["peaks"].items())
     return (
-        f"{machine['cores']} cores of {machine['cpu']}; {', '.join(f'{n} {v}' for n, v in packages.items())}. "
-        f"Load of the machine before the first run: {machine['load_before']:.1f}. "
+        f"{machine(results)} Load of the machine before the first run: {results['machine']['load_before']:.1f}. "
         f"Model {work['model']}; data {work['data']}. PPO: {work['batch_size']} prompts of {low} to {high} tokens "
         f"({work['tokens']['prompts']} in all), {work['response_length']} response tokens each, {work['ppo_epochs']} "
         f"epochs, one mini-batch, LoRA r={work['lora_r']} on all linear layers. SFT and reward training: "
@@ -98,18 +103,19 @@ def where(results: dict[str, Any]) -> str:
     )
 
 
-def baseline(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """The peer that the entry is measured by: of its stage and dtype."""
+def baselines(entry: Entry, entries: Sequence[Entry]) -> list[Entry]:
+    """The peer's rows that the entry is measured by: of its stage and dtype, at any micro-batch."""
     alike = [e for e in entries if (e.row["stage"], e.row["dtype"]) == (entry.row["stage"], entry.row["dtype"])]
-    return next((e for e in alike if e.row["who"] in BASELINES), None)
+    return [e for e in alike if e.row["who"] in BASELINES]
 
 
 def beside(entry: Entry, entries: Sequence[Entry]) -> tuple[str, str]:
-    """The rate and the memory against the baseline's."""
-    base = baseline(entry, entries)
-    if base is None or base is entry:
+    """The rate against the peer's best rate, and the memory against its least."""
+    found = baselines(entry, entries)
+    if not found or entry in found:
         return "", ""
-    return report.times(entry.rate / base.rate), f"{entry.peak_gb / base.peak_gb:.0%}"
+    rate, peak = max(base.rate for base in found), min(base.peak_gb for base in found)
+    return report.times(entry.rate / rate), f"{entry.peak_gb / peak:.0%}"
 
 
 def phases(values: dict[str, float], form: str) -> str:

@@ -43,6 +43,11 @@ def quick(model: str) -> Work:
     return Work(model, 4, (8, 96), 8, 2, 256, 2, 4, steps=1)
 
 
+def without_paths(work: Work) -> dict[str, Any]:
+    """What of the work a results file keeps: nothing of this machine's folders."""
+    return asdict(work) | {"model": Path(work.model).name, "prompts": "", "sft": "", "reward": ""}
+
+
 def prepare(work: Work, data: Path | None, folder: Path) -> Path:
     """Fills ``work`` in and writes its files into ``folder``; returns WORK.json. ``data``: JSONL of HH-RLHF
     transcripts, also .gz; None: the demo's preferences. Raises SystemExit where too few rows fit."""

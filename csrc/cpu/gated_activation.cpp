@@ -1,9 +1,9 @@
-// activation(gate) * up. The backward computes the activation again.
+// activation(gate) * up. The backward recomputes the activation.
 //
 //   formula         activate() of csrc/formulas.h, in float; one rounding
 //   bytes a number  of b bytes: forward 2 b read, b written; backward 3 b read, 2 b written
 //   passes          one each way
-//   error           a few units in float's last place, before the rounding (tests/ops/test_layers.py)
+//   error           a few ulp of float32, before the rounding (tests/ops/test_layers.py)
 #include "hidden.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
@@ -15,7 +15,7 @@ struct Kind {
   static constexpr Activation value = activation;
 };
 
-// Calls `body` with the activation as a type, so that no loop asks for it.
+// Calls `body` with the activation as a compile-time constant, so that the loops do not branch on it.
 template <class Body>
 void with_kind(Activation activation, const Body& body) {
   switch (activation) {
@@ -26,7 +26,7 @@ void with_kind(Activation activation, const Body& body) {
   }
 }
 
-// Calls visit(row, i, lanes) for each vector, in tasks of a block of a row.
+// Calls visit(row, i, lanes) for each vector. A task is a block of a row.
 template <class Arguments, class Visit>
 RLHF_FAST_INLINE void over_rows(const Arguments& a, int threads, const Visit& visit) {
   const int64_t blocks = blocks_of(a.width);

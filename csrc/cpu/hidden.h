@@ -1,4 +1,4 @@
-// Rows of a layer's numbers.
+// Rows of hidden states.
 #pragma once
 
 #include "tokens.h"

@@ -1,10 +1,11 @@
-// linear_logprobs and linear_cross_entropy on one tile of logits, straight from the matrix product. The tile gives its
-// log-probs and is then overwritten by their gradient. A row is read twice, the second time mostly from the cache.
+// linear_logprobs and linear_cross_entropy: the fold of a chunk of logits (rlhf_fast/ops/_sweep.py). Computes the
+// log-probs of each row, then overwrites its logits with the gradient. A row is read twice, the second time mostly from
+// the cache.
 //
-//   formula         as masked_logprobs; its gradient, p_j times a factor of the row, and the target apart
+//   formula         as masked_logprobs; the gradient is p_j times a factor of the row, except at the target
 //   bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
 //   passes          one, and one more for the gradient
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "rows.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
@@ -14,7 +15,7 @@ void linear_logprobs(const LinearLogprobs& a, int threads) {
     float* data = row_of<float>(a.logits, i);
     const Row row(data, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
     const float inverse_temperature = inverse_temperature_of(a.rows, i);
-    // 1. The target's logit, which the gradient may overwrite, and the results.
+    // 1. The results. The target's logit is read first, because the gradient may overwrite it.
     const float target_logit = row.target_logit();
     const RowResult result = evaluate_row(row, inverse_temperature, a.entropy || a.grad_entropy);
     a.logprobs[i] = result.logprob;

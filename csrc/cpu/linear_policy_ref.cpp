@@ -1,10 +1,11 @@
-// linear_policy_ref on one tile of the policy's logits and one of the reference's. They give both log-probs, the
-// policy's entropy and the exact KL. The policy's tile is then overwritten by the gradient of all of them together.
+// linear_policy_ref: the fold of two chunks of logits, the policy's and the reference's (rlhf_fast/ops/_sweep.py).
+// Computes both log-probs, the policy's entropy and the exact KL. Then overwrites the policy's logits with the gradient
+// of their weighted sum.
 //
-//   formula         those of masked_logprobs and exact_kl, over two tiles side by side
+//   formula         those of masked_logprobs and exact_kl
 //   bytes a row     of V columns: 8 V read for the sums, 8 V for the KL, 8 V read, up to 4 V written for the gradient
 //   passes          two, and one more for the gradient
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "pairs.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
@@ -12,7 +13,7 @@ namespace {
 
 Normaliser normaliser_of(const RowResult& result) { return {result.statistics.shift, result.statistics.scale}; }
 
-// The target's term of the KL, p log(p / r) - p + r, in double: kl_terms is for the other columns.
+// The target's term of the KL, p log(p / r) - p + r, in double. kl_terms computes those of the other columns.
 double kl_at_target(double log_p, double log_r) {
   const double p = std::exp(log_p), r = std::exp(log_r), ratio = log_r - log_p;
   if (p == 0) return r;
@@ -34,11 +35,11 @@ void linear_policy_ref(const LinearPolicyRef& a, int threads) {
     const Row policy(data, a.rows.vocab, target, a.rows.softcap);
     const Row reference(row_of<float>(a.ref_logits, i), a.rows.vocab, target, a.rows.softcap);
     const float inverse_temperature = inverse_temperature_of(a.rows, i);
-    // 1. Both softmaxes; the target's logit first, since the gradient may overwrite it.
+    // 1. Both softmaxes. The target's logit is read first, because the gradient may overwrite it.
     const float target_logit = policy.target_logit();
     const RowResult p = evaluate_row(policy, inverse_temperature, true);
     const RowResult r = evaluate_row(reference, inverse_temperature, false);
-    // 2. The KL: the target's term and those of the other columns.
+    // 2. The KL: the target's term plus those of the other columns.
     const Pair pair(policy, reference, normaliser_of(p), normaliser_of(r), (float)(p.log_norm - r.log_norm),
                     inverse_temperature);
     const float kl = (float)(kl_at_target(p.logprob, r.logprob) + pair.kl());
@@ -46,7 +47,7 @@ void linear_policy_ref(const LinearPolicyRef& a, int threads) {
     a.ref_logprobs[i] = r.logprob;
     a.entropy[i] = p.entropy;
     a.kl[i] = kl;
-    // 3. The gradient. Without a gradient of the KL the reference need not be read again.
+    // 3. The gradient. If the KL has none, the reference is not read again.
     if (!a.grad.data) return;
     const float grad_logprob = a.grad_logprobs[i], grad_entropy = a.grad_entropy[i], grad_kl = a.grad_kl[i];
     typed(a.grad.data, a.grad.dtype, [&](auto* grads) {

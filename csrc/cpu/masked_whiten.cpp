@@ -1,11 +1,11 @@
 // Whitening: mean 0 and variance 1 over the live elements. `whitened` may be `x` itself.
 //
-// All arithmetic is double, so that a mean far from 0 costs no digits. The loops are bound by memory all the same.
+// All arithmetic is double, so that a mean far from 0 loses no precision. The loops are still memory-bound.
 //
 //   formula         (x - mean) / sqrt(variance + 1e-8)
 //   bytes a value   forward 12 read, 4 written; backward 16 read, 4 written
 //   passes          forward three (mean, deviations, result), backward two
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include <cmath>
 
 #include "tokens.h"
@@ -14,7 +14,7 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 
 namespace {
 
-// Vectors of doubles, and of as many floats, int64s and bytes.
+// Vectors of kDoubles doubles, int64s, floats and bytes.
 constexpr int kDoubles = kLanes / 2;
 typedef double F64 __attribute__((vector_size(8 * kDoubles)));
 typedef int64_t I64 __attribute__((vector_size(8 * kDoubles)));
@@ -51,7 +51,7 @@ struct Sums {
   double first, second;
 };
 
-// The sums of term(i, lanes) over the live elements: in lanes within a block, then over lanes and blocks in order.
+// The sums of term(i, lanes) over the live elements: per lane within a block, then over lanes and blocks in order.
 template <class Arguments, class Term>
 RLHF_FAST_INLINE Sums sum_live(const Arguments& a, int threads, const Term& term) {
   const Array<Sums> blocks(blocks_of(a.elements));
@@ -102,7 +102,7 @@ void masked_moments(const MaskedMoments& a, int threads) {
 
 void masked_whiten(const MaskedWhiten& a, int threads) {
   if (!a.given) {
-    // The deviations are taken from the mean in a second pass: E[x^2] - mean^2 would cancel.
+    // The second pass sums squared deviations from the mean, because E[x^2] - mean^2 would cancel.
     double moments[2];
     masked_moments({a.elements, a.x, a.live, nullptr, moments}, threads);
     a.statistics[0] = moments[0];

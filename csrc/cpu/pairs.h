@@ -1,5 +1,5 @@
-// Two rows of logits side by side, x of the policy and y of the reference: KL(policy || reference) and its gradient.
-// The formulas are those of rlhf_fast/ops/exact_kl.py, over all columns but the target, which is -inf in both.
+// Two rows of logits read together, x of the policy and y of the reference: KL(policy || reference) and its gradient.
+// The formulas are those of rlhf_fast/ops/exact_kl.py, over all columns except the target, which reads as -inf in both.
 #pragma once
 
 #include "rows.h"
@@ -13,10 +13,10 @@ struct Normaliser {
 
 // p log(p / r) - p + r, with ratio = log(r / p) and r = e^ref_gap * ref_scale.
 //
-// Each lane needs only one exponential. For ratio <= 1 it is that of the ratio: p * (e^ratio - 1 - ratio), in which
-// nothing cancels, because near 0 the tail of the series is e^x - 1 - x itself. For a larger ratio it is r's own.
+// Each lane computes only one exponential. For ratio <= 1 it is e^ratio, and the result p * (e^ratio - 1 - ratio);
+// nothing cancels, because near 0 the polynomial tail of the exponential is e^x - 1 - x. For ratio > 1 it is e^ref_gap.
 RLHF_FAST_INLINE F32 kl_terms(F32 p, F32 ratio, F32 ref_gap, float ref_scale) {
-  ratio = where(p == 0.0f, all(2.0f), ratio);  // log p is -inf: take the other branch, which leaves r
+  ratio = where(p == 0.0f, all(2.0f), ratio);  // log p is -inf: select the branch r - p - p * ratio, which gives r
   const I32 near = ratio <= 1.0f;
   const F32 x = where(near, ratio, ref_gap);
   const Exponential e = split_exponential(x < -87.0f ? all(-87.0f) : x);
@@ -29,7 +29,7 @@ RLHF_FAST_INLINE F32 kl_terms(F32 p, F32 ratio, F32 ref_gap, float ref_scale) {
 template <class T>
 class Pair {
  public:
-  // `offset` is log(r.scale / p.scale), given apart because it must be exact where both scales are close to 1.
+  // `offset` is log(r.scale / p.scale). The caller computes it so that it is accurate where both are close to 1.
   Pair(const Row<T>& policy, const Row<T>& reference, const Normaliser& p, const Normaliser& r, float offset,
        float inverse_temperature)
       : policy_(policy),
@@ -40,7 +40,7 @@ class Pair {
         rate_(kLog2E * inverse_temperature),
         offset_(offset) {}
 
-  // The sum of p log(p / r) - p + r. No term is negative, so that none cancels another.
+  // The sum of p log(p / r) - p + r. No term is negative, so nothing cancels.
   double kl() const {
     double total = 0;
     over_blocks_of_both([&](int64_t, int count, const auto* x, const auto* y) __attribute__((always_inline)) {
@@ -76,7 +76,7 @@ class Pair {
   RLHF_FAST_INLINE F32 probability(const Normaliser& of, F32 logit) const {
     return exp2_scaled(logit - of.shift, rate_) * of.scale;
   }
-  // log(r_j / p_j). The gaps are subtracted before the temperature rounds them, so that equal rows give exactly 0.
+  // log(r_j / p_j). Subtracts the gaps first and divides by the temperature afterwards, so equal rows give exactly 0.
   RLHF_FAST_INLINE F32 log_ratio(F32 logit, F32 ref_logit) const {
     return ((ref_logit - r_.shift) - (logit - p_.shift)) * inverse_temperature_ + offset_;
   }

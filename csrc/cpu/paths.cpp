@@ -1,5 +1,5 @@
-// The launchers of each compiled path, and which path runs: the best one that the processor supports, unless another is
-// chosen by name.
+// Holds the launchers of each compiled path, and chooses the path: the best one that the processor supports, unless
+// another is chosen by name.
 #include <cstring>
 
 #include "../rlhf_fast.h"
@@ -7,9 +7,9 @@
 namespace rlhf_fast {
 
 #define RLHF_FAST_ENTRY(name, Arguments) &name,
-#define RLHF_FAST_TABLE(path)                                                                     \
-  namespace path {                                                                                \
-  const CpuLaunchers launchers = {#path, RLHF_FAST_LAUNCHERS(RLHF_FAST_ENTRY) & float32_product}; \
+#define RLHF_FAST_TABLE(path)                                                                                       \
+  namespace path {                                                                                                  \
+  const CpuLaunchers launchers = {#path, RLHF_FAST_LAUNCHERS(RLHF_FAST_ENTRY) & float32_product, &short_attention}; \
   }
 RLHF_FAST_TABLE(portable)
 #ifdef RLHF_FAST_X86
@@ -30,6 +30,15 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
+
+bool made_by_amd() {
+#ifdef RLHF_FAST_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
 
 struct Paths {
   const CpuLaunchers* list[4] = {};
@@ -65,14 +74,9 @@ bool multiplies_bfloat16() {
 #endif
 }
 
-bool multiplies_float32() {
-#ifdef RLHF_FAST_X86
-  __builtin_cpu_init();
-  return paths().chosen != &portable::launchers && __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
+bool multiplies_float32() { return made_by_amd() && paths().chosen != &portable::launchers; }
+
+bool prefers_bfloat16() { return made_by_amd() && multiplies_bfloat16(); }
 
 bool choose_cpu_path(const char* path) {
   for (const CpuLaunchers* const* candidate = paths().list; *candidate; candidate++) {

@@ -1,17 +1,17 @@
-// PPO's joint loss, its gradients and its statistics in one sweep over the tokens. Without the value's data it is the
-// clipped policy loss alone, and without the policy's data the value loss alone.
+// PPO's joint loss, its gradients and its statistics in one pass over the tokens. Without values it is the clipped
+// policy loss, and without log-probs the clipped value loss.
 //
 //   formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
 //   bytes a token   4 read of each given tensor, 1 of a mask; 4 written of each gradient
 //   passes          one; one more before it for ratios per sequence or a count of sequences
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {
 
 namespace {
 
-// Sums over the live tokens of a block, or of all blocks so far. The losses are weighted by the tokens' shares.
+// Sums over the live tokens of a block, or of all blocks so far. Losses are weighted by the shares of the tokens.
 struct Sums {
   double count, policy, kl, entropy, value;
   double clipped, value_clipped, squared_log_ratio;
@@ -19,7 +19,7 @@ struct Sums {
   float ratio_max;
 };
 
-// The log ratios of the tokens from i on, and which of them count.
+// The log ratios of tokens i to i + lanes - 1, and which of them count.
 struct LogRatios {
   I32 live;
   F32 unbounded, bounded;  // 0 where not live
@@ -30,7 +30,7 @@ struct LogRatios {
         bounded(bounded_log_ratio(unbounded)) {}
 };
 
-// exp of the mean log ratio over the live tokens in [start, end). Float sums within a block, double over blocks.
+// exp of the mean log ratio over the live tokens in [start, end). Sums are float within a block and double over blocks.
 float sequence_ratio(const PpoLoss& a, int64_t start, int64_t end) {
   double total = 0, count = 0;
   for (; start < end; start += kBlock) {
@@ -46,12 +46,12 @@ float sequence_ratio(const PpoLoss& a, int64_t start, int64_t end) {
   return exp(all((float)(total / (count > 0 ? count : 1))))[0];
 }
 
-// The sums of the tokens [start, end), and their gradients. The template arguments remove what a loss does not have.
+// The sums of the tokens [start, end), and their gradients. kPolicy and kValue: whether the loss has these terms.
 template <bool kPolicy, bool kValue>
 Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end, const Shares& shares,
                     const Array<float>& sequence_ratios) {
   constexpr bool kJoint = kPolicy && kValue;  // the clipped policy loss alone has neither KL nor entropy
-  // The ratios of the block, for their variance. The last vector of each sequence may write past its end.
+  // The ratios of the block, for their variance. The last vector of a sequence may be stored past its end.
   alignas(64) float ratios[kBlock + kLanes];
   F32 counts{}, policy{}, kl{}, entropy{}, value{}, clipped{}, value_clipped{}, squared{}, totals{}, peaks{};
   over_sequences(length, start, end, [&](int64_t sequence, int64_t from, int64_t to) {
@@ -103,8 +103,8 @@ Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end
   sums.squared_log_ratio = sum(squared);
   sums.ratio_max = largest(peaks);
   if (kPolicy) {
-    // The variance of the ratios, from their deviations: near 1, a sum of squares would cancel. The mean of the
-    // deviations is the rounding error of the mean.
+    // The variance of the ratios, from deviations, because a sum of squares would cancel for ratios near 1. The mean of
+    // the deviations is the rounding error of near_mean.
     const double divisor = sums.count > 0 ? sums.count : 1;
     const float near_mean = (float)(sum(totals) / divisor);
     F32 deviations{}, squared_deviations{};
@@ -121,7 +121,7 @@ Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end
   return sums;
 }
 
-// Adds a block to the sums so far. Means and squared deviations merge by Chan's formula.
+// Adds a block to the sums so far. Means and squared deviations are merged by Chan's formula.
 void add(Sums& total, const Sums& block) {
   if (block.count == 0) return;
   const double before = total.count, step = block.ratio_mean - total.ratio_mean;
@@ -144,7 +144,7 @@ double term(double coef, double value) { return coef != 0 ? coef * value : 0; }
 }  // namespace
 
 void ppo_loss(const PpoLoss& a, int threads) {
-  // 1. What a token needs of its sequence: the share, and with sequence_level the ratio.
+  // 1. The numbers per sequence: the share and, with sequence_level, the ratio.
   const Shares shares(a, threads);
   const Array<float> sequence_ratios(a.sequence_level ? a.sequences : 0);
   if (a.sequence_level) {
@@ -152,7 +152,7 @@ void ppo_loss(const PpoLoss& a, int threads) {
       sequence_ratios[sequence] = sequence_ratio(a, sequence * a.length, (sequence + 1) * a.length);
     });
   }
-  // 2. Gradients and sums, block by block. Blocks do not depend on the sequences; if no number of a sequence is needed,
+  // 2. Gradients and sums, block by block. Blocks do not follow sequence boundaries. If nothing depends on sequences,
   //    the tokens are treated as one long sequence.
   const int64_t tokens = a.sequences * a.length;
   const int64_t length = shares.differ || a.sequence_level ? a.length : tokens;
@@ -170,7 +170,7 @@ void ppo_loss(const PpoLoss& a, int threads) {
   const double count = total.count > 0 ? total.count : 1;
   const double loss = total.policy + term(a.value_terms.coef, total.value) + term(a.terms.kl_coef, total.kl);
   *a.loss = (float)(loss - term(a.terms.entropy_coef, total.entropy));
-  // the maximum ignores NaN, but the mean does not
+  // the maximum ignores NaN; the mean does not
   const double ratio_max = total.ratio_mean == total.ratio_mean ? total.ratio_max : total.ratio_mean;
   float* out = a.statistics;
   const auto put = [&](double statistic) { *out++ = (float)statistic; };

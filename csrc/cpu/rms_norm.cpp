@@ -1,9 +1,9 @@
-// Root-mean-square norm. The row's second reading comes out of the first-level cache.
+// Root-mean-square norm. The second read of a row hits the L1 cache.
 //
 //   formula         y = weight * (x * scale), scale = 1 / sqrt(mean(x^2) + eps); sums in float, one rounding at the end
 //   bytes a number  of b bytes: forward b read, b written; backward 2 b read, b written; and 4 a row
 //   passes          one each way
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_layers.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_layers.py)
 #include <cmath>
 
 #include "hidden.h"
@@ -12,7 +12,7 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 
 namespace {
 
-// The sum of term(i, lanes) over the vectors of a row; its order depends on the width alone.
+// The sum of term(i, lanes) over the vectors of a row, in an order that depends only on the width.
 template <class Term>
 RLHF_FAST_INLINE float sum_row(int64_t width, const Term& term) {
   F32 sums[4]{};
@@ -73,7 +73,8 @@ void rms_norm(const RmsNorm& a, int threads) {
   });
 }
 
-// The weight's gradient is summed in parts of consecutive rows, at most kMostParts, which are added in their order.
+// The weight's gradient is a sum over rows. Each task sums one part of consecutive rows; the parts, at most kMostParts,
+// are then added in order.
 void rms_norm_backward(const RmsNormBackward& a, int threads) {
   constexpr int64_t kMostParts = 64, kLeastRows = 16;
   const int64_t even = (a.tokens + kMostParts - 1) / kMostParts, rows = even > kLeastRows ? even : kLeastRows;

@@ -1,10 +1,11 @@
-// Rotary embedding, by halves of a head: the pairs (j, j + turned / 2).
+// Rotary embedding of the pairs (j, j + turned / 2) of a head. `turned` is the number of columns that are rotated, R in
+// rlhf_fast/ops/rotary_embedding.py.
 //
 //   formula         x_j cos_j - x_k sin_j and x_k cos_k + x_j sin_k, k = j + turned / 2, in float; one rounding.
 //                   backward: the transpose of that, with -sin_k for sin_j and -sin_j for sin_k
 //   bytes a number  of b bytes: b read, b written; and a token's cosines and sines
 //   passes          one each way
-//   error           1 unit in float's last place, before the rounding
+//   error           1 ulp of float32, before the rounding
 #include "hidden.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {

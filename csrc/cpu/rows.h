@@ -1,9 +1,9 @@
-// One row of logits: its log-sum-exp in one sweep (online softmax), its gradient in another. The formulas are those of
-// rlhf_fast/ops/_vocab.py. They treat the target apart from the other columns, so that no step subtracts near-equal
+// One row of logits: its log-sum-exp in one pass (online softmax), its gradient in another. The formulas are those of
+// rlhf_fast/ops/_vocab.py. They keep the target separate from the other columns, so that no step subtracts nearly equal
 // numbers.
 //
-// A row is read in blocks, and exponentials are taken relative to the largest column so far. Sums within a block are
-// float, sums over blocks double, so that a row of 151936 columns is as exact as a short one.
+// A row is read in blocks. Exponentials are relative to the running max. Sums are float within a block and double over
+// blocks, so that a row of 151936 columns is as accurate as a short one.
 #pragma once
 
 #include <cmath>
@@ -12,16 +12,16 @@
 
 namespace rlhf_fast::RLHF_FAST_PATH {
 
-// Columns of a block: two sweeps over it, for the maximum and for the sums, find it in the L1 cache (8 KB of floats).
+// Columns of a block: 8 KB of floats, which stay in L1 between the loop for the maximum and the loop for the sums.
 constexpr int kRowBlock = 2048;
-// Replaces an infinite log-ratio where the probability that it is multiplied by is 0, so that the product is not NaN.
+// Bound of a log-ratio that is multiplied by a probability. Where the probability is 0, the product is 0, not 0 * inf.
 constexpr double kFar = 1e4;
 
-// min(x, bound) that keeps NaN.
+// min(x, bound), but NaN where x is NaN.
 RLHF_FAST_INLINE double at_most(double x, double bound) { return x > bound ? bound : x; }
 
 // A row of logits as floats, after the softcap. The target's column reads as -inf (target -1 = none), and so do the
-// lanes of the last vector that lie past the row.
+// lanes of the last vector past the row's end.
 template <class T>
 class Row {
  public:
@@ -36,9 +36,9 @@ class Row {
     return capped(load(data_ + target_, 1))[0];
   }
 
-  // Calls `visit` with the block at `start`, in whole vectors. Most blocks can be used as they are. One with the
-  // target, with a softcap or with an incomplete last vector is copied to `scratch` as floats first, so that the loops
-  // over the columns need no special case.
+  // Calls `visit` with the block at `start`, a multiple of whole vectors. Most blocks are read in place. A block with
+  // the target, a softcap or an incomplete last vector is first copied to `scratch` as floats, so that the loops over
+  // the columns need no special case.
   template <class Visit>
   RLHF_FAST_INLINE void visit_block(int64_t start, int count, float* scratch, const Visit& visit) const {
     const bool holds_target = target_ >= start && target_ < start + count;
@@ -71,19 +71,20 @@ RLHF_FAST_INLINE void over_blocks(int64_t vocab, const Visit& visit) {
   }
 }
 
-// Sums over all columns but the target, with gap = (x - shift) / temperature. The largest columns, whose e^gap is 1,
-// are counted apart: 1 + 1e-8 is 1 in float, so that a confident row would lose its tail.
+// Sums over all columns except the target, with gap = (x - shift) / temperature. tops + rest is the usual sum of the
+// softmax. Columns at the maximum, with e^gap = 1, are counted separately, because 1 + 1e-8 is 1 in float: a row with
+// one large logit would lose the sum of all others.
 struct RowSums {
-  float shift = -__builtin_inff();  // the largest x
-  int64_t tops = 0;                 // columns that have it
-  double rest = 0;                  // sum of e^gap over the others
+  float shift = -__builtin_inff();  // the maximum of x
+  int64_t tops = 0;                 // number of columns with x = shift
+  double rest = 0;                  // sum of e^gap over the columns with x < shift
   double weighted = 0;              // sum of e^gap * -gap, for the entropy
 
   double total() const { return tops + rest; }
   double log_total() const { return tops > 0 ? std::log1p(tops - 1 + rest) : std::log(rest); }
 
-  // Makes the sums relative to a larger maximum: the rescaling of the online softmax. The columns that were the largest
-  // join the rest, and every gap grows by `rise`.
+  // Makes the sums relative to a larger maximum: the rescaling step of the online softmax. The former maximum is below
+  // the new shift, so `tops` joins `rest`. Every -gap grows by `rise`.
   void raise_shift(float peak, float inverse_temperature) {
     if (!(peak > shift)) return;
     if (shift > -__builtin_inff()) {
@@ -97,13 +98,13 @@ struct RowSums {
   }
 };
 
-// Adds a block. kTop: its largest columns are also the largest of the row so far. In the other blocks no column can
-// have gap 0, so that their loop needs no comparison.
+// Adds a block. kTop: the block contains the running max. In other blocks no column has gap 0, so their loop needs no
+// comparison.
 template <bool kWeighted, bool kTop, class T>
 RLHF_FAST_INLINE void add_block(const T* x, int count, float inverse_temperature, RowSums& sums) {
   const float rate = kLog2E * inverse_temperature;
   const F32 shift = all(sums.shift == -__builtin_inff() ? 0.0f : sums.shift);
-  // gap is not divided by the temperature here: exp2_scaled multiplies by `rate`, and the weighted sum is scaled once.
+  // `gap` is not divided by the temperature: exp2_scaled multiplies by `rate`, and the weighted sum is scaled once.
   F32 rest{}, weighted{}, tops{};
   for (int i = 0; i < count; i += kLanes) {
     const F32 gap = load(x + i) - shift;
@@ -123,7 +124,7 @@ RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
   alignas(64) float scratch[kRowBlock];
   over_blocks(row.vocab(), [&](int64_t start, int count) __attribute__((always_inline)) {
     row.visit_block(start, count, scratch, [&](const auto* x) __attribute__((always_inline)) {
-      // 1. The maximum of the block, in four independent chains: one chain would wait for the latency of each maximum.
+      // 1. The maximum of the block, in four independent chains: a single chain is bound by the latency of maxps.
       F32 peaks[4];
       for (int k = 0; k < 4; k++) peaks[k] = all(-__builtin_inff());
       int i = 0;
@@ -132,7 +133,7 @@ RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
       }
       for (; i < count; i += kLanes) peaks[0] = larger(load(x + i), peaks[0]);
       const float peak = largest(larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3])));
-      // 2. The sums relative to the maximum so far, so that no exponential exceeds 1 and none overflows.
+      // 2. The sums relative to the running max, so that no exponential exceeds 1 or overflows.
       sums.raise_shift(peak, inverse_temperature);
       if (peak == sums.shift) {
         add_block<kWeighted, true>(x, count, inverse_temperature, sums);
@@ -146,26 +147,26 @@ RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
 
 struct RowResult {
   RowStatistics statistics;
-  double log_norm;  // that of the statistics, not rounded and not bounded by kFar
+  double log_norm;  // statistics.log_norm before rounding to float, and not bounded by kFar
   float logprob;
   float entropy;  // only if the sums are weighted
 };
 
-// With d the log odds against the target (log-sum-exp of the others minus the target's logit),
+// With d the log odds against the target (log-sum-exp of the other columns minus the target's logit),
 // log p_target = -softplus(d) and 1 - p_target = sigmoid(d).
 RLHF_FAST_INLINE RowResult finish_row(const RowSums& sums, float target_logit, float inverse_temperature) {
-  // 1. The log-sum-exp of the other columns, relative to the shift; 0 if there is none above -inf.
+  // 1. The log-sum-exp of the other columns, relative to the shift; 0 if all of them are -inf.
   const bool alone = sums.shift == -__builtin_inff();
   const bool empty = alone && sums.rest == 0;
   const double total = empty ? 1 : sums.total(), log_total = empty ? 0 : sums.log_total();
-  // 2. The log odds. A target at +inf has no log-prob: the reference gives NaN, not 0.
+  // 2. The log odds. A target at +inf gives NaN, as in the torch reference.
   double d = ((double)sums.shift - target_logit) * inverse_temperature + log_total;
   if (target_logit == __builtin_inff()) d = __builtin_nan("");
-  // 3. Everything by e^-|d| <= 1, which cannot overflow.
+  // 3. Probabilities and softplus from e^-|d| <= 1, which cannot overflow.
   const double certainty = std::fabs(d), odds = std::exp(-certainty), softplus = std::log1p(odds);
-  const double larger_mass = 1 / (1 + odds), smaller_mass = odds * larger_mass;  // of the target and the others
+  const double larger_mass = 1 / (1 + odds), smaller_mass = odds * larger_mass;  // of p_target and 1 - p_target
   const double others_mass = d > 0 ? larger_mass : smaller_mass;
-  // 4. entropy = H(target or not) + others_mass * H(the others among themselves)
+  // 4. entropy = H(p_target, 1 - p_target) + others_mass * H(softmax over the other columns)
   const double binary_entropy = smaller_mass * at_most(certainty, kFar) + softplus;
   const double others_entropy = log_total + sums.weighted / total;
   RowResult result;
@@ -200,7 +201,7 @@ RLHF_FAST_INLINE void write_others(const Row<T>& row, float inverse_temperature,
       over_vectors(0, count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
         const F32 logit = load(x + i), gap = logit - shift;
         const F32 e = exp2_scaled(gap, rate);
-        // A gap of -inf has e = 0, and counts as 0. A NaN in the factors still shows in the gradient.
+        // A gap of -inf has e = 0, and 0 * -inf must be 0. A NaN in the factors still reaches the gradient.
         F32 g = e * (kSloped ? constant + slope * where(e == 0.0f, F32{}, gap) : all(constant));
         if (inverse_softcap != 0) g *= 1.0f - (logit * inverse_softcap) * (logit * inverse_softcap);
         store(grad + start + i, g, lanes);
@@ -229,8 +230,8 @@ RLHF_FAST_INLINE void write_target_gradient(const Row<T>& row, int64_t target, f
   if (target >= 0 && target < row.vocab()) store(grad + target, all(slope), 1);
 }
 
-// grad_logprob * d logprob / d logits + grad_entropy * d entropy / d logits, in `vocab` columns. `grad` may be the row
-// itself: the target's logit was read before, and every other column is read before it is written.
+// Writes grad_logprob * d logprob / d logits + grad_entropy * d entropy / d logits to `vocab` columns. `grad` may be
+// the row itself: the caller has read the target's logit, and every other column is read before it is written.
 template <class T, class Out>
 RLHF_FAST_INLINE void write_row_gradient(const Row<T>& row, int64_t target, float target_logit, const RowStatistics& s,
                                          float inverse_temperature, float logprob, float entropy, float grad_logprob,

@@ -1,4 +1,4 @@
-// Estimates of the KL from two log-probs per token.
+// Estimates of the KL from two log-probs per token: one pass forward, one backward.
 //
 //   formula         value and slope of the table in rlhf_fast/ops/token_kl.py, d = logprob - ref_logprob
 //   bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read with a mask
@@ -10,8 +10,8 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 
 namespace {
 
-// Calls visit(i, lanes, live, d) for each vector, with d = logprob - ref_logprob, and 0 where a token does not count.
-// Every estimate is 0 at d = 0, so that the forward needs no further mask.
+// Calls visit(i, lanes, live, d) for each vector; d is logprob - ref_logprob, or 0 where a token does not count. Every
+// estimate is 0 at d = 0, so the forward needs no further mask.
 template <class Arguments, class Visit>
 RLHF_FAST_INLINE void over_differences(const Arguments& a, int threads, const Visit& visit) {
   parallel_for(blocks_of(a.tokens), kBlock, threads, [&](int64_t block) {

@@ -1,5 +1,5 @@
-// Ops with one number per token: which tokens count, the weight of a token in a loss, and loops over tokens. Tokens are
-// processed in blocks, the tasks of parallel_for. Their partial sums are added in the order of the blocks.
+// Shared by the ops with one number per token: masks, the weight of a token in a loss, and loops over tokens. A task of
+// parallel_for is a block of tokens. The partial sums of the blocks are added in the order of the blocks.
 #pragma once
 
 #include "parallel.h"
@@ -8,7 +8,7 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 
 RLHF_FAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Which of the `lanes` tokens from i on count.
+// The mask of tokens i to i + lanes - 1.
 RLHF_FAST_INLINE I32 live_lanes(const uint8_t* live, int64_t i, int lanes) {
   return live ? load_mask(live + i, lanes) : first_lanes(lanes);
 }
@@ -33,7 +33,7 @@ RLHF_FAST_INLINE int64_t count_live(const uint8_t* live, int64_t start, int64_t 
   return count;
 }
 
-// std::vector would be a template of std::, see vec.h.
+// Used instead of std::vector: vec.h says why this folder avoids templates of std::.
 template <class T>
 class Array {
  public:
@@ -61,7 +61,7 @@ class Shares {
       parallel_for(by_token ? blocks_of(tokens) : a.sequences, span, threads, [&](int64_t i) {
         const int64_t count = count_live(a.live, i * span, smaller((i + 1) * span, tokens));
         if (differ) lengths_[i] = count;
-        // integers, so that the order in which the threads add them does not matter
+        // an integer sum, so the order in which the threads add does not matter
         __atomic_fetch_add(&items, by_token ? count : count > 0, __ATOMIC_RELAXED);
       });
     }
@@ -75,7 +75,7 @@ class Shares {
     return (float)(differ && lengths_[sequence] > 0 ? share_ / lengths_[sequence] : share_);
   }
 
-  const bool differ;  // whether sequences have different shares
+  const bool differ;  // whether the weight depends on the sequence
 
  private:
   Array<int64_t> lengths_;

@@ -1,8 +1,8 @@
-// One vector of floats for every instruction set, in the vector extensions of GCC and Clang. The AVX-512, AVX2 and
+// A vector of floats for every instruction set, in the vector extensions of GCC and Clang. The AVX-512, AVX2 and
 // portable paths are the same source, compiled three times into three namespaces (RLHF_FAST_PATH).
 //
-// This folder uses no templates of std:: that may be emitted as functions: the linker keeps one copy of each, and that
-// could be the one with AVX-512 instructions.
+// This folder uses no templates of std:: that may be emitted as functions. The linker keeps only one copy of such a
+// function, and that could be the one compiled with AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -31,12 +31,12 @@ typedef uint8_t U8 __attribute__((vector_size(kLanes)));
 
 #define RLHF_FAST_INLINE inline __attribute__((always_inline))
 
-RLHF_FAST_INLINE F32 all(float x) { return x - F32{}; }  // x + 0 is not x at -0, so it would cost an addition
+RLHF_FAST_INLINE F32 all(float x) { return x - F32{}; }  // not x + 0: that differs at -0, so it compiles to an addition
 RLHF_FAST_INLINE F32 where(I32 condition, F32 a, F32 b) { return condition ? a : b; }
 RLHF_FAST_INLINE F32 as_float(I32 bits) { return (F32)bits; }
 RLHF_FAST_INLINE I32 as_bits(F32 x) { return (I32)x; }
 RLHF_FAST_INLINE F32 abs(F32 x) { return as_float(as_bits(x) & 0x7fffffff); }
-// One instruction, which GCC 12 spells in two. A NaN in `x` stays.
+// By intrinsics, because GCC 12 emits two instructions for x < bound ? bound : x. A NaN in `x` is kept.
 #if defined(__AVX512F__)
 RLHF_FAST_INLINE F32 at_least(F32 x, F32 bound) { return (F32)_mm512_maskz_max_ps(0xffff, (__m512)bound, (__m512)x); }
 RLHF_FAST_INLINE F32 at_most(F32 x, F32 bound) { return (F32)_mm512_maskz_min_ps(0xffff, (__m512)bound, (__m512)x); }
@@ -47,21 +47,21 @@ RLHF_FAST_INLINE F32 at_most(F32 x, F32 bound) { return (F32)_mm256_min_ps((__m2
 RLHF_FAST_INLINE F32 at_least(F32 x, F32 bound) { return x < bound ? bound : x; }
 RLHF_FAST_INLINE F32 at_most(F32 x, F32 bound) { return x > bound ? bound : x; }
 #endif
-// max(x, kept): a NaN in `kept` stays, a NaN in `x` is ignored.
+// max(x, kept): a NaN in `kept` is kept, a NaN in `x` is ignored.
 RLHF_FAST_INLINE F32 larger(F32 x, F32 kept) { return x > kept ? x : kept; }
 
 constexpr float kLog2E = 1.44269504f;
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then fills the low bits
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
 
-// e^x as 2^n (1 + f), n an integer, 1 + f in [0.7, 1.42], for |x| < 90.
+// e^x = 2^n (1 + f), n an integer, 1 + f in [0.7, 1.42], for |x| < 90.
 struct Exponential {
   F32 fraction;         // f
   U32 exponent;         // n, shifted to the exponent bits of a float
-  F32 remainder, tail;  // f = remainder + tail, and x = remainder where n = 0
+  F32 remainder, tail;  // f = remainder + tail; where n = 0, remainder = x and tail = e^x - 1 - x
 };
 
 RLHF_FAST_INLINE Exponential split_exponential(F32 x) {
-  // 1. x = n log 2 + r. log 2 comes in two parts: n times the first is exact, so that r keeps its digits.
+  // 1. x = n log 2 + r. log 2 is split in two parts: n times the first is exact, so that r is accurate.
   const F32 shifted = x * kLog2E + kRounder;
   const F32 n = shifted - kRounder;
   F32 r = x - n * 0.693145752f;
@@ -81,15 +81,15 @@ RLHF_FAST_INLINE F32 power_of_2(U32 exponent) { return (F32)((U32)all(1.0f) + ex
 
 // 2^(x * rate) for x * rate <= 126 (or NaN) and rate >= 2^-119, with a relative error of 2e-7; exactly 0 below 2^-125.
 //
-// The sweeps over the vocabulary spend most of their time here, so this is the shortest sequence for that error. The
-// bound is applied to x, not to x * rate: the product then only occurs in fused multiply-adds, which do not round it.
+// The loops over the vocabulary spend most of their time here, so this is the shortest sequence for that error. The
+// bound is applied to x, not to x * rate: the product then occurs only in fused multiply-adds, which do not round it.
 RLHF_FAST_INLINE F32 exp2_scaled(F32 x, float rate) {
-  const float lowest = -126.0f / rate;  // constant in the caller's loop; the compiler moves it out
+  const float lowest = -126.0f / rate;  // loop-invariant: the compiler hoists it
   x = at_least(x, all(lowest));
   const F32 shifted = x * rate + kRounder;
   const F32 f = x * rate - (shifted - kRounder);
-  // 2 p(f) times 2^(n - 1), not p(f) times 2^n: at n = -126 the exponent bits of the power are then 0, so that the
-  // power and the result are exactly 0, without a comparison
+  // 2 p(f) * 2^(n - 1) instead of p(f) * 2^n: at n = -126 the exponent bits of the power are then 0, so the power and
+  // the result are exactly 0 without a comparison
   F32 p = all(2.6529454e-3f);
   p = p * f + 1.9343026e-2f;
   p = p * f + 1.11014672e-1f;
@@ -102,17 +102,17 @@ RLHF_FAST_INLINE F32 exp2_scaled(F32 x, float rate) {
 RLHF_FAST_INLINE F32 exp(F32 x) {
   const F32 low = x < -87.0f ? all(-87.0f) : x;
   const Exponential e = split_exponential(low > 89.0f ? all(89.0f) : low);
-  // 2^128 is no float. Above 0 one factor of 2 is applied last, so that results up to the largest float are right and
-  // larger ones overflow to infinity.
+  // 2^128 is not a float. For x > 0 one factor of 2 is applied last, so that results up to the largest float are
+  // correct and larger ones overflow to infinity.
   const U32 held_back = (U32)(x > 0.0f) & (1u << 23);
   const F32 result = (e.fraction + 1.0f) * power_of_2(e.exponent - held_back) * (x > 0.0f ? all(2.0f) : all(1.0f));
   return x < -87.0f ? all(0.0f) : result;
 }
 
-// e^x to 2e-7, held at that of 87 above it; below 2^-125 exactly 0.
+// min(e^x, e^87) with a relative error of 2e-7; exactly 0 below 2^-125.
 RLHF_FAST_INLINE F32 bounded_exp(F32 x) { return exp2_scaled(at_most(x, all(87.0f)), kLog2E); }
 
-// 1 / x to a unit in the last place or two, for 1 <= x < 2^126. AVX-512 divides only once in 16 cycles.
+// 1 / x to 1 or 2 ulp, for 1 <= x < 2^126. Avoids the division of AVX-512, one in 16 cycles.
 RLHF_FAST_INLINE F32 reciprocal(F32 x) {
 #ifdef __AVX512F__
   const F32 near = (F32)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
@@ -122,7 +122,7 @@ RLHF_FAST_INLINE F32 reciprocal(F32 x) {
 #endif
 }
 
-// e^x - 1. Small x keep their digits: there n is 0, so scale is 1 and only the fraction is left.
+// e^x - 1, accurate for small x: there n = 0, scale = 1 and the result is the fraction.
 RLHF_FAST_INLINE F32 expm1(F32 x) {
   const F32 bounded = x < -20.0f ? all(-20.0f) : (x > 20.0f ? all(20.0f) : x);
   const Exponential e = split_exponential(bounded);
@@ -131,7 +131,7 @@ RLHF_FAST_INLINE F32 expm1(F32 x) {
   return abs(x) > 20.0f ? exp(x) - 1.0f : near;
 }
 
-// (e^2x - 1) / (e^2x + 1). Beyond 10 it rounds to +-1.
+// (e^2x - 1) / (e^2x + 1). For |x| > 10 it rounds to +-1.
 RLHF_FAST_INLINE F32 tanh(F32 x) {
   const F32 bounded = x > 10.0f ? all(10.0f) : (x < -10.0f ? all(-10.0f) : x);
   const F32 e = expm1(bounded + bounded);
@@ -140,8 +140,8 @@ RLHF_FAST_INLINE F32 tanh(F32 x) {
 
 #include "../formulas.h"
 
-// Combines the lanes in a fixed order: the upper half onto the lower half, again and again. The order of a sum must not
-// depend on the compiler.
+// Reduces the lanes: repeatedly combines the upper half with the lower half. Written out so that the order of a sum
+// does not depend on the compiler.
 template <class Combine>
 RLHF_FAST_INLINE float across(F32 x, const Combine& combine) {
   typedef float Quarter __attribute__((vector_size(16)));
@@ -162,7 +162,7 @@ RLHF_FAST_INLINE float largest(F32 x) {
   return across(x, [](auto a, auto b) { return b > a ? b : a; });
 }
 
-// ---- loads and stores: any alignment, any of the three types, whole vectors or the first `count` lanes ----------------
+// ---- loads and stores: any alignment, float32 or a 16-bit type, whole vectors or the first `count` lanes ------------
 
 template <class Vector, class Element>
 RLHF_FAST_INLINE Vector load_raw(const Element* from, int count) {
@@ -184,10 +184,10 @@ RLHF_FAST_INLINE void store_raw(Element* to, Vector x, int count) {
   }
 }
 
-// Zero-extends each element to 32 bits. One instruction, for which GCC 12 emits six without the intrinsic.
+// Zero-extends each element to 32 bits. By intrinsics, because GCC 12 emits six instructions otherwise.
 RLHF_FAST_INLINE U32 widened(U16 x) {
 #if defined(__AVX512F__)
-  return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);  // without a mask GCC 12 warns of its own header
+  return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);  // without a mask, GCC 12 warns about its own header
 #elif defined(__AVX2__)
   return (U32)_mm256_cvtepu16_epi32((__m128i)x);
 #else
@@ -220,8 +220,8 @@ RLHF_FAST_INLINE F32 load(const BFloat16* from, int count = kLanes) {
 }
 
 RLHF_FAST_INLINE F32 load(const Float16* from, int count = kLanes) {
-  // Multiplying by 2^112, the difference of the exponent biases, also normalises subnormal halves. Infinity and NaN
-  // need the exponent of all ones instead.
+  // Multiplying by 2^112, for the difference of the exponent biases, also normalises subnormal halves. Infinity and NaN
+  // need an exponent of all ones instead.
   const U32 half = widened(load_raw<U16>(from, count));
   const U32 magnitude = (half & 0x7fff) << 13;
   const F32 finite = (F32)magnitude * 5.192296858534828e33f;  // 2^112
@@ -232,8 +232,8 @@ RLHF_FAST_INLINE F32 load(const Float16* from, int count = kLanes) {
 
 RLHF_FAST_INLINE void store(float* to, F32 x, int count = kLanes) { store_raw(to, x, count); }
 
-// Rounded to nearest, ties to even: adding 0x7fff and the last kept bit carries into the kept bits exactly when it
-// should. NaN is apart, because the carry could turn it into infinity.
+// Rounds to nearest, ties to even: adding 0x7fff plus the last kept bit carries into the kept bits exactly when
+// rounding up. NaN is a special case, because the carry could turn it into infinity.
 RLHF_FAST_INLINE void store(BFloat16* to, F32 x, int count = kLanes) {
   const U32 bits = (U32)x;
   const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -242,10 +242,10 @@ RLHF_FAST_INLINE void store(BFloat16* to, F32 x, int count = kLanes) {
 }
 
 RLHF_FAST_INLINE void store(Float16* to, F32 x, int count = kLanes) {
-  // All cases are computed and selected: a vector has no branches.
+  // Computes all cases and selects per lane.
   const U32 sign = ((U32)x >> 16) & 0x8000;
   const U32 bits = (U32)x & 0x7fffffff;
-  // subnormal halves: their unit, 2^-24, is the last bit of 0.5f, so that adding 0.5f rounds to it
+  // subnormal halves are multiples of 2^-24, the last bit of 0.5f, so adding 0.5f rounds to one
   const U32 small = (U32)((F32)bits + 0.5f) - 0x3f000000;
   const U32 normal = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
   const U32 over = (U32)((I32)bits > 0x7f800000 ? (I32)(U32{} + 0x7e00) : (I32)(U32{} + 0x7c00));
@@ -273,7 +273,7 @@ struct Pointed<T*> {
   using type = T;
 };
 
-// Calls `body` with the pointer typed.
+// Calls `body` with the pointer cast to the type that `dtype` names.
 template <class Body>
 RLHF_FAST_INLINE void typed(void* data, DType dtype, const Body& body) {
   switch (dtype) {

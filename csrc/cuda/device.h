@@ -1,4 +1,4 @@
-// What all kernels share: launches, reductions in a fixed order, and the last block of a launch.
+// Shared by all kernels: launches, reductions in a fixed order, and the last block of a launch.
 #pragma once
 
 #include <cstring>
@@ -13,11 +13,11 @@ constexpr unsigned kAllLanes = 0xffffffff;
 
 inline const char* text(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // clears it, or the next caller of CUDA, torch for one, would report it as its own
+  cudaGetLastError();  // clears the error; otherwise the next user of CUDA, such as torch, would report it
   return cudaGetErrorString(error);
 }
 
-// Launches kernel(arguments...) on a grid of `blocks` blocks; nothing if that is 0, which CUDA would reject.
+// Launches kernel(arguments...) on `blocks` blocks. Does nothing for 0 blocks, which CUDA would reject.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
                    const Arguments&... arguments) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ int lane_index() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ int warp_index() { return threadIdx.x / kWarp; }
 __device__ __forceinline__ int warps_of_block() { return blockDim.x / kWarp; }
 
-// Whether a T can be loaded or stored here by one instruction.
+// Whether `data` is aligned so that a T can be loaded or stored by one instruction.
 template <class T>
 __device__ __forceinline__ bool is_aligned(const void* data) {
   return (uintptr_t)data % sizeof(T) == 0;
@@ -69,14 +69,14 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// The sums over the block of N numbers per thread; every thread gets them. The butterfly within a warp and the order of
-// the warps are fixed, so that every run gives the same bits.
+// Sums N numbers per thread over the block; every thread gets the results. The order within a warp and over the warps
+// is fixed, so every run gives the same bits.
 template <class T, int N>
 __device__ __forceinline__ void block_sum(T (&x)[N]) {
   __shared__ T sums[N][kSumWarps];
 #pragma unroll
   for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
-  __syncthreads();  // no thread still reads `sums` of the previous call
+  __syncthreads();  // all threads have read `sums` of the previous call
   if (lane_index() == 0) {
 #pragma unroll
     for (int i = 0; i < N; i++) sums[i][warp_index()] = x[i];
@@ -104,22 +104,22 @@ __device__ __forceinline__ float block_max(float x) {
 
 // ---- parts of a result, one per block, added by the last block of the launch -----------------------------------------
 
-// Whether this block is the last of the launch to get here. If so, it sees what all others stored before, read with
-// __ldcg (past the L1 cache). `ticket` is 0 before the launch. Which block is last differs from run to run: it may
-// decide who adds the parts, but not what is added.
+// Whether this block is the last of the launch to call this. If so, it sees the stores of all other blocks, if it reads
+// them with __ldcg. `ticket` is 0 before the launch. Which block is last differs from run to run, so it decides only
+// which block adds the parts, never a result.
 __device__ __forceinline__ bool is_last(unsigned* ticket) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();  // publishes the stores of the whole block, which the barrier ordered before this
+    __threadfence();  // makes the stores of the whole block visible; the barrier ordered them before this
     last = gridDim.x == 1 || atomicAdd(ticket, 1u) == gridDim.x - 1;
-    __threadfence();  // and the last block's loads come after all other blocks' stores
+    __threadfence();  // orders the last block's loads after all other blocks' stores
   }
   __syncthreads();
   return last;
 }
 
-// __ldcg reads past the L1 cache, which is not coherent with the stores of other blocks.
+// __ldcg bypasses the L1 cache, which is not coherent with the stores of other blocks.
 template <class Part>
 __device__ __forceinline__ Part load_part(const Part* part) {
   static_assert(alignof(Part) == 16, "a part is read 16 bytes at a time");

@@ -4,7 +4,7 @@
 //   formula         sum_j p_j log(p_j / r_j) - p_j + r_j, no term of which is negative
 //   bytes a row     of V columns of b bytes: forward 4 V b read, 20 written; backward 2 V b read, V b written
 //   passes          forward two, backward one
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "gradients.h"
 #include "pairs.h"
 
@@ -12,7 +12,8 @@ namespace rlhf_fast::cuda {
 
 namespace {
 
-// What the backward needs of a row: p_j = e^((x_j - shift) / temperature) * scale, and the others for log(r_j / p_j).
+// The statistics of a row that the backward needs: p_j = e^((x_j - shift) / temperature) * scale, and ref_shift and
+// offset for log(r_j / p_j).
 struct alignas(16) Statistics {
   float shift, scale, ref_shift, offset;
 };
@@ -23,8 +24,8 @@ struct Finish {
   SegmentSums swept;
   const float* terms;
 
-  // A row with nothing above -inf has no softmax. Its infinite shift turns every later result into NaN. log1p of the
-  // sums without one of their 1s is exact where a single column has nearly all the mass.
+  // A row with only -inf has no softmax. Its shift of -inf makes every later result NaN. log(tops + rest) is computed
+  // as log1p(tops + rest - 1), which is accurate where a single column has nearly all the probability.
   __device__ Normalisers normalisers(int64_t row, float inverse_temperature) const {
     const float rate = kLog2E * inverse_temperature;
     const RowSums p = join_segments(swept, row, rate), r = join_segments(swept, a.rows.length + row, rate);

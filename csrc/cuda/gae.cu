@@ -1,17 +1,18 @@
 // Generalised advantage estimation: a scan over each sequence from its end.
 //
-// The recurrence carries one number from a token to the one before it (gae_gain of formulas.h). So a run of tokens is
-// an affine map of the number after it, and two neighbouring runs compose into another such map: they can be computed
-// in parallel and joined by a scan. A masked token is the identity.
+// The recurrence carries one number g from a token to the one before it (gae_gain of formulas.h). A run of consecutive
+// tokens maps the g after it to its own by an affine map: g = gain + rate * later. Two neighbouring runs compose to
+// another affine map, and composition is associative, so a parallel scan computes all of them. A masked token is the
+// identity.
 //
-// A sequence is cut from its start into chunks of 32 tokens, and tiles of 32 chunks. The lanes of a warp scan the
-// tokens of a chunk, then the chunks of a tile; tiles follow one another from the end. The result is thus the same
-// whether a warp, a block or many blocks compute the sequence.
+// A sequence is split from its start into chunks of 32 tokens and tiles of 32 chunks. The lanes of a warp scan the
+// tokens of a chunk, then the chunks of a tile; the tiles are processed from the last to the first. The order is the
+// same, and so is the result, whether a warp, a block or many blocks compute the sequence.
 //
 //   formula         A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, over the live tokens
 //   bytes a token   8 read, 1 more with a mask; 8 written
 //   passes          one; a sequence that is split among blocks is read twice; whitening follows
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
 namespace rlhf_fast::cuda {
@@ -19,20 +20,20 @@ namespace rlhf_fast::cuda {
 namespace {
 
 constexpr int kChunk = kWarp;
-constexpr int kChunks = 4;               // chunks of a warp: their loads are under way together
+constexpr int kChunks = 4;               // chunks of a warp, whose loads are in flight together
 constexpr int kSpan = kChunks * kChunk;  // tokens of a warp
 constexpr int kMostThreads = 256;
 constexpr int kSpanOfBlock = kChunk * kWarp;
 static_assert(kSpanOfBlock == kMostThreads / kWarp * kSpan);
-constexpr int64_t kFillsGpu = 256;  // from this many sequences on, one block each fills a GPU
+constexpr int64_t kFillsGpu = 256;  // with this many sequences, one block per sequence fills a GPU
 
-// The map of a run of tokens: the number before it = gain + rate * the number after it.
+// The affine map of a run of tokens: g before it = gain + rate * (g after it).
 struct Affine {
   float rate, gain;
 };
 
 __device__ __forceinline__ float apply(Affine map, float later) {
-  return fmaf(map.rate, later, map.gain);  // one rounding, in every kernel
+  return fmaf(map.rate, later, map.gain);  // explicit, so that all kernels round alike
 }
 
 __device__ __forceinline__ Affine join(Affine first, Affine later) {
@@ -43,7 +44,7 @@ __device__ __forceinline__ Affine of_lane(Affine map, int lane) {
   return {__shfl_sync(kAllLanes, map.rate, lane), __shfl_sync(kAllLanes, map.gain, lane)};
 }
 
-// An inclusive scan from the end: the map of all lanes from this one on.
+// An inclusive scan from the end: the map of this lane and all later lanes.
 __device__ __forceinline__ Affine scan_from_end(Affine map) {
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
@@ -53,7 +54,7 @@ __device__ __forceinline__ Affine scan_from_end(Affine map) {
   return map;
 }
 
-// The exclusive scan: the map of the lanes after this one, from the inclusive scan.
+// The exclusive scan, from the inclusive one: the map of all lanes after this one.
 __device__ __forceinline__ Affine exclusive(Affine joined) {
   const Affine later = of_lane(joined, smaller(lane_index() + 1, kWarp - 1));
   return lane_index() + 1 < kWarp ? later : Affine{1, 0};
@@ -65,18 +66,18 @@ struct Sequence {
 
 __device__ __forceinline__ Sequence sequence_of(const Gae& a, int64_t i) {
   if (!a.cu_seqlens) return {i * a.length, a.length};
-  // Clamped, so that wrong bounds never lead to memory outside the tensors.
+  // Clamped, so that wrong bounds cause no access outside the tensors.
   const int64_t start = smaller(larger(a.cu_seqlens[i], (int64_t)0), a.length);
   return {start, smaller(larger(a.cu_seqlens[i + 1], start), a.length) - start};
 }
 
-// The tokens of a warp: chunk k has those from 32 k on, one per lane.
+// The tokens of a warp: chunk k has the tokens 32 k to 32 k + 31, one per lane.
 struct Tokens {
   float reward[kChunks], value[kChunks];
   bool live[kChunks];
 
   __device__ __forceinline__ Tokens(const Gae& a, Sequence sequence, int64_t first) {
-    // Loaded whether they count or not, then selected: the loads do not wait for the mask.
+    // Masked tokens are loaded too and set to 0 afterwards, so that the loads do not wait for the mask.
     bool inside[kChunks];
 #pragma unroll
     for (int k = 0; k < kChunks; k++) {
@@ -97,7 +98,7 @@ struct Rates {
   float gamma_lam, gamma_rest;
 };
 
-// The inclusive scan from the end of each chunk.
+// The inclusive scan of each chunk, from its end.
 __device__ __forceinline__ void scan_chunks(const Tokens& tokens, Rates rates, Affine (&joined)[kChunks]) {
 #pragma unroll
   for (int k = 0; k < kChunks; k++) {
@@ -106,14 +107,14 @@ __device__ __forceinline__ void scan_chunks(const Tokens& tokens, Rates rates, A
   }
 }
 
-// Writes the tokens of this warp, whose first chunk is number `chunk` of the tile. Lane c holds the map of chunk c in
-// `of_chunk`; `carry` is the number after the tile. Returns the number before the tile.
+// Writes the tokens of this warp, whose first chunk is number `chunk` of the tile. Lane c has the map of chunk c in
+// `of_chunk`. `carry` is g after the tile. Returns g before the tile.
 __device__ __forceinline__ float write_tile(const Gae& a, Sequence sequence, int64_t first, const Tokens& tokens,
                                             const Affine (&joined)[kChunks], Affine of_chunk, int chunk, float carry) {
-  // 1. The number after each chunk of the tile, in lane c for chunk c: a scan over the chunks.
+  // 1. g after each chunk of the tile, in lane c for chunk c, by a scan over the chunks.
   const Affine from_chunk = scan_from_end(of_chunk);
   const float into_chunk = apply(exclusive(from_chunk), carry);
-  // 2. The number after each token, from that after its chunk; and from it the advantage.
+  // 2. g after each token, from g after its chunk; then the advantage.
 #pragma unroll
   for (int k = 0; k < kChunks; k++) {
     const float later = apply(exclusive(joined[k]), __shfl_sync(kAllLanes, into_chunk, chunk + k));
@@ -143,8 +144,8 @@ __global__ void __launch_bounds__(kMostThreads) sweep_short(Gae a, Rates rates) 
   write_tile(a, sequence, 0, tokens, joined, of_chunk, 0, 0);
 }
 
-// Gives every warp the maps of all chunks of the block's tile, lane c that of chunk c. `shared` must not be written
-// again before the next barrier.
+// Gives every warp the maps of all chunks of the block's tile: lane c gets that of chunk c. The caller must not write
+// `shared` again before the next barrier.
 __device__ __forceinline__ Affine share_chunks(const Affine (&joined)[kChunks], Affine* shared) {
   if (lane_index() == 0) {
 #pragma unroll
@@ -154,7 +155,7 @@ __device__ __forceinline__ Affine share_chunks(const Affine (&joined)[kChunks], 
   return lane_index() < warps_of_block() * kChunks ? shared[lane_index()] : Affine{1, 0};
 }
 
-// One block per tile of a padded sequence: the map of the tile.
+// Writes the map of each tile of padded sequences, one block per tile.
 __global__ void __launch_bounds__(kMostThreads) measure_tiles(Gae a, Rates rates, int64_t tiles, Affine* of_tile) {
   __shared__ Affine shared[kWarp];
   const Sequence sequence = sequence_of(a, blockIdx.x / tiles);
@@ -165,13 +166,13 @@ __global__ void __launch_bounds__(kMostThreads) measure_tiles(Gae a, Rates rates
   if (threadIdx.x == 0) of_tile[blockIdx.x] = tile;
 }
 
-// NaN for tokens that belong to no sequence because cu_seqlens is wrong.
+// Writes NaN to tokens that belong to no sequence because cu_seqlens is wrong.
 __device__ void write_nan(const Gae& a, int64_t start, int64_t stop) {
   for (int64_t i = start + threadIdx.x; i < stop; i += blockDim.x) a.advantages[i] = a.returns[i] = NAN;
 }
 
-// The number after `tile`, from the maps of the tiles after it. Each thread loads one map; then every thread applies
-// them one after another, as a block that has the whole sequence does.
+// g after `tile`, from the maps of the later tiles. Each thread loads one map; then every thread applies all of them in
+// sequence, as a block with the whole sequence does.
 __device__ __forceinline__ float carry_into(int64_t tile, int64_t tiles, const Affine* of_tile) {
   __shared__ Affine shared[kMostThreads];
   float carry = 0;
@@ -185,10 +186,10 @@ __device__ __forceinline__ float carry_into(int64_t tile, int64_t tiles, const A
   return carry;
 }
 
-// One block per sequence or, given the maps of all tiles, per tile.
+// Writes the results: one block per sequence or, given the maps of all tiles, one per tile.
 __global__ void __launch_bounds__(kMostThreads) sweep(Gae a, Rates rates, int64_t tiles, const Affine* of_tile) {
-  // Two buffers, used in turn: a warp may write the next tile's maps while another still reads these. One barrier per
-  // tile is enough.
+  // Double buffer: a warp may write the next tile's maps while another still reads these, so one barrier per tile is
+  // enough.
   __shared__ Affine shared[2][kWarp];
   const int64_t i = of_tile ? blockIdx.x / tiles : blockIdx.x;
   const Sequence sequence = sequence_of(a, i);
@@ -237,7 +238,7 @@ const char* gae(const Gae& a, Scratch& scratch, void* stream) {
   const int64_t tokens = a.cu_seqlens ? a.length : a.sequences * a.length, tiles = ceil_div(a.length, kSpanOfBlock);
   if (tokens == 0) return nullptr;
   const bool split = !a.cu_seqlens && tiles > 1 && a.sequences < kFillsGpu;
-  // The whitening runs after the last read of the maps, and so uses the same memory.
+  // The whitening runs after the last read of the maps, so it reuses their memory.
   constexpr size_t kStatistics = 32;
   scratch.needed = larger(split ? a.sequences * tiles * sizeof(Affine) : 0,
                           a.whiten ? kStatistics + masked_whiten_scratch(tokens) : 0);

@@ -1,16 +1,16 @@
-// activation(gate) * up: a block takes kStep<T> columns of a row. The backward computes the activation again.
+// activation(gate) * up. A block takes kStep<T> columns of a row. The backward recomputes the activation.
 //
 //   formula         activate() of csrc/formulas.h, in float; one rounding
 //   bytes a number  of b bytes: forward 2 b read, b written; backward 3 b read, 2 b written
 //   passes          one each way
-//   error           a few units in float's last place, before the rounding (tests/ops/test_layers.py)
+//   error           a few ulp of float32, before the rounding (tests/ops/test_layers.py)
 #include "hidden.h"
 
 namespace rlhf_fast::cuda {
 
 namespace {
 
-// This thread's columns.
+// The columns of this thread: from i on, of the `left` that remain in the row.
 struct Place {
   int64_t row, i, left;
 };

@@ -1,16 +1,16 @@
-// The gradient of rows of logits in one sweep.
+// The last sweep: the gradient of rows of logits.
 #pragma once
 
 #include "sums.h"
 
 namespace rlhf_fast::cuda {
 
-// What the gradient needs of a row. With gap = x - shift, the gradient of a column that is not the target is
+// The coefficients of a row's gradient. With gap = x - shift, the gradient of a column other than the target is
 //
 //   e^(gap / temperature) * (constant + slope * gap + ratio_slope * ratio)
 //   ratio = log(r_j / p_j) = (ref_x - ref_shift - gap) / temperature + offset
 //
-// and that of the target is at_target, both times the derivative of the softcap. The last term is there only for a pair
+// and that of the target is at_target, both times the derivative of the softcap. The last term is used only for a pair
 // of rows.
 struct RowSlopes {
   float shift, constant, slope, at_target;
@@ -25,7 +25,7 @@ __device__ inline RowSlopes row_slopes(const RowStatistics& s, float inverse_tem
   slopes.shift = s.shift;
   slopes.constant = -grad_logprob;
   slopes.at_target = grad_logprob * s.others_mass;
-  // An entropy that no one asks the gradient of may be infinite or NaN: 0 times it must be 0.
+  // An entropy whose gradient is 0 may be infinite or NaN; its product must be 0.
   if (grad_entropy != 0) {
     slopes.constant += grad_entropy * (at_most(s.log_norm, kFar) - entropy);
     slopes.at_target -= grad_entropy * expf(logprob) * (entropy + (logprob < -kFar ? -kFar : logprob));
@@ -36,17 +36,18 @@ __device__ inline RowSlopes row_slopes(const RowStatistics& s, float inverse_tem
   return slopes;
 }
 
-// The gradient of a segment of a row. op(row, inverse_temperature, writes) gives the slopes; in the one thread for
-// which `writes` is true it may also write the outputs of the row, which saves a launch.
+// Writes the gradient of a segment of a row. op(row, inverse_temperature, writes) returns the slopes. In the one thread
+// where `writes` is true it may also write the outputs of the row, which saves a launch.
 //
-// The launch bounds are blocks per multiprocessor: 3 x 256 threads may have 80 registers each, a pair of rows 128.
+// The launch bounds are blocks per multiprocessor: with 3 x 256 threads each has 80 registers, with 2 x 256, for a pair
+// of rows, 128.
 template <class In, class Out, bool kPair, class Op>
 __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
     write_segments(Rows rows, Logits logits, Logits ref_logits, Logits grads, int columns, int segments, Op op) {
   const auto [row, segment] = segment_of_block(segments);
   Out* grad = row_of<Out>(grads, row);
   const int start = segment * kSegment - columns_before<In>(grad);
-  if (start >= columns) return;  // the last segment is empty unless the row starts between two vectors
+  if (start >= columns) return;  // the grid has room for the shift by columns_before; without it a segment is empty
   const bool writes = segment == 0 && threadIdx.x == 0;
   float x[kColumns] = {};
   if (!is_live(rows, row)) {
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
     store_columns<In>(grad, columns, start, x);
     return;
   }
-  // 1. Start the loads, and compute the slopes while they are under way. The temperature comes first: to choose where
-  // it is from while the columns are loading takes two registers too many.
+  // 1. Issue the loads, and compute the slopes while they are in flight. The temperature is loaded before: selecting
+  // its source while the columns are in flight takes two registers too many.
   const float inverse_temperature = inverse_temperature_of(rows, row), rate = kLog2E * inverse_temperature;
   float ref_x[kPair ? kColumns : 1];
   const int vocab = (int)rows.vocab;
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
   const RowSlopes s = op(row, inverse_temperature, writes);
   cap(x, rows.softcap);
   if constexpr (kPair) cap(ref_x, rows.softcap);
-  // 2. The gradient replaces x in the registers. `mixed` is the same for the whole block: most compare no columns.
+  // 2. The gradient replaces x in the registers. `mixed` is uniform over the block; most blocks compare no columns.
   const int target = target_of(rows, row);
   const bool mixed = is_mixed(start, vocab, target);
   const float inverse_softcap = rows.softcap == 0 ? 0 : 1 / rows.softcap;
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
   for (int i = 0; i < kColumns; i++) {
     const float gap = x[i] - s.shift;
     const float e = exp2_flushed(gap * rate);
-    // A gap of -inf has e = 0, and counts as 0. A NaN in the slopes still shows in the gradient.
+    // A gap of -inf has e = 0, and 0 * -inf must be 0. A NaN in the slopes still reaches the gradient.
     float factor = s.constant + s.slope * (e == 0 ? 0 : gap);
     if constexpr (kPair) {
       const float ratio = (ref_x[i] - s.ref_shift - gap) * inverse_temperature + s.offset;
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
     if (rows.softcap != 0) g *= 1 - (x[i] * inverse_softcap) * (x[i] * inverse_softcap);
     x[i] = mixed && column >= vocab ? 0 : g;
   }
-  // 3. In place is safe: the block has read all that it writes, and no other block reads it.
+  // 3. In place is safe: the block has read all the columns that it writes, and no other block reads them.
   store_columns<In>(grad, columns, start, x);
 }
 
@@ -96,8 +97,8 @@ const char* write_gradient(const Rows& rows, const Logits& logits, const Logits&
                 ref_logits, grad, (int)columns, (int)segments, op);
 }
 
-// The last launch of an op with an lm head, on a tile of float32 logits. It writes the outputs of the rows and, if it
-// is wanted, the gradient: over the tile itself, or elsewhere in a narrower type.
+// The last launch of a fold (rlhf_fast/ops/_sweep.py), on float32 logits. Writes the outputs of the rows and, if it is
+// wanted, the gradient: in place in float32, or to other memory in a 16-bit type.
 template <bool kPair, class Op>
 const char* finish_tile(const Rows& rows, const Logits& logits, const Logits& ref_logits, const Logits& grad,
                         const Op& op, void* stream) {

@@ -1,5 +1,5 @@
-// bfloat16 and float16 as 16 bits, and the instructions that the row kernels need. For the host and for the emulator of
-// the tests the same functions are written in plain C++.
+// bfloat16 and float16 as 16 bits, and the PTX instructions of the row kernels. For the host and the tests' emulator
+// the same functions are in plain C++.
 #pragma once
 
 #include <cstring>
@@ -29,7 +29,7 @@ RLHF_FAST_INLINE uint32_t bits_of(float x) {
 
 #ifdef __CUDA_ARCH__
 
-// 2^x to 2 units in the last place, and 0 instead of a subnormal number. One instruction, where exp2f takes several.
+// 2^x to 2 ulp, and 0 instead of a subnormal number. One instruction; exp2f takes several.
 RLHF_FAST_INLINE float exp2_flushed(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -72,7 +72,7 @@ RLHF_FAST_INLINE uint32_t rounded(Float16, float x) {
   const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000;
   const float magnitude = fabsf(x);
   if (!(magnitude < 65520.0f)) return sign | (x == x ? 0x7c00 : 0x7e00);
-  // subnormal: its unit, 2^-24, is the last bit of 0.5f, so that adding 0.5f rounds to it
+  // subnormal halves are multiples of 2^-24, the last bit of 0.5f, so adding 0.5f rounds to one
   if (magnitude < 0x1p-14f) return sign | (bits_of(magnitude + 0.5f) - bits_of(0.5f));
   const uint32_t rest = bits_of(magnitude) - (112u << 23);
   return sign | (rest + 0xfff + (rest >> 13 & 1)) >> 13;
@@ -115,7 +115,7 @@ __device__ __forceinline__ void store(Half* to, float x) {
   to->bits = (uint16_t)packed(Half{}, x, 0);
 }
 
-// Stores kCount neighbours, 8 or 16 aligned bytes. __stcg: the L1 cache would keep lines that are not read again.
+// Stores kCount consecutive numbers, 8 or 16 aligned bytes. __stcg, because the data is not read again through L1.
 template <int kCount>
 __device__ __forceinline__ void store_vector(float* to, const float* x) {
   static_assert(kCount == 4);

@@ -1,5 +1,5 @@
-// Rows of a layer's numbers: a thread takes kVector<T> columns side by side, by one instruction where they are whole
-// and aligned. Which columns it takes depends on neither the row's address nor the alignment.
+// Loads and stores of rows of hidden states. A thread takes kVector<T> consecutive columns, by one instruction where
+// all of them exist and are aligned. The assignment of columns to threads does not depend on the row's address.
 #pragma once
 
 #include "rows.h"
@@ -15,13 +15,13 @@ __device__ __forceinline__ float load(const float* from) { return *from; }
 __device__ __forceinline__ float load(const BFloat16* from) { return float_of((uint32_t)from->bits << 16); }
 __device__ __forceinline__ float load(const Float16* from) { return widened(*from); }
 
-// A thread's numbers, as floats.
+// The numbers of a thread, as floats.
 template <int kCount>
 struct Numbers {
   float at[kCount];
 };
 
-// `kCount` of them, of which `left` are there; the rest is 0.
+// Loads kCount numbers, of which only the first `left` exist; the others are 0.
 template <int kCount, class T>
 __device__ __forceinline__ Numbers<kCount> load_numbers(const T* from, int64_t left) {
   static_assert(kCount % kVector<T> == 0);
@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_numbers(T* to, const Numbers<kCount>& x, i
   }
 }
 
-// Columns of a T that a block takes at a time.
+// Columns that a block takes at a time.
 template <class T>
 constexpr int kStep = kThreads * kVector<T>;
 

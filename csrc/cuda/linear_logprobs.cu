@@ -1,10 +1,11 @@
-// linear_logprobs and linear_cross_entropy on one tile of logits, straight from the matrix product: log-probs, entropy
-// and their gradient. Two launches: the sums read the tile, the gradient reads it again and overwrites it.
+// linear_logprobs and linear_cross_entropy: the fold of rows of logits (rlhf_fast/ops/_sweep.py) to log-probs, entropy
+// and their gradient. Two launches: the first reads the logits for the sums, the second reads them again and overwrites
+// them with the gradient.
 //
-//   formula         as masked_logprobs; its gradient, p_j times a factor of the row, and the target apart
+//   formula         as masked_logprobs; the gradient is p_j times a factor of the row, except at the target
 //   bytes a row     of V columns: 4 V read for the sums, 4 V read and at most 4 V written for the gradient
 //   passes          one, and one more for the gradient
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "gradients.h"
 
 namespace rlhf_fast::cuda {

@@ -1,11 +1,11 @@
-// linear_policy_ref on one tile of the policy's logits and one of the reference's: both log-probs, the policy's entropy
-// and the exact KL, and the gradient of all of them together. Three launches: the sums of both tiles, the terms of the
-// KL, and the gradient, which overwrites the policy's tile.
+// linear_policy_ref: the fold of rows of the policy's and the reference's logits (rlhf_fast/ops/_sweep.py) to both
+// log-probs, the policy's entropy, the exact KL, and the gradient of their weighted sum. Three launches: the sums of
+// both rows, the terms of the KL, and the gradient, which overwrites the policy's logits.
 //
-//   formula         those of masked_logprobs and exact_kl, over two tiles side by side
+//   formula         those of masked_logprobs and exact_kl
 //   bytes a row     of V columns: 8 V read for the sums, 8 V for the KL, 8 V read, up to 4 V written for the gradient
 //   passes          two, and one more for the gradient
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "gradients.h"
 #include "pairs.h"
 
@@ -18,7 +18,7 @@ struct TilePolicyRef {
   SegmentSums swept;
   const float* terms;
 
-  // Computed again by each launch that needs them: a few loads per block instead of one more launch.
+  // Recomputed by each launch that needs them: a few loads per block instead of one more launch.
   struct Results {
     RowResult p, r;
     Normalisers normalisers;
@@ -37,11 +37,11 @@ struct TilePolicyRef {
 
   __device__ RowSlopes operator()(int64_t row, float inverse_temperature, bool writes) const {
     const auto [p, r, n] = results(row, inverse_temperature);
-    // 1. The KL: the target's term and those of the other columns.
+    // 1. The KL: the target's term plus those of the other columns.
     const float p_target = expf(p.logprob);
     const float kl = kl_term(p_target, r.logprob - p.logprob, expf(r.logprob)) + join_terms(terms, swept.segments, row);
     if (writes) write(row, p, r, kl);
-    // 2. The slopes. An infinite KL whose gradient is not asked for must add 0, not NaN; and 0 * log 0 = 0.
+    // 2. The slopes. An infinite KL with a gradient of 0 must add 0, not NaN; and 0 * log 0 = 0.
     RowSlopes slopes = row_slopes(p.statistics, inverse_temperature, p.logprob, p.entropy,
                                   number_or_0(a.grad_logprobs, row), number_or_0(a.grad_entropy, row));
     const float scaled_grad = number_or_0(a.grad_kl, row) * inverse_temperature;

@@ -1,13 +1,13 @@
 // Whitening: mean 0 and variance 1 over the live elements. `whitened` may be `x` itself.
 //
-// Only the few numbers that come from the sums are double; double arithmetic per element would be slow on a GPU. A mean
-// far from 0 costs no digits all the same: the moments of a tile are about its own mean, and deviations are taken from
-// a mean that is the sum of two floats.
+// Only the sums over tiles are double; double arithmetic per element would be slow on a GPU. A mean far from 0 still
+// loses no precision: the moments of a tile are relative to its own mean, and deviations are computed from a mean that
+// is the sum of two floats.
 //
 //   formula         (x - mean) / sqrt(variance + 1e-8)
 //   bytes a value   forward 8 read, 4 written; backward 16 read, 4 written; half as much for one tile
 //   passes          two each way; one for a single tile
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
 namespace rlhf_fast::cuda {
@@ -21,8 +21,8 @@ struct alignas(16) Part {
   double mean;
 };
 
-// The moments of all tiles; every thread of the block gets them. The second loop over the parts, in the L2 cache, takes
-// the deviations from the final mean, so that nothing cancels.
+// The moments of all tiles; every thread of the block gets them. A second loop over the parts, which are in L2,
+// computes the deviations from the final mean, so that nothing cancels.
 __device__ __forceinline__ Moments merge_moments(const Part* parts, int64_t tiles) {
   double sums[2] = {0, 0};
   for (int64_t i = threadIdx.x; i < tiles; i += kThreads) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ Moments merge_moments(const Part* parts, int64_t tile
   return {sums[0], mean, deviation[0]};
 }
 
-// Writes the moments of this block's tile. True in the last block of the launch.
+// Writes the moments of this block's tile. Returns true in the last block of the launch.
 __device__ __forceinline__ bool write_moments(const float* x, const uint8_t* live, int64_t count,
                                               TileParts<Part> parts) {
   const ThreadTokens tokens(live, count);
@@ -72,7 +72,7 @@ struct Statistics {
     if (threadIdx.x == 0) to[0] = count, to[1] = mean, to[2] = scale;
   }
 
-  // x - mean in float, without rounding the double mean: it is the sum of two floats.
+  // x - mean in float. The double mean is split into two floats, so it is not rounded.
   __device__ __forceinline__ float deviation(float x) const {
     const float near = (float)mean;
     return (x - near) - (float)(mean - near);
@@ -133,7 +133,7 @@ __device__ __forceinline__ void write_gradient(const MaskedWhitenBackward& a, co
   });
 }
 
-// The last block writes the sums of all tiles over those of the first.
+// The last block replaces the first tile's part by the sums of all tiles.
 __global__ void __launch_bounds__(kThreads, 4) measure_backward(MaskedWhitenBackward a, TileParts<GradientSums> parts) {
   const ThreadTokens tokens(a.live, a.elements);
   const Values4 grad = tokens.load(a.grad_whitened), x = tokens.load(a.x);

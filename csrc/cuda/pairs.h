@@ -1,22 +1,22 @@
-// Two rows of logits side by side, x of the policy and y of the reference: KL(policy || reference) in a second sweep.
-// The formulas are those of csrc/cpu/pairs.h, over all columns but the target.
+// The second sweep, over two rows together, the policy's and the reference's: KL(policy || reference). The formulas are
+// those of csrc/cpu/pairs.h, over all columns except the target.
 #pragma once
 
 #include "sums.h"
 
 namespace rlhf_fast::cuda {
 
-// p_j = e^((x_j - shift) / temperature) * scale, and r_j the same with the reference's. offset = log(ref_scale /
-// scale), but exact where both scales are close to 1.
+// p_j = e^((x_j - shift) / temperature) * scale, and r_j likewise from the reference's logits and fields.
+// offset = log(ref_scale / scale), computed so that it is accurate where both are close to 1.
 struct Normalisers {
   float shift, scale, ref_shift, ref_scale, offset;
 };
 
-// e^x - 1 - x for x <= 1, to a few units in the last place. With e^x = 2^n (1 + r + tail), near 0 n is 0 and r is x, so
-// that only the tail is left and nothing cancels.
+// e^x - 1 - x for x <= 1, to a few ulp. With e^x = 2^n (1 + r + tail): near 0, n = 0 and r = x, so the result is the
+// tail and nothing cancels.
 __device__ __forceinline__ float excess(float x) {
   const float bounded = fmaxf(x, -87);
-  const float shifted = bounded * kLog2E + 12582912.0f;  // + 1.5 * 2^23 rounds to an integer, then in the low bits
+  const float shifted = bounded * kLog2E + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, in the low bits
   const float n = shifted - 12582912.0f;
   const float r = bounded - n * 0.693145752f - n * 1.42860677e-6f;
   const float p =
@@ -25,14 +25,15 @@ __device__ __forceinline__ float excess(float x) {
   return power * (p * (r * r)) + (power * r + (power - 1 - x));
 }
 
-// p log(p / r) - p + r, with ratio = log(r / p). Near ratio = 0 the three terms would cancel; p * excess does not.
+// p log(p / r) - p + r, with ratio = log(r / p). Near ratio = 0 the three terms would cancel; p * excess(ratio) does
+// not.
 __device__ __forceinline__ float kl_term(float p, float ratio, float r) {
   const float term = ratio <= 1 ? p * excess(ratio) : r - p - p * ratio;
   return p == 0 ? r : term;  // log p is -inf
 }
 
-// The sum of the KL terms of each segment of each live row. op.normalisers(row, inverse_temperature) gives those of a
-// row. Two blocks per multiprocessor: 2 x 256 threads with 64 columns in registers may have 128 each.
+// Writes the sum of the KL terms of each segment of each live row. op.normalisers(row, inverse_temperature) returns the
+// row's Normalisers. Two blocks per multiprocessor: each of 2 x 256 threads has 128 registers, 64 of them for columns.
 template <class T, class Op>
 __global__ void __launch_bounds__(kThreads, 2)
     sum_terms(Rows rows, Logits logits, Logits ref_logits, float* terms, int segments, Op op) {
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!is_live(rows, row)) return;
   const int start = segment * kSegment;
   const int vocab = (int)rows.vocab;
-  // 1. Start the loads, and compute the normalisers while they are under way.
+  // 1. Issue the loads, and compute the normalisers while they are in flight.
   float x[kColumns], ref_x[kColumns];
   load_columns(row_of<const T>(logits, row), vocab, start, x);
   load_columns(row_of<const T>(ref_logits, row), vocab, start, ref_x);
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int i = 0; i < kColumns; i++) {
     const float gap = x[i] - n.shift, ref_gap = ref_x[i] - n.ref_shift;
-    // the gaps are subtracted before the temperature rounds them, so that equal rows give exactly 0
+    // subtract the gaps first and divide by the temperature afterwards, so that equal rows give exactly 0
     const float ratio = (ref_gap - gap) * inverse_temperature + n.offset;
     const float term = kl_term(exp2_flushed(gap * rate) * n.scale, ratio, exp2_flushed(ref_gap * rate) * n.ref_scale);
     const int column = column_of<T>(start, i);
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x == 0) terms[blockIdx.x] = total[0];
 }
 
-// The sum of a row over its segments. A whole warp calls it, and every lane gets it.
+// The sum over a row's segments. A whole warp calls it, and every lane gets the result.
 __device__ inline float join_terms(const float* terms, int segments, int64_t row) {
   float total = 0;
   for (int i = lane_index(); i < segments; i += kWarp) total += terms[row * segments + i];

@@ -1,14 +1,15 @@
-// PPO's joint loss, its gradients and its statistics in one launch. Without the value's data it is the clipped policy
-// loss alone, and without the policy's data the value loss alone.
+// PPO's joint loss, its gradients and its statistics in one launch. Without values it is the clipped policy loss, and
+// without log-probs the clipped value loss.
 //
 // A block reads each input of its tile once. It writes the gradients as if the divisor of the loss were 1, because only
-// the last block knows how many tokens count. That one adds the parts of the loss and writes 1 / divisor, by which the
-// caller multiplies the gradients. Ratios per sequence, and divisors that count sequences, take a launch before.
+// the last block knows how many tokens count. The last block adds the parts of the loss and writes 1 / divisor, by
+// which the caller multiplies the gradients. Ratios per sequence, and divisors that count sequences, need a launch
+// before.
 //
 //   formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
 //   bytes a token   4 read of each given tensor, 1 of a mask; 4 written of each gradient
 //   passes          one; one more before it for ratios per sequence or a count of sequences
-//   error           at most that of the plain float32 formula, against float64 (tests/ops/test_accuracy.py)
+//   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
 namespace rlhf_fast::cuda {
@@ -16,11 +17,11 @@ namespace rlhf_fast::cuda {
 namespace {
 
 struct Sequence {
-  double live;  // tokens that count
+  double live;  // number of tokens that count
   float ratio;
 };
 
-// What is summed over the live tokens of a tile. The parts of the loss are weighted by Divisor::by_length.
+// The sums over the live tokens of a tile. The terms of the loss are weighted as Divisor::by_length says.
 enum Sum { kPolicy, kKl, kEntropy, kValue, kClipped, kValueClipped, kSquaredLogRatio, kSums };
 
 struct alignas(16) Part {
@@ -28,11 +29,11 @@ struct alignas(16) Part {
   float ratio_deviation, ratio_max, count, sums[kSums];
 };
 
-// What a loss is divided by: `norm` times the number that `items` names.
+// The divisor of the loss: `norm` times a number that `items` selects.
 struct Divisor {
   enum Items { known, on_device, tokens, sequences } items;
   double norm;
-  bool by_length;  // each token is also divided by the live tokens of its sequence
+  bool by_length;  // each token's loss is also divided by the number of live tokens of its sequence
 
   explicit Divisor(const PpoLoss& a) {
     const bool by_token = a.divisor.aggregation == Aggregation::token_mean;
@@ -56,7 +57,7 @@ struct Divisor {
   bool counts_sequences() const { return by_length || items == sequences; }
 };
 
-// The live tokens of a sequence, and exp of their mean log ratio; one block per sequence.
+// The number of live tokens of each sequence, and exp of their mean log ratio; one block per sequence.
 __global__ void __launch_bounds__(kThreads) measure_sequences(PpoLoss a, Sequence* found) {
   const int64_t start = blockIdx.x * a.length;
   double sums[2] = {0, 0};
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) measure_sequences(PpoLoss a, Sequenc
   if (threadIdx.x == 0) found[blockIdx.x] = {sums[0], expf((float)(sums[1] / at_least_1(sums[0])))};
 }
 
-// Walks over the tokens of a thread and knows their sequence, with one division for all of them.
+// Iterates over the sequences of a thread's consecutive tokens, with a single division.
 struct Sequences {
   const Sequence* at;
   int64_t length, left;
@@ -86,11 +87,11 @@ struct Sequences {
 // A term with coefficient 0 adds 0, even if it is infinite.
 __device__ __forceinline__ double term(double coef, double value) { return coef != 0 ? coef * value : 0; }
 
-// In the last block: adds the parts, and writes loss and statistics.
+// Called by the last block: adds the parts, and writes loss and statistics.
 template <bool kHasPolicy, bool kHasValue>
 __device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence* sequences, const Part* parts) {
-  // 1. All sums. Each thread takes every 256th part; block_sum adds the threads in a fixed order.
-  double sums[kSums + 2] = {};  // then the live tokens, and the sum of their ratios
+  // 1. All sums. Thread i takes the parts i, i + 256, ...; block_sum adds the threads in a fixed order.
+  double sums[kSums + 2] = {};  // the last two: the number of live tokens, and the sum of their ratios
   double &count = sums[kSums], &ratio_mean = sums[kSums + 1];
   float ratio_max = 0;
   for (int64_t i = threadIdx.x; i < gridDim.x; i += kThreads) {
@@ -106,7 +107,7 @@ __device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence*
   const double tokens = at_least_1(count);
   ratio_mean /= tokens;
 
-  // 2. What needs the mean ratio: squared deviations from it. In the same reduction, the sequences with a live token.
+  // 2. Squared deviations from the mean ratio and, in the same reduction, the number of sequences with a live token.
   double rest[2] = {0, 0};
   if (kHasPolicy) {
     for (int64_t i = threadIdx.x; i < gridDim.x; i += kThreads) {
@@ -136,7 +137,7 @@ __device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence*
   if (kHasPolicy && kHasValue) put(policy), put(value), put(kl), put(entropy);
   if (kHasPolicy) {
     put(sums[kClipped] / tokens), put(0.5 * sums[kSquaredLogRatio] / tokens);
-    // the maximum ignores NaN, but the mean does not
+    // the maximum ignores NaN; the mean does not
     put(ratio_mean), put(ratio_mean == ratio_mean ? ratio_max : ratio_mean), put(rest[0] / tokens);
   }
   if (kHasValue) put(sums[kValueClipped] / tokens);
@@ -147,7 +148,7 @@ template <bool kHasPolicy, bool kHasValue>
 __global__ void __launch_bounds__(kThreads)
     evaluate(PpoLoss a, Divisor divisor, const Sequence* sequences, TileParts<Part> parts) {
   constexpr bool kJoint = kHasPolicy && kHasValue;  // the clipped policy loss alone has neither KL nor entropy
-  // 1. All loads first, so that they are under way together.
+  // 1. All loads first, so that they are in flight together.
   const ThreadTokens tokens(a.live, a.sequences * a.length);
   const unsigned live = tokens.live;
   Values4 logprob{}, old_logprob{}, advantage{}, ref_logprob{}, entropy{}, value{}, old_value{}, target{};
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
   if (kJoint && a.ref_logprobs) ref_logprob = tokens.load(a.ref_logprobs);
   if (kJoint && a.entropy) entropy = tokens.load(a.entropy);
 
-  // 2. What a token needs of its sequence.
+  // 2. The weight and the ratio of each token's sequence.
   Values4 weight{{1, 1, 1, 1}}, ratio{};
   if (sequences && tokens.left > 0) {
     Sequences of_token(sequences, a.length, tokens.i);
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  // 3. The loss of each token. Masked tokens were loaded as 0 and have ratio 0, and so add 0 to every sum.
+  // 3. The loss of each token. Masked tokens were loaded as 0 and have ratio 0, so they add 0 to every sum.
   float sums[kSums] = {}, ratio_max = 0;
   Values4 grad_logprob, grad_value;
 #pragma unroll
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(kThreads)
       grad_value.at[k] = a.value_terms.coef * token.slope;
     }
   }
-  // 4. The gradients, before the reductions, whose barriers would delay them.
+  // 4. The gradients, before the reductions, whose barriers would delay the stores.
   if (kHasPolicy && a.grad_logprobs) {
     tokens.store(a.grad_logprobs, [&](int k) { return grad_logprob.at[k] * weight.at[k]; });
   }

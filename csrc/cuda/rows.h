@@ -1,8 +1,8 @@
-// A row of logits on a GPU: a block holds a segment of its columns in registers, read by 16-byte loads.
+// Loads and stores of rows of logits. A block holds a segment of a row's columns in registers, read by 16-byte loads.
 //
-// Which columns a thread holds does not depend on the address of the row, so that a sum does not either. A row of 50257
-// bfloat16 columns may start at any even address. Its 16 bytes then lie in two aligned groups of 16: a thread reads
-// both, the second one from the L1 cache because a neighbour reads it too, and shifts them together.
+// The assignment of columns to threads does not depend on the address of the row, so a sum does not either. A row of
+// 50257 bfloat16 columns may start at any even address. A thread's 16 bytes then span two aligned groups of 16 bytes.
+// The thread loads both, the second mostly from L1 because the next thread loads it too, and shifts the bytes together.
 #pragma once
 
 #include "halves.h"
@@ -11,8 +11,8 @@ namespace rlhf_fast::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-// Columns of a thread. Enough loads are under way at once to cover the latency of memory (8 of float32, 4 of a 16-bit
-// type), and 32 registers leave room for 3 or 4 blocks per multiprocessor.
+// Columns of a thread. Enough loads are in flight to hide the memory latency (8 of float32, 4 of a 16-bit type), and 32
+// registers leave room for 3 or 4 blocks per multiprocessor.
 constexpr int kColumns = 32;
 constexpr int kSegment = kThreads * kColumns;  // columns of a block
 
@@ -25,21 +25,21 @@ struct RowSegment {
   int segment;
 };
 
-// The row and segment of this block. Neighbouring blocks read neighbouring memory. Divided in 32 bits: 64 are slow.
+// The row and segment of this block. Consecutive blocks read consecutive segments. A 64-bit division would be slow.
 __device__ __forceinline__ RowSegment segment_of_block(int segments) {
   const unsigned row = blockIdx.x / (unsigned)segments;
   return {row, (int)(blockIdx.x - row * segments)};
 }
 
-// The column of this thread's x[i], in the segment at `start`. In each step a warp reads 512 neighbouring bytes.
+// The column of this thread's x[i] in the segment at `start`. In each step a warp reads 512 consecutive bytes.
 template <class T>
 __device__ __forceinline__ int column_of(int start, int i) {
   constexpr int kWidth = kVector<T>;
   return start + i / kWidth * (kThreads * kWidth) + (int)threadIdx.x * kWidth + i % kWidth;
 }
 
-// The 16 bytes that start `offset` bytes after `low`, where `high` follows `low`. It shifts by 8 bytes, by 4, then by
-// less, because an index known only at run time would put `word` into local memory.
+// The 16 bytes at `offset` in the 32 bytes of `low` and `high`. Shifts by 8 bytes, by 4, then by less, because an index
+// known only at run time would put `word` into local memory.
 __device__ __forceinline__ Bytes16 shifted(const Bytes16& low, const Bytes16& high, unsigned offset) {
   uint32_t word[8];
 #pragma unroll
@@ -54,7 +54,7 @@ __device__ __forceinline__ Bytes16 shifted(const Bytes16& low, const Bytes16& hi
   return bytes;
 }
 
-// The 16 aligned bytes that start at `column`, or 0 if none of them lies in the row. They may reach past the row's
+// The 16 aligned bytes that start at `column`, or 0 if none of them lies in the row. They may extend past the row's
 // ends. That is safe: 16 aligned bytes lie in one page.
 template <class T>
 __device__ __forceinline__ Bytes16 load_bytes(const T* row, int column, int columns) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ Bytes16 load_bytes(const T* row, int column, int colu
 // This thread's columns of the segment at `start`, which may lie before the row. Columns outside the row are arbitrary.
 template <class T>
 __device__ __forceinline__ void load_columns(const T* row, int columns, int start, float (&x)[kColumns]) {
-  // All loads come before the first use of their results, so that they are under way together.
+  // All loads are issued before the first use of their results, so that they are in flight together.
   constexpr int kSteps = kColumns / kVector<T>;
   const unsigned offset = (uintptr_t)(row + start) % 16;
   Bytes16 bytes[kSteps];
@@ -90,13 +90,13 @@ __device__ __forceinline__ void load_columns(const T* row, int columns, int star
   for (int step = 0; step < kSteps; step++) unpack(T{}, bytes[step], x + step * kVector<T>);
 }
 
-// How many columns before the row its segments start, so that each vector of `store_columns` is aligned in `row`.
+// The number of columns by which the segments are shifted to the left, so that `store_columns` stores aligned vectors.
 template <class In, class Out>
 __device__ __forceinline__ int columns_before(const Out* row) {
   return (int)((uintptr_t)row / sizeof(Out) % kVector<In>);
 }
 
-// Stores the columns that `load_columns` of an In loads. `start` is a multiple of kSegment less columns_before(row).
+// Stores the columns that `load_columns` of an In loads. `start` is a multiple of kSegment minus columns_before(row).
 template <class In, class Out>
 __device__ __forceinline__ void store_columns(Out* row, int columns, int start, const float (&x)[kColumns]) {
 #pragma unroll
@@ -113,7 +113,8 @@ __device__ __forceinline__ void store_columns(Out* row, int columns, int start, 
   }
 }
 
-// Whether the segment holds the target or columns outside the vocabulary. Most do not, and compare no columns.
+// Whether the segment contains the target or columns outside the vocabulary. Most do not, and need no comparison per
+// column.
 __device__ __forceinline__ bool is_mixed(int start, int vocab, int target) {
   return start + kSegment > vocab || (target >= start && target < start + kSegment);
 }
@@ -143,14 +144,14 @@ __device__ __forceinline__ int target_of(const Rows& rows, int64_t row) {
   return target >= 0 && target < rows.vocab ? (int)target : -1;
 }
 
-// 0 without a tensor.
+// numbers[row], or 0 if the tensor is absent.
 __device__ __forceinline__ float number_or_0(const float* numbers, int64_t row) { return numbers ? numbers[row] : 0; }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 inline int64_t segments_of(int64_t columns) { return ceil_div(columns, kSegment); }
 
-// The next part of the scratch. Valid once `scratch.size` reaches `scratch.needed`.
+// Reserves `count` elements of the scratch. The pointer is valid only if scratch.size >= scratch.needed.
 template <class T>
 T* take(Scratch& scratch, int64_t count) {
   T* part = (T*)((char*)scratch.data + scratch.needed);

@@ -1,5 +1,4 @@
-// What formulas.h needs for F = float, one token per thread, and the formulas. On the CPU csrc/cpu/vec.h does this for
-// vectors.
+// formulas.h for F = float, one token per thread, and the functions that it needs. csrc/cpu/vec.h has them for vectors.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,9 +1,9 @@
-// The log-sum-exp of rows of logits in one sweep (online softmax), and log-prob and entropy from it. The formulas are
-// those of csrc/cpu/rows.h.
+// The first sweep (pass over the logits): the log-sum-exp of rows (online softmax), and from it log-prob and entropy.
+// The formulas are those of csrc/cpu/rows.h.
 //
-// A row is cut into segments and each block sums one, so that a thousand rows and a single row of 151936 columns both
-// fill the GPU. Every kernel that needs the sums of a row joins those of its segments by itself, in their order. So the
-// result of a row depends neither on its position nor on the other rows.
+// Each block reduces one segment of a row, so that a thousand rows and a single row of 151936 columns both fill the
+// GPU. Every kernel that needs the sums of a row combines those of its segments itself, in order. So the result of a
+// row depends neither on its position nor on the other rows.
 #pragma once
 
 #include "rows.h"
@@ -12,24 +12,25 @@ namespace rlhf_fast::cuda {
 
 constexpr float kLog2E = 1.44269504f;
 
-// Replaces an infinite log-ratio where the probability that it is multiplied by is 0, so that the product is not NaN.
+// Bound of a log-ratio that is multiplied by a probability. Where the probability is 0, the product is 0, not 0 * inf.
 constexpr float kFar = 1e4f;
 
 __device__ inline float at_most(float x, float bound) { return x > bound ? bound : x; }  // keeps NaN
 
-// Sums over all columns but the target, with gap = x - shift. The largest columns, whose e^gap is 1, are counted apart:
-// 1 + 1e-8 is 1 in float, so that a confident row would lose its tail.
+// Sums over all columns except the target, with gap = x - shift. tops + rest is the usual sum of the softmax. Columns
+// at the maximum, with e^gap = 1, are counted separately, because 1 + 1e-8 is 1 in float: a row with one large logit
+// would lose the sum of all others.
 struct alignas(16) RowSums {
-  float shift;     // the largest x
-  float tops;      // columns that have it
-  float rest;      // sum of e^(gap / temperature) over the others
+  float shift;     // the maximum of x
+  float tops;      // number of columns with x = shift
+  float rest;      // sum of e^(gap / temperature) over the columns with x < shift
   float weighted;  // sum of e^(gap / temperature) * -gap, for the entropy
 
-  // Makes the sums relative to a larger maximum: the rescaling of the online softmax. The columns that were the largest
-  // join the rest, and every gap grows by `rise`.
+  // Makes the sums relative to a larger maximum: the rescaling step of the online softmax. The former maximum is below
+  // the new shift, so `tops` joins `rest`. Every -gap grows by `rise`.
   __device__ void rescale(float to, float rate) {
     if (!(to > shift)) return;
-    const float rise = shift > -INFINITY ? to - shift : 0;  // without columns, -inf must not give inf - inf
+    const float rise = shift > -INFINITY ? to - shift : 0;  // before the first column, shift is -inf: avoids inf - inf
     const float shrink = exp2_flushed(-rise * rate);
     const float total = tops + rest;
     weighted = shrink == 0 ? 0 : shrink * (weighted + rise * total);
@@ -59,7 +60,7 @@ __device__ inline RowSums warp_join(RowSums sums, float rate) {
   return sums;
 }
 
-// The sums of a thread's columns. They are in registers, so that finding the maximum first costs no second read, and no
+// The sums of a thread's columns. They are in registers, so the maximum is found first without a second read. Then no
 // exponential exceeds 1.
 template <bool kWeighted>
 __device__ RowSums thread_sums(const float (&x)[kColumns], float rate) {
@@ -91,14 +92,14 @@ __device__ inline RowSums block_join(RowSums sums, float rate) {
   return warp_join(lane_index() < kWarps ? of_warp[lane_index()] : no_columns(), rate);
 }
 
-// What the first sweep writes for each of one or two sets of logits (policy and reference).
+// The output of the first sweep. A set is one tensor of logits: the policy's and, if there is one, the reference's.
 struct SegmentSums {
   int segments;
   RowSums* sums;         // (sets, count, segments)
   float* target_logits;  // (sets, count), after the softcap; not written if the target is out of range
 };
 
-// The sums of each segment of each live row of both sets. 4 blocks per multiprocessor: 64 registers per thread.
+// Writes the sums of each segment of each live row of all sets. 4 blocks per multiprocessor: 64 registers per thread.
 template <class T, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, 4)
     sum_segments(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept) {
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (threadIdx.x == 0) swept.sums[blockIdx.x] = sums;
 }
 
-// The sums of the whole row at `place`. A whole warp calls it, and every lane gets them.
+// Combines the sums of all segments of the row at `place`. A whole warp calls it, and every lane gets the result.
 __device__ inline RowSums join_segments(const SegmentSums& swept, int64_t place, float rate) {
   const RowSums* segments = swept.sums + place * swept.segments;
   RowSums sums = no_columns();
@@ -134,27 +135,27 @@ __device__ inline RowSums join_segments(const SegmentSums& swept, int64_t place,
 }
 
 struct RowResult {
-  RowStatistics statistics;  // its log_norm unbounded
+  RowStatistics statistics;  // with log_norm not bounded by kFar
   float logprob;
   float entropy;  // only if the sums are weighted
 };
 
-// With d the log odds against the target (log-sum-exp of the others minus the target's logit),
+// With d the log odds against the target (log-sum-exp of the other columns minus the target's logit),
 // log p_target = -softplus(d) and 1 - p_target = sigmoid(d).
 __device__ inline RowResult finish_row(const RowSums& sums, float target_logit, float inverse_temperature) {
-  // 1. The log-sum-exp of the other columns, relative to the shift; 0 if there is none above -inf.
+  // 1. The log-sum-exp of the other columns, relative to the shift; 0 if all of them are -inf.
   const bool alone = sums.shift == -INFINITY;
   const bool empty = alone && sums.rest == 0;
   const float total = empty ? 1 : sums.tops + sums.rest;
   const float log_total = empty ? 0 : log1pf(sums.tops - 1 + sums.rest);
-  // 2. The log odds. A target at +inf has no log-prob: the reference gives NaN, not 0.
+  // 2. The log odds. A target at +inf gives NaN, as in the torch reference.
   float d = (sums.shift - target_logit) * inverse_temperature + log_total;
   if (target_logit == INFINITY) d = NAN;
-  // 3. Everything by e^-|d| <= 1, which cannot overflow.
+  // 3. Probabilities and softplus from e^-|d| <= 1, which cannot overflow.
   const float certainty = fabsf(d), odds = expf(-certainty), softplus = log1pf(odds);
-  const float larger_mass = 1 / (1 + odds), smaller_mass = odds * larger_mass;  // of the target and the others
+  const float larger_mass = 1 / (1 + odds), smaller_mass = odds * larger_mass;  // of p_target and 1 - p_target
   const float others_mass = d > 0 ? larger_mass : smaller_mass;
-  // 4. entropy = H(target or not) + others_mass * H(the others among themselves)
+  // 4. entropy = H(p_target, 1 - p_target) + others_mass * H(softmax over the other columns)
   const float binary_entropy = smaller_mass * at_most(certainty, kFar) + softplus;
   const float others_entropy = log_total + sums.weighted * inverse_temperature / total;
   RowResult result;
@@ -167,7 +168,7 @@ __device__ inline RowResult finish_row(const RowSums& sums, float target_logit, 
   return result;
 }
 
-// The result of row `row` of set `set`, from what the sweep wrote. A whole warp calls it.
+// The result of row `row` of set `set`, from the output of the first sweep. A whole warp calls it.
 __device__ inline RowResult finish_row(const Rows& rows, const SegmentSums& swept, int64_t row, int set,
                                        float inverse_temperature) {
   const int64_t place = set * rows.length + row;
@@ -175,8 +176,8 @@ __device__ inline RowResult finish_row(const Rows& rows, const SegmentSums& swep
   return finish_row(join_segments(swept, place, kLog2E * inverse_temperature), target_logit, inverse_temperature);
 }
 
-// A warp per row. op(row, inverse_temperature, writes) for a live row: `writes` is true in the one lane that writes its
-// outputs. op.skip(row) for a dead one.
+// One warp per row. Calls op(row, inverse_temperature, writes) for a live row, where `writes` is true in the one lane
+// that writes its outputs, and op.skip(row) for a dead row.
 template <class Op>
 __global__ void __launch_bounds__(kThreads) finish_rows(Rows rows, Op op) {
   const int64_t row = (int64_t)blockIdx.x * kWarps + warp_index();
@@ -200,7 +201,7 @@ inline SegmentSums take_segment_sums(Scratch& scratch, const Rows& rows, int set
           take<float>(scratch, sets * rows.length)};
 }
 
-// The first sweep, over one or two sets of logits of T. An entropy needs `weighted`.
+// Launches the first sweep over one or two sets of logits of type T. The entropy needs `weighted`.
 template <class T>
 const char* sum(const Rows& rows, int sets, const Logits& logits, const Logits& ref_logits, const SegmentSums& swept,
                 bool weighted, void* stream) {

@@ -1,4 +1,4 @@
-// Estimates of the KL from two log-probs per token.
+// Estimates of the KL from two log-probs per token: one pass forward, one backward.
 //
 //   formula         value and slope of the table in rlhf_fast/ops/token_kl.py, d = logprob - ref_logprob
 //   bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read with a mask
@@ -32,7 +32,7 @@ const char* token_kl_backward(const TokenKlBackward& a, Scratch&, void* stream) 
   return launch(differentiate, ceil_div(a.tokens, kTile), kThreads, 0, stream, a);
 }
 
-// Asks for a kernel's attributes, which fails if the module has no code for this GPU, or the driver is too old.
+// Queries a kernel's attributes. That fails if the module has no code for this GPU or the driver is too old.
 const char* cannot_run() {
   cudaFuncAttributes attributes;
   return text(cudaFuncGetAttributes(&attributes, evaluate));

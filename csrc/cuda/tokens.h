@@ -1,6 +1,6 @@
-// Ops with one number per token: a block takes a tile of tokens, a thread 4 neighbours, one 16-byte load. For a sum
-// over several tiles each block writes its part to the scratch, and the last block of the launch adds the parts in the
-// order of the tiles. Sums are float within a tile and double over tiles.
+// Shared by the ops with one number per token. A block takes a tile of tokens, a thread 4 consecutive ones by a 16-byte
+// load. For a sum over several tiles each block writes its partial sum, its "part", to the scratch, and the last block
+// of the launch adds the parts in the order of the tiles. Sums are float within a tile and double over tiles.
 #pragma once
 
 #include "device.h"
@@ -10,7 +10,7 @@ namespace rlhf_fast::cuda {
 constexpr int kThreads = 256;
 constexpr int kTile = 4 * kThreads;
 
-// At least one, so that the sum over no tokens is written too.
+// At least one tile, so that results are written even for no tokens.
 inline int64_t tiles_of(int64_t count) { return larger(ceil_div(count, kTile), (int64_t)1); }
 
 RLHF_FAST_INLINE double at_least_1(double x) { return x > 1 ? x : 1; }
@@ -21,7 +21,7 @@ struct Values4 {
   float at[4];
 };
 
-// The values from `from` on. Of the 4 only `left` exist; the others are 0.
+// Loads 4 values, of which only the first `left` exist; the others are 0.
 __device__ __forceinline__ Values4 load4(const float* from, int64_t left) {
   Values4 x{};
   if (left >= 4 && is_aligned<float4>(from)) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ void store4(float* to, const Values4& x, int64_t left
   }
 }
 
-// Bit k: whether token i + k exists and counts.
+// Bit k is set if token i + k exists and counts.
 __device__ __forceinline__ unsigned live4(const uint8_t* live, int64_t i, int64_t left) {
   unsigned found = left >= 4 ? 0xf : left > 0 ? (1u << left) - 1 : 0;
   if (!live) return found;
@@ -71,8 +71,8 @@ __device__ __forceinline__ float kept(unsigned live, int k, float x) { return li
 
 // The 4 tokens of this thread.
 struct ThreadTokens {
-  int64_t i, left;  // the first one, and how many tokens there are from it on
-  unsigned live;    // bit k: whether token i + k counts
+  int64_t i, left;  // the index of the first one, and the number of tokens from it to the end
+  unsigned live;    // bit k: token i + k counts
 
   __device__ __forceinline__ ThreadTokens(const uint8_t* mask, int64_t count)
       : i((int64_t)blockIdx.x * kTile + 4 * threadIdx.x), left(count - i), live(live4(mask, i, left)) {}
@@ -96,7 +96,7 @@ struct ThreadTokens {
 
 // ---- the parts of a sum ----------------------------------------------------------------------------------------------
 
-// The ticket of `is_last` and the parts, one per tile, in the scratch of a launch.
+// The scratch of a launch: the ticket of `is_last` and the parts, one per tile.
 template <class Part>
 struct TileParts {
   unsigned* ticket;
@@ -123,7 +123,7 @@ const char* launch_parts(void (*kernel)(Arguments, TileParts<Part>), int64_t til
 
 // ---- moments ---------------------------------------------------------------------------------------------------------
 
-// Of the live elements: their number, their mean and the sum of squared deviations from it.
+// Number, mean and sum of squared deviations from the mean of the live elements.
 struct Moments {
   double count, mean, deviation;
 };
@@ -132,8 +132,8 @@ __device__ __forceinline__ Moments tile_moments(const Values4& x, unsigned live)
   float sums[2] = {(float)__popc(live), x.at[0] + x.at[1] + (x.at[2] + x.at[3])};
   block_sum(sums);
   const float count = sums[0], divisor = larger(count, 1.0f), near = sums[1] / divisor;
-  // Deviations from the mean are small, so that their sums keep their digits where a sum of squares would cancel. Their
-  // mean is the rounding error of `near`.
+  // Sums of deviations from `near`, because a sum of squares of x would cancel. The mean of the deviations is the
+  // rounding error of `near`.
   float deviations[2] = {0, 0};
 #pragma unroll
   for (int k = 0; k < 4; k++) {
@@ -146,7 +146,7 @@ __device__ __forceinline__ Moments tile_moments(const Values4& x, unsigned live)
   return {count, (double)near + off, deviation < 0 ? 0 : deviation};
 }
 
-// The bytes of scratch of masked_whiten if its statistics are not given.
+// The bytes of scratch that masked_whiten needs if its statistics are not given.
 size_t masked_whiten_scratch(int64_t count);
 
 }  // namespace rlhf_fast::cuda

@@ -1,7 +1,11 @@
 """Data sets, chat templates, masks and batches.
 
-The path of a row: load and rows (a file to rows); foreign, formats and turns (columns to a prompt and its responses);
-encode with conversation, answers, chat and special (to tokens); collate.
+The modules in the order of the data flow:
+
+1. load, rows: read a file into rows.
+2. foreign, formats, turns: convert the columns of a row to a prompt and its responses.
+3. encode, conversation, answers, chat, special: convert these to tokens.
+4. collate: batches.
 """
 
 from rlhf_fast.data.chat import end_of_turn

@@ -1,10 +1,12 @@
-"""A chat prompt and the answers to it as token ids, written by one chat template, with the tokens to train on marked.
+"""Encodes a chat prompt and the answers to it with a chat template, and marks the tokens to train on.
 
-Every assistant turn that is trained ends in a token that sampling stops at: the template's own where it writes one
-after the turn, else the tokenizer's EOS. The tokens before the first trained turn are those that sampling starts from.
-Where a template writes a turn in another way once others follow it (it drops a think block, it closes the turn with
-another token), or opens a think block for sampling that it leaves out of a finished turn, each turn is trained as it is
-written when it is the last one, after what sampling would start from: the training form of the template.
+Every trained assistant turn ends in a token at which sampling stops: the template's end-of-turn token if it writes one,
+else the tokenizer's EOS. The tokens before the first trained turn are exactly those from which sampling starts.
+
+Some templates render a turn differently once other turns follow (they drop a think block, or close the turn with
+another token), or open a think block for sampling that is missing in a finished turn. Then each turn is trained in the
+form that it has as the last turn, after the tokens from which sampling it would start. This is called the training form
+of the template.
 """
 
 import re
@@ -25,9 +27,9 @@ CLOSING_TAG = re.compile(r"</[^<>]*>|\[/[^\[\]]*\]|<\|[^<>|]*\|>")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """``input_ids`` and, of the same length, ``response_mask``: 1 on every token of an assistant turn to train on,
-    its end-of-turn token included. The ids end with the last such token. ``prompt_length`` counts the ids before the
-    first response token. ``rewritten``: the turns are not those of one rendering of the template."""
+    """``input_ids`` and ``response_mask`` of the same length: 1 on every token of a trained assistant turn, including
+    its end-of-turn token. The ids end with the last such token. ``prompt_length``: the number of ids before the first
+    response token. ``rewritten``: the training form was used, so the tokens are not one rendering of the template."""
 
     input_ids: list[int]
     response_mask: list[int]
@@ -36,7 +38,7 @@ class Encoded:
 
 
 class TurnWriter:
-    """Prompts and answers by one chat template. ``arguments`` are the template's beside the turns (``tools``).
+    """Encodes prompts and answers with one chat template. ``arguments``: further arguments of the template (``tools``).
 
     ``prompt`` and ``response`` raise Wrong for turns that the template refuses or cannot write.
     """
@@ -53,11 +55,11 @@ class TurnWriter:
         self.eos = str(tokenizer.eos_token)
 
     def prompt(self, turns: list[Turn], arguments: dict[str, Any]) -> list[int]:
-        """The prompt's tokens, up to and with the mark after which the assistant speaks."""
+        """The prompt's tokens, including the generation prompt."""
         return self.texts.encode(self._render(self.texts.hide(turns), self.texts.hide(arguments), answer_next=True))
 
     def response(self, prompt: list[Turn], response: list[Turn], arguments: dict[str, Any]) -> Encoded:
-        """The prompt and one response to it; every assistant turn of the response is marked, none of the prompt."""
+        """The tokens of prompt and response. Every assistant turn of the response is marked, none of the prompt."""
         spelled = self.texts.first([prompt, response, arguments])
         hidden = self.texts.hide(prompt), self.texts.hide(response), self.texts.hide(arguments)
         weighted = any("weight" in turn for turn in response)
@@ -81,13 +83,13 @@ class TurnWriter:
         except Refused as refusal:
             raise _refused(turns, refusal) from refusal
 
-    # ---- the template's own marks ------------------------------------------------------------------------------
+    # ---- templates with {% generation %} marks -----------------------------------------------------------------
 
     def _by_marks(self, prompt: list[Turn], response: list[Turn], arguments: dict[str, Any]) -> Encoded | None:
-        """The template says itself, with {% generation %}, what the assistant wrote. None where what it writes does
-        not begin with what sampling starts from."""
+        """Uses the template's {% generation %} marks. Returns None if the rendering does not begin with the tokens from
+        which sampling starts."""
         prompt_ids = self.texts.encode(self._render(prompt, arguments, answer_next=True))
-        self._render(prompt + response, arguments)  # a template that refuses the turns is told by row
+        self._render(prompt + response, arguments)  # raises Wrong if the template refuses the turns
         ids, marks = self.template.tokens_and_marks(prompt + response, arguments)
         if ids[: len(prompt_ids)] != prompt_ids:
             return None
@@ -96,19 +98,19 @@ class TurnWriter:
         if not ends:
             return None
         if len(ends) != sum(turn["role"] == "assistant" for turn in response):
-            ends = ends[-1:]  # several marks in one turn: which of them end it cannot be told
+            ends = ends[-1:]  # several marks in one turn: only the last one is known to end a turn
         for place in reversed(ends):
             self._end_marked_turn(ids, mask, place)
         last = max(place for place, marked in enumerate(mask) if marked) + 1
         return Encoded(ids[:last], mask[:last], len(prompt_ids))
 
     def _end_marked_turn(self, ids: list[int], mask: list[int], place: int) -> None:
-        """Marks the token that ends the turn whose last marked token stands at ``place``, or puts EOS there."""
+        """Marks the end-of-turn token of the turn whose last marked token is at ``place``, or inserts EOS there."""
 
         def blank(token: int) -> bool:
             return not str(self.tokenizer.decode([token])).strip()
 
-        while mask[place] and blank(ids[place]):  # white space after the token, inside the marks
+        while mask[place] and blank(ids[place]):  # unmarks trailing white space inside the marks
             mask[place] = 0
             place -= 1
         if ids[place] == self.end.token:
@@ -122,14 +124,14 @@ class TurnWriter:
             ids.insert(place + 1, self.end.token)
             mask.insert(place + 1, 1)
 
-    # ---- one turn after the other ------------------------------------------------------------------------------
+    # ---- other templates: one turn after another ---------------------------------------------------------------
 
     def _by_turns(self, prompt: list[Turn], response: list[Turn], arguments: dict[str, Any]) -> Encoded:
         turns, text = prompt + response, ""
         ids: list[int] = []
         mask: list[int] = []
         prompt_length, rewritten = 0, False
-        previous: int | None = None  # the assistant's turn before this one, which ``text`` ends with
+        previous: int | None = None  # the previous trained turn, with which ``text`` ends
         for place in range(len(prompt), len(turns)):
             if turns[place]["role"] != "assistant" or turns[place].get("weight") == 0:
                 continue
@@ -149,8 +151,8 @@ class TurnWriter:
     def _start(
         self, turns: list[Turn], place: int, previous: int | None, text: str, arguments: dict[str, Any]
     ) -> tuple[str, str, bool]:
-        """What sampling the answer of turn ``place`` would start from; what it is trained after: ``text`` and what
-        stands between the two answers; and whether these are the same (but for an EOS that was added)."""
+        """(the text from which sampling turn ``place`` would start; the text after which the turn is trained: ``text``
+        plus what the template writes between the two answers; whether they are equal, except for an added EOS)."""
         if previous is None:
             asked = self._render(turns[:place], arguments, answer_next=True)
             return asked, asked, True
@@ -163,15 +165,15 @@ class TurnWriter:
         found = self.template.first_token(between)
         if found is not None and not between[: found.start()].strip():
             if found.group() == self.end.name or self.template.closes_turns(found.group()):
-                between = between[found.end() :]  # the turn is ended already
+                between = between[found.end() :]  # ``text`` already has an end-of-turn token
         return asked, text + between, self.end.added and text.replace(self.eos, "") == asked[:end]
 
     def _answer(self, turns: list[Turn], place: int, asked: str, arguments: dict[str, Any]) -> tuple[str, bool]:
-        """The text of turn ``place`` from where sampling would start, its end included; and whether the template
-        writes just that after ``asked`` where the turn is the last."""
+        """(the text of turn ``place`` after ``asked``, including the end of the turn; whether the template writes
+        exactly this after ``asked`` if the turn is the last)."""
         whole, end = self._marked(turns[: place + 1], place, arguments)
         same = commonprefix([asked, whole])
-        if same != asked:  # allowed in the mark for an answer alone
+        if same != asked:  # a difference is allowed only inside the generation prompt
             before = self._render(turns[:place], arguments)
             if not same.startswith(before):
                 raise _no_prefix(place)
@@ -184,7 +186,7 @@ class TurnWriter:
         content = turns[place]["content"]
         opening = OPENING_TAG.match(content)
         if opening is not None and asked.rstrip().endswith(opening.group(1)):
-            # The mark for an answer opens the think block that the answer opens too. Sampling goes on inside it.
+            # Both the generation prompt and the answer open the think block. Sampling continues inside it.
             said = content[opening.end() :] + self.end.text
             return said, whole.startswith(asked + said)
         if _squeezed(content) not in _squeezed(written) or not body.strip():
@@ -192,17 +194,17 @@ class TurnWriter:
             if end is None or not body.strip():
                 raise Wrong("the chat template leaves the response out; mend it")
             if after_tags and _squeezed(body).endswith(after_tags):
-                # The template drops what stands before, a think block. Sampling would write it, so it is trained.
+                # The template drops a think block before these words. Sampling would write it, so it is trained.
                 return content + self.end.text, False
         found = None if self.end.added else self.template.first_token(tail)
         ended = found is not None and found.group() == self.end.name
         return (body + tail[: found.end()] if found is not None and ended else body), same == asked
 
     def _extend(self, ids: list[int], mask: list[int], text: str, longer: str, *, trained: int) -> str:
-        """Adds the tokens of what ``longer`` has after ``text``, whose tokens ``ids`` stay as they are.
+        """Appends the tokens of the part of ``longer`` after ``text`` to ``ids``, the tokens of ``text``.
 
-        Where a token would reach over the boundary the rest is tokenised by itself: generation, too, starts from the
-        prompt's tokens and cannot merge into them.
+        If a token would span the boundary, the part is tokenised separately: generation also starts after the prompt's
+        tokens and cannot merge with them.
         """
         whole = self.texts.encode(longer)
         more = whole[len(ids) :] if whole[: len(ids)] == ids else self.texts.encode(longer[len(text) :])

@@ -1,4 +1,4 @@
-"""What a chat template does with the assistant's turns: how it ends them, and how to find them in what it writes."""
+"""Analyses a chat template: how it ends an assistant's turn, and where a turn's content is in the rendered text."""
 
 import re
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
 class Refused(Exception):
-    """The chat template refuses these turns; the text is its reason."""
+    """The chat template refuses these turns; the message is its reason."""
 
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """The token that ends an assistant's turn. ``text``: how the template writes it, after the content and up to it;
-    empty where the template writes none and the tokenizer's EOS is put there (``added``)."""
+    """The token that ends an assistant's turn. ``text``: what the template writes from the end of the content up to and
+    including the token. ``added``: the template writes no such token, so EOS is appended and ``text`` is empty."""
 
     token: int
     name: str
@@ -32,10 +32,12 @@ class TurnEnd:
 
 
 class ChatTemplate:
-    """One chat template of a tokenizer; ``text`` None: it has none, and EOS ends a response.
+    """One chat template of a tokenizer. ``text``: the template; None = the tokenizer has none, and EOS ends a response.
 
-    ``end`` is what ends an assistant's turn. ``role_marks``: added tokens that the template writes between turns and
-    that the tokenizer does not call special; tags that open and close a block, such as ``<think>``, are none.
+    Attributes:
+        end: what ends an assistant's turn.
+        role_marks: added tokens that the template writes between turns although they are not marked as special.
+            Tokens that open and close a block, such as ``<think>``, are not among them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None) -> None:
@@ -50,7 +52,7 @@ class ChatTemplate:
         self.role_marks = self._role_marks({token.content for token in added if not token.special})
 
     def _writes_content(self, *, parts: bool = False) -> bool:
-        """Whether a user's text, as a string or as a list of parts, stands in what the template makes of it."""
+        """Whether the template writes a user's text that is given as a string or as a list of parts."""
         self._wants_parts = parts
         try:
             return MARK in self.render([{"role": "user", "content": MARK}], {}, answer_next=True)
@@ -66,26 +68,26 @@ class ChatTemplate:
         return frozenset(name for name in written if f"{name[0]}/{name[1:]}" not in ordinary and name[1:2] != "/")
 
     def prepared(self, turns: list[Turn]) -> list[Turn]:
-        """The turns as the template takes them: their content a string, or a list of parts."""
+        """The turns in the form that the template expects: content as a string or as a list of parts."""
         if not self._wants_parts:
             return turns
         return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
     def render(self, turns: list[Turn], arguments: dict[str, Any], *, answer_next: bool = False) -> str:
-        """The text that the template makes of turns; ``answer_next`` ends it where the assistant speaks.
+        """The template's rendering of turns; ``answer_next`` adds the generation prompt.
 
-        Raises Refused with the template's own reason.
+        Raises Refused with the template's reason.
         """
         options = {**arguments, "add_generation_prompt": answer_next, "chat_template": self._text}
         try:
             return str(self._tokenizer.apply_chat_template(self.prepared(turns), tokenize=False, **options))
         except jinja2.TemplateError as error:
             raise Refused(" ".join(str(error).split())) from error
-        except Exception as error:  # Python's errors in a template's expressions, such as a missing key or 1 / 0
+        except Exception as error:  # Python errors in the template's expressions, such as a missing key or 1 / 0
             raise Refused(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
     def tokens_and_marks(self, turns: list[Turn], arguments: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """Token ids, and 1 where the template's {% generation %} marks say that the assistant wrote them."""
+        """Token ids, and a mask with 1 on the tokens inside the template's {% generation %} marks."""
         encoded: Any = self._tokenizer.apply_chat_template(
             self.prepared(turns),
             tokenize=True,
@@ -98,7 +100,7 @@ class ChatTemplate:
     def render_marked(
         self, turns: list[Turn], place: int, arguments: dict[str, Any], *, answer_next: bool = False
     ) -> tuple[str, int | None]:
-        """As ``render``, and where the content of turn ``place`` ends in the text; None where that cannot be told."""
+        """Like ``render``, and the position where the content of turn ``place`` ends in the text (None = unknown)."""
         content = turns[place]["content"]
         kept = len(content.rstrip())
         if kept == 0:
@@ -110,11 +112,11 @@ class ChatTemplate:
         return text.replace(MARK, ""), text.index(MARK)
 
     def first_token(self, text: str) -> re.Match[str] | None:
-        """The first of the tokenizer's added tokens that a template's own text spells."""
+        """The first added token of the tokenizer that occurs in a text."""
         return self._token.search(text)
 
     def closes_turns(self, name: str) -> bool:
-        """Whether the template writes this token straight after a user's turn too, so that it begins no turn."""
+        """Whether the template also writes this token directly after a user's turn, so that it begins no turn."""
         try:
             text, end = self.render_marked(ASKED, 0, {})
         except Refused:
@@ -123,13 +125,13 @@ class ChatTemplate:
         return found is not None and found.group() == name
 
     def _turn_end(self) -> TurnEnd:
-        """What stands after the assistant's content where its turn is the last."""
+        """What the template writes after the content of an assistant's turn that is the last."""
         eos = TurnEnd(int(self._tokenizer.eos_token_id), str(self._tokenizer.eos_token), "", added=True)
         if self._text is None:
             return eos
         try:
             text, end = self.render_marked(ASKED, 1, {})
-        except Refused:  # it wants other turns than these; chat data that it refuses is told with its row
+        except Refused:  # it expects other turns; errors for the data's turns name their row
             return eos
         found = self.first_token(text[end:]) if end is not None else None
         if found is None:
@@ -140,7 +142,7 @@ class ChatTemplate:
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str | None:
-    """The template that transformers takes for a conversation with ``tools``; None where the tokenizer has none."""
+    """The template that transformers uses for a conversation with ``tools``; None if the tokenizer has none."""
     if tokenizer.chat_template is None:
         return None
     try:
@@ -153,9 +155,9 @@ def template_text(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str 
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token with which the chat template closes an assistant's turn; None without template or token.
+    """The token with which the chat template ends an assistant's turn; None if there is no template or no such token.
 
-    Chat templates on base models often close with another token than the tokenizer's EOS; a response ends there too.
+    Chat templates of base models often use another token than the tokenizer's EOS; a response must also end there.
     """
     end = ChatTemplate(tokenizer, template_text(tokenizer)).end
     return None if end.added else end.token

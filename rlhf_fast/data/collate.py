@@ -1,4 +1,4 @@
-"""Rows to padded tensors, and rows to a training and a held-out part."""
+"""Pads rows to tensors, and splits rows into a training and a held-out part."""
 
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
@@ -12,7 +12,7 @@ IGNORE_INDEX = -100
 
 
 class HasPrompt(Protocol):
-    """What a split needs of a row."""
+    """A row that can be split by prompt."""
 
     @property
     def prompt_key(self) -> str: ...
@@ -24,7 +24,7 @@ Row = TypeVar("Row", bound=HasPrompt)
 def collate_sft(rows: Sequence[SFTRow], pad_id: int) -> dict[str, torch.Tensor]:
     """``input_ids``, ``attention_mask`` (1 = a token) and ``labels``, each int64 (B, T), padded on the right.
 
-    Labels stand at their token's own position (not shifted) and are -100 on prompt and padding.
+    Labels are at the position of their token (not shifted), and -100 on prompt and padding.
     """
     labels = [
         [token if live else IGNORE_INDEX for token, live in zip(row.input_ids, row.response_mask, strict=True)]
@@ -55,7 +55,7 @@ def collate_prompts(rows: Sequence[PromptRow], pad_id: int) -> dict[str, torch.T
 
 
 def _right_padded(ids: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
-    # The mask comes from the lengths: an id equal to PAD may also stand in the text.
+    # The mask is computed from the lengths, because the PAD id may also occur in the text.
     return {"input_ids": _pad_right(ids, pad_id), "attention_mask": _pad_right([[1] * len(row) for row in ids], 0)}
 
 
@@ -65,12 +65,12 @@ def _pad_right(rows: list[list[int]], value: int) -> torch.Tensor:
 
 
 def split_train_eval(rows: Sequence[Row], eval_size: int | float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows, in their order; the same for the same seed.
+    """Training and held-out rows, in their original order; deterministic for a seed.
 
     ``eval_size``: a number of rows (int, 0 = none) or a share of them (float in (0, 1)). Rows with the same prompt
-    stay on one side, or the held-out figures would be of prompts that were trained on; so the held-out part may be
-    smaller than asked for, never larger unless the smallest prompt's rows alone are more than that.
-    Raises UserError where either side would be empty.
+    stay on one side, so that no held-out prompt is trained on. The held-out part may therefore be smaller than asked
+    for. It is larger only if every prompt has more rows than that; then it is the prompt with the fewest.
+    Raises UserError if either side would be empty.
     """
     wanted = eval_size if isinstance(eval_size, int) else max(1, round(eval_size * len(rows)))
     if wanted == 0:

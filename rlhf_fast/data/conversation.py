@@ -1,4 +1,4 @@
-"""A prompt and its response as token ids: through the chat template (answers.py), or as plain text."""
+"""Encodes a prompt and its response with the chat template (answers.py), or as plain text."""
 
 from collections.abc import Iterable
 
@@ -22,9 +22,9 @@ PLAIN_BESIDE_TEMPLATE = "plain text, and the chat template is not used; give mes
 
 
 class ConversationEncoder:
-    """Turns prompts and responses into tokens with one tokenizer; ``source`` names the data set in errors.
+    """Encodes prompts and responses with one tokenizer; ``source`` names the data set in errors.
 
-    ``special_tokens_in_data``: special tokens that the data spells are tokens; else they are ordinary text.
+    ``special_tokens_in_data``: text of a special token in the data becomes that token; else it is ordinary text.
     ``prompt`` and ``response`` raise Wrong for a row that the template refuses or cannot write.
     """
 
@@ -38,7 +38,7 @@ class ConversationEncoder:
         self._default = self._writer(None)
 
     def _writer(self, tools: object) -> TurnWriter:
-        """For the template of a row: a tokenizer may have another one for rows with tools."""
+        """The writer for a row's template; a tokenizer may have another template for rows with tools."""
         text = template_text(self.tokenizer, tools)
         if text not in self._writers:
             self._writers[text] = TurnWriter(self.tokenizer, text, special_tokens_in_data=self._special_tokens_in_data)
@@ -51,25 +51,25 @@ class ConversationEncoder:
         return CHAT if self.tokenizer.chat_template is not None else AS_TEXT
 
     def facts(self, forms: Iterable[str]) -> list[str]:
-        """What a person should know of the template, where some prompts went through it."""
+        """Notes for the user on the chat template, if some prompts were written with it."""
         end = self._default.end
         return [EOS_ADDED.format(end.name)] if CHAT in forms and end.added else []
 
     def special_text(self, example: Example) -> str | None:
-        """The first special token that the row's own text spells (other than EOS at the end of a string)."""
+        """The first special token in the text of the row (except EOS at the end of a string)."""
         responses = [self._without_eos(text) if isinstance(text, str) else text for text in example.responses]
         texts = self._writer(example.template.get("tools")).texts
         return texts.first([example.prompt, *responses, example.template])
 
     def prompt(self, example: Example) -> list[int]:
-        """The prompt's tokens, up to and with the mark after which the assistant speaks."""
+        """The prompt's tokens, including the generation prompt."""
         prompt = self._plain(example, example.prompt, answer_next=True)
         if isinstance(prompt, str):
             return self._default.texts.encode_prompt(self._default.texts.hide(prompt))
         return self._writer(example.template.get("tools")).prompt(prompt, example.template)
 
     def response(self, example: Example, response: Text) -> Encoded:
-        """The prompt and one response to it; every assistant turn of the response is marked, none of the prompt."""
+        """The tokens of prompt and response. Every assistant turn of the response is marked, none of the prompt."""
         prompt = self._plain(example, example.prompt, answer_next=True)
         if isinstance(prompt, str):
             text = self._plain(example, response, answer_next=False)
@@ -79,7 +79,7 @@ class ConversationEncoder:
         return self._writer(example.template.get("tools")).response(prompt, response, example.template)
 
     def _plain(self, example: Example, text: Text, *, answer_next: bool) -> Text:
-        """The transcript form, where the turns come from a transcript and there is no chat template; else as it is."""
+        """Plain text for turns from a transcript or Alpaca's columns, if there is no chat template; else ``text``."""
         if isinstance(text, str) or self.tokenizer.chat_template is not None:
             return text
         if example.joined:
@@ -95,7 +95,7 @@ class ConversationEncoder:
         return " " + text[0]["content"] + format_transcript(text[1:])
 
     def _without_eos(self, response: str) -> str:
-        """EOS is ours to write: data that ends with its text means the same."""
+        """The response without EOS text at its end; the EOS token is appended later anyway."""
         return response.removesuffix(self.eos)
 
     def _strings(self, prompt: str, response: str) -> Encoded:

@@ -1,4 +1,4 @@
-"""Data sets to rows of token ids, within a longest length. What is dropped or truncated is counted in the report."""
+"""Encodes data sets to rows of token ids up to a maximum length. The report counts dropped and truncated rows."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ SPECIAL_TEXT = (
 
 @dataclass(frozen=True, slots=True)
 class SFTRow:
-    """``response_mask``: 1 on the tokens to learn. ``index``: the row in its source, from 1. Rows with the same prompt
-    have the same ``prompt_key``."""
+    """``response_mask``: 1 on the tokens to train on. ``index``: the row in its source, from 1. ``prompt_key``: equal
+    for rows with the same prompt."""
 
     index: int
     input_ids: list[int]
@@ -34,8 +34,8 @@ class SFTRow:
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """Prompt and response in each of ``chosen_ids`` and ``rejected_ids``; the response lengths are in tokens, EOS
-    included. ``margin``: by how much chosen is better, where the data says so."""
+    """``chosen_ids`` and ``rejected_ids`` each have prompt and response. The response lengths are in tokens, including
+    EOS. ``margin``: by how much chosen is better, if the data has it."""
 
     index: int
     chosen_ids: list[int]
@@ -62,9 +62,9 @@ EncodedRow = TypeVar("EncodedRow", SFTRow, PairRow, PromptRow)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How rows that are wrong, and special tokens in the data, are taken. ``strict``: the first wrong row is an error;
-    else only more than ``max_unusable`` of them. ``special_tokens_in_data``: text that spells a special token is that
-    token; else it is ordinary text."""
+    """How to treat invalid rows and special tokens in the data. ``strict``: the first invalid row is an error; else
+    only a share of more than ``max_unusable``. ``special_tokens_in_data``: text of a special token becomes that token;
+    else it is ordinary text."""
 
     strict: bool = False
     max_unusable: float = MAX_UNUSABLE
@@ -79,17 +79,17 @@ def sft_rows(
     source: str,
     reading: Reading = Reading(),
 ) -> tuple[list[SFTRow], DataReport]:
-    """Rows for supervised fine-tuning, each of at most ``max_length`` tokens, cut on the right.
+    """Rows for supervised fine-tuning, truncated on the right to ``max_length`` tokens.
 
-    A row in which no response token is left is dropped. ``source`` names the data set in errors and in the report.
-    Raises UserError for wrong columns, where too many rows have a wrong structure, or where no row is left.
+    Rows without a response token are dropped. ``source`` names the data set in errors and in the report. Raises
+    UserError for wrong columns, if too many rows have a wrong structure, or if no row is left.
     """
 
     def encode(example: Example, encoder: ConversationEncoder, report: DataReport) -> SFTRow:
         encoded = encoder.response(example, example.responses[0])
         _note(report, example, encoded)
         mask = encoded.response_mask[:max_length]
-        if not any(mask[1:]):  # the first token is predicted from nothing
+        if not any(mask[1:]):  # the first token is not predicted
             raise _Drop(PROMPT_TOO_LONG if encoded.prompt_length else EMPTY_PROMPT)
         report.truncated += len(encoded.input_ids) > max_length
         return SFTRow(example.index, encoded.input_ids[:max_length], mask, _prompt_key(example))
@@ -105,10 +105,10 @@ def preference_rows(
     source: str,
     reading: Reading = Reading(),
 ) -> tuple[list[PairRow], DataReport]:
-    """Pairs for the reward model, each side of at most ``max_length`` tokens, responses cut on the right.
+    """Pairs for the reward model, each side truncated on the right to ``max_length`` tokens.
 
-    Pairs whose prompt alone fills the window, or whose sides are the same tokens once cut, are dropped and counted;
-    a pair with a side that was cut counts once as truncated. Errors as in sft_rows.
+    A pair is dropped and counted if its prompt fills the window, or if both sides are equal after truncation. A pair
+    with a truncated side counts once as truncated. Errors as in sft_rows.
     """
 
     def encode(example: Example, encoder: ConversationEncoder, report: DataReport) -> PairRow:
@@ -159,7 +159,7 @@ def prompt_rows(
 
 
 class _Drop(Exception):
-    """This row is not used, for the reason given."""
+    """The row is dropped, for this reason."""
 
 
 def _encode(
@@ -189,7 +189,7 @@ def _encode(
             spelled = encoder.special_text(example)
             if spelled is not None:
                 report.note(SPECIAL_TEXT, example.index, f", {spelled!r}")
-    report.require_usable()  # the template may have refused more
+    report.require_usable()  # again, because the template may have refused more rows
     report.facts = encoder.facts(report.forms)
     keys = [row.prompt_key for row in rows]
     report.kept, report.repeated_prompts = len(keys), len(keys) - len(set(keys))

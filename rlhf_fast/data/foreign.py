@@ -1,4 +1,4 @@
-"""Columns of other people's formats under our names: ShareGPT's, Alpaca's and Dolly's, system prompts, tools."""
+"""Converts the columns of ShareGPT, Alpaca and Dolly to this project's, and reads system prompts and tools."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ Row = dict[str, Any]
 
 FOREIGN_COLUMNS = ("conversations", "instruction")
 SYSTEM_COLUMNS = ("system", "system_prompt")
-# Alpaca's names, and Dolly's and others' for the same.
+# Names of the same column in Alpaca, Dolly and others.
 INPUT_COLUMNS, OUTPUT_COLUMNS = ("input", "context"), ("output", "response", "completion")
 
 
 def known_columns(names: Sequence[str]) -> tuple[list[str], Callable[[Row], Row]]:
-    """The columns with ShareGPT's and Alpaca's under our names, and the function that gives a row these."""
+    """The column names after conversion from ShareGPT's or Alpaca's, and the function that converts a row."""
     columns = list(names)
     if "messages" not in columns and "conversations" in columns:
         target = "prompt" if "chosen" in columns else "messages"
@@ -28,7 +28,7 @@ def known_columns(names: Sequence[str]) -> tuple[list[str], Callable[[Row], Row]
 
 
 def from_alpaca(row: Row) -> Row:
-    """Source: the Stanford Alpaca data, with ``history`` (pairs of question and answer) of later, and Dolly."""
+    """Converts a row of Alpaca or Dolly. ``history``, of later Alpaca formats, has pairs of question and answer."""
     turns: list[Turn] = []
     history = row.get("history") or []
     for pair in history if isinstance(history, list) else [history]:
@@ -62,7 +62,8 @@ def assistant_turn(text: str) -> Turn:
 
 
 def template_arguments(row: Row) -> dict[str, Any]:
-    """``tools`` (a list, or its JSON text) and ``chat_template_kwargs``, as TRL's and transformers' data have them."""
+    """Arguments for the chat template from the columns ``tools`` (a list, or its JSON text) and
+    ``chat_template_kwargs``, which TRL and transformers use."""
     arguments = row.get("chat_template_kwargs")
     if arguments is not None and not isinstance(arguments, dict):
         raise Wrong("chat_template_kwargs: expected a mapping", f", got {shown(arguments)}")
@@ -86,5 +87,5 @@ def _json(text: str, column: str) -> Any:
 
 
 def system_text(row: Row) -> str | None:
-    """What a ``system`` or ``system_prompt`` column says."""
+    """The text of a ``system`` or ``system_prompt`` column."""
     return next((row[name] for name in SYSTEM_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)

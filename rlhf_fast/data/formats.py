@@ -1,11 +1,11 @@
-"""Columns to one shape: a prompt and its responses, each a string or a list of chat turns.
+"""Converts the columns of a row to a prompt and its responses, each a string or a list of chat turns.
 
-Formats: ``messages``; ``prompt``/``completion``; ``prompt``/``chosen``/``rejected``; ``chosen``/``rejected`` alone, as
-chat lists or as HH-RLHF transcripts ("\\n\\nHuman:" and "\\n\\nAssistant:"); ``prompt`` alone; ShareGPT's
+Formats: ``messages``; ``prompt``/``completion``; ``prompt``/``chosen``/``rejected``; only ``chosen``/``rejected``, as
+chat lists or as HH-RLHF transcripts ("\\n\\nHuman:" and "\\n\\nAssistant:"); only ``prompt``; ShareGPT's
 ``conversations`` and Alpaca's ``instruction``/``input``/``output``, with or without ``chosen``/``rejected``.
 
-The prompt of a row is the same whichever stage reads it. A row with nothing to learn from is dropped and counted, a row
-of the wrong structure is rejected and counted (see DataReport).
+All stages find the same prompt in a row. A row with nothing to train on is dropped and counted; a row of the wrong
+structure is rejected and counted (see DataReport).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -43,7 +43,7 @@ CUT = "conversations go on after the assistant's last turn: cut there"
 
 
 class Table(Protocol):
-    """Rows and the names of their columns: Rows of a text file, or a datasets.Dataset."""
+    """A table of rows with column names: ``Rows`` or datasets.Dataset."""
 
     @property
     def column_names(self) -> list[str]: ...
@@ -59,10 +59,10 @@ class Table(Protocol):
 class Example:
     """One row. ``responses`` is () for prompts, (response,) for SFT, (chosen, rejected) for preferences.
 
-    ``index`` is the row, counted from 1. ``transcript``: the turns come from an HH-RLHF transcript, and may be written
-    as one where the tokenizer has no chat template. ``joined``: they come from Alpaca's columns, and may be written one
-    after the other there. ``columns``: what else the row holds. ``template``: arguments of the chat template beside the
-    turns (``tools``).
+    ``index``: the row, counted from 1. ``transcript``: the turns come from an HH-RLHF transcript, and are written as
+    one if the tokenizer has no chat template. ``joined``: the turns come from Alpaca's columns, and are then joined by
+    blank lines. ``columns``: further columns of the row. ``template``: further arguments of the chat template
+    (``tools``).
     """
 
     index: int
@@ -75,12 +75,12 @@ class Example:
 
 
 class _Drop(Exception):
-    """This row teaches nothing, for the reason given: count it and go on."""
+    """The row has nothing to train on, for this reason; it is counted and skipped."""
 
 
 @dataclass
 class _Side:
-    """A conversation up to and with the assistant's last turn; ``cut``: turns that followed it were left out."""
+    """A conversation up to and including the assistant's last turn; ``cut``: later turns were left out."""
 
     turns: list[Turn]
     transcript: bool = False
@@ -88,9 +88,9 @@ class _Side:
 
 
 def sft_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
-    """From ``messages``, ``prompt``/``completion``, or the chosen side of a preference format.
+    """Examples from ``messages``, ``prompt``/``completion``, or the chosen side of a preference format.
 
-    Of ``messages`` the prompt is what stands before the first answer: every assistant turn after it is trained on.
+    In ``messages``, the prompt is everything before the first answer; every assistant turn after it is trained on.
     """
     columns, known = known_columns(dataset.column_names)
     if "messages" in columns:
@@ -105,10 +105,10 @@ def sft_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
 
 
 def preference_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
-    """From ``chosen`` and ``rejected``, with a ``prompt`` or with the turns that both begin with as the prompt.
+    """Examples from ``chosen`` and ``rejected``. The prompt is the ``prompt`` column or the common first turns.
 
-    A chat list that begins with another role than the assistant is the whole conversation: the prompt is taken from
-    it and not from the ``prompt`` column. An optional ``margin`` (a number) is kept in ``columns``.
+    A chat list that does not begin with an assistant turn is a whole conversation: the prompt is taken from it, not
+    from the ``prompt`` column. An optional ``margin`` (a number) is kept in ``columns``.
     """
     columns, known = known_columns(dataset.column_names)
     if "chosen" not in columns or "rejected" not in columns:
@@ -117,9 +117,9 @@ def preference_examples(dataset: Table, report: DataReport) -> Iterator[Example]
 
 
 def prompt_examples(dataset: Table, report: DataReport) -> Iterator[Example]:
-    """The prompt of each row, taken from the columns that the other stages take it from.
+    """The prompt of each row, found as in the other stages.
 
-    The format's own columns are left out of ``columns``; all others are kept for reward functions.
+    ``columns`` has all columns except those of the format, for reward functions.
     """
     columns, known = known_columns(dataset.column_names)
     if not {"prompt", "messages", "chosen"} & set(columns):
@@ -165,7 +165,8 @@ def _examples(
 
 
 def _rows(dataset: Table) -> Iterator[Row | Wrong]:
-    """Each row, or why it cannot be had: one value that Arrow cannot turn into Python's ends its whole iterator."""
+    """Each row, or the reason why it cannot be read. Arrow's iterator ends at a value that it cannot convert to Python,
+    so it is restarted after that row."""
     start, total = 0, len(dataset)
     while start < total:
         rest = dataset if start == 0 else dataset.select(range(start, total))
@@ -179,7 +180,7 @@ def _rows(dataset: Table) -> Iterator[Row | Wrong]:
 
 
 def _add_system(found: dict[str, Any], row: Row) -> None:
-    """A system column is the first turn of a chat that has none."""
+    """Adds the system column as the first turn of a chat without a system turn."""
     system = system_text(row)
     if system is None:
         return
@@ -198,13 +199,13 @@ def _missing(report: DataReport, columns: list[str], needed: str) -> UserError:
     return UserError(f"{report.source}: expected the columns {needed}; found {columns}{hint}; rename columns to match")
 
 
-# One row to the fields of an Example.
+# ---- readers: a row to the fields of an Example
 
 
 def _sft_messages(row: Row) -> dict[str, Any]:
     turns = read_turns(row["messages"], "messages")
     side = _answered(turns, "messages")
-    # A greeting before the first question is context, not an answer.
+    # an assistant turn before the first user turn, such as a greeting, belongs to the prompt
     asked = next((place for place, turn in enumerate(side.turns) if turn["role"] == "user"), 0)
     answers = [place for place, turn in enumerate(side.turns) if turn["role"] == "assistant"]
     if all(side.turns[place].get("weight") == 0 for place in answers):
@@ -249,7 +250,7 @@ def _pair(row: Row) -> dict[str, Any]:
 
 
 def _margin(value: Any) -> float | None:
-    """A number of at most LARGEST_MARGIN, or the text of one, as CSV has it; None where there is none."""
+    """The margin as a number, also from text as in CSV; None if there is none."""
     if value is None or value == "":
         return None
     try:
@@ -263,7 +264,7 @@ def _margin(value: Any) -> float | None:
 
 
 def _prompt(row: Row) -> dict[str, Any]:
-    """The prompt that SFT and reward training take from the same row."""
+    """The same prompt that SFT and reward training find in the row."""
     if row.get("chosen") and _is_conversation(row, "chosen"):
         side = _Side(*_read_conversation(row["chosen"], "chosen"))
         start = _shared(row, side)
@@ -271,7 +272,7 @@ def _prompt(row: Row) -> dict[str, Any]:
     if row.get("messages"):
         return _found(_context(read_turns(row["messages"], "messages")))
     for column in ("completion", "chosen"):
-        if row.get(column):  # refused where the stage that trains on it refuses it
+        if row.get(column):  # raises the same errors as the stage that trains on this column
             prompt, _, transcript = _two_columns(row, column)
             return _found(prompt, transcript=transcript)
     prompt, transcript = _prompt_column(row)
@@ -313,11 +314,11 @@ def _two_columns(row: Row, column: str) -> tuple[Text, Text, bool]:
     return prompt, response, transcript
 
 
-# Whole conversations.
+# ---- whole conversations
 
 
 def _is_conversation(row: Row, column: str) -> bool:
-    """Whether the column holds the prompt too, rather than a response alone."""
+    """Whether the column has prompt and response, not only a response."""
     value = row.get(column)
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return read_turns(value[:1], column)[0]["role"] != "assistant"
@@ -325,7 +326,7 @@ def _is_conversation(row: Row, column: str) -> bool:
 
 
 def _read_conversation(value: Any, column: str) -> tuple[list[Turn], bool]:
-    """Turns, and whether they come from a transcript."""
+    """The turns, and whether they come from a transcript."""
     if isinstance(value, str) and value:
         return parse_transcript(value), True
     return read_turns(value, column), False
@@ -338,7 +339,7 @@ def _conversation(row: Row, column: str) -> _Side:
 
 
 def _answered(turns: list[Turn], column: str) -> _Side:
-    """Up to and with the assistant's last turn."""
+    """The turns up to and including the assistant's last one."""
     if not turns:
         raise _Drop(EMPTY_RESPONSE)
     last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
@@ -348,19 +349,19 @@ def _answered(turns: list[Turn], column: str) -> _Side:
 
 
 def _context(turns: list[Turn]) -> list[Turn]:
-    """What a new answer would answer."""
+    """The turns without a final assistant turn: the prompt for a new answer."""
     return turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
 
 
 def _shared(row: Row, chosen: _Side) -> int | None:
-    """Where the answers of a preference row begin; None where it has no other side to compare with."""
+    """The number of prompt turns of a preference row; None if it has no rejected conversation to compare with."""
     if not row.get("rejected") or not _is_conversation(row, "rejected"):
         return None
     return _shared_prompt(chosen.turns, _read_conversation(row["rejected"], "rejected")[0])
 
 
 def _shared_prompt(chosen: list[Turn], rejected: list[Turn]) -> int | None:
-    """How many turns both sides begin with, ending where both answer."""
+    """The number of common first turns of both sides, such that an assistant turn follows in both; None if none."""
     shared = 0
     for ours, theirs in zip(chosen, rejected, strict=False):
         if ours != theirs:

@@ -1,4 +1,4 @@
-"""A data set by name: a file, a folder, a built-in demo, or a name on the Hugging Face hub."""
+"""Loads a data set by name: a file, a folder, a built-in demo, or a name on the Hugging Face hub."""
 
 import glob
 import gzip
@@ -37,16 +37,19 @@ def load_dataset(
 ) -> RowsOrDataset:
     """The rows of one split, with columns renamed.
 
-    ``name`` is a file (.jsonl, .json, .csv, .parquet, each also .gz; one file is one split, ``split`` is not looked
-    at); a folder with ``<split>.*``, ``<split>-*.*`` or ``*-<split>.*`` files, or with files named for no split, or
-    written by ``Dataset.save_to_disk``; a built-in name (``demo/sft``, ``demo/preferences``, ``demo/prompts``,
-    ``demo/prompts-eval``); or a hub name, its configuration after a colon: ``openai/gsm8k:main``.
+    ``name`` is one of:
 
-    Values are what the file says: a CSV field is text, a JSON value what JSON says it is, a Parquet value of its
-    column's type. Lines that cannot be read are left out and stand in ``faults`` of the Rows that are returned.
+    - a file (.jsonl, .json, .csv, .parquet, each also .gz), for which ``split`` is ignored;
+    - a folder with ``<split>.*``, ``<split>-*.*`` or ``*-<split>.*`` files, or with files not named after a split, or
+      written by ``Dataset.save_to_disk``;
+    - a built-in name (``demo/sft``, ``demo/preferences``, ``demo/prompts``, ``demo/prompts-eval``);
+    - a hub name, with a configuration after a colon: ``openai/gsm8k:main``.
 
-    ``rename`` maps old column names to new ones. ``limit`` keeps the first rows alone.
-    Raises UserError where nothing is there, a file is broken or empty, more than a tenth of its lines cannot be read
+    Types are not guessed: a CSV field is text, a JSON value has its JSON type, a Parquet value its column's type. Lines
+    that cannot be read are left out and listed in ``faults`` of the returned Rows.
+
+    ``rename`` maps old column names to new ones. ``limit`` keeps only the first rows.
+    Raises UserError if nothing is found, a file is broken or empty, more than a tenth of its lines cannot be read
     (``strict``: any), or a column to rename is missing.
     """
     renames = rename or {}
@@ -108,7 +111,7 @@ def _load_file(path: Path, strict: bool) -> RowsOrDataset:
 
 def _read_parquet(path: Path) -> datasets.Dataset:
     with _arrow_faults(path, "parquet"):
-        if path.suffix.lower() == ".gz":  # datasets reads gzip for text formats alone
+        if path.suffix.lower() == ".gz":  # datasets supports gzip only for text formats
             with open_file(path) as file:
                 return _checked(datasets.Dataset(pyarrow.parquet.read_table(file)), path)
         if pyarrow.parquet.read_metadata(path).num_rows == 0:
@@ -119,8 +122,8 @@ def _read_parquet(path: Path) -> datasets.Dataset:
 
 
 def _checked(dataset: datasets.Dataset, path: Path) -> datasets.Dataset:
-    """Plain Python values, images and sounds left undecoded. Text that is not UTF-8 is an error here: it would fail
-    rows later, with no name to it."""
+    """The data set with plain Python values, without decoding images and sounds. Text that is not UTF-8 raises an error
+    here; later errors would not name the file."""
     if len(dataset) == 0:
         raise UserError(f"{path}: no rows in it; expected at least one")
     dataset.data.table.validate(full=True)
@@ -137,7 +140,7 @@ def _arrow_faults(path: Path, reader: str) -> Iterator[None]:
         yield
     except (UserError, gzip.BadGzipFile, EOFError, zlib.error):
         raise
-    except Exception as error:  # pyarrow and datasets each raise their own; the reason is passed on
+    except Exception as error:  # pyarrow and datasets have many exception types
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -164,7 +167,7 @@ def _load_folder(folder: Path, split: str, strict: bool) -> RowsOrDataset:
     files = [path for path in found if _is_split(path, split)]
     if not files:
         others = [path.name for path in found if any(_is_split(path, other) for other in SPLIT_NAMES)]
-        if others:  # another split's rows under this one's name would be a silent leak
+        if others:  # loading another split's rows would silently leak held-out data
             raise UserError(f"{folder}: no file for split {split!r}; it has {', '.join(others)}: name one of them")
         files = found
     return _join([_load_file(path, strict) for path in files], files, folder)
@@ -210,7 +213,7 @@ def _load_hub(name: str, split: str) -> datasets.Dataset:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no log lines from datasets: what goes wrong is told once, by our error."""
+    """Inside, datasets prints no progress bars and no log lines; errors are reported once, as UserError."""
     level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()

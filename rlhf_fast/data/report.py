@@ -1,4 +1,4 @@
-"""What became of the rows: kept, dropped and why, truncated. Printed at the start of every run."""
+"""Counts of kept, dropped and truncated rows, with reasons. Printed at the start of every run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +13,12 @@ MAX_UNUSABLE = 0.5
 class DataReport:
     """Counts over one data set.
 
-    ``first`` holds, for each reason in ``dropped``, the first row dropped for it, from 1. A row that is dropped has
-    nothing to learn from (an empty response) or does not fit; one that is rejected has a wrong structure. One wrong row
-    must not stop a run: only more than ``max_unusable`` of the rows do, or the first where ``strict``.
-    ``file_lines``: the line of each row in its file, where that is known. ``total``: rows and unreadable lines.
+    A dropped row has nothing to train on (such as an empty response) or does not fit. A rejected row has a wrong
+    structure and counts as unusable. A share of unusable rows above ``max_unusable`` is an error; with ``strict``, the
+    first one is.
+
+    ``first``: for each reason in ``dropped``, the first row dropped for it, from 1. ``file_lines``: the line of each
+    row in its file, if known. ``total``: the number of rows and unreadable lines.
     """
 
     source: str
@@ -43,7 +45,7 @@ class DataReport:
     def reject(self, reason: str, row: int, detail: str = "") -> None:
         """Count one row as unusable; ``detail``, which differs from row to row, continues ``reason`` in messages.
 
-        Raises UserError where ``strict``.
+        Raises UserError if ``strict``.
         """
         self._unusable(reason, row, self.place(row), detail)
 
@@ -53,28 +55,28 @@ class DataReport:
         self._unusable(fault.reason, fault.number, f"{fault.unit} {fault.number}", detail)
 
     def note(self, what: str, row: int, detail: str = "") -> None:
-        """Count one kept row of which something is to be said; ``row`` 0: ``detail`` tells the place."""
+        """Count one kept row with a note. With ``row`` 0, ``detail`` names the place."""
         count, first = self.notes.get(what, (0, f"{self.place(row)}{detail}" if row else detail))
         self.notes[what] = count + 1, first
 
     def place(self, row: int) -> str:
-        """``row 2``, and its line in the file where that is another number."""
+        """``row 2``, and its line in the file if the numbers differ."""
         line = self.file_lines[row - 1] if self.file_lines else row
         return f"row {row}" if line == row else f"row {row} (line {line})"
 
     def require_usable(self) -> None:
-        """Raises UserError, naming the first, where more than the allowed share of ``total`` rows is unusable."""
+        """Raises UserError, naming the first one, if more than the allowed share of ``total`` rows is unusable."""
         if self.unusable > self.max_unusable * self.total:
             count = f"; {self.unusable} of {self.total} rows cannot be used" if self.total > 1 else ""
             raise UserError(f"{self._first_wrong}{count}")
 
     def form(self) -> str:
-        """How prompts are written, for a person: chat turns or plain text."""
+        """A line for the user on how prompts are written: as chat turns or plain text."""
         forms = [form if len(self.forms) == 1 else f"{form} ({count})" for form, count in self.forms.items()]
         return f"{self.source}: prompts are {'; '.join(forms)}"
 
     def lines(self) -> list[str]:
-        """The report for a person, one fact a line."""
+        """The report for the user, one fact per line."""
         lines = [f"{self.source}: {self.kept} rows kept"]
         for reason, count in self.dropped.items():
             lines.append(f"{count} dropped: {reason} (first: {self._places[reason]})")
@@ -88,7 +90,7 @@ class DataReport:
         return lines
 
     def require_rows(self) -> None:
-        """UserError, saying what every row was dropped for, where nothing was kept."""
+        """Raises UserError, with the reasons for dropping, if no row was kept."""
         if self.kept == 0:
             reasons = "; ".join(self.lines()[1:]) or "it has no rows"
             raise UserError(f"{self.source}: no usable row is left ({reasons})")

@@ -1,7 +1,7 @@
-"""Rows of a text file as the file has them: text stays text, whatever it looks like.
+"""Reads the rows of JSON and CSV files without guessing types.
 
-Arrow and pandas guess a type for each column, so that a date becomes a timestamp and ``042`` the number 42. These
-readers guess nothing: a CSV field is text, a JSON value is what JSON says it is. They cannot crash on what they read.
+Arrow and pandas guess a type for each column, so that a date becomes a timestamp and ``042`` the number 42. Here a CSV
+field is text, and a JSON value has its JSON type. No file content makes these readers crash.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ Row = dict[str, Any]
 
 MAX_UNREADABLE = 0.1  # share of lines that cannot be read, above which the file is refused
 MAX_LINE = 64 * 2**20  # bytes
-MAX_DEPTH = 100  # lists and objects inside one another
-MAX_DIGITS = 4300  # Python reads no longer integer
+MAX_DEPTH = 100  # nested lists and objects
+MAX_DIGITS = 4300  # Python's limit for reading an integer
 LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -46,9 +46,9 @@ class Fault:
 
 @dataclass
 class Rows(Sequence[Row]):
-    """Rows in the order of the file. A row that lacks a column has None there.
+    """Rows in the order of the file. A missing column of a row is None.
 
-    ``lines``: where each row begins in its file, from 1; empty where that is not known. ``faults``: lines left out.
+    ``lines``: the line at which each row begins, from 1; empty if unknown. ``faults``: lines that could not be read.
     ``short``: lines of rows with fewer fields than the header.
     """
 
@@ -83,7 +83,7 @@ class Rows(Sequence[Row]):
 
 
 def join(parts: Sequence[Rows]) -> Rows:
-    """Several files as one. Line numbers would be ambiguous and are left out."""
+    """Concatenates the rows of several files, without line numbers, which would be ambiguous."""
     names = list(dict.fromkeys(chain.from_iterable(part.column_names for part in parts)))
     faults, short = ([*chain.from_iterable(lists)] for lists in zip(*((p.faults, p.short) for p in parts), strict=True))
     return Rows(list(chain.from_iterable(part.rows for part in parts)), names, [], faults, short)
@@ -94,9 +94,9 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def read_json(path: Path, *, strict: bool = False) -> Rows:
-    """JSON objects: one a line, an array of them, or one after another.
+    """Reads JSON objects: one per line, in an array, or one after another.
 
-    Raises UserError for an empty file and for one of which more than MAX_UNREADABLE cannot be read (``strict``: any).
+    Raises UserError for an empty file, or if a share of more than MAX_UNREADABLE cannot be read (``strict``: any).
     """
     with open_file(path) as file:
         beginning = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
@@ -107,22 +107,22 @@ def read_json(path: Path, *, strict: bool = False) -> Rows:
         for number, line in _numbered(file):
             lines.add(number, partial(_json_line, line))
     if len(lines.faults) > MAX_UNREADABLE * (len(lines.rows) + len(lines.faults)):
-        with contextlib.suppress(UserError):  # else the faults of the lines say more
+        with contextlib.suppress(UserError):  # if this fails too, the faults of the lines are the better message
             return _documents(path, strict=True)
     return lines.finished()
 
 
 def read_csv(path: Path, *, strict: bool = False) -> Rows:
-    """Comma-separated fields under a header, each as text (RFC 4180). A row with more fields than the header is a
-    fault: a comma outside quotes would shift its columns. Fields that are missing at the end of a row are empty.
+    """Reads comma-separated fields with a header, each as text (RFC 4180). A row with more fields than the header is a
+    fault, because an unquoted comma has shifted its columns. Missing fields at the end of a row are empty.
 
-    Raises UserError for an empty file, a header that names a column twice, a quote that is never closed, and for a file
-    of which more than MAX_UNREADABLE cannot be read (``strict``: any).
+    Raises UserError for an empty file, a duplicate column name, an unclosed quote, or if a share of more than
+    MAX_UNREADABLE cannot be read (``strict``: any).
     """
     csv.field_size_limit(sys.maxsize)
     with open_file(path) as file:
         text = file.read().removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
-    texts = LINE.findall(text)  # an iterator of lines, since the reader counts them
+    texts = LINE.findall(text)  # split into lines, because the reader counts them
     reader = csv.reader(texts, strict=True)
     lines: _Lines | None = None
     names: list[str] = []
@@ -185,7 +185,7 @@ def _csv_fault(reason: str) -> Row:
 
 
 class _Unreadable(Exception):
-    """Why a line cannot be read; ``detail`` is what differs from line to line."""
+    """The reason why a line cannot be read; ``detail`` may differ from line to line."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -193,7 +193,7 @@ class _Unreadable(Exception):
 
 
 class _Lines:
-    """Collects rows and faults of one file, and refuses it where the faults are too many."""
+    """Collects the rows and faults of one file; raises UserError if there are too many faults."""
 
     def __init__(self, path: Path, strict: bool, names: Sequence[str] = ()) -> None:
         self._path, self._strict = path, strict
@@ -226,7 +226,7 @@ class _Lines:
 
 
 def _numbered(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers from 1, blank ones left out; a line over MAX_LINE comes in pieces that are no JSON."""
+    """Lines with their numbers from 1, without blank lines. A line over MAX_LINE is split, so it is invalid JSON."""
     number = 0
     while line := file.readline(MAX_LINE):
         number += 1
@@ -237,7 +237,7 @@ def _numbered(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 class _Reading:
-    """A decoder that reads one value, and notes what no row may hold instead of failing in the middle of it."""
+    """A decoder for one value. It records content that a row must not have, instead of failing in the middle of it."""
 
     def __init__(self) -> None:
         self.fault: _Unreadable | None = None
@@ -272,7 +272,7 @@ def _json_line(line: bytes) -> Row:
 
 
 def _checked(value: Any, text: str, reading: _Reading) -> Row:
-    """``value`` where it is an object of bounded depth, all of whose text can be encoded."""
+    """``value``, if it is an object of bounded depth with valid Unicode text; raises _Unreadable otherwise."""
     if reading.fault is not None:
         raise reading.fault
     if not isinstance(value, dict):
@@ -303,7 +303,7 @@ def _deeper(value: Any, depth: int) -> bool:
 
 
 def _documents(path: Path, strict: bool) -> Rows:
-    """The items of a JSON array, or JSON objects one after another, each known by the line where it begins."""
+    """Reads the items of a JSON array, or JSON objects one after another; numbers each by the line where it begins."""
     with open_file(path) as file:
         content = file.read()
     try:

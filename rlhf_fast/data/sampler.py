@@ -1,4 +1,4 @@
-"""Which rows a step trains on. The step number alone is the cursor, so resuming needs no other state."""
+"""Selects the rows of a training step. They depend only on the step number, so resuming needs no other state."""
 
 import hashlib
 
@@ -17,8 +17,8 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     """The ``batch_size`` rows of optimisation step ``step`` (0-based) out of ``count`` rows.
 
-    Every epoch is shuffled afresh, and the tail of one runs over into the next, so no row is left out and every batch
-    is full. A batch larger than the data holds whole epochs.
+    Every epoch has a new shuffle. A batch may span two epochs, so no row is left out and every batch is full. A batch
+    larger than the data contains whole epochs.
     """
     if count < 1 or batch_size < 1 or step < 0:
         raise ValueError(f"expected count >= 1, batch_size >= 1, step >= 0; got {count}, {batch_size}, {step}")

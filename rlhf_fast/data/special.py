@@ -1,8 +1,7 @@
-"""Text is not control: special tokens come from the chat template, never from what a data set or a user wrote.
+"""Encodes text such that special tokens come only from the chat template, never from the text of a data set or user.
 
-In a text that goes through a template, each special token that it spells is replaced by a stand-in, which templates
-pass on like any other text. When the rendered text is encoded, a stand-in becomes the ordinary tokens of what it stands
-for.
+Before a text goes through a template, each special token in it is replaced by a stand-in, which templates treat like
+any other text. When the rendered text is encoded, the stand-in becomes the ordinary tokens of the replaced text.
 """
 
 import re
@@ -11,17 +10,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# Noncharacters: Unicode keeps them out of text for uses such as this one. In the data they are hidden too.
+# Unicode noncharacters, which are reserved for internal use. If the data has them, they are replaced too.
 STAND_IN = re.compile("\ufdd0([0-9]+)\ufdd1")
-MARK = "\ufdd2"  # put at the end of a turn's content, to find it in what a template makes of it
+MARK = "\ufdd2"  # appended to a turn's content, to find its end in the rendered text
 OWN = ("\ufdd0", "\ufdd1", MARK)
 
 
 class TextEncoder:
-    """Text to token ids with one tokenizer.
+    """Encodes text with one tokenizer.
 
-    ``names``: its special tokens and ``marks``, which the data's text must not become; none where
-    ``special_tokens_in_data`` says that the data means them.
+    ``names``: the tokens that text of the data must not become: the tokenizer's special tokens and ``marks``. Empty
+    with ``special_tokens_in_data``.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class TextEncoder:
         self._begins_with_space = str(tokenizer.convert_ids_to_tokens(inside)[0]).startswith("\u2581")
 
     def first(self, value: Any) -> str | None:
-        """The first special token that a text, or a text inside lists and mappings, spells."""
+        """The first special token in a text, or in a text inside lists and mappings."""
         if isinstance(value, str):
             match = self._name.search(value)
             return match.group() if match else None
@@ -50,7 +49,7 @@ class TextEncoder:
         return next((found for item in items if (found := self.first(item)) is not None), None)
 
     def hide(self, value: Any) -> Any:
-        """The same text, lists and mappings with stand-ins in place of special tokens."""
+        """The same text, lists and mappings with stand-ins instead of special tokens."""
         if isinstance(value, str):
             return self._any.sub(lambda found: f"\ufdd0{self._places[found.group()]}\ufdd1", value)
         if isinstance(value, dict):
@@ -58,7 +57,7 @@ class TextEncoder:
         return [self.hide(item) for item in value] if isinstance(value, list) else value
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, which may hold stand-ins, without BOS and EOS of the tokenizer's own."""
+        """Token ids of a text, which may contain stand-ins, without the tokenizer's BOS and EOS."""
         if "\ufdd0" not in text:
             return self._ids(text)
         ids: list[int] = []
@@ -70,7 +69,7 @@ class TextEncoder:
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """As ``encode``, begun as the tokenizer begins a text (BOS), and not ended."""
+        """Like ``encode``, with the tokens that the tokenizer adds before a text (BOS), without those after it."""
         if "\ufdd0" in text:
             return self._before + self.encode(text)
         ids = list(self._tokenizer(text)["input_ids"])
@@ -80,14 +79,14 @@ class TextEncoder:
         return list(self._tokenizer(text, add_special_tokens=False, **options)["input_ids"])
 
     def _plain(self, name: str, *, inside: bool) -> list[int]:
-        """The ordinary tokens of a special token's name."""
+        """The ordinary tokens for the text of a special token."""
         ids = self._piece(name, inside=inside, split_special_tokens=True)
         if self._tokenizer.convert_tokens_to_ids(name) not in ids:
             return ids
-        return self._piece(name[0], inside=inside) + self._piece(name[1:], inside=True)  # an added token all the same
+        return self._piece(name[0], inside=inside) + self._piece(name[1:], inside=True)  # split prevents the token
 
     def _piece(self, text: str, *, inside: bool, **options: Any) -> list[int]:
-        """The tokens of a part of a text. SentencePiece begins a text with a space, which a part inside has not."""
+        """The tokens of a part of a text. SentencePiece adds a space before a text; ``inside`` a text it must not."""
         if inside and self._begins_with_space:
             for anchor in ("\n", ".", "a"):
                 before, whole = self._ids(anchor, **options), self._ids(anchor + text, **options)

@@ -1,4 +1,4 @@
-"""A tokenizer made ready for training: an EOS, a PAD that is not EOS, and the chat template asked for."""
+"""Prepares a tokenizer for training: an EOS, a PAD that is not EOS, and the requested chat template."""
 
 import re
 from pathlib import Path
@@ -9,19 +9,19 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_fast.errors import UserError
 
 PAD_NAME = "<|pad|>"
-# A token whose name says that it stands for nothing is a better PAD than one that marks something.
+# Parts of names of special tokens that are good candidates for PAD, best first.
 LIKELY_PADS = ("pad", "endoftext", "unk", "reserved")
 
 
 def prepare_tokenizer(
     tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, chat_template: str | None = None
 ) -> list[str]:
-    """Change the tokenizer in place; return one line for each thing that was changed.
+    """Changes the tokenizer in place; returns one line for each change.
 
-    PAD must differ from EOS, or every EOS is masked as padding and never learnt. ``vocab_size`` is the number of
-    embedding rows, which stay as they are: PAD becomes, in this order, what it was; a special token nobody uses; a
-    new token in a spare row; the highest ordinary id (safe: masks, never ids, decide what is padding).
-    ``chat_template`` is a file or a Jinja string. Raises UserError where there is no EOS or the template is broken.
+    PAD must differ from EOS; otherwise every EOS is masked as padding and never learnt. The embedding, with
+    ``vocab_size`` rows, is not resized. PAD is the first of these that is possible: the current PAD; an unused special
+    token; a new token in a spare row; the highest ordinary id (safe, because masks, not ids, define padding).
+    ``chat_template``: a file or a Jinja string. Raises UserError if there is no EOS or the template is broken.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"{_name(tokenizer)} has no EOS token, so no response could end; set eos_token in its config")
@@ -72,7 +72,7 @@ def _set_pad(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
 
 
 def _unused_special_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
-    """The special tokens that are neither EOS nor BOS nor in the chat template, the likeliest PAD first."""
+    """The special tokens that are neither EOS nor BOS nor in the chat template, the best candidate for PAD first."""
     template = str(tokenizer.chat_template or "")
     unused = [
         (index, token.content)

@@ -1,7 +1,7 @@
-"""Chat turns as other people write them, to one shape: ``{"role": ..., "content": text}`` and what a template may use.
+"""Normalises chat turns to ``{"role": ..., "content": text}`` and further keys that a template may use.
 
-Read are OpenAI's and Hugging Face's turns (``role``, ``content``; the content a text, a list of text parts, or None
-beside tool calls), ShareGPT's (``from``, ``value``), and HH-RLHF transcripts.
+Accepts turns of OpenAI and Hugging Face (``role``, ``content``; the content is text, a list of text parts, or None with
+tool calls), of ShareGPT (``from``, ``value``), and HH-RLHF transcripts.
 """
 
 import json
@@ -21,7 +21,7 @@ ROLE_NAMES = {
     **{name: "assistant" for name in ("assistant", "gpt", "bot", "chatbot", "chatgpt", "model", "function_call")},
     **{name: "tool" for name in ("tool", "function", "observation", "function_response", "ipython")},
 }
-# What a chat template may read of a turn beside its role and content.
+# Further keys of a turn that a chat template may read.
 FURTHER_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 
 HH_MARK = re.compile(r"\n\n(Human|Assistant):")
@@ -37,7 +37,7 @@ class Wrong(Exception):
 
 
 def read_text(value: Any, column: str) -> Text:
-    """A string as it is; a list of turns, or one turn, as turns; None as the empty string."""
+    """A string unchanged; a list of turns, or one turn, as normalised turns; None as the empty string."""
     if value is None:
         return ""
     if not isinstance(value, str | list | dict):
@@ -70,9 +70,9 @@ def _turn(item: Any, column: str) -> Turn:
         raise Wrong(f"{column}: unknown role", f" {shown(name)}{hint}; expected one of {', '.join(ROLES)}")
     turn: Turn = {"role": role, "content": _content(item.get("content"), role, column)}
     turn |= {key: item[key] for key in FURTHER_KEYS if item.get(key) not in (None, "", [])}
-    if role == "assistant" and item.get("weight") == 0:  # OpenAI's mark of a turn that is not trained
+    if role == "assistant" and item.get("weight") == 0:  # in OpenAI's format: do not train on this turn
         turn["weight"] = 0
-    if item.get("function_call"):  # OpenAI's older form of a call
+    if item.get("function_call"):  # OpenAI's deprecated form of a tool call
         turn.setdefault("tool_calls", [{"type": "function", "function": item["function_call"]}])
     if "tool_calls" in turn:
         turn["tool_calls"] = without_none([_read_arguments(call) for call in _listed(turn["tool_calls"])])
@@ -86,7 +86,7 @@ def _content(value: Any, role: str, column: str) -> str:
         return "".join(_part(part, role, column) for part in value)
     if isinstance(value, str):
         return value
-    if role == "tool":  # what a function returned, as JSON
+    if role == "tool":  # the return value of a function, as JSON
         return json.dumps(without_none(value), ensure_ascii=False, default=str)
     raise Wrong(f"{column}: the {role}'s content must be a string, got {_kind(value)}", f" {shown(value)}")
 
@@ -102,13 +102,13 @@ def _part(part: str | dict[str, Any], role: str, column: str) -> str:
 
 
 def _read_arguments(call: Any) -> Any:
-    """OpenAI writes a call's arguments as JSON text; templates expect the object."""
+    """A tool call with its arguments as an object: OpenAI writes them as JSON text, but templates expect an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         try:
             arguments = json.loads(function["arguments"])
         except ValueError:
-            return call  # not JSON: the template gets it as it is
+            return call  # not JSON: passed to the template unchanged
         if isinstance(arguments, dict):
             function = {**function, "arguments": arguments}
             return {**call, "function": function} if "function" in call else function
@@ -120,7 +120,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def without_none(value: Any) -> Any:
-    """``value`` without keys whose value is None, which Arrow adds where one row has a key and another has not."""
+    """``value`` without keys whose value is None. Arrow adds them to rows that lack a key of other rows."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value
@@ -137,7 +137,7 @@ def is_transcript(value: Any) -> bool:
 def parse_transcript(text: str) -> list[Turn]:
     """An HH-RLHF transcript as chat turns, each stripped.
 
-    A turn that follows one of the same speaker is joined to it with a blank line: chat templates want roles in turn.
+    Consecutive turns of one speaker are joined with a blank line, because chat templates expect alternating roles.
     """
     before, *parts = HH_MARK.split(text)
     if before.strip() or not parts:
@@ -156,7 +156,7 @@ def parse_transcript(text: str) -> list[Turn]:
 
 
 def format_transcript(turns: list[Turn], *, answer_next: bool = False) -> str:
-    """Chat turns as an HH-RLHF transcript; ``answer_next`` ends it with the mark after which the assistant speaks."""
+    """Chat turns as an HH-RLHF transcript; ``answer_next`` appends the mark that begins the assistant's answer."""
     names = {role: speaker for speaker, role in HH_ROLES.items()}
     text = "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in turns)
     return f"{text}\n\nAssistant:" if answer_next else text

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers computed by ``lora_linear``, in anybody's model: fuse(model), and unfuse(model) takes it back."""
+"""Makes ``lora_linear`` compute the LoRA layers of any PEFT model: fuse(model). unfuse(model) undoes it."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,25 +13,25 @@ __all__ = ["Fused", "fuse", "unfuse"]
 
 
 class Fused(NamedTuple):
-    """What ``fuse`` did: names of modules in the model."""
+    """The result of ``fuse``: names of modules in the model."""
 
-    layers: list[str]  # that are computed by lora_linear
-    groups: list[list[str]]  # those of them that read the same input and are computed together
-    left: dict[str, str]  # LoRA layers that PEFT goes on computing -> why
+    layers: list[str]  # layers that lora_linear computes
+    groups: list[list[str]]  # layers with the same input, which are computed in one call
+    left: dict[str, str]  # LoRA layers that PEFT still computes -> why
 
 
 def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> Fused:
-    """Has the LoRA layers over nn.Linear and Conv1D computed by ``rlhf_fast.lora_linear``: results within rounding.
+    """Makes ``rlhf_fast.lora_linear`` compute the LoRA layers on nn.Linear and Conv1D, with results up to rounding.
 
-    Parameters, names, state_dict, config and saving stay as they are, and so does everything of PEFT: adapters may be
-    switched, disabled, merged and added later, and what is then no single plain adapter is computed by PEFT. A second
-    derivative is refused.
+    Parameters, names, state_dict, config and saving do not change. PEFT's functions still work: adapters can be
+    switched, disabled, merged and added later. PEFT computes a layer whenever it does not have exactly one plain active
+    adapter. A second derivative raises an error.
 
     Args:
-        model: a model with PEFT's adapters, of get_peft_model or add_adapter. Changed in place.
-        example: keyword arguments of a forward of the model, of a few tokens. It is run once, without gradients and
-            dropout, to see which layers of a module read the very same tensor one after the other, as the projections
-            to query, key and value do: these are then computed together. None computes each layer on its own.
+        model: a model with PEFT's adapters, from get_peft_model or add_adapter. Changed in place.
+        example: keyword arguments for a forward pass of the model on a few tokens. The pass is run once, without
+            gradients and dropout, to find layers of a module that read the same tensor one after another, such as the
+            projections to query, key and value. These are then computed in one call. None: each layer by itself.
 
     Raises:
         TypeError: the model has no LoRA layer.

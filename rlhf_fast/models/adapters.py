@@ -1,8 +1,8 @@
-"""Roles on disk, in PEFT's own format: adapter_config.json and adapter_model.safetensors.
+"""Saves and loads roles in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
 A role with a head is saved as a sequence classifier (task SEQ_CLS, ``score`` in modules_to_save), so that PEFT and
-transformers load it as AutoModelForSequenceClassification(num_labels=1). ``calibration.json`` holds the head's mean
-and standard deviation: (score − mean) / std is what PPO sees.
+transformers load it as AutoModelForSequenceClassification(num_labels=1). ``calibration.json`` has the mean and standard
+deviation of the head's scores; PPO uses (score − mean) / std.
 """
 
 import json
@@ -28,14 +28,15 @@ OVER_THE_SAME_BASE = (
     "gaussian",
     "eva",
     "orthogonal",
-)  # initialisations that leave the base as it is
+)  # values of init_lora_weights that do not change the base
 PREFIX = "base_model.model."  # PEFT's name for the wrapped transformers model
 
 
 def save_role(base: SharedBase, role: str, folder: Path, *, parameters: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes a role's adapter, head, calibration and the digest of its base into ``folder``; the same bytes each time.
+    """Writes a role's adapter, head, calibration and the digest of its base into ``folder``. Equal roles give equal
+    bytes.
 
-    ``parameters``: tensors to write in place of the live ones, by the names of ``base.named_parameters(role)``.
+    ``parameters``: tensors to write instead of the current ones, by the names of ``base.named_parameters(role)``.
     """
     assert base.peft is not None
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def save_role(base: SharedBase, role: str, folder: Path, *, parameters: dict[str
     source = base.model.name_or_path
     lora.base_model_name_or_path = os.path.abspath(source) if os.path.isdir(source) else source
     lora.inference_mode = True
-    if isinstance(lora.target_modules, set):  # of which PEFT writes any order
+    if isinstance(lora.target_modules, set):  # PEFT would write it in arbitrary order
         lora.target_modules = sorted(lora.target_modules)
     identity.write(folder, base.fingerprint)
     if role in base.heads:
@@ -61,11 +62,11 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load_role(base: SharedBase, role: str, folder: str | Path, *, want_head: bool = False) -> None:
-    """Reads a role that ``save_role`` or PEFT wrote. ``want_head``: a missing ``score`` head is an error;
-    else one that is there is.
+    """Loads a role that ``save_role`` or PEFT wrote. ``want_head``: True = it must have a ``score`` head, False = it
+    must not.
 
-    Raises UserError for a missing folder, file or head, a damaged file, NaN or infinity in it, or an adapter of another
-    base. Where another base is only named, that is one of ``base.notes``.
+    Raises UserError for a missing folder or file, a missing or unwanted head, a damaged file, NaN or infinity in it, or
+    an adapter made for other weights. If the config only names another base, ``base.notes`` gets a note.
     """
     lora, state = read_adapter(folder)
     named, own = lora.base_model_name_or_path, base.model.name_or_path
@@ -90,7 +91,7 @@ def load_role(base: SharedBase, role: str, folder: str | Path, *, want_head: boo
 
 
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """PEFT's config and tensors from a folder. Raises UserError for what is missing, damaged, or no LoRA adapter."""
+    """PEFT's config and tensors from a folder. Raises UserError if they are missing, damaged, or no LoRA adapter."""
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"no adapter folder {folder}; train it first, or name another")
@@ -101,8 +102,8 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
         start = LoraConfig.from_json_file(str(path / CONFIG)).get("init_lora_weights", True)
         if start not in OVER_THE_SAME_BASE:
             raise UserError(
-                f"{path / CONFIG}: init_lora_weights is {start!r}: such an adapter stands on a base that its "
-                "initialisation changed, not on the model it names; save it once more as a plain LoRA adapter (PEFT's "
+                f"{path / CONFIG}: init_lora_weights is {start!r}: that initialisation changed the base, so the "
+                "adapter does not fit the model it names; save it again as a plain LoRA adapter (PEFT's "
                 "save_pretrained with path_initial_model_for_weight_conversion)"
             )
         lora = LoraConfig.from_pretrained(str(path))
@@ -119,7 +120,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
             kind = "whole" if kinds is int else "finite"
             raise UserError(f"{path / CONFIG}: {name} must be a {kind} number from {least} on; got {value!r}")
-    lora.init_lora_weights = True  # the tensors are here; PEFT would compute others first
+    lora.init_lora_weights = True  # skips PEFT's own initialisation; the loaded tensors replace it
     if not lora.target_modules:
         raise UserError(f"{path / CONFIG}: target_modules names no module, so this adapter changes nothing")
     return lora, state

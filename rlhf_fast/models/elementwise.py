@@ -1,8 +1,8 @@
-"""Norms, gated activations and rotary embeddings of a transformers model by this project's kernels.
+"""Replaces norms, gated activations and rotary embeddings of a transformers model by this project's kernels.
 
-In transformers each is half a dozen passes over the hidden states, with copies in float32; here each is one. What a
-module computes is learnt by trying it, not from a list of names: one that gives the same numbers, within rounding, is
-exchanged, and any other is left as it is.
+In transformers each takes about six passes over the hidden states, with float32 copies; here each takes one. There is
+no list of supported modules. Each candidate is run on a few random rows, and replaced only if a kernel gives the same
+numbers within rounding.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from rlhf_fast.base_weights import matrix
 from rlhf_fast.models.recomputing import note_output
 from rlhf_fast.ops import gated_activation, rms_norm, rotary_embedding
 
-ROWS = 4  # of a trial
+ROWS = 4  # random rows that a module is tried on
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
-# How far a trial's rows may lie from the module's own, of their norm: a few roundings.
+# Largest relative difference (of a row's norm) between the kernel's and the module's result: a few roundings.
 NEAR = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 @torch.no_grad()
 def exchange(body: nn.Module) -> list[str]:
-    """Exchanges the forward of each norm and gated feed-forward layer that a kernel computes; returns their names."""
+    """Replaces the forward of each norm and gated feed-forward layer that a kernel can compute; returns their names."""
     found = []
     for name, module in body.named_modules():
         if "forward" not in vars(module) and (forward := _norm(module) or _feed_forward(module)) is not None:
@@ -40,7 +40,7 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor] | None:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not _plain(weight) or weight.dim() != 1 or not isinstance(eps, float) or _arguments(module) != 1:
         return None
-    # another weight than its own, which may be 1 everywhere and tell nothing
+    # a random weight: the module's own may be 1 everywhere, which would hide how it is applied
     rows, trial = _rows(weight.shape[0], like=weight), _rows(weight.shape[0], like=weight)[0, 1]
     expected = _tried(lambda: functional_call(module, {"weight": trial}, (rows,)))
     for offset in (0.0, 1.0):
@@ -64,7 +64,7 @@ def _feed_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
     for activation in ACTIVATIONS:
 
         def forward(hidden_states: Tensor, activation: str = activation) -> Tensor:
-            # they may be exchanged themselves
+            # called as modules, because lora_layers may have replaced their class
             gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
             product, given = gated_activation(gate, up, activation=activation), (gate.detach(), up.detach())
             return module.down_proj(note_output(product, lambda: gated_activation(*given, activation=activation)))
@@ -88,7 +88,7 @@ def _rows(width: int, like: Tensor) -> Tensor:
 
 
 def _tried(run: Callable[[], Any]) -> Any:
-    """None where a module does something else with such an input: it is left as it is then."""
+    """The result of ``run``, or None if it raises: then the module is not replaced."""
     try:
         return run()
     except Exception:
@@ -96,7 +96,7 @@ def _tried(run: Callable[[], Any]) -> Any:
 
 
 def _near(found: Any, expected: Any) -> bool:
-    """Whether each row is the other's, within a few roundings."""
+    """Whether the rows are equal within a few roundings."""
     if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
         return False
     if (found.shape, found.dtype) != (expected.shape, expected.dtype):
@@ -106,7 +106,7 @@ def _near(found: Any, expected: Any) -> bool:
 
 
 class Rotary:
-    """The functions apply_rotary_pos_emb of the modules that ``body``'s classes were written in."""
+    """Replaces apply_rotary_pos_emb in the Python modules that define the classes of ``body``."""
 
     def __init__(self, body: nn.Module) -> None:
         sources = {type(module).__module__ for module in body.modules()}
@@ -119,7 +119,7 @@ class Rotary:
 
     @contextlib.contextmanager
     def exchanged(self) -> Iterator[None]:
-        """Inside, ``rotary_embedding`` computes them."""
+        """Inside, ``rotary_embedding`` computes rotary embeddings."""
         try:
             for module, _, ours in self._exchanged:
                 module.apply_rotary_pos_emb = ours  # type: ignore[attr-defined]

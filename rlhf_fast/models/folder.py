@@ -1,4 +1,4 @@
-"""A model's files, held against what transformers would make of them: it guesses, or fails in words of its own."""
+"""Checks a model's files before transformers reads them, which would guess or fail with an unclear message."""
 
 import json
 import re
@@ -17,15 +17,15 @@ OBJECTS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer
 OBJECTS += ["special_tokens_map.json", "added_tokens.json"]
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 FLOATING = {"F64", "F32", "F16", "BF16"}
-# What stands beside quantised weights: their scales, zero points and packed values.
+# Names of the tensors that accompany quantised weights: scales, zero points and packed values.
 OF_QUANTISED = re.compile(r"[._](weight_scale(_\d)?|(weight_)?scale_inv|scales?|qweight|qzeros|g_idx|absmax|SCB)$")
-OF_ATTENTION = re.compile(r"(logit|layer|[qkv]|kv)_scale$")  # of models in plain numbers
+OF_ATTENTION = re.compile(r"(logit|layer|[qkv]|kv)_scale$")  # scales of models that are not quantised
 NUMBER = re.compile(r"\.(\d+)(?=\.)")
 
 
 def check_files(source: str) -> None:
-    """Raises UserError where a JSON file in the folder ``source`` holds something else than an object, or an index of
-    shards names no tensors. Of a hub name nothing is read."""
+    """Raises UserError if a JSON file in the folder ``source`` is not an object, or the index of its shards is missing
+    or names no tensors. Does nothing if ``source`` is a hub name."""
     folder = Path(source)
     for name in (*OBJECTS, *([] if (folder / WEIGHTS).exists() else [INDEX])):
         if (folder / name).is_file():
@@ -51,7 +51,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def check_sizes(name: str, config: Any) -> None:
-    """Raises UserError for a size in the config of which there must be at least one."""
+    """Raises UserError for a size in the config that is below 1."""
     text = config.get_text_config(decoder=True)
     for size in SIZES:
         value = getattr(text, size, None)
@@ -60,8 +60,8 @@ def check_sizes(name: str, config: Any) -> None:
 
 
 def check_tensors(source: str, model: PreTrainedModel, unexpected: Iterable[str]) -> None:
-    """Raises UserError where the file holds quantised weights that were read as plain numbers, or more layers (or
-    experts) than the config makes. ``unexpected``: tensors that the model has no place for."""
+    """Raises UserError if quantised weights were read as plain numbers, or if the files have more layers or experts
+    than the config. ``unexpected``: names of tensors in the files that the model does not have."""
     unexpected = sorted(unexpected)
     if getattr(model, "hf_quantizer", None) is None:
         beside = [name for name in unexpected if OF_QUANTISED.search(name) and not OF_ATTENTION.search(name)]
@@ -85,12 +85,12 @@ def check_tensors(source: str, model: PreTrainedModel, unexpected: Iterable[str]
 
 
 def _surplus(model: PreTrainedModel, unexpected: Iterable[str]) -> Iterator[str]:
-    """Items of lists in the model (decoder layers, experts) beyond their end."""
+    """Items of the model's lists (decoder layers, experts) in ``unexpected`` with an index past the list's end."""
     counts: dict[str, int] = {}
     for name in model.state_dict():
         for path, index in _items(name):
             counts[path] = max(counts.get(path, 0), index + 1)
-    # layers that predict tokens further on, of which transformers makes none, follow the others
+    # multi-token prediction layers follow the others; transformers ignores them
     ahead = getattr(model.config.get_text_config(decoder=True), "num_nextn_predict_layers", None) or 0
     prefix = f"{model.base_model_prefix}."
     for name in unexpected:
@@ -107,11 +107,11 @@ def _items(name: str) -> Iterator[tuple[str, int]]:
 
 
 def _stored(source: str) -> Iterator[tuple[str, str]]:
-    """Name and dtype of each tensor in the safetensors of a folder, or of a hub name in the cache."""
+    """Name and dtype of each tensor in the safetensors files of a folder, or of the hub cache."""
     folder = Path(source)
     if not folder.is_dir():
         folder = Path(str(try_to_load_from_cache(source, "config.json"))).parent
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # it is no mapping
+            for name in file.keys():  # noqa: SIM118  # not a mapping
                 yield name, file.get_slice(name).get_dtype()

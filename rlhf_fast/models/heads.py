@@ -5,11 +5,11 @@ from torch import nn
 
 
 class ScoreHead(nn.Module):
-    """Hidden states to one calibrated number each: (w·h − mean) / std.
+    """Maps each hidden state to a calibrated score: (w·h − mean) / std.
 
-    ``weight`` is (1, H) float32, as the ``score`` layer of transformers' sequence classifiers; it starts with standard
-    deviation 1/√(H+1) (lm-human-preferences; N+ Implementation Details of RLHF with PPO). ``mean`` and ``std`` are the
-    calibration constants, 0 and 1 until ``calibrate``.
+    ``weight`` is (1, H) float32, like the ``score`` layer of transformers' sequence classifiers. It is initialised with
+    standard deviation 1/√(H+1) (lm-human-preferences; N+ Implementation Details of RLHF with PPO). ``mean`` and ``std``
+    are the calibration constants, 0 and 1 until ``calibrate`` is called.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -25,12 +25,12 @@ class ScoreHead(nn.Module):
         return ((hidden.float() @ self.weight[0]) - self.mean) / self.std
 
     def calibrate(self, mean: float, std: float) -> None:
-        """From now on, scores that had this mean and standard deviation have 0 and 1."""
+        """Sets the calibration constants, so that scores with this mean and std become scores with mean 0 and std 1."""
         self.mean.fill_(mean)
         self.std.fill_(std)
 
     @torch.no_grad()
     def refit(self, slope: float, shift: float) -> None:
-        """From now on, what scored s scores slope * s + shift."""
+        """Changes weight and mean so that a score s becomes slope * s + shift."""
         self.weight.mul_(slope)
         self.mean.mul_(slope).sub_(shift * self.std)

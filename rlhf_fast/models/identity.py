@@ -1,4 +1,4 @@
-"""Which base an adapter was made for: a digest of its weights, since folders move and names are given twice."""
+"""Identifies the base that an adapter was made for by a digest of its weights, because paths and names can change."""
 
 import hashlib
 import json
@@ -12,15 +12,15 @@ import torch
 from rlhf_fast.base_weights import in_four_bits
 from rlhf_fast.errors import UserError
 
-FILE = "base_model.json"  # beside PEFT's own files, which do not read it
+FILE = "base_model.json"  # next to PEFT's files; PEFT ignores it
 SAMPLES = 64  # values of each weight that go into the digest
 
 
 def fingerprint(linear: Mapping[str, Any]) -> dict[str, str]:
-    """A digest of the linear layers that adapters can stand on, by their path in the decoder.
+    """A digest of the linear layers that adapters can be on, given by their path in the decoder.
 
-    The weights are rounded to bfloat16 first, so that it is the same whether they were read in float32 or bfloat16;
-    float16 cannot hold all of them, and has a digest of its own, as have packed 4-bit numbers.
+    The weights are rounded to bfloat16 first, so that the digest is the same for weights read in float32 and bfloat16.
+    float16 and packed 4-bit weights have other digests: bfloat16 values may be out of float16's range.
     """
     weights = [module.weight.detach() for module in linear.values()]
     rounded = torch.float16 if any(weight.dtype == torch.float16 for weight in weights) else torch.bfloat16
@@ -38,10 +38,10 @@ def write(folder: Path, own: Mapping[str, str]) -> None:
 
 
 def check(who: str, folder: Path, named: str | None, own: Mapping[str, str], own_name: str) -> str | None:
-    """A note where the adapter in ``folder`` names another base than ``own_name``; None where there is none to give.
+    """A note for the user if the adapter in ``folder`` names another base than ``own_name``, else None.
 
-    ``who``: what messages call the adapter. ``named``: the base in its config. Raises UserError where the digest beside
-    it is of other weights.
+    ``who``: the adapter's name in messages. ``named``: the base in its config. ``own``: the digest of this base. Raises
+    UserError if the digest in ``folder`` is that of other weights.
     """
     told = _read(folder / FILE)
     comparable = told.get("rounded_to") == own["rounded_to"]
@@ -58,12 +58,12 @@ def check(who: str, folder: Path, named: str | None, own: Mapping[str, str], own
 
 
 def proven(folder: Path, own: Mapping[str, str]) -> bool:
-    """True where the digest in ``folder`` shows that its adapter was made for these very weights."""
+    """Whether the digest in ``folder`` shows that its adapter was made for exactly these weights."""
     return _read(folder / FILE) == own
 
 
 def source(name: str) -> str:
-    """A folder by its whole path, any other name as it is."""
+    """The absolute path of a folder; any other name unchanged."""
     return os.path.realpath(name) if os.path.isdir(name) else name
 
 

@@ -1,4 +1,4 @@
-"""Where a transformers model keeps its decoder layers, and running them from the middle."""
+"""Finds the decoder layers of a transformers model, and runs the model from or up to one of them."""
 
 import contextlib
 import warnings
@@ -13,12 +13,12 @@ from rlhf_fast.errors import UserError
 
 
 class Decoder(NamedTuple):
-    """The text decoder of a model, which a multimodal wrapper holds beside its other towers."""
+    """The text decoder of a model. In a multimodal model it is a submodule, next to the other encoders."""
 
     body: nn.Module  # takes token ids and returns the last hidden states
-    path: str  # of ``layers`` in the whole model: "model.layers", "model.language_model.layers", ...
+    path: str  # path of ``layers`` in the whole model: "model.layers", "model.language_model.layers", ...
     layers: nn.ModuleList
-    outputs: dict[nn.Module, int | None]  # layer -> items of the tuple that it returns, None for a bare tensor
+    outputs: dict[nn.Module, int | None]  # layer -> length of the tuple that it returns; None for a tensor
 
     @property
     def list_name(self) -> str:
@@ -26,9 +26,9 @@ class Decoder(NamedTuple):
 
 
 def find_decoder(model: PreTrainedModel) -> Decoder:
-    """The one module that holds the token embedding and a list of num_hidden_layers modules.
+    """The decoder: the module that contains the token embedding and a list of num_hidden_layers modules.
 
-    Raises UserError where there is not exactly one.
+    Raises UserError if there is not exactly one such module.
     """
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     embedding = model.get_input_embeddings()
@@ -49,7 +49,7 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Inside, PEFT wraps models without a warning that is between it and transformers alone."""
+    """Inside, suppresses PEFT's FutureWarning about a transformers attribute, which users cannot act on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         yield
@@ -57,8 +57,8 @@ def quiet_peft() -> Iterator[None]:
 
 @contextlib.contextmanager
 def learning_outputs(decoder: Decoder) -> Iterator[None]:
-    """Inside, ``decoder.outputs`` is filled from the layers that run: ``starting_from`` and ``stopping_at`` return the
-    same in their place."""
+    """Inside, records in ``decoder.outputs`` what each layer returns, so that ``starting_from`` and ``stopping_at`` can
+    replace layers by functions that return the same structure."""
 
     def learn(module: nn.Module, args: Any, output: Any) -> None:
         decoder.outputs[module] = len(output) if isinstance(output, (tuple, list)) else None
@@ -73,10 +73,10 @@ def learning_outputs(decoder: Decoder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def starting_from(decoder: Decoder, first: int, states: torch.Tensor) -> Iterator[None]:
-    """Inside: layers below ``first`` pass their input on, and layer ``first`` gets ``states`` (B, T, H) instead.
+    """Inside, layers below ``first`` return their input, and layer ``first`` gets ``states`` (B, T, H) as its input.
 
-    The model's own forward still makes masks and position embeddings, so this is bit-exact with the full forward for
-    any architecture whose layers take and return the hidden states first and share nothing else with one another.
+    The model's forward still computes masks and position embeddings. So the result is bit-exact with the full forward
+    for any architecture whose layers take and return the hidden states first and share nothing else.
     """
 
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,7 +92,7 @@ def starting_from(decoder: Decoder, first: int, states: torch.Tensor) -> Iterato
 
 @contextlib.contextmanager
 def stopping_at(decoder: Decoder, first: int, caught: list[torch.Tensor]) -> Iterator[None]:
-    """Inside: ``caught`` receives the hidden states that enter layer ``first``; it and those above pass them on."""
+    """Inside, appends the input of layer ``first`` to ``caught``. This layer and those above it return their input."""
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caught.append(_states(args, kwargs))

@@ -1,4 +1,4 @@
-"""PEFT's config for the adapters that a stage asks for, on the modules of a model that can have one."""
+"""Builds PEFT's config for a stage's adapters from its settings and the modules of the model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from rlhf_fast.models.targets import Targets
 
 @dataclass(frozen=True)
 class Adaptable:
-    """``left_out``: name of a linear module -> why it gets no adapter."""
+    """The modules of a model that can have adapters. ``left_out``: name of a linear module -> why it gets none."""
 
     model: PreTrainedModel
     decoder: Decoder
@@ -28,7 +28,7 @@ class Adaptable:
         return [name for name in self.targets.names if name not in self.left_out]
 
     def notes(self) -> list[str]:
-        """What all-linear does not reach, though its name promises it."""
+        """Notes for the user: linear layers that all-linear does not adapt."""
         notes = []
         if self.targets.fused:
             notes.append(f"the experts ({', '.join(self.targets.fused)}) are fused parameters and are not adapted")
@@ -38,7 +38,10 @@ class Adaptable:
         return notes
 
     def config(self, asked: StageConfig) -> LoraConfig:
-        """Raises UserError for a module that is not there or gets no adapter, and for more layers than there are."""
+        """PEFT's config for these settings.
+
+        Raises UserError for a module that does not exist or gets no adapter, and for more layers than the model has.
+        """
         names = [
             name for given in asked.lora_target_modules for name in (self.names if given == ALL_LINEAR else [given])
         ]
@@ -48,10 +51,10 @@ class Adaptable:
             raise UserError(f"--lora_layers must be at most {count}, the number of decoder layers; got {top}")
         chosen = None if top is None else list(range(count - top, count))
         modules = targets.target_modules(self.model, self.decoder, self.targets, names, chosen)
-        by_name = chosen is not None and not isinstance(modules, str)  # an expression holds the layers itself
+        by_name = chosen is not None and not isinstance(modules, str)  # a regular expression contains the layers
         return LoraConfig(
             r=asked.lora_r,
-            lora_alpha=asked.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by r, so a float is as good
+            lora_alpha=asked.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides it by r, so a float works
             lora_dropout=asked.lora_dropout,
             target_modules=modules,
             layers_to_transform=chosen if by_name else None,
@@ -76,7 +79,7 @@ class Adaptable:
 
 
 def differences(asked: LoraConfig, taken: LoraConfig) -> list[str]:
-    """``r is its 8, not 4``: how the config of a copied adapter differs from the one that was asked for."""
+    """Notes on how the config of a copied adapter differs from the requested one, such as ``r is its 8, not 4``."""
     found = []
     for field in ("r", "lora_alpha", "target_modules", "layers_to_transform"):
         wanted, its = (_listed(getattr(config, field)) for config in (asked, taken))

@@ -1,4 +1,4 @@
-"""What is tried on every model when it is loaded, on a few tokens: better than a list of architectures."""
+"""Trials of a loaded model on a few tokens, in place of a list of supported architectures."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ from rlhf_fast.models.layers import Decoder
 Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # input_ids, attention_mask -> (B, T, H or V)
 
 TOKENS = 8
-# Two ways of computing the same hidden states: how far the middle one of the tokens may lie apart, of its norm.
+# Largest relative difference (of the norm) between two computations of the same states, for the median token.
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_CLOSE = 0.1
 
 
 @contextmanager
 def own_code(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, what the model's own code raises becomes a UserError: not every one runs in every dtype and place."""
+    """Inside, an exception of the model's own code becomes a UserError: some models fail in some dtypes or devices."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ImportError) as error:
@@ -33,7 +33,7 @@ def own_code(model: PreTrainedModel) -> Iterator[None]:
 
 
 def probe(tokenizer: PreTrainedTokenizerBase, rows: int, device: torch.device) -> torch.Tensor:
-    """(1, TOKENS) ids of text, spread over the vocabulary: special tokens may mean an image."""
+    """(1, TOKENS) ids, spread over the vocabulary without special tokens, which may stand for an image."""
     text = sorted({i for i in tokenizer.get_vocab().values() if i < rows} - {*tokenizer.added_tokens_decoder})
     text = text or list(range(rows))
     chosen = [text[place * (len(text) - 1) // (TOKENS - 1)] for place in range(TOKENS)]
@@ -42,7 +42,7 @@ def probe(tokenizer: PreTrainedTokenizerBase, rows: int, device: torch.device) -
 
 @torch.no_grad()
 def check_context(model: PreTrainedModel, run: Run, ids: torch.Tensor, pad_id: int) -> None:
-    """Raises UserError for a model whose states see the padding on their left, or the tokens on their right."""
+    """Raises UserError for a model whose states depend on left padding or on later tokens."""
     alone = run(ids, torch.ones_like(ids))[0]
     pads = torch.full_like(ids, pad_id)
     rows = torch.cat([torch.cat([pads, ids], dim=1), torch.cat([ids, ids.flip(1)], dim=1)])
@@ -63,8 +63,8 @@ def check_context(model: PreTrainedModel, run: Run, ids: torch.Tensor, pad_id: i
 
 @torch.no_grad()
 def why_not_sample(model: PreTrainedModel, logits: Run, ids: torch.Tensor, pad_id: int) -> str | None:
-    """None where ``generate``, with its cache and its own idea of positions, draws from the same ``logits`` (whole rows
-    in one pass) that training scores; else the reason."""
+    """None if transformers' ``generate``, with its cache and positions, has the same logits as a whole forward pass
+    (``logits``), which training uses; else the reason."""
     half = ids[:, : TOKENS // 2]
     prompts = torch.cat([ids, torch.cat([torch.full_like(half, pad_id), half], dim=1)])
     mask = torch.ones_like(prompts)
@@ -73,24 +73,24 @@ def why_not_sample(model: PreTrainedModel, logits: Run, ids: torch.Tensor, pad_i
     greedy.output_logits = greedy.return_dict_in_generate = True
     try:
         drawn = model.generate(input_ids=prompts, attention_mask=mask, generation_config=greedy)
-    except Exception as error:  # whatever its code and transformers' raise
+    except Exception as error:  # the model's or transformers' code may raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     expected = logits(drawn.sequences, torch.cat([mask, torch.ones_like(mask[:, :2])], dim=1))[:, -3:-1]
     found = torch.stack(drawn.logits, dim=1)
     agree = all(same_states(*row) for row in zip(found, expected, strict=True))
-    return None if agree else "its logits with a cache are others"
+    return None if agree else "its logits with a cache differ"
 
 
 def same_states(states: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether the middle one of the tokens (T, H or V) lies as near as their dtype, that of ``expected``, allows."""
-    # the middle token: in half precision a mixture may send single ones to other experts
+    """Whether the states (T, H or V) agree within the tolerance of ``expected``'s dtype, for the median token."""
+    # the median, because in half precision a mixture of experts may route single tokens differently
     gap = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
     return gap.median().item() <= CLOSE.get(expected.dtype, HALF_CLOSE)
 
 
 def why_not_pack(run: Run, run_packed: Run, embedding: nn.Module, ids: torch.Tensor) -> str | None:
-    """None where sequences side by side in one row have the same states as in a padded batch, and no state depends on
-    another sequence; else the reason."""
+    """None if sequences packed in one row have the same states as in a padded batch, and no state depends on another
+    sequence; else the reason."""
     rows = torch.cat([ids, ids.flip(1), ids.roll(3, 1)])
     mask = torch.ones_like(rows)
     mask[0, : TOKENS // 2] = mask[2, -TOKENS // 4 :] = 0
@@ -106,12 +106,12 @@ def why_not_pack(run: Run, run_packed: Run, embedding: nn.Module, ids: torch.Ten
         with torch.enable_grad():
             found = run_packed(rows, mask)
             (seen,) = torch.autograd.grad(found[1].float().square().sum(), embedded[0])
-    except Exception as error:  # whatever its code does with an attention function that it does not know
+    except Exception as error:  # the model's code may raise anything for an unknown attention function
         return f"its attention raises {type(error).__name__}"
     finally:
         handle.remove()
     before, own, _ = seen[0].split(live.sum(dim=1).tolist())
-    if before.any() or not own.any():  # exact: where nothing flows, the gradient is 0
+    if before.any() or not own.any():  # an exact test: without a dependency the gradient is 0
         return "its layers mix tokens of one row"
     with torch.no_grad():
         expected = run(rows, mask)
@@ -121,7 +121,7 @@ def why_not_pack(run: Run, run_packed: Run, embedding: nn.Module, ids: torch.Ten
 
 @torch.no_grad()
 def why_not_split(decoder: Decoder, run: Run, ids: torch.Tensor, first: int) -> str | None:
-    """None where running from layer ``first`` on is bit-exact with the whole forward pass; else the reason."""
+    """None if running the model from layer ``first`` on is bit-exact with the whole forward pass; else the reason."""
     mask = torch.ones_like(ids)
     mask[:, 0] = 0
     with layers.learning_outputs(decoder):
@@ -132,6 +132,6 @@ def why_not_split(decoder: Decoder, run: Run, ids: torch.Tensor, first: int) -> 
             run(ids, mask)
         with layers.starting_from(decoder, first, caught[0]):
             states = run(ids, mask)
-    except Exception as error:  # whatever a layer does when those below it did not run
+    except Exception as error:  # a layer may raise anything if the layers below it did not run
         return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     return None if torch.equal(states, expected) else "the hidden states differ"

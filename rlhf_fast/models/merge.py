@@ -1,4 +1,4 @@
-"""An adapter folded into its base: a plain transformers model that needs neither PEFT nor rlhf-fast."""
+"""Merges an adapter into its base: a plain transformers model that needs neither PEFT nor rlhf-fast."""
 
 import json
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
 
 
 def _untie(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    """Where the head has an adapter, a head that shares its weight with the token embedding gets one of its own."""
+    """Gives the head its own copy of the weight if it shares it with the token embedding and has an adapter."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
@@ -63,8 +63,8 @@ def _untie(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
 
 
 def _load_base(source: str, lora: LoraConfig, adapter: Path, pad_id: int, dtype: str | None) -> PreTrainedModel:
-    """The base with its pad token and, for a reward model, one label. Raises UserError where it is not the one that the
-    adapter was made for, or where transformers has no classifier of this architecture."""
+    """The base with its pad token and, for a reward model, one label. Raises UserError if the adapter was made for
+    another base, or if transformers has no classifier of this architecture."""
     folder.check_files(source)
     with pretrained.loading(source, source, "config.json"):
         config = AutoConfig.from_pretrained(source)
@@ -73,7 +73,7 @@ def _load_base(source: str, lora: LoraConfig, adapter: Path, pad_id: int, dtype:
     chosen = "auto" if dtype is None else pretrained.DTYPES[dtype]
     kind, fresh = pretrained.auto_class(config), tuple[str, ...]()
     if lora.task_type == "SEQ_CLS":
-        kind, fresh = AutoModelForSequenceClassification, ("score.weight",)  # the adapter's head takes its place
+        kind, fresh = AutoModelForSequenceClassification, ("score.weight",)  # replaced by the adapter's head
         config.num_labels = 1
         constants = adapter / adapters.CALIBRATION
         if constants.is_file():
@@ -82,7 +82,7 @@ def _load_base(source: str, lora: LoraConfig, adapter: Path, pad_id: int, dtype:
     with pretrained.loading(source, source, "the model that config.json describes"):
         try:
             model = pretrained.load_weights(kind, source, fresh=fresh, config=config, dtype=chosen)
-        except ValueError as error:  # no such class for this config
+        except ValueError as error:  # the auto class has no class for this config
             reason = f"transformers has no {kind.__name__} for a {config.model_type}, so it cannot merge"
             raise UserError(reason) from error
     decoder = layers.find_decoder(model)

@@ -1,6 +1,6 @@
-"""A role's adapter merged into copies of the weights that it adapts, for passes that need no gradient.
+"""A role's adapter merged into copies of the weights that it adapts, for passes without gradient.
 
-The base's own weights are never written to: modules are exchanged while the copies are in use, and put back after.
+The base's weights are never written. While the copies are in use, they replace the adapted modules in the model.
 """
 
 import contextlib
@@ -17,14 +17,15 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.base_weights import in_four_bits, matrix
 from rlhf_fast.errors import UserError
+from rlhf_fast.ops._packed import PackedWeight
 
 
 class Merged:
-    """The modules of one role below the head: W + scale * B A, summed in float32 and rounded once to the base's dtype,
-    in which the copy of a 4-bit weight is too.
+    """The adapted modules of one role, except the head: W + scale * B A, summed in float32 and rounded once to the
+    base's dtype. The copy of a 4-bit weight has the dtype that the layer computes in.
 
-    Where the role has no adapter, a module is the base's own. ``bytes``: of the copies. Later changes of the role's
-    adapter do not reach them.
+    A module without an adapter of this role is the base's own. ``bytes`` is the size of the copies. The copies do not
+    follow later changes of the adapter.
     """
 
     def __init__(self, model: PreTrainedModel, role: str | None) -> None:
@@ -46,7 +47,7 @@ class Merged:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside, the model computes with them."""
+        """Inside, the model computes with the merged modules."""
         try:
             for (parent, name, _), module in zip(self._places, self._modules, strict=True):
                 parent._modules[name] = module
@@ -57,7 +58,7 @@ class Merged:
 
 
 def why_not_merge(model: nn.Module) -> str | None:
-    """None where every adapted module is one that ``Merged`` can copy; else the reason."""
+    """None if ``Merged`` can copy every adapted module; else the reason."""
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and not _plain(module.base_layer):
             return f"{path} is a {type(module.base_layer).__name__}, which an adapter is not merged into"
@@ -69,7 +70,7 @@ def _plain(layer: nn.Module) -> bool:
 
 
 def _bytes(layer: Any) -> int:
-    """Of a copy."""
+    """The size of a copy of the weight."""
     if in_four_bits(layer):
         return int(layer.out_features * layer.in_features * layer.compute_dtype.itemsize)
     return int(layer.weight.nbytes)
@@ -96,27 +97,14 @@ def _check_memory(needed: int, device: torch.device) -> None:
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear in bfloat16 on the CPU, the weight in the order in which oneDNN multiplies it.
-
-    oneDNN reorders a plain weight in every product, which takes as long as a product with few rows. The results are
-    equal bit for bit.
-    """
+    """nn.Linear in bfloat16 on the CPU, with its weight packed. Bitwise equal to the plain layer."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight, None), bias
+        self.weight, self.bias = PackedWeight(weight), bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(hidden, self.weight, self.bias, "none", [], "")
-
-
-def _packs(weight: torch.Tensor) -> bool:
-    return (
-        weight.dtype == torch.bfloat16
-        and weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+        return self.weight.linear(hidden, self.bias)
 
 
 @torch.no_grad()
@@ -125,7 +113,7 @@ def _merged(module: LoraLayer, role: str | None) -> nn.Module:
     down, up = module.lora_A[role].weight.float(), module.lora_B[role].weight.float()
     own = matrix(layer)
     weight = torch.addmm(own.float(), up, down, alpha=module.scaling[role]).to(own.dtype)
-    if not isinstance(layer, Conv1D) and _packs(weight):
+    if not isinstance(layer, Conv1D) and PackedWeight.can_pack(weight):
         return PackedLinear(weight, layer.bias)
     if isinstance(layer, Conv1D):
         weight = weight.T.contiguous()
@@ -135,5 +123,5 @@ def _merged(module: LoraLayer, role: str | None) -> nn.Module:
 
 
 def _plain_linear(layer: Any) -> nn.Linear:
-    """Of the same sizes, without data."""
+    """A plain linear layer of the same sizes, without data."""
     return nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")

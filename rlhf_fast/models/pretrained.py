@@ -1,4 +1,4 @@
-"""Finding and loading the frozen base: a folder, a built-in name, or a hub name that never hangs offline."""
+"""Finds and loads the frozen base: a folder, a built-in name, or a hub name (from the cache when offline)."""
 
 import contextlib
 import importlib.util
@@ -29,15 +29,15 @@ from rlhf_fast.hub import reached
 from rlhf_fast.models import folder, tokens
 from rlhf_fast.models.builtin import BUILT_IN
 
-LOADING_NOTES = "rlhf_fast_notes"  # an attribute of a model: what ``SharedBase.notes`` says of its weights
+LOADING_NOTES = "rlhf_fast_notes"  # attribute of a model: notes on its weights, for ``SharedBase.notes``
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base in eval mode, every weight frozen, on ``device``; and its tokenizer.
 
-    Raises UserError for an unknown folder or name, missing safetensors, a model that is no causal language model,
-    or code that would have to be trusted.
+    Raises UserError for an unknown folder or name, missing safetensors, a model that is no causal language model, or
+    remote code without trust_remote_code.
     """
     name = config.model_name_or_path
     dtype = choose_dtype(config.dtype, device)
@@ -55,7 +55,7 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
             tokenizer = load_tokenizer(source, **common)
             tokens.check_ids(tokenizer, model_config.get_text_config(decoder=True).vocab_size)
         with loading(name, source, "the model that config.json describes"):
-            # config.json says which dtype the weights are stored in; what they are computed in is our setting's alone
+            # the setting decides the dtype, not config.json, which says in which dtype the weights are stored
             model = load_weights(
                 auto_class(model_config),
                 source,
@@ -67,19 +67,19 @@ def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrain
             )
     if config.load_in_4bit:
         for module in model.modules():
-            # else a forward without gradient repacks the numbers, for a product that has no backward
+            # otherwise a forward without gradient repacks the weight for a product that has no backward
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
-    # generate() fills what a call leaves unset from here: a top_k or a penalty of the model's own would bend the
-    # distribution that is sampled away from the one that is trained
+    # generate() takes unset options from here. A top_k or penalty of the model would make the sampled distribution
+    # differ from the trained one.
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     model.generation_config = GenerationConfig(eos_token_id=ends)
     return (model if config.load_in_4bit else model.to(device)).eval(), tokenizer
 
 
 def check_config(name: str, config: Any) -> None:
-    """Raises UserError for what the config alone shows to be no causal language model, before any weight is read."""
+    """Raises UserError if the config shows that this is no causal language model, before any weight is read."""
     kind = config.model_type
     if config.is_encoder_decoder:
         raise UserError(f"{name}: it is no causal language model: a {kind} is an encoder with a decoder")
@@ -88,7 +88,7 @@ def check_config(name: str, config: Any) -> None:
 
 
 def four_bits(name: str, model_config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What transformers loads a model's linear layers in 4 bits with. Raises UserError where it cannot."""
+    """The from_pretrained arguments that load linear layers in 4 bits. Raises UserError if that is not possible."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--load_in_4bit needs bitsandbytes: pip install 'rlhf-fast[4bit]'")
     if getattr(model_config, "quantization_config", None) is not None:
@@ -100,29 +100,29 @@ def four_bits(name: str, model_config: Any, dtype: torch.dtype, device: torch.de
 
 
 def auto_class(config: Any) -> Any:
-    """transformers' auto class for the model: some text decoders stand in a wrapper that reads images too."""
+    """transformers' auto class for the model: some text decoders exist only inside an image-text model."""
     wrapper = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
 
 
 def load_tokenizer(source: str, **extra: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer, without the mark of how it was loaded, which would be saved with it."""
+    """The tokenizer, without ``local_files_only``, which would be saved with it."""
     tokenizer = AutoTokenizer.from_pretrained(source, **extra)
     tokenizer.init_kwargs.pop("local_files_only", None)
     return tokenizer
 
 
 def load_weights(kind: Any, source: str, *, fresh: tuple[str, ...] = (), **extra: Any) -> PreTrainedModel:
-    """A model of the auto class ``kind`` whose every weight comes from ``source``, but for ``fresh``.
+    """A model of the auto class ``kind`` with all weights from ``source``, except ``fresh``.
 
-    Raises UserError that names a missing tensor: transformers makes up random values. Tensors that the model has no
-    place for are said in ``LOADING_NOTES``.
+    Raises UserError for a missing tensor, which transformers would fill with random values. ``LOADING_NOTES`` names
+    tensors that the model does not have.
     """
     level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # its table of missing and unexpected tensors: said below
-    transformers.utils.logging.disable_progress_bar()  # a base loads in seconds, and stages have bars of their own
+    transformers.utils.logging.set_verbosity_error()  # no table of missing and unexpected tensors: reported below
+    transformers.utils.logging.disable_progress_bar()  # a base loads in seconds, and stages have their own bars
     try:
-        # a weight of another shape is an error all the same: the one below, which names it
+        # ignore_mismatched_sizes, because the error below names the weight
         model, found = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
     finally:
         transformers.utils.logging.set_verbosity(level)
@@ -149,7 +149,7 @@ def _some(names: list[str]) -> str:
 
 @contextlib.contextmanager
 def loading(name: str, source: str, what: str) -> Iterator[None]:
-    """Inside, transformers reads ``what`` of other people's files, and may raise anything: a UserError of one line."""
+    """Inside, transformers reads ``what`` from the user's files. Any exception becomes a UserError of one line."""
     try:
         yield
     except UserError:
@@ -159,9 +159,9 @@ def loading(name: str, source: str, what: str) -> Iterator[None]:
 
 
 def check_window(model: PreTrainedModel, max_length: int) -> None:
-    """Past their last position, learned positions fail deep inside the model and rotary ones go wrong without a word.
+    """Raises UserError if ``max_length`` exceeds the model's max_position_embeddings.
 
-    Raises UserError where ``max_length`` is beyond the model's max_position_embeddings.
+    Beyond it, learned positions fail deep inside the model, and rotary ones give wrong results without an error.
     """
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is not None and max_length > window:
@@ -172,7 +172,7 @@ def check_window(model: PreTrainedModel, max_length: int) -> None:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on a GPU or CPU that has instructions for products in it, else float32."""
+    """``auto`` is bfloat16 on a GPU or CPU with instructions for bfloat16 products, else float32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -184,10 +184,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def located(name: str) -> Iterator[str]:
-    """What to load ``name`` from, inside the block: a folder for a built-in name, the folder itself, or a hub name, in
-    offline mode where the hub can't be reached and the cache has it.
+    """Yields the source to load ``name`` from: the folder of a built-in name, the folder itself, or the hub name. For a
+    hub name, the block runs in offline mode if the hub can't be reached and the cache has the model.
 
-    Raises UserError: no such folder (with the nearest beside it), or a hub name that neither the cache nor the hub has.
+    Raises UserError for a missing folder (naming the most similar one), or a hub name that neither the cache nor the
+    hub has.
     """
     path = Path(name)
     if name in BUILT_IN:

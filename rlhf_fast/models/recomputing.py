@@ -1,7 +1,8 @@
-"""What the backward makes again in place of keeping it: outputs of cheap kernels always, whole layers on request.
+"""Recomputes activations in the backward instead of saving them: outputs of cheap kernels always, whole layers on
+request (gradient checkpointing).
 
-A norm's output and a gated feed-forward's product are the inputs of adapted layers, which keep them for the gradient
-of A. Each is one sweep over what is kept anyway.
+Adapted layers save their input for the gradient of A. That input is often a norm's output or a gated feed-forward's
+product, which one pass over tensors that are saved anyway recomputes.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ Context = contextlib.AbstractContextManager[Any]
 
 
 class _Output(NamedTuple):
-    storage: StorageWeakRef  # while it lives no other storage has its address
+    storage: StorageWeakRef  # keeps the address from being reused by another storage
     version: int
     make: Callable[[], Tensor]
 
@@ -28,11 +29,12 @@ class _Again(NamedTuple):
     shape: torch.Size
 
 
-_outputs: dict[int, _Output] | None = None  # of the pass that runs, by the address of their storage
+_outputs: dict[int, _Output] | None = None  # noted outputs of the current pass, by the address of their storage
 
 
 def note_output(output: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """``output``, which ``make`` gives again, bit for bit. It must hold only what is kept for the backward anyway."""
+    """Notes that ``make`` recomputes ``output`` bit for bit, and returns it. ``make`` may refer only to tensors that
+    are saved for the backward anyway."""
     if _outputs is not None and output.requires_grad:
         storage = output.untyped_storage()
         _outputs[storage._cdata] = _Output(StorageWeakRef(storage), output._version, make)
@@ -41,7 +43,7 @@ def note_output(output: Tensor, make: Callable[[], Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def cheap_outputs_again() -> Iterator[None]:
-    """Inside, noted outputs are not kept for the backward."""
+    """Inside, noted outputs are not saved for the backward, but recomputed in it."""
     global _outputs
     outer, _outputs = _outputs, {}
     try:
@@ -54,7 +56,7 @@ def cheap_outputs_again() -> Iterator[None]:
 def _pack(tensor: Tensor) -> Tensor | _Again:
     assert _outputs is not None
     found = _outputs.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
-    # a view of all of it, which nobody has written to since
+    # only a contiguous view of the whole storage that has not been written to since
     if found is None or tensor._version != found.version or not tensor.is_contiguous():
         return tensor
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
@@ -71,9 +73,9 @@ def _unpack(kept: Tensor | _Again) -> Tensor:
 
 @contextlib.contextmanager
 def layers_again(layers: Sequence[nn.Module], context: Callable[[], Context], draws: bool) -> Iterator[None]:
-    """Inside, each of ``layers`` keeps its input alone, and the backward computes it once more within ``context``.
+    """Inside, each of ``layers`` saves only its input, and the backward recomputes the layer within ``context()``.
 
-    ``draws``: whether a layer draws random numbers, which must be the same then.
+    ``draws``: whether a layer draws random numbers, which the recomputation must repeat.
     """
 
     def contexts() -> tuple[Context, Context]:

@@ -1,7 +1,7 @@
-"""One frozen base, several roles: each role is a LoRA adapter (PEFT) and, for scores, a scalar head.
+"""One frozen base with several roles. A role is a LoRA adapter (PEFT) and, for scores, a scalar head.
 
-The reference policy is the SFT model: the role ``sft`` where there is one, else the bare base (role None). Switching
-a role changes which adapter is active, never which parameters train.
+The reference policy is the SFT model: the role ``sft`` if there is one, else the bare base (role None). Switching the
+role changes which adapter is active, never which parameters train.
 """
 
 import contextlib
@@ -41,11 +41,14 @@ LORA_IN_A_LAYER = re.compile(r"\.\d+\..*\.lora_[AB]\.weight$")
 class SharedBase:
     """The frozen model with its adapters and heads. Every module stays in eval mode; see ``dropout``.
 
-    ``stop_ids`` end a response; ``vocab_size`` counts the real tokens, without padded rows of the embedding.
-    ``notes`` are lines for the user on what is not as it may seem. ``decoder`` is the text decoder, and ``probe`` a few
-    tokens of text, (1, T), to try it on.
+    Attributes:
+        stop_ids: tokens that end a response.
+        vocab_size: the number of tokens, without padded rows of the embedding.
+        notes: lines for the user about surprising facts of the model.
+        decoder: the text decoder.
+        probe: (1, T) a few tokens of text for trials.
 
-    Raises UserError where the model cannot be trained right: it is tried on a few tokens (``measure``).
+    Raises UserError if a trial on the probe (``measure``) shows that the model cannot be trained correctly.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: StageConfig) -> None:
@@ -75,7 +78,7 @@ class SharedBase:
         lora_layers.exchange_plain(model)
         self._exchanged = elementwise.Rotary(self.decoder.body).exchanged
         self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, self.vocabulary.weight.shape[0])
-        found = targets.find_targets(self.decoder)  # before adapters bring linear modules of their own
+        found = targets.find_targets(self.decoder)  # before adapters add their own linear modules
         with targets.noting_calls(found) as called, measure.own_code(model):
             measure.check_context(model, self._run, self.probe, self.pad_id)
         self._configs = attention.configs_of(self.decoder.body)
@@ -88,7 +91,7 @@ class SharedBase:
             )
         self._sampling_fault = measure.why_not_sample(model, self._logits, self.probe, self.pad_id)
         self._adaptable = Adaptable(model, self.decoder, found, targets.left_out(model, found, called))
-        # a mixture sorts its tokens by expert: beside another role's they would take other places in a product
+        # a mixture sorts tokens by expert: with another role's tokens, the rows of its products would be others
         self._mixture = bool(found.fused)
         self._linear_names = self._adaptable.names  # what all-linear means for this model
         self._splits: dict[int, bool] = {}
@@ -98,7 +101,7 @@ class SharedBase:
             self.notes += self._adaptable.notes()
 
     def check_tokens(self, source: str, row: int, ids: Sequence[int]) -> None:
-        """Raises UserError that names ``source`` and ``row`` where a token has no row in the embedding."""
+        """Raises UserError, naming ``source`` and ``row``, if a token has no row in the embedding."""
         highest = max(ids, default=0)
         if highest >= self.rows:
             raise UserError(
@@ -107,7 +110,7 @@ class SharedBase:
             )
 
     def check_sampling(self) -> None:
-        """Raises UserError where what the model samples would not follow the log-probs that are trained."""
+        """Raises UserError if the model would sample from other log-probs than those that are trained."""
         if self._sampling_fault is not None:
             raise UserError(
                 f"{type(self.model).__name__} cannot be sampled as it is trained ({self._sampling_fault}): only SFT "
@@ -129,8 +132,9 @@ class SharedBase:
         return [] if self.peft is None else list(self.peft.peft_config)
 
     def add_role(self, name: str, *, copy_of: str | None = None, head: bool = False, trainable: bool = True) -> None:
-        """A new adapter: a copy of another role's (its head too, where both have one), else a fresh one that changes
-        nothing yet (B = 0). A copy has the other's rank, scale and modules; ``notes`` says where the config differs.
+        """Adds an adapter: a copy of another role's (and of its head, if both have one), else a new one with B = 0.
+
+        A copy has the other role's rank, scale and modules; ``notes`` says where they differ from the config.
         """
         lora = self._adaptable.config(self.config)
         if copy_of is not None:
@@ -155,9 +159,9 @@ class SharedBase:
     def load_role(
         self, name: str, lora: LoraConfig, state: dict[str, torch.Tensor], *, same_base: bool = False
     ) -> None:
-        """A role from PEFT's own config and tensors (see ``adapters.load_role``), not trainable.
+        """Adds a role from PEFT's config and tensors (see ``adapters.load_role``), not trainable.
 
-        ``same_base``: they are known to be made for this base, so that what does not fit is their own fault."""
+        ``same_base``: they are known to be made for this base, so an error message blames the adapter's files."""
         fault = "damaged, or its config is not the one it was trained with" if same_base else "made for another base"
         head = tuple(f"{targets.head_path(self.model)}.lora_{part}.weight" for part in "AB")
         for key in state:
@@ -196,7 +200,7 @@ class SharedBase:
 
     @contextlib.contextmanager
     def role(self, name: str | None) -> Iterator[None]:
-        """Inside, the model computes with this adapter; None is the bare base. Roles do not nest: RuntimeError."""
+        """Inside, the model computes with this adapter; None is the bare base. RuntimeError if already in a role."""
         self._check_role(name)
         if self._in_role:
             raise RuntimeError(f"role {name!r} was asked for inside another role; leave that one first")
@@ -215,7 +219,7 @@ class SharedBase:
 
     @contextlib.contextmanager
     def dropout(self, role: str) -> Iterator[None]:
-        """Inside, the role's lora_dropout is on. The base's own dropouts never are."""
+        """Inside, the role's lora_dropout is active. The base's own dropout never is."""
         modules = [
             module.lora_dropout[role]
             for module in self.model.modules()
@@ -234,21 +238,20 @@ class SharedBase:
     def merged(self, role: str | None) -> Merged:
         """The role's adapter merged into copies of the weights that it adapts.
 
-        Raises UserError where they have no room, or where a module is of a kind that nothing is merged into
-        (``why_not_merge``).
+        Raises UserError if the copies do not fit into memory, or if a module cannot be merged (``why_not_merge``).
         """
         self._check_role(role)
         return Merged(self.model, role)
 
     def why_not_merge(self) -> str | None:
-        """None where every adapted module can be copied with its adapter merged; else the reason."""
+        """None if every adapted module can be copied with its adapter merged; else the reason."""
         return why_not_merge(self.model)
 
     # ---- computing ---------------------------------------------------------------------------------------------
 
     @property
     def first_adapted_layer(self) -> int:
-        """Layers below this one have no adapter of any role."""
+        """The index of the lowest decoder layer with an adapter of any role; the number of layers if there is none."""
         adapted = [
             index
             for index, layer in enumerate(self._layers)
@@ -258,8 +261,8 @@ class SharedBase:
 
     @torch.no_grad()
     def trunk(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """The hidden states (B, T, H) that enter the lowest adapted layer: the same for every role. None where the
-        lowest layer is adapted itself, so that there is nothing to share, or where the model cannot start there."""
+        """The hidden states (B, T, H) that enter the lowest adapted layer, which are the same for every role. None if
+        that is the first layer, so that there is nothing to share, or if the model cannot start there."""
         first = self.first_adapted_layer
         if first == 0 or first == len(self._layers) or not self._splits[first]:
             return None
@@ -275,9 +278,9 @@ class SharedBase:
         trunk: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Last hidden states (B, T, H) under a role's adapter. ``input_ids`` and ``attention_mask`` (1 = token) are
-        (B, T), padded on either side. With ``trunk`` (see there) only the layers above it are computed.
+        (B, T), padded on either side. With the result of ``trunk``, only the layers above it are computed.
 
-        Padding is not computed where the model can do without (``packs``); its states are 0 then.
+        If the model allows it (``packs``), padding is not computed, and its states are 0.
         """
         with self.role(role):
             return self._states(input_ids, attention_mask, trunk)[0]
@@ -289,8 +292,8 @@ class SharedBase:
         attention_mask: torch.Tensor,
         trunk: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """``hidden`` of each role, in one pass where the model allows it (``one_pass``): the rows of all roles go
-        through the base's products together, and each role's through its adapter."""
+        """``hidden`` of each role, in one pass if the model allows it (``one_pass``): the base's products take the rows
+        of all roles together, and each adapter takes its role's rows."""
         if len(roles) == 1 or not self.one_pass:
             return tuple([self.hidden(role, input_ids, attention_mask, trunk) for role in roles])
         for role in roles:
@@ -309,11 +312,11 @@ class SharedBase:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The head of the bare base."""
+        """The language-model head of the bare base."""
         return self.vocabulary_of(None)
 
     def vocabulary_of(self, role: str | None) -> Vocabulary:
-        """The head under a role's adapter, if it has one there."""
+        """The language-model head, with the role's adapter on it if there is one."""
         head, lora = self.model.get_output_embeddings(), None
         if isinstance(head, LoraLayer) and role in head.lora_A:
             lora = (head.lora_A[role].weight, head.lora_B[role].weight, head.scaling[role])
@@ -328,8 +331,8 @@ class SharedBase:
         roles: Sequence[str | None] = (),
         caught: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """(R, B, T, H): the last hidden states under each of ``roles``; (1, B, T, H) under what is active where there
-        are none. ``caught``: a list in which the pass leaves other states, which are returned instead."""
+        """The last hidden states under each of ``roles``, (R, B, T, H); without roles, under the active adapter,
+        (1, B, T, H). ``caught``: a list to which the pass appends other states, which are then returned instead."""
         run, size = self._run_packed if self.packs else self._run, input_ids.shape
         if not roles:
             return run(input_ids, attention_mask, trunk, caught)[None]
@@ -346,7 +349,7 @@ class SharedBase:
         trunk: torch.Tensor | None = None,
         caught: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """(B, T, H), padding computed too."""
+        """(B, T, H), computed on the padded batch."""
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         return self._through_body(input_ids, attention_mask, positions, trunk, caught)
 
@@ -357,7 +360,7 @@ class SharedBase:
         trunk: torch.Tensor | None = None,
         caught: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """As ``_run``, of the live tokens alone; the states of padding are 0."""
+        """Like ``_run``, but computes only live tokens; the states of padding are 0."""
         index = attention_mask.reshape(-1).nonzero().squeeze(1)
         positions = (attention_mask.long().cumsum(dim=1) - 1).reshape(-1)[index]
         ids = input_ids.reshape(-1)[index][None]
@@ -398,7 +401,7 @@ class SharedBase:
             yield
 
     def _as_now(self, layout: attention.Layout | None) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Contexts in which a layer computes, during the backward, what it computes now."""
+        """A context manager under which a layer's recomputation in the backward gives the same as this forward."""
         roles, role, dropping = lora_layers.given_roles(), self._role, self._dropping
 
         @contextlib.contextmanager
@@ -415,7 +418,7 @@ class SharedBase:
     def _logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return self.vocabulary.logits(self._run(input_ids, attention_mask))
 
-    # ---- the parts that only this file needs -------------------------------------------------------------------
+    # ---- private -----------------------------------------------------------------------------------------------
 
     def _check_role(self, role: str | None) -> None:
         if role is not None and role not in self.roles:
@@ -438,7 +441,7 @@ class SharedBase:
         self._check_split()
 
     def _fuse(self) -> None:
-        """Has the adapted layers computed by ``lora_linear``, those that read the same input together."""
+        """Makes ``lora_linear`` compute the adapted layers, and layers with the same input in one call."""
         found = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
         left = lora_layers.fuse(found)
         fused = {name: layer for name, layer in found.items() if name not in left}
@@ -446,7 +449,7 @@ class SharedBase:
         self.one_pass = not (left or self._mixture) and calls.sizes == {self.probe.numel()}
 
     def _check_split(self) -> None:
-        """Whether the layers above the shared ones can be run alone is tried once for each place to start at."""
+        """Tries once per starting layer whether the model can be run from the first adapted layer on."""
         first = self.first_adapted_layer
         if 0 < first < len(self._layers) and first not in self._splits:
             with self.role(None):
@@ -470,7 +473,7 @@ class SharedBase:
             self._set_requires_grad()
 
     def _set_requires_grad(self) -> None:
-        """PEFT lets the active adapter alone train; which roles train is our choice, whichever is active."""
+        """Sets requires_grad by role, because PEFT sets it only for the active adapter."""
         for role, parameters in self._parameters.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(role in self._trainable)
@@ -488,7 +491,7 @@ class SharedBase:
 
     @torch.no_grad()
     def _measure_logits(self) -> tuple[float | None, float]:
-        """The head's softcap and scale. Raises UserError for logits that are not finite or no linear head's."""
+        """The head's softcap and scale. Raises UserError if the logits are not finite or not those of a linear head."""
         ids = self.probe
         mask = torch.ones_like(ids)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits

@@ -1,6 +1,6 @@
-"""Which modules of a decoder get an adapter: its linear layers, but never what routes or gates.
+"""Finds the modules of a decoder that get an adapter: its linear layers, except routers and gates.
 
-In transformers 5 the experts of most mixtures are one parameter of three dimensions, which no linear adapter fits.
+In transformers 5 the experts of most mixtures are one 3-dimensional parameter, which a linear adapter does not fit.
 """
 
 import re
@@ -16,14 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.models.layers import Decoder
 
-# A part of a module's path: gate, shared_expert_gate, router, ... ; gate_proj and gate_up_proj are no gates.
+# Matches a part of a module's path: gate, shared_expert_gate, router, ... ; gate_proj and gate_up_proj are no gates.
 GATE = re.compile(r"(^|_)(gate|router)(_weight)?$")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Targets(NamedTuple):
-    """Paths in the whole model. ``linear``: what all-linear adapts. ``gates``: linear modules that route or gate.
-    ``fused``: experts that are parameters of their own, by their path inside a layer."""
+    """``linear``: the modules that all-linear adapts, by their path in the whole model. ``gates``: paths of linear
+    modules that are routers or gates. ``fused``: paths inside a layer of experts that are 3-dimensional parameters."""
 
     linear: dict[str, nn.Module]
     gates: list[str]
@@ -36,8 +36,8 @@ class Targets(NamedTuple):
 
 
 def find_targets(decoder: Decoder) -> Targets:
-    """Gates are told by name (a part of the path ends in gate or router) and by shape: one output, or one for each
-    expert in the block that holds the experts."""
+    """Finds linear modules, gates and fused experts. A gate is recognised by its name (a part of the path ends in gate
+    or router) or by its shape: one output, or one output per expert in the block with the experts."""
     experts = _experts(decoder.layers)
     linear: dict[str, nn.Module] = {}
     gates = []
@@ -62,12 +62,12 @@ def in_gate(path: str) -> bool:
 
 
 def inside(decoder: Decoder, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The same modules by their path in the list of layers, wherever the whole model keeps that."""
+    """The same modules by their path inside the list of layers instead of the whole model."""
     return {path.removeprefix(f"{decoder.path}."): module for path, module in modules.items()}
 
 
 def left_out(model: PreTrainedModel, targets: Targets, called: set[str]) -> dict[str, str]:
-    """Name of a linear module -> why it gets no adapter. ``called``: see ``noting_calls``."""
+    """Name of a linear module -> why it gets no adapter. ``called``: the result of ``noting_calls``."""
     reasons = {_last(path): "a router or a gate" for path in targets.gates}
     for name in targets.names:
         reasons.pop(name, None)
@@ -79,18 +79,18 @@ def left_out(model: PreTrainedModel, targets: Targets, called: set[str]) -> dict
 
 
 def _means_experts(model: PreTrainedModel, name: str) -> bool:
-    """PEFT keeps adapters of old mixtures alive: there it turns gate_proj, up_proj and down_proj (or w1, w2 and w3)
-    into the parameters that the experts are fused to now, and never looks for a module of that name."""
+    """Whether PEFT applies this name to fused experts. For compatibility with old mixtures it maps gate_proj, up_proj
+    and down_proj (or w1, w2 and w3) to the fused parameters, and ignores modules of that name."""
     config = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=None)
-    except ValueError:  # one of two names that are fused to one parameter
+    except ValueError:  # two names are fused to one parameter, and only one was given
         return True
     return name not in (config.target_modules or ())
 
 
 def head_path(model: PreTrainedModel) -> str:
-    """Of the language-model head, such as ``lm_head``."""
+    """The path of the language-model head, such as ``lm_head``."""
     head = model.get_output_embeddings()
     return next(path for path, module in model.named_modules() if module is head)
 
@@ -98,10 +98,10 @@ def head_path(model: PreTrainedModel) -> str:
 def target_modules(
     model: PreTrainedModel, decoder: Decoder, targets: Targets, names: list[str], layer_numbers: list[int] | None
 ) -> list[str] | str:
-    """PEFT's target_modules for the linear modules of these names: the names, where they reach nothing else.
+    """PEFT's target_modules for the linear modules of these names: the names, if PEFT finds no other modules by them.
 
-    Else, as beside a vision tower, a regular expression of their whole paths, and of the layers' numbers where those
-    are given; the head lies in no layer.
+    Otherwise (with a vision tower, or with the head and ``layer_numbers``) a regular expression of their full paths,
+    with the given layer numbers; the head is in no layer.
     """
     reached = {path for path, _ in model.named_modules() if _last(path) in names}
     wanted = {path for path in targets.linear if _last(path) in names}
@@ -120,8 +120,8 @@ def _any_number(path: str) -> str:
 
 @contextmanager
 def noting_calls(targets: Targets) -> Iterator[set[str]]:
-    """Inside, the set receives the names of the linear modules whose forward runs. A model that reads ``weight`` past
-    it, as fused state-space kernels do, would never train an adapter there."""
+    """Inside, collects the names of the linear modules whose forward runs. An adapter would have no effect on a module
+    whose ``weight`` is read without calling it, as fused state-space kernels do."""
     called: set[str] = set()
     names = {module: _last(path) for path, module in targets.linear.items()}
 
@@ -148,8 +148,8 @@ def _experts(layers: nn.ModuleList) -> list[tuple[str, str, int]]:
 
 
 def _fused_parameters(layers: nn.ModuleList) -> list[tuple[str, int]]:
-    """(path, first dimension) of the weights that look like experts: of three dimensions, or of two in a module called
-    experts, and not a gate's."""
+    """(path, first dimension) of the weights that look like fused experts: 3-dimensional, or 2-dimensional in a module
+    called experts, and not of a gate."""
     return [
         (f"{path}.{name}", parameter.shape[0])
         for path, module in layers.named_modules()

@@ -1,4 +1,4 @@
-"""The tokenizer against the model: ids beyond the embedding, and ids at which a response ends."""
+"""Checks the tokenizer against the model: ids beyond the embedding, and ids that end a response."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -6,10 +6,10 @@ from rlhf_fast.errors import UserError
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
-    """Notes on tokens whose id lies beyond the embedding's ``rows``.
+    """Checks the tokens whose id is beyond the embedding's ``rows``; returns notes for the user.
 
-    A special token that neither ends a text nor stands in the chat template may (Gemma 3's image token does): it is
-    noted. PAD may too, since another is chosen. Raises UserError for any other.
+    Special tokens may be beyond it if they are neither BOS, EOS nor in the chat template (such as Gemma 3's image
+    token); they are noted. PAD may be too, because another one is chosen. Raises UserError for any other token.
     """
     surplus = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
     added, template = tokenizer.added_tokens_decoder, str(tokenizer.chat_template or "")
@@ -31,10 +31,10 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[list[int], list[str]]:
-    """The tokenizer's EOS and those of the model's generation_config (chat models often have a second one), sorted;
-    and notes on what is left out: ids that are text to this tokenizer, or that it does not know.
+    """The tokenizer's EOS and those of the model's generation_config (chat models often have a second one), sorted.
+    Ids of the generation_config that the tokenizer does not know, or that are ordinary text, are left out and noted.
 
-    Raises UserError where nothing is left.
+    Returns the ids and the notes. Raises UserError if no id is left.
     """
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = own if isinstance(own, list) else [own]

@@ -1,4 +1,4 @@
-"""The language-model head as the linear ops take it, measured on the model instead of listed by architecture."""
+"""The language-model head in the form of the linear ops. Softcap and scale are measured, not listed by architecture."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ FULL_PRECISION = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """logits = scale * cap(hidden weight^T + bias), where cap(x) = softcap * tanh(x / softcap), or x without one.
+    """logits = scale * cap(hidden weight^T + bias); cap(x) = softcap * tanh(x / softcap), or x if softcap is None.
 
-    ``weight`` (V, H), ``bias`` (V,) or None, ``scale`` above 0. ``lora``: an adapter on the head, (A (r, H), B (V, r),
-    its scale), of one role.
+    ``weight`` (V, H), ``bias`` (V,) or None, ``scale`` above 0. ``lora``: one role's adapter on the head, (A (r, H),
+    B (V, r), scale).
     """
 
     weight: torch.Tensor
@@ -32,16 +32,16 @@ class Vocabulary:
         return self.scaled(self.raw(hidden))
 
     def raw(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The head's own outputs, hidden weight^T + bias and what its adapter adds."""
+        """The head's outputs before cap and scale: hidden weight^T + bias, plus the adapter's part."""
         return lora_linear(hidden, self.weight, self.lora, biases=self.bias)
 
     def scaled(self, raw: torch.Tensor) -> torch.Tensor:
-        """The logits of the head's own outputs, hidden weight^T + bias."""
+        """Applies cap and scale to the result of ``raw``."""
         logits = capped(raw, self.softcap)
         return logits if self.scale == 1 else self.scale * logits
 
     def options(self, temperature: float = 1.0) -> dict[str, Any]:
-        """What the linear ops take beside the weight, so that they compute log softmax(logits / temperature)."""
+        """The linear ops' arguments besides the weight, such that they compute log softmax(logits / temperature)."""
         return {
             "bias": self.bias,
             "softcap": self.softcap,
@@ -51,10 +51,11 @@ class Vocabulary:
 
 
 def measure(model: PreTrainedModel, raw: torch.Tensor, logits: torch.Tensor) -> tuple[float | None, float]:
-    """(softcap, scale) with which the head's outputs ``raw`` become the model's ``logits``, both (..., V).
+    """The (softcap, scale) that map the head's outputs ``raw`` to the model's ``logits``, both (..., V).
 
-    Softcaps come from the config. The scale is measured, and taken from the config where a number there, or one over
-    it, is as large: that one is not rounded. Raises UserError where nothing fits, or where the dtype is too coarse.
+    Softcaps come from the config. The scale is measured. If it is close to a number of the config or to the reciprocal
+    of one, that number is used, because it has no measurement error. Raises UserError if nothing fits, or if the dtype
+    is too coarse to measure the scale.
     """
     dtype = logits.dtype
     numbers = _numbers(model)
@@ -89,8 +90,8 @@ def capped(raw: torch.Tensor, softcap: float | None) -> torch.Tensor:
 def _candidates(
     numbers: dict[str, float], raw: torch.Tensor, logits: torch.Tensor
 ) -> Iterator[tuple[float | None, float, bool]]:
-    """(cap, scale, True where the scale stands inside the cap), those with a cap first: where the logits are small, a
-    cap cannot be seen, and one of the config is there to be used."""
+    """(cap, scale, whether the scale is applied inside the cap). Candidates with a cap come first: if the logits are
+    small, a cap has no visible effect, so a cap of the config is assumed to be used."""
     for name, cap in numbers.items():
         if "cap" in name and "logit" in name and cap > 0:
             low = logits.abs() < 0.9 * cap
@@ -100,13 +101,13 @@ def _candidates(
 
 
 def _ratio(values: torch.Tensor, of: torch.Tensor) -> float:
-    """The number r for which r * ``of`` is nearest to ``values``; 1 where there is nothing to tell it from."""
+    """The least-squares r of r * ``of`` = ``values``; 1 if ``of`` is 0."""
     square = of.square().sum().item()
     return (values * of).sum().item() / square if square > 0 else 1.0
 
 
 def _numbers(model: PreTrainedModel) -> dict[str, float]:
-    """The config's own numbers by name; ``att`` softcaps are of the attention, and never of the logits."""
+    """The numbers of the config by name, without those of the attention."""
     settings = model.config.get_text_config(decoder=True).to_dict()
     return {
         name: float(value)

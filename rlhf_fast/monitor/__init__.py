@@ -1,4 +1,4 @@
-"""What a run writes down and shows: metrics, samples, progress, the summary table and ``report.html``."""
+"""The output of a run: metrics, samples, progress, the summary table and ``report.html``."""
 
 from rlhf_fast.monitor.log import RunLog, read_lines
 from rlhf_fast.monitor.progress import Progress

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 Point = tuple[float, float | None]
-LARGEST = 1e100  # past this a span can overflow; such a value is a run blown up and is drawn as a gap
+LARGEST = 1e100  # larger values, from a diverged run, are drawn as gaps; their differences could overflow
 
 
 def number(value: Any) -> float | None:
-    """``value`` as a drawable float, or None: a null, a text, NaN, an infinity, or past 1e100."""
+    """``value`` as a float that can be drawn; None for null, text, NaN, infinity, or magnitudes of 1e100 and above."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) < LARGEST else None  # a comparison with NaN is False
 
 
 def segments(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
-    """The points cut at every gap, in runs of drawable values."""
+    """The points split at every gap into runs of values that can be drawn."""
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
         value = number(y)
@@ -29,7 +29,7 @@ def segments(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
 
 
 def format_number(value: float, digits: int = 4) -> str:
-    """``digits`` significant digits at most, no trailing zeros, thousands apart: ``0.0123``, ``1.5``, ``12,345``."""
+    """At most ``digits`` significant digits, no trailing zeros, thousands separators: ``0.0123``, ``12,345``."""
     if value != 0 and (abs(value) < 1e-4 or abs(value) >= 1e9):
         return f"{value:.2e}"
     if value == int(value) or abs(value) >= 1000:
@@ -39,7 +39,7 @@ def format_number(value: float, digits: int = 4) -> str:
 
 
 def short_number(value: float) -> str:
-    """Three significant digits in seven characters or so, for the margin of a chart: ``0.0619``, ``12.3k``."""
+    """Three significant digits in about seven characters, for the margin of a chart: ``0.0619``, ``12.3k``."""
     if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e9):
         return f"{value:.1e}"
     if abs(value) >= 1e4:
@@ -49,7 +49,7 @@ def short_number(value: float) -> str:
 
 
 def round_step(span: float, count: int) -> float:
-    """The smallest of 1, 2, 2.5 or 5 times a power of ten that cuts ``span`` into ``count`` parts or fewer."""
+    """The smallest of 1, 2, 2.5 or 5 times a power of ten that divides ``span`` into at most ``count`` parts."""
     rough = span / count
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= rough * (1 - 1e-9))
@@ -57,7 +57,7 @@ def round_step(span: float, count: int) -> float:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values from ``low`` to ``high`` onto places from ``start`` to ``end`` (SVG units)."""
+    """Maps values from ``low`` to ``high`` to positions from ``start`` to ``end`` (SVG units)."""
 
     low: float
     high: float
@@ -80,15 +80,15 @@ class Axis:
         pad: float = 0.05,
         least_step: float = 0.0,
     ) -> "Axis":
-        """An axis that holds every drawable value.
+        """An axis whose range includes all values that can be drawn.
 
         Args:
-            pad: the share of the span left free at each end; it never carries an axis across zero.
-            least_step: ticks are whole multiples of this (1 for whole numbers, such as training steps).
+            pad: the share of the span left free at each end; it never extends the axis across zero.
+            least_step: ticks are integer multiples of this (1 for integers, such as training steps).
         """
         known = [known for value in values if (known := number(value)) is not None] or [0.0]
         low, high = min(known), max(known)
-        if high - low <= max(1e-9 * abs(low), 1e-9 * abs(high), 1e-100):  # one value, or as good as one
+        if high - low <= max(1e-9 * abs(low), 1e-9 * abs(high), 1e-100):  # all values are equal, or nearly
             room = 0.05 * max(abs(low), abs(high))
             low, high = (low - room, high + room) if room > 1e-90 else (0.0, 1.0)
         else:
@@ -104,7 +104,7 @@ class Axis:
 
     @classmethod
     def categories(cls, labels: Sequence[str], start: float, end: float) -> "Axis":
-        """A slot for each label, its place at ``at(index)``; where they would collide, every k-th label is shown."""
+        """A slot for each label, centred at ``at(index)``. Shows every k-th label if all of them would overlap."""
         slot = (end - start) / len(labels)
         widest = max(len(label) for label in labels) * 6.0 + 6.0
         every = max(1, math.ceil(widest / slot))
@@ -113,7 +113,7 @@ class Axis:
 
 
 def _tick_label(value: float, step: float, largest: float) -> str:
-    """One form for all ticks of an axis: ``largest`` is the axis' largest magnitude."""
+    """A tick's label, in one format for all ticks of an axis; ``largest`` is the axis' largest magnitude."""
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(step) + 1e-9)

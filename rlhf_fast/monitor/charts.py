@@ -1,7 +1,7 @@
-"""Charts as inline SVG text: no script, no font file, no request; colours come from the page's CSS variables.
+"""Charts as inline SVG text, without scripts, fonts or requests; colours come from the page's CSS variables.
 
-Every chart is an ``<svg role="img">`` with a title and a description in words, axes that name their units, and a legend
-when it shows more than one thing. A value of None is a gap in its line.
+Every chart is an ``<svg role="img">`` with a title, a description in words, axis labels with units, and a legend if it
+shows several series. A value of None is a gap in its line.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from rlhf_fast.monitor.axes import Axis, Point, format_number, number, segments,
 
 WIDTH, HEIGHT = 360, 236
 LEFT, RIGHT, TOP, BOTTOM = 50, 54, 26, 38  # right: room for the last value beside its line
-MAX_DOTS = 40  # past this a line reads better without a dot at each point
+MAX_DOTS = 40  # lines with more points have no dots
 
 
 @dataclass(frozen=True)
 class Series:
-    """One named line; ``points`` are (x, y), y None where there is no value."""
+    """One named line; ``points`` are (x, y), with y None for a missing value."""
 
     name: str
     points: Sequence[Point]
@@ -71,7 +71,7 @@ def bar_chart(
     reference: tuple[float, str] | None = None,
     y_range: tuple[float, float] | None = None,
 ) -> str:
-    """One bar for each (label, value, note); the note is printed small above its bar, in place of a value's number."""
+    """One bar for each (label, value, note); the note is printed above its bar."""
     values = [value for _, value, _ in bars]
     y_axis = Axis.fit([0.0, *values, reference[0] if reference else None, *(y_range or ())], HEIGHT - BOTTOM, TOP)
     plot = _Plot(Axis.categories([label for label, _, _ in bars], LEFT, WIDTH - RIGHT), y_axis, HEIGHT)
@@ -93,7 +93,8 @@ def bar_chart(
 
 
 def reliability_chart(points: Sequence[tuple[float, float, int]], *, title: str, x_label: str, y_label: str) -> str:
-    """(predicted share, observed share, count) against the diagonal; a dot's area grows with its count."""
+    """A dot for each (predicted share, observed share, count), with an area that grows with the count, and the
+    diagonal."""
     lowest = min(min(predicted, observed) for predicted, observed, _ in points)
     floor = min(int(lowest * 10), 9) / 10
     plot = _Plot(
@@ -123,7 +124,7 @@ def reliability_chart(points: Sequence[tuple[float, float, int]], *, title: str,
 def stacked_bars(
     xs: Sequence[float], layers: Sequence[tuple[str, Sequence[float]]], *, title: str, x_label: str, y_label: str
 ) -> str:
-    """One bar at each x, its layers (name, value at each x; none negative) on top of one another."""
+    """One bar at each x, with its layers (name, value at each x; none negative) stacked."""
     totals = [sum(values) for values in zip(*(values for _, values in layers), strict=True)]
     y_axis = Axis.fit([0.0, *totals], HEIGHT - BOTTOM, TOP, ticks=4)
     plot = _Plot(Axis.categories([format_number(x) for x in xs], LEFT, WIDTH - 12), y_axis, HEIGHT)
@@ -144,7 +145,7 @@ def stacked_bars(
 
 @dataclass(frozen=True)
 class _Plot:
-    """The frame: grid lines, tick labels, axis labels; the shapes are drawn over it."""
+    """The frame of a chart: grid lines, tick labels, axis labels. Shapes are drawn over it."""
 
     x: Axis
     y: Axis
@@ -185,7 +186,7 @@ def _line(plot: _Plot, index: int, line: Series) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         if len(run) > 1:
             shapes.append(f'<polyline class="line s{index}" points="{path}"/>')
-        if dotted or len(run) == 1:  # a point alone has no line to show it
+        if dotted or len(run) == 1:  # a single point has no line
             for (x, y), (step, value) in zip(places, run, strict=True):
                 tip = f"{line.name} at {format_number(step)}: {format_number(value)}"
                 shapes.append(
@@ -195,7 +196,7 @@ def _line(plot: _Plot, index: int, line: Series) -> str:
 
 
 def _last_values(plot: _Plot, series: Sequence[Series]) -> str:
-    """The last value of each line, printed at its end; moved apart where they would overlap."""
+    """The last value of each line, printed at its end; labels are moved apart if they would overlap."""
     ends = []
     for index, line in enumerate(series):
         runs = segments(line.points)
@@ -211,7 +212,7 @@ def _last_values(plot: _Plot, series: Sequence[Series]) -> str:
 
 def _band(plot: _Plot, band: Sequence[tuple[float, float | None, float | None]]) -> str:
     whole = [(x, low, high) for x, low, high in band if low is not None and high is not None]
-    if len(whole) == 1:  # an area needs two: one interval is an error bar
+    if len(whole) == 1:  # an area needs two points: a single interval is drawn as an error bar
         x, low, high = whole[0]
         at, bottom, top = plot.x.at(x), plot.y.at(low), plot.y.at(high)
         return f'<line class="line s0 thin" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom:.1f}" y2="{top:.1f}"/>'
@@ -221,7 +222,7 @@ def _band(plot: _Plot, band: Sequence[tuple[float, float | None, float | None]])
 
 
 def _reference(plot: _Plot, value: float, label: str, *, beside: bool = False) -> str:
-    """A dashed level line; its label lies on it, or to its right where bars would hide it."""
+    """A dashed horizontal line with its label above it, or with ``beside`` to its right, where bars do not hide it."""
     y = plot.y.at(value)
     x, text_y = plot.x.start + 4, y + (12 if y < TOP + 12 else -4)
     if beside:
@@ -239,7 +240,7 @@ def _legend(names: Sequence[str]) -> str:
             f'<rect class="f{index}" x="{x:.1f}" y="6" width="10" height="10" rx="2"/>'
             f'<text class="label" x="{x + 14:.1f}" y="15">{escape(name)}</text>'
         )
-        x += 14 + 6.2 * len(name) + 14  # SVG cannot measure text: 6.2 is a little over the mean width at 11 px
+        x += 14 + 6.2 * len(name) + 14  # 6.2: slightly more than the mean width of a character at 11 px
     return "".join(shapes)
 
 

@@ -1,5 +1,5 @@
-"""The charts of each stage: those that ``rlhf_fast.metrics`` declares, and two of the reward model's summary. A chart
-without data is left out."""
+"""The charts of each stage: those that ``rlhf_fast.metrics`` declares, and two from the reward model's summary. Charts
+without data are left out."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from rlhf_fast.metrics import FIXED_OF_PPO, Chart, Metric, charts
 from rlhf_fast.monitor.axes import Point, format_number, number
 from rlhf_fast.monitor.charts import Series, bar_chart, line_chart, reliability_chart, stacked_bars
 
-MAX_POINTS = 400  # a line wider than its pixels says no more
+MAX_POINTS = 400  # about the width of a chart in pixels
 MAX_BARS = 40
 
 Row = Mapping[str, Any]
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Panel:
-    """One card of the report: its charts (SVG texts, one under another) and one sentence on reading them."""
+    """One card of the report: its charts (SVG texts, stacked vertically) and an explanation."""
 
     title: str
     explanation: str
@@ -26,7 +26,7 @@ class Panel:
 
 
 def stage_panels(stage: str, rows: Sequence[Row], summary: Row) -> list[Panel]:
-    """The panels of ``sft``, ``reward`` or ``ppo`` for which there is data.
+    """The panels of the stage ``sft``, ``reward`` or ``ppo`` that have data.
 
     Args:
         rows: the lines of metrics.jsonl, each with a ``step``.
@@ -49,7 +49,7 @@ def stage_panels(stage: str, rows: Sequence[Row], summary: Row) -> list[Panel]:
 
 
 def _members(chart: Chart, metrics: Sequence[Metric], rows: Sequence[Row]) -> Iterator[tuple[Chart, Sequence[Metric]]]:
-    """The chart itself; for families, a chart for each function that the first of them was logged for."""
+    """The chart with its metrics; for a family of metrics, one chart per function for which the first was logged."""
     first = metrics[0]
     if not first.is_family:
         yield chart, metrics
@@ -60,7 +60,7 @@ def _members(chart: Chart, metrics: Sequence[Metric], rows: Sequence[Row]) -> It
 
 
 def _lines(chart: Chart, metrics: Sequence[Metric], rows: Sequence[Row], summary: Row) -> Panel | None:
-    """A line for each metric that has a value somewhere, the level line and the interval where they are known."""
+    """A line for each metric that has a value, and the horizontal level and the interval if there are any."""
     drawn = {kind: [metric for metric in metrics if metric.drawn == kind] for kind in ("line", "low", "high", "level")}
     found = {metric.label: _points(rows, metric.name) for metric in drawn["line"]}
     found = {label: points for label, points in found.items() if any(number(y) is not None for _, y in points)}
@@ -118,7 +118,8 @@ def _margins(summary: Row) -> Panel | None:
 
 
 def _bars(chart: Chart, metrics: Sequence[Metric], rows: Sequence[Row]) -> Panel | None:
-    """A stacked bar for each step, or for some steps in a row, that has a value of every metric that has any."""
+    """A stacked bar for each step, or for groups of consecutive steps. Uses the metrics that have values, and the steps
+    with a value of each of them."""
     parts = [metric for metric in metrics if any(number(row.get(metric.name)) is not None for row in rows)]
     whole = [row for row in rows if parts and all(number(row.get(part.name)) is not None for part in parts)]
     if not whole:
@@ -136,12 +137,12 @@ def _bars(chart: Chart, metrics: Sequence[Metric], rows: Sequence[Row]) -> Panel
 
 
 def _points(rows: Sequence[Row], key: str) -> list[Point]:
-    """(step, value) where the metric was written: null is a gap, an absent metric is not."""
+    """(step, value) of the rows that have the metric; a null is a gap."""
     return [(row["step"], number(row[key])) for row in rows if key in row]
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
-    """At most MAX_POINTS points, each the mean of its neighbours; a group of gaps stays a gap."""
+    """At most MAX_POINTS points, each the mean of a group of neighbours; a group of gaps stays a gap."""
     each = math.ceil(len(points) / MAX_POINTS)
     thinned: list[Point] = []
     for start in range(0, len(points), each):
@@ -157,7 +158,7 @@ def _band(rows: Sequence[Row], low: Metric, high: Metric) -> list[tuple[float, f
 
 
 def _constant(name: str, rows: Sequence[Row], summary: Row) -> float | None:
-    """A figure that does not change over a run: from the summary, else the last line that has it."""
+    """A figure that is constant over a run: from the summary, else from the last line that has it."""
     figure = (summary.get("figures") or {}).get(name, summary.get(name))
     value = number(figure.get("value") if isinstance(figure, Mapping) else figure)
     if value is not None:
@@ -166,7 +167,7 @@ def _constant(name: str, rows: Sequence[Row], summary: Row) -> float | None:
 
 
 def _range(low: Any, high: Any) -> str:
-    """A bucket by its upper end, short enough to stand under its bar; the bar to its left ends where it begins."""
+    """The label of a bucket: only its upper end, to be short; the lower end is the upper end of the bar to the left."""
     low, high = number(low), number(high)
     if high is not None:
         return f"≤ {format_number(high, 2)}"

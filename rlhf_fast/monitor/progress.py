@@ -1,4 +1,4 @@
-"""One stage's progress: a bar on a terminal, a plain line now and then in a log file, nothing on other ranks."""
+"""Shows a stage's progress: a bar on a terminal, occasional lines in a log file, nothing on ranks other than 0."""
 
 import sys
 from time import monotonic
@@ -16,16 +16,16 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """A context manager that shows how far a stage is, on standard error.
+    """A context manager that shows a stage's progress on standard error.
 
     Args:
-        title: what runs, such as ``"ppo"``.
-        total: steps in all.
-        start: steps done already (a resumed run); time left is reckoned from the steps after it.
-        enabled: False is silent (the ranks other than 0).
+        title: the name of the stage, such as ``"ppo"``.
+        total: the total number of steps.
+        start: steps done before (in a resumed run); the time left is estimated from later steps.
+        enabled: False prints nothing (ranks other than 0).
 
-    Where standard error is not a terminal, one line is printed for the first update, for the last, and at most every
-    10 seconds between: ``ppo  12/40  loss 1.234  512 tok/s  left 3:10``.
+    If standard error is not a terminal, lines are printed instead: for the first update, for the last, and between at
+    most every 10 seconds: ``ppo  12/40  loss 1.234  512 tok/s  left 3:10``.
     """
 
     def __init__(self, title: str, total: int, *, start: int = 0, enabled: bool = True) -> None:
@@ -41,7 +41,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._began = monotonic()
-        # isatty and not rich's is_terminal: FORCE_COLOR, common in CI, would turn the bar on in a log file
+        # isatty instead of rich's is_terminal, which FORCE_COLOR, common in CI, turns on for log files
         if self._enabled and sys.stderr is not None and sys.stderr.isatty() and not self._console.is_dumb_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),
@@ -50,7 +50,7 @@ class Progress:
                 TimeElapsedColumn(),
                 TextColumn("left", markup=False),
                 TimeRemainingColumn(compact=True),
-                # the one column that gives way where the window is narrow
+                # the column that shrinks in a narrow window
                 TextColumn("{task.fields[texts]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
                 console=self._console,
                 expand=True,
@@ -70,9 +70,9 @@ class Progress:
             self._print_line()  # the stage ended early
 
     def update(self, step: int, **texts: str) -> None:
-        """``step`` steps are done. ``texts`` are shown as ``name text``, but ``speed`` alone, as its unit names it.
+        """``step`` steps are done. ``texts`` are shown as ``name text``, except ``speed``, whose unit is enough.
 
-        A text stays until its name comes again.
+        A text stays until an update with the same name.
         """
         self._step = step
         self._texts.update(texts)
@@ -86,7 +86,7 @@ class Progress:
             self._print_line()
 
     def say(self, message: str) -> None:
-        """Print a message of its own without tearing the bar."""
+        """Print a message without breaking the bar."""
         if self._enabled:
             with unread_allowed(sys.stderr):
                 self._console.print(Text(one_line(message)), soft_wrap=True)

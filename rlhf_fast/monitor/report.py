@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page made from the files of a run, at any point of the run."""
+"""``report.html``: a self-contained page made from the files of a run, also while it runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ MAX_SAMPLES = 12
 
 
 def _shown(value: Any) -> Any:
-    """What the page shows of a text: characters that hide or turn text as escapes."""
+    """A text for the page, with control characters and characters that change the text direction as escapes."""
     return value if isinstance(value, Markup) else printable(str(value))
 
 
-# Everything that a template puts into a page goes through ``_shown`` and is then escaped for HTML.
+# Every value that a template inserts goes through ``_shown`` and is then escaped for HTML.
 PAGES = Environment(
     loader=PackageLoader("rlhf_fast.monitor", "page"),
     autoescape=True,
@@ -42,7 +42,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage has written so far."""
+    """The files that one stage has written so far."""
 
     name: str
     metrics: Sequence[Row]
@@ -54,11 +54,11 @@ def write_report(run_folder: Path) -> Path:
     """Write ``run_folder/report.html`` (atomically) and return its path.
 
     Args:
-        run_folder: a run (``sft/``, ``reward/``, ``ppo/`` under it; those there are shown) or one stage's own folder,
-            with ``metrics.jsonl`` in it.
+        run_folder: the folder of a run, with some of ``sft/``, ``reward/`` and ``ppo/`` in it, or the folder of a
+            stage, with ``metrics.jsonl`` in it.
 
     Raises:
-        UserError: the folder holds no run; a file in it is broken; the page cannot be written.
+        UserError: the folder contains no run; a file in it is broken; the page cannot be written.
     """
     folder = Path(run_folder)
     stages = _read_stages(folder)
@@ -67,7 +67,7 @@ def write_report(run_folder: Path) -> Path:
         raise UserError(
             f"expected {folder} to hold metrics.jsonl or one of {names}; it holds none: give the output folder of a run"
         )
-    resolved = folder / "config.resolved.yaml"  # where config.yaml is the file that the user gave
+    resolved = folder / "config.resolved.yaml"  # exists if config.yaml is the user's file
     config = resolved if resolved.exists() else folder / "config.yaml"
     settings = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
     path = folder / "report.html"
@@ -85,10 +85,10 @@ def _read_stage(folder: Path, name: str | None) -> Stage:
     metrics = read_steps(folder / "metrics.jsonl")
     samples = folder / "samples.jsonl"
     summary = read_summary(folder) or {}
-    # a stage on its own has no summary.json until it ends; its metrics tell which it is
+    # a single stage has no summary.json until it ends; its metrics show which stage it is
     name = name or summary.get("stage") or stage_of({key for row in metrics for key in row})
     if name not in STAGES:
-        raise UserError(f"{folder / 'summary.json'}: expected stage to be one of {', '.join(STAGES)}, came {name!r}")
+        raise UserError(f"{folder / 'summary.json'}: expected stage to be one of {', '.join(STAGES)}, got {name!r}")
     return Stage(name, metrics, read_steps(samples) if samples.exists() else [], summary)
 
 
@@ -113,7 +113,7 @@ def _section(stage: Stage) -> dict[str, Any]:
 
 
 def _headline(figures: Row) -> dict[str, Any]:
-    """The stage's figures; the interval and note columns are there when some figure has one."""
+    """The stage's figures; whether any has an interval, and whether any has a note."""
     rows = []
     for name, figure in figures.items():
         entry = figure if isinstance(figure, Mapping) else {"value": figure}
@@ -131,7 +131,7 @@ def _headline(figures: Row) -> dict[str, Any]:
 
 
 def _samples(stage: Stage) -> dict[str, Any]:
-    """Held-out prompts with the response at the first evaluation and at the last, paired by index."""
+    """Held-out prompts with the responses at the first and the last evaluation, paired by index."""
     rows = [row for row in stage.samples if row.get("split") == "eval" and "response" in row and "index" in row]
     steps = sorted({min(row["step"] for row in rows), max(row["step"] for row in rows)}) if rows else []
     at = [{row["index"]: row for row in rows if row["step"] == step} for step in steps]
@@ -161,7 +161,7 @@ def _scores(row: Row) -> str:
 
 
 def _value(value: Any) -> str:
-    """A figure as people write it; what was not a finite number is a dash."""
+    """A formatted figure; a dash for null and numbers that are not finite."""
     if value is None:
         return "–"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The figures a stage ends with: a table on the terminal, and ``summary.json`` for the report and other programs."""
+"""The final figures of a stage: a table on the terminal, and ``summary.json`` for the report and other programs."""
 
 import json
 import sys
@@ -33,9 +33,9 @@ def write_summary(folder: Path, stage: str, figures: Mapping[str, Any]) -> Path:
     Args:
         folder: the stage's folder.
         stage: ``sft``, ``reward`` or ``ppo``.
-        figures: name -> a number, a text, or ``{"value", "low", "high", "note"}``; these go under ``"figures"``, the
-            report's headline table. A list (``reliability``, ``margin_buckets``) is a curve's data and goes to the top
-            level under its own name. NaN and infinities become null.
+        figures: name -> a number, a text, or ``{"value", "low", "high", "note"}``, written under ``"figures"`` for the
+            report's headline table. A list (``reliability``, ``margin_buckets``) is the data of a curve, written at the
+            top level under its name. NaN and infinities become null.
 
     Raises:
         UserError: the file cannot be written.
@@ -49,10 +49,10 @@ def write_summary(folder: Path, stage: str, figures: Mapping[str, Any]) -> Path:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What :func:`write_summary` wrote: ``{"stage", "figures", ...curves}``; None where the stage has not ended yet.
+    """The content of :func:`write_summary`: ``{"stage", "figures", ...curves}``; None if the stage has not ended yet.
 
     Raises:
-        UserError: the file is there and is not a JSON object.
+        UserError: the file exists and is not a JSON object.
     """
     path = Path(folder) / "summary.json"
     if not path.exists():
@@ -63,5 +63,5 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         what = one_line(str(error), 200)
         raise UserError(f"{path}: expected a JSON object ({what}); remove the file, the next run writes it") from error
     if not isinstance(summary, dict):
-        raise UserError(f"{path}: expected a JSON object, came {type(summary).__name__}; remove the file")
+        raise UserError(f"{path}: expected a JSON object, got {type(summary).__name__}; remove the file")
     return summary

@@ -4,7 +4,7 @@ from rich.console import Console
 
 
 class Terminal(Console):
-    """rich's console without its own way of leaving: where nobody reads any more, the write fails as any other does."""
+    """rich's console, which raises BrokenPipeError for a closed pipe instead of ending the process."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError

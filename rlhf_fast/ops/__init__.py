@@ -1,4 +1,4 @@
-"""The losses and their building blocks: plain functions from tensors to tensors, one a file."""
+"""The losses and their building blocks: functions from tensors to tensors, one per file."""
 
 from ._dispatch import backends, use_backend
 from ._native import build_info

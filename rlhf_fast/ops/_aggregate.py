@@ -1,4 +1,4 @@
-"""From per-token values to one number: masked means, loss aggregation, and a sum whose order is fixed."""
+"""Reductions of per-token values to one number: masked mean, loss aggregation, and a sum in a fixed order."""
 
 import math
 
@@ -15,7 +15,7 @@ def aggregate(
     aggregation: str,
     num_items: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One number out of per-token values; a sequence without a live token does not count as a sequence.
+    """Aggregates per-token values to one number; a sequence without a live token does not count as a sequence.
 
     ======================= =========================================================================
     token-mean              sum / live tokens
@@ -63,7 +63,7 @@ def token_weights(
     aggregation: str,
     num_items: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a token counts in ``aggregate``, whose result is the sum of weights * values: float32, shape of ``tokens``.
+    """The weights of ``aggregate``: aggregate(values) = sum(weights * values). float32, shape of ``tokens``.
 
     Args:
         live: bool, of that shape, True = counts; None counts every token.
@@ -82,9 +82,9 @@ def token_weights(
 
 
 def scalar_tensor(num_items: float | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """``num_items`` as the custom ops take it."""
+    """``num_items`` as a tensor () on ``device``, as the custom ops take it; None stays None."""
     if isinstance(num_items, (int, float)):
-        # full, because tensor() would wait for the GPU to copy the number there
+        # full, because tensor() would synchronise with the GPU to copy the number
         return torch.full((), float(num_items), dtype=torch.float64, device=device)
     return num_items
 
@@ -97,8 +97,8 @@ def masked_mean(values: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor
 def ordered_sum(values: torch.Tensor) -> torch.Tensor:
     """The sum over the last dimension, (..., T) -> (...), bitwise the same for every number of threads.
 
-    torch splits a sum to one number among its threads once it passes 32768 elements, so its rounding depends on how
-    many there are. Blocks keep every sum below that.
+    torch splits a full reduction of more than 32768 elements among its threads, so its rounding depends on their
+    number. Here every sum has at most 1024 elements.
     """
     block = 1024
     values = values.contiguous()
@@ -109,7 +109,7 @@ def ordered_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def upcast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """All tensors in the dtype that is computed in: float64 when any of them is, else float32."""
+    """All tensors cast to the dtype of the computation: float64 if one of them is float64, else float32."""
     dtypes = [tensor.dtype for tensor in tensors]
     if dtypes.count(torch.float32) == len(dtypes):
         return tensors
@@ -118,7 +118,7 @@ def upcast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def check_aggregation(op: str, values: torch.Tensor, aggregation: str, num_items: float | torch.Tensor | None) -> None:
-    """``values`` can be aggregated this way."""
+    """Checks ``aggregation`` and ``num_items``, and that ``values`` have the shape that they need."""
     _checks.one_of(op, "aggregation", aggregation, AGGREGATIONS)
     if aggregation != "token-mean" and values.dim() != 2:
         raise ValueError(
@@ -139,7 +139,7 @@ def check_aggregation(op: str, values: torch.Tensor, aggregation: str, num_items
 
 
 def _total(values: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    # where, and not a product with the mask: NaN * 0 is NaN
+    # where instead of a product with the mask, because NaN * 0 is NaN
     return ordered_sum((values if live is None else torch.where(live, values, 0.0)).reshape(-1))
 
 
@@ -149,5 +149,5 @@ def _count(values: torch.Tensor, live: torch.Tensor | None) -> float | torch.Ten
 
 def _divide(total: torch.Tensor, count: float | torch.Tensor) -> torch.Tensor:
     if isinstance(count, torch.Tensor):
-        return (total / torch.where(count > 0, count, 1)).to(total.dtype)  # which a float64 count would widen
+        return (total / torch.where(count > 0, count, 1)).to(total.dtype)  # a float64 count would widen the result
     return total / (count if count > 0 else 1.0)

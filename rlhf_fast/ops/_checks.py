@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions. Each error says what was expected, what came and what to do."""
+"""Argument checks shared by the public functions. Each error says what was expected, what was given and what to do."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from torch._C._functorch import TransformType
 
 from rlhf_fast.kernels.records import Range
 
-# Past them, float32 has no reciprocal of a temperature, or no product of one and the exponents' range.
+# The range in which float32 holds the reciprocal of a temperature and its products with the exponents of a softmax.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**119
 NUMBERS = (float, int, type(None))
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -37,7 +37,7 @@ def integral(op: str, **tensors: torch.Tensor) -> None:
 
 
 def is_tensor(op: str, **tensors: torch.Tensor) -> None:
-    """Every one is a torch.Tensor, whole: a DTensor, as FSDP2 and tensor parallelism make them, is refused."""
+    """Every argument is a torch.Tensor and no DTensor, which FSDP2 and tensor parallelism use."""
     for name, tensor in tensors.items():
         if type(tensor) in PLAIN:
             continue
@@ -51,9 +51,9 @@ def is_tensor(op: str, **tensors: torch.Tensor) -> None:
 
 
 def alike(op: str, what: str, **tensors: torch.Tensor) -> None:
-    """All are floating-point tensors on one device, of the shape of the first; ``what`` says whose that is."""
+    """All are floating-point tensors on one device with the shape of the first; ``what`` names that shape in errors."""
     first = next(iter(tensors.values()))
-    if type(first) in PLAIN:  # the usual case in one pass
+    if type(first) in PLAIN:  # fast path: one loop for plain tensors without an error
         shape, device = first.shape, first.device
         for tensor in tensors.values():
             if type(tensor) not in PLAIN or tensor.dtype not in FLOATS:
@@ -77,7 +77,7 @@ def same_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def shaped(op: str, expected: tuple[int, ...] | torch.Size, what: str, **tensors: torch.Tensor | None) -> None:
-    """Every tensor that is given has the expected shape; ``what`` says where that shape comes from."""
+    """Every tensor that is given has the expected shape; ``what`` names that shape in errors."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != expected:
             raise ValueError(f"{op}: {name} must have shape {tuple(expected)} ({what}); got {tuple(tensor.shape)}")
@@ -86,7 +86,7 @@ def shaped(op: str, expected: tuple[int, ...] | torch.Size, what: str, **tensors
 def live_mask(op: str, mask: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
     """A bool mask (True = counts) of ``shape``, from bool or 0/1 of any dtype; None stays None.
 
-    Another value is an error on the CPU. On a GPU and under torch.compile nobody looks; there it counts as 1.
+    Another value is an error on the CPU. On a GPU and under torch.compile it is not checked and counts as 1.
     """
     if mask is None:
         return None
@@ -101,13 +101,13 @@ def live_mask(op: str, mask: torch.Tensor | None, shape: torch.Size, device: tor
         position = tuple((live.to(mask.dtype) != mask).nonzero()[0].tolist())
         raise ValueError(
             f"{op}: mask must be bool or 0/1; got {mask[position].item():g} at position {position}. It takes no "
-            "weights: pass mask != 0 if such a token counts, and multiply what the weights are meant for by them."
+            "weights: pass mask != 0 if such a token counts, and multiply the advantages or the loss by the weights."
         )
     return live
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """Not a stand-in for values to come: of a compiler, a functional transform, a tensor subclass or device "meta"."""
+    """Whether the tensor has real values: False under torch.compile and torch.func, for subclasses, and on "meta"."""
     return (
         type(tensor) in PLAIN
         and not tensor.is_meta
@@ -117,12 +117,12 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 
 def at_hand(tensor: torch.Tensor) -> bool:
-    """Whether its values can be looked at here: on a GPU that would synchronise, and break what traces the call."""
+    """Whether the values can be read here: on a GPU that would synchronise, and under a tracer it would fail."""
     return tensor.is_cpu and has_values(tensor) and not torch._C._len_torch_dispatch_stack()
 
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:
-    """Without a gradient. An inference tensor, as a rollout leaves them, is copied: torch keeps none for a backward."""
+    """Without gradient. An inference tensor, such as from a rollout, is copied: autograd cannot save one."""
     if tensor.requires_grad:
         return tensor.detach()
     if torch.compiler.is_compiling() or not tensor.is_inference() or not torch.is_grad_enabled():
@@ -131,7 +131,7 @@ def constant(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def differentiated_once(op: str) -> None:
-    """torch.func would take a second derivative that misses this op's part for 0."""
+    """Refuses nested differentiation by torch.func: its second derivative would silently lack this op's part."""
     if under_torch_func():
         kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
         if kinds.count(TransformType.Grad) + kinds.count(TransformType.Jvp) > 1:
@@ -139,17 +139,17 @@ def differentiated_once(op: str) -> None:
 
 
 def under_torch_func() -> bool:
-    """Whether a transform of torch.func (grad, vmap, ...) runs."""
+    """Whether a transform of torch.func (grad, vmap, ...) is active."""
     return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
 
 
 def temperatures(
     op: str, temperature: float | torch.Tensor, shape: torch.Size, device: torch.device
 ) -> float | torch.Tensor:
-    """A positive number, or a tensor of positive numbers, one a row (scalar tensors become numbers' shape ``()``).
+    """Checks a temperature: a positive number, or a tensor of them, () or one per row. Returns a float or the tensor.
 
-    A tensor's entries are checked on the CPU; on a GPU that would synchronise, and under torch.compile break the graph,
-    so there a wrong entry gives NaN in its row.
+    A tensor's entries are checked on the CPU only. On a GPU that would synchronise, and under torch.compile it would
+    break the graph; there a wrong entry gives NaN in its row.
     """
     if isinstance(temperature, torch.Tensor):
         floating(op, temperature=temperature)
@@ -172,9 +172,9 @@ def usable_temperature(temperature: torch.Tensor) -> torch.Tensor:
 
 
 def is_number(op: str, **numbers: object) -> None:
-    """No tensor, which would pass every comparison and then not be the number that a kernel needs."""
+    """No argument is a tensor. A tensor would pass the range checks, but the kernels need a number."""
     for name, number in numbers.items():
-        # the types first: isinstance(number, Tensor) takes ten times as long
+        # compares types first, because isinstance(number, Tensor) takes ten times as long
         if type(number) not in NUMBERS and isinstance(number, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a number; got a tensor of shape {tuple(number.shape)}: .item() it")
 
@@ -204,7 +204,7 @@ def within(op: str, lowest: float, highest: float, **numbers: float) -> None:
 
 
 def in_ranges(op: str, ranges: dict[str, Range], numbers: dict[str, float | None], prefix: str = "") -> dict[str, Any]:
-    """Each number is in the range of its name; errors name it behind ``prefix``. Returns them, inf in place of None."""
+    """Checks each number against the range of its name. Returns them, inf for None. Errors put ``prefix`` first."""
     for name, number in numbers.items():
         if type(number) not in NUMBERS:
             is_number(op, **{prefix + name: number})

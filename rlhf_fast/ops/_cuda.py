@@ -1,4 +1,4 @@
-"""The CUDA launchers of the compiled engine, and their only caller."""
+"""Calls the CUDA launchers of the compiled engine. No other module does."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from . import _native
 
 
 class Cuda:
-    """The launchers of csrc/cuda, from the compiled module, or ``reason`` why there is none."""
+    """The launchers of csrc/cuda in the compiled module; ``reason`` says why there is no module."""
 
     def __init__(self, module: Any, reason: str | None) -> None:
         self.launchers: Any = getattr(module, "cuda", None)
@@ -25,10 +25,13 @@ class Cuda:
         return _why_not_there(self, torch.cuda.current_device() if device.index is None else device.index)
 
     def launch(self, launcher: str, record: Record) -> None:
-        """On the current device and its stream. Scratch memory comes from torch, so that it is safe to give back as
-        soon as the launch is under way.
+        """Launches on the current device and torch's current stream.
 
-        Raises RuntimeError with the launcher, its sizes and CUDA's text.
+        Called without scratch memory, a launcher launches if it needs none, else it returns the bytes that it needs.
+        Scratch comes from torch's caching allocator, which orders its reuse by stream, so it may be freed right after
+        the launch.
+
+        Raises RuntimeError with the launcher's name, its sizes and CUDA's message.
         """
         function, stream = getattr(self.launchers, launcher), self.stream()
         needed = function(record, 0, 0, stream)
@@ -44,7 +47,7 @@ class Cuda:
 
 
 def _why_not_there(engine: Cuda, index: int) -> str | None:
-    """Why the kernels cannot run on this GPU: its architecture, or its driver, is none that they were compiled for."""
+    """Why the kernels cannot run on this GPU: they were not compiled for its architecture, or its driver is too old."""
     known = engine._cannot_run
     if index not in known:
         with torch.cuda.device(index):
@@ -60,5 +63,5 @@ def _why_not_there(engine: Cuda, index: int) -> str | None:
     return known[index]
 
 
-# What torch.compile takes for constant, as _dispatch._say_once.
+# torch.compile takes the result for a constant, as for _dispatch._say_once.
 _why_not_there._dynamo_marked_constant = True  # type: ignore[attr-defined]

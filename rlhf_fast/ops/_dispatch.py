@@ -1,9 +1,11 @@
-"""Which backend runs an op, decided here alone.
+"""The choice of the backend that runs an op. No other module makes it.
 
-An op has a torch reference and, where it has kernels, a fused implementation: ``@implements("gae", "torch")`` and
-``@implements("gae", "fused")``. Every engine has every launcher of kernels/records.py, so that which of them runs is a
-matter of the device, and of a backend that is forced: ``implementation`` asks for a call, ``launch`` for each launch in
-it (a backward or a compiled graph may come later, on another thread).
+An op has a torch reference and, if it has kernels, a fused implementation: ``@implements("gae", "torch")`` and
+``@implements("gae", "fused")``. The fused one calls launchers, which an engine runs: native, cuda or triton. Every
+engine has every launcher of kernels/records.py, so the choice depends only on the device and on a forced backend.
+
+``implementation`` chooses torch or fused for a call. ``launch`` chooses the engine for each launch, because a backward
+or a compiled graph may run later, on another thread.
 """
 
 import contextlib
@@ -26,25 +28,24 @@ Implementation = Callable[..., Any]
 
 
 class Engine(Protocol):
-    """What runs launchers."""
+    """Runs launchers."""
 
     def why_not(self, device: torch.device) -> str | None:
-        """Why it cannot run there; None where it can."""
+        """Why the engine cannot run on this device; None if it can."""
 
     def launch(self, launcher: str, record: Record) -> None:
         """Runs the launcher of this name, on the current device."""
 
 
 BACKENDS = ("cuda", "triton", "native", "torch")
-# The engines of each device, best first. Another engine can be added from outside (the tests emulate CUDA on the CPU);
-# it runs only if it is forced. cuda comes before triton, whose launch is slow Python code, until both are timed on a
-# GPU.
+# The engines of each device, best first. Tests add an engine (CUDA emulated on the CPU), which runs only if it is
+# forced. cuda comes before triton because a Triton launch runs slow Python code; neither has been timed on a GPU yet.
 ENGINES: dict[str, dict[str, Engine]] = {
     "cpu": {"native": native},
     "cuda": {"cuda": Cuda(native.module, native.reason), "triton": Triton()},
 }
 _table: dict[str, dict[str, Implementation]] = {}
-_forced: str | None = None  # a plain global, which torch.compile guards on
+_forced: str | None = None  # a plain global, so that torch.compile guards on it
 _warned: set[tuple[str, str]] = set()
 
 
@@ -59,12 +60,13 @@ def implements(op: str, kind: str) -> Callable[[Implementation], Implementation]
 
 
 def implementation(op: str, like: Tensor) -> Implementation:
-    """The function that runs ``op`` on tensors like this one: the forced backend's, else the first that can run.
+    """The implementation of ``op`` for tensors like this one: the forced backend's, else the first that can run.
 
-    float64 is the torch reference on every backend: it is the truth that the others are held to. An op of a number a
-    sequence (pairwise_loss, dpo_loss) exists in torch alone, and no forced backend changes that.
+    float64 always runs the torch reference. pairwise_loss and dpo_loss, which take one number per sequence, exist only
+    in torch, whatever backend is forced.
 
-    Raises RuntimeError when a forced backend cannot run; warns once when one is passed over.
+    Raises RuntimeError when a forced backend cannot run. Warns once for each op and backend that is skipped because it
+    cannot run.
     """
     row = _table[op]
     if "fused" not in row:
@@ -87,9 +89,9 @@ def implementation(op: str, like: Tensor) -> Implementation:
 def launch(record: Record, like: Tensor) -> None:
     """Runs the launcher of this record on the device of ``like``, on the forced engine or the first that can run.
 
-    Raises RuntimeError where none can: a graph compiled for a backend that has gone.
+    Raises RuntimeError if none can, such as for a graph that was compiled when the backend was available.
     """
-    if like.is_cpu and len(ENGINES["cpu"]) == 1:  # no choice to make; asking would take a microsecond
+    if like.is_cpu and len(ENGINES["cpu"]) == 1:  # the only engine; the general way takes a microsecond
         (only,) = ENGINES["cpu"].values()
         return only.launch(NAMES[type(record)], record)
     device = like.device
@@ -99,17 +101,17 @@ def launch(record: Record, like: Tensor) -> None:
     if engine is None:
         raise RuntimeError(f"{NAMES[type(record)]}: no engine can run on {device}")
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # a kernel is launched on the current one
+        with torch.cuda.device(device):  # kernels are launched on the current device
             engine.launch(NAMES[type(record)], record)
     else:
         engine.launch(NAMES[type(record)], record)
 
 
 def backends(device: str | torch.device | None = None) -> dict[str, dict[str, Any]]:
-    """What is available per op, what is chosen, and why not the others.
+    """For each op: the chosen backend, the available ones, and why the others are unavailable.
 
     Args:
-        device: where the tensors would be; the default is CUDA where there is one, else the CPU.
+        device: the device of the tensors; the default is CUDA if there is one, else the CPU.
 
     Returns:
         dict: op to ``{"chosen": name, "available": [names], "unavailable": {name: reason}}``. "chosen" is None when
@@ -150,7 +152,7 @@ def use_backend(name: str) -> Iterator[None]:
 def forced_backend() -> str | None:
     """The backend forced by ``use_backend``, else by RLHF_FAST_BACKEND, else None.
 
-    A compiled graph keeps to the RLHF_FAST_BACKEND that it was compiled under; ``use_backend`` reaches it at any time.
+    A compiled graph keeps the RLHF_FAST_BACKEND that it was compiled under; ``use_backend`` still applies to it.
     """
     if _forced is not None:
         return _forced
@@ -161,11 +163,11 @@ def forced_backend() -> str | None:
 def _say_once(op: str, name: str, reason: str) -> None:
     if (op, name) not in _warned:
         _warned.add((op, name))
-        warnings.warn(f"{op}: backend {name!r} cannot run here and is passed over: {reason}", stacklevel=4)
+        warnings.warn(f"{op}: backend {name!r} cannot run here and is skipped: {reason}", stacklevel=4)
 
 
-# Runs while torch.compile traces, whose graph a warning would break. It is torch.compiler.assume_constant_result, less
-# that decorator's import of the compiler.
+# Makes torch.compile run _say_once while tracing; a traced warning would break the graph. This is what
+# torch.compiler.assume_constant_result sets, but that decorator imports the compiler.
 _say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -176,7 +178,7 @@ def _checked(name: str) -> str:
 
 
 def _meant_for(device: torch.device) -> tuple[str, ...]:
-    """The engines that run there unasked, best first."""
+    """The engines that may run on this device without being forced, best first."""
     return ("cuda", "triton") if device.type == "cuda" else ("native",)
 
 
@@ -185,8 +187,8 @@ def _why_not(op: str, name: str, device: torch.device) -> str | None:
         return None
     if "fused" not in _table[op]:
         return f"has no {op}"
-    if op != "gae" and under_torch_func():  # gae has no gradient, and vmap calls it by slices
-        return "torch.func transforms the torch reference alone"
+    if op != "gae" and under_torch_func():  # gae has no gradient, and vmap runs it slice by slice
+        return "torch.func transforms only the torch reference"
     engines = ENGINES.get(device.type, {})
     if name not in engines:
         return f"runs on {'the CPU' if name == 'native' else 'CUDA'}; the tensors are on {device.type}"

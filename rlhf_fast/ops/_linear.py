@@ -1,7 +1,7 @@
-"""What the ops with an lm head share: the checks of the head, the projection, and the walk over the live tokens.
+"""Shared by the ops with an lm head: checks of the head, autocast, and the torch reference's loop over live tokens.
 
-Only live tokens are projected, a chunk at a time, so that the logits never exist whole; the backward forms each
-chunk's logits again.
+The reference projects only live tokens, chunk by chunk, and never stores all logits at once. Its backward recomputes
+the logits of each chunk.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Head(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the ops with one hidden state a token take, checked."""
+    """The checked inputs of the ops with one hidden state per token."""
 
     hidden: Tensor  # (N, H)
     head: Head
@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
 def checked_head(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, vocab_size: int | None
 ) -> tuple[Tensor, Head]:
-    """Checks hidden (..., H) and the head. Returns both as autocast casts them, the head cut to its real vocabulary."""
+    """Checks hidden (..., H) and the head. Returns both as autocast casts them, the head cut to vocab_size rows."""
     _checks.floating(op, hidden=hidden, weight=weight)
     if hidden.dim() < 1:
         raise ValueError(f"{op}: hidden must have shape (..., H); got a tensor without dimensions")
@@ -77,9 +77,9 @@ def checked_head(
 
 
 def autocasted(operand: Tensor) -> Tensor:
-    """What F.linear makes of an operand: in the dtype of the torch.autocast around it, if any, but for a float64 one.
+    """Casts an operand as F.linear does: to the dtype of the surrounding torch.autocast, if any; float64 stays.
 
-    Differentiable, so that the gradient comes back in the operand's own dtype.
+    Differentiable: the gradient has the operand's own dtype.
     """
     if not _inside_autocast(operand) or operand.dtype == torch.float64:
         return operand
@@ -87,16 +87,16 @@ def autocasted(operand: Tensor) -> Tensor:
 
 
 def _inside_autocast(tensor: Tensor) -> bool:
-    if tensor.is_cpu:  # the CPU always has autocast; one question takes half the time
+    if tensor.is_cpu:  # the CPU always has autocast; skipping the other call halves the time
         return torch.is_autocast_enabled("cpu")
-    device = tensor.device.type  # "meta" has none
+    device = tensor.device.type  # "meta" has no autocast
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def in_full_precision(head: Head, dtype: torch.dtype) -> Head:
-    """The parts of the head that are trained, cast once: the chunks' gradients add up in ``dtype``, rounded once.
+    """The head with its trained parts in ``dtype``, so that the chunks' gradients are summed in it and rounded once.
 
-    A frozen weight is left as it is, so that no copy of it is kept for the backward.
+    A frozen weight is not cast: the backward would keep the copy.
     """
     weight = head.weight.to(dtype) if head.weight.requires_grad else head.weight
     bias, down, up = (None if part is None else part.to(dtype) for part in head[1:4])
@@ -104,7 +104,7 @@ def in_full_precision(head: Head, dtype: torch.dtype) -> Head:
 
 
 def project(hidden: Tensor, head: Head, softcap: float | None) -> Tensor:
-    """Capped logits (n, V) of hidden (n, H), multiplied, summed and returned in the accumulation dtype."""
+    """Softcapped logits (n, V) of hidden (n, H), computed in the accumulation dtype."""
     dtype = accumulation_dtype(hidden.dtype)
     if torch.is_grad_enabled() and not _checks.under_torch_func() and not torch.compiler.is_compiling():
         hidden, head = _differentiable_once(hidden, head)
@@ -123,7 +123,7 @@ def _differentiable_once(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
 
 
 class _Once(torch.autograd.Function):
-    """Its inputs. A second derivative is refused: the checkpoint of a chunk would leave part of it out."""
+    """The identity. Refuses a second derivative, which would lack the part of the checkpointed chunks."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -140,9 +140,7 @@ class _Once(torch.autograd.Function):
 
 
 class Product(torch.autograd.Function):
-    """left (n, k) times right (m, k) transposed. Neither an autocast around the call rounds it to half precision nor
-    one around its backward.
-    """
+    """left (n, k) x right (m, k)^T, with autocast disabled in the forward and in the backward."""
 
     generate_vmap_rule = True
 
@@ -172,22 +170,21 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def over_live_rows(
     function: Callable[..., tuple[Tensor, ...]], live: Tensor, head: Head, hidden: Tensor, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
-    """Runs ``function`` on chunks of the live rows of hidden (N, H) and ``tensors`` (N, ...).
+    """Runs ``function`` on chunks of the live rows of hidden (N, H) and ``tensors`` (N, ...), and joins its results.
 
-    Its results (n,) are put back among N.
-
-    Dead rows are never read and come out as 0. Selecting the live rows synchronises on a GPU.
+    The results are (n,) of each chunk, and (N,) joined, 0 in the dead rows, which are never read. Gathering the live
+    rows synchronises on a GPU.
     """
     inputs = (hidden, *tensors)
-    # Where nobody can tell how many rows are live, as in a compiled graph, the dead are computed too, on data not
-    # their own.
+    # Where the number of live rows is unknown, as in a compiled graph, all rows are computed, the dead ones on harmless
+    # values.
     rows = live.nonzero().squeeze(1) if _checks.has_values(live) else None
     inputs = tuple(_inert(tensor, live) if rows is None else tensor.index_select(0, rows) for tensor in inputs)
     step = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
     chunks = zip(*(tensor.split(step) for tensor in inputs), strict=True)
     trained = (hidden, *head[:4])
     recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained)
-    if recorded and not _checks.under_torch_func():  # which knows no checkpoint
+    if recorded and not _checks.under_torch_func():  # torch.func does not support checkpoint
         parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     else:
         parts = [function(*chunk) for chunk in chunks]
@@ -205,7 +202,7 @@ def _inert(tensor: Tensor, live: Tensor) -> Tensor:
 
 
 def checked_lora(op: str, hidden: Tensor, columns: int, lora: LoRA) -> LoRA:
-    """An adapter on a layer from hidden (..., H) to so many columns."""
+    """Checks an adapter on a layer from hidden (..., H) to ``columns`` outputs."""
     if not isinstance(lora, tuple) or len(lora) != 3:
         raise TypeError(f"{op}: lora must be a tuple (A, B, scale); got {type(lora).__name__}")
     down, up, scale = lora

@@ -1,9 +1,8 @@
-"""What the losses share: their scalars, checked, and their run on the engines.
+"""Shared by clipped_policy_loss, clipped_value_loss and ppo_loss: checks of scalars, and the fused implementation.
 
-There, clipped_policy_loss, clipped_value_loss and ppo_loss are one sweep for loss, gradients and statistics.
-
-The last of the statistics is the scale: what the gradients are still to be multiplied by. A GPU's kernel learns the
-divisor of the loss after it has written them.
+All three use the same launcher, which computes loss, gradients and statistics in one pass. The last of the statistics
+is the scale by which the gradients still must be multiplied: a GPU kernel writes the gradients before it knows the
+divisor of the loss.
 """
 
 from typing import Any, NamedTuple, cast
@@ -18,12 +17,12 @@ from ._dispatch import implements, launch
 from ._op import empty_contiguous, fused_op
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
-JOINT_STATISTICS = 11  # of ppo_loss: 4 terms, 5 of the policy, 1 of the value, the scale
+JOINT_STATISTICS = 11  # the number of ppo_loss's statistics: 4 terms, 5 of the policy, 1 of the value, the scale
 ABSENT = cast(Tensor, None)
 
 
 def _codes(estimator: str) -> tuple[int, int]:
-    """The codes of the estimators that give its value and its slope: a "+" form has the slope of k2."""
+    """Codes of the formulas of an estimator's value and of its slope; a "+" form has the slope of k2."""
     value = records.KL_ESTIMATORS.index(estimator.removesuffix("+"))
     return value, records.KL_ESTIMATORS.index("k2") if estimator.endswith("+") else value
 
@@ -32,8 +31,8 @@ KL_CODES = {estimator: _codes(estimator) for estimator in ESTIMATORS}
 
 
 class LossInputs(NamedTuple):
-    """What the three losses take, (B, T) each, or any shape where nothing counts sequences; one dtype. A loss without a
-    policy, or without a value, leaves its data ABSENT.
+    """The inputs of the three losses. Tensors are (B, T), or of any shape if no option depends on sequences, and of one
+    dtype. The value loss leaves the policy's tensors ABSENT, and the policy loss those of the value.
     """
 
     aggregation: str
@@ -56,7 +55,7 @@ _OF_POLICY, _OF_VALUE = records.ranges_of(records.PolicyTerms), records.ranges_o
 
 
 def policy_terms(op: str, *, kl_estimator: str = "k1", **scalars: float | None) -> records.PolicyTerms:
-    """The scalars of a loss with a policy, checked. One that is not given keeps its default, which leaves it out."""
+    """Checks the scalars of a policy loss and returns them as a record. The defaults leave a term out of the loss."""
     numbers = _checks.in_ranges(op, _OF_POLICY, scalars)
     _checks.one_of(op, "kl_estimator", kl_estimator, ESTIMATORS)
     kl, kl_slope = KL_CODES[kl_estimator]
@@ -64,7 +63,7 @@ def policy_terms(op: str, *, kl_estimator: str = "k1", **scalars: float | None) 
 
 
 def value_terms(op: str, prefix: str = "", **scalars: float | None) -> records.ValueTerms:
-    """Those of a loss with a value, whose arguments bear the names of the fields behind ``prefix``."""
+    """Checks the scalars of a value loss and returns them as a record. Errors put ``prefix`` before a field's name."""
     return records.ValueTerms(**_checks.in_ranges(op, _OF_VALUE, scalars, prefix))
 
 
@@ -77,7 +76,7 @@ def check_ratio_level(op: str, logprobs: Tensor, ratio_level: str) -> None:
 
 
 def check_reference(op: str, ref_logprobs: Tensor | None, kl_coef: float) -> None:
-    """A KL term needs the log-probs of the reference."""
+    """Raises ValueError for a KL term without log-probs of the reference."""
     if kl_coef > 0 and ref_logprobs is None:
         raise ValueError(f"{op}: kl_coef={kl_coef!r} needs ref_logprobs, which is None; pass them or set kl_coef=0")
 
@@ -91,7 +90,7 @@ class _Forward(NamedTuple):
 
 
 def _fused(name: str) -> Any:
-    """The op of this name, which returns the loss and its statistics, the scale left out."""
+    """Registers the fused op of this name. It returns the loss and its statistics without the scale."""
     forward = fused_op(name, _Forward, _kernel, _outputs, trained=_TRAINED, save=_save, gradient=_gradient)
 
     def run(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -106,7 +105,7 @@ def _fused(name: str) -> Any:
 
 
 def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
-    """-> the loss (), its statistics (n,), its gradients: (wanted, B, T), or (B, T) where one is wanted."""
+    """-> the loss (), its statistics (n,), and the wanted gradients: (count, B, T), or (B, T) for one."""
     inputs, wants = given
     loss, statistics, grads = outputs = _outputs(given)
     slots = iter(grads.unbind() if wants.count(True) > 1 else (grads,))
@@ -146,7 +145,7 @@ def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def with_measures(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """-> the policy loss with its KL and entropy terms (), and the statistics of ppo_loss."""
-    idle = inputs.old_logprobs  # any tensor of this shape: a value loss of weight 0 is not added
+    idle = inputs.old_logprobs  # a tensor of this shape in place of values; with a coef of 0 it has no effect
     weightless = records.ValueTerms(coef=0.0)
     loss, statistics, _ = _kernel(
         _Forward(inputs._replace(values=idle, old_values=idle, returns=idle, value_terms=weightless), [False] * 3)
@@ -159,7 +158,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _divisor(aggregation: str, num_items: Tensor | None) -> records.LossDivisor:
-    """Below 0, the number tells the kernel to count the tokens; a given one is at least 0. A GPU's stays a tensor."""
+    """The divisor's record. number < 0: the kernel counts tokens or sequences; a tensor on a GPU is passed as it is."""
     number, items = -1.0, None
     if num_items is not None and num_items.is_cuda:
         items = num_items.double()
@@ -171,7 +170,7 @@ def _divisor(aggregation: str, num_items: Tensor | None) -> records.LossDivisor:
 def _outputs(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
     policy, value = given.inputs.logprobs, given.inputs.values
     data = value if policy is None else policy
-    count = 6 if value is None else 2 if policy is None else JOINT_STATISTICS  # as records.PpoLoss tells
+    count = 6 if value is None else 2 if policy is None else JOINT_STATISTICS  # as in records.PpoLoss
     wanted = given.wants.count(True)
     grads = empty_contiguous(data) if wanted == 1 else data.new_empty((wanted, *data.shape))
     return data.new_empty(()), data.new_empty(count), grads

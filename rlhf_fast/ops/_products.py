@@ -1,9 +1,12 @@
-"""Matrix products: torch's or the engine's own; those of an lm head, in float32 whatever the factors are, and how many
-rows and columns one takes.
+"""Matrix products, computed by torch or by the compiled engine, and the chunk and tile sizes of an lm head's products.
+
+Logits are float32 for every dtype of the factors. n, k, m are the sizes of a product (n, k) x (k, m); k is its K
+dimension. The columns of a row-major matrix are contiguous where a docstring says so; rows may have any stride.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,42 +15,46 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import _native
+from ._native import Term
 from ._op import fused_op
 
-# On the CPU: the buffer of one chunk's logits. Fewer rows a chunk would read the weight more often than it takes to
-# multiply them. And the columns of one product: tiles that stay in the cache are a tenth faster in float32 than the
-# whole width at once, and what is added to the logits (bias, adapter) finds them there.
+# CPU: bytes of one chunk's logits. With smaller chunks, reading the weight once per chunk would take longer than the
+# multiplications.
 CHUNK_BYTES = 48 << 20
+# CPU: columns of one product. In float32, tiles that stay in the cache are a tenth faster than the whole width at once.
+# Bias and adapter are then added to a tile that is still in the cache.
 TILE = 2048
-# On a GPU: with so many rows the product is bound by arithmetic rather than by reading the weight (an H100 multiplies
-# about 250 numbers in the time that it takes to read one of bfloat16), unless their logits would take more than this
-# share of the memory. Nothing depends on how much of it is free: the same call is cut up the same way.
+# GPU: rows of a chunk. With this many rows the product is compute-bound (an H100 does about 250 multiplications in the
+# time that it takes to read one bfloat16 number).
 GPU_ROWS = 512
+# GPU: a chunk's logits take at most this share of the total memory. The free memory plays no part, so the same call
+# always has the same chunks.
 GPU_SHARE = 1 / 32
-# Columns of a product there to which something is added: a tile that stays in the cache until it is.
+# GPU: columns of one product whose weight is cast, or to which a bias or an adapter is added while the tile is in L2.
 GPU_TILE = 8192
-# Rows of the buffer begin an odd number of cache lines apart: a power of two between them, of which vocabularies are
-# often a multiple, has them fight for the same places in the cache.
+# Floats of a 64-byte cache line. The buffer's leading dimension is an odd number of lines: with a power of two between
+# rows (vocabulary sizes are often multiples of one), equal columns of all rows would map to the same cache sets.
 LINE = 16
-# On the CPU: inner indices that AMX multiplies at once. Of fewer at the end oneDNN reads as many, past the left row,
-# and multiplies the surplus by 0; but NaN * 0 is NaN (oneDNN's issue 5717).
+# CPU: the K block of AMX. Where K is no multiple of it, oneDNN reads a whole block, past the end of the left row, and
+# multiplies the surplus by 0; but NaN * 0 is NaN (oneDNN's issue 5717).
 BLOCK = 32
-# Fewer inner indices than a block that are read alone.
+# K below one block for which oneDNN does not read past the row.
 WHOLE = (8, 16, 24)
 
 
 class Plan(NamedTuple):
-    """How the walk over N rows of V logits is cut."""
+    """Chunk and tile sizes for N rows of V logits."""
 
-    rows: int  # of a chunk, whose logits there is memory for
-    fold: int  # rows that the fold takes at once, so that it finds in the cache what it reads twice
+    rows: int  # of a chunk: its logits fill the buffer
+    fold: int  # rows of one kernel launch (a "fold", see _sweep.py), few enough that its second read hits L2
     columns: int  # of one product
-    behind: bool  # where the gradient goes: where the fold before had its logits, or each row over its own
+    behind: bool  # the kernel writes all columns of several rows at once: see empty_logits
 
 
 def plan(rows: int, vocab: int, matrices: int, device: torch.device, in_one: bool) -> Plan:
-    """For so many matrices of logits side by side. ``in_one`` tells that nothing is added to a product of logits, and
-    no part of the weight cast for it.
+    """Sizes for ``matrices`` logits matrices (rows, vocab) that one kernel reads together.
+
+    ``in_one``: the logits are one product, without a bias, an adapter or a cast of the weight.
     """
     row = 4 * vocab
     if device.type == "cuda":
@@ -68,10 +75,12 @@ def _gpu(device: torch.device) -> tuple[int, int]:
 
 
 def empty_logits(cut: Plan, vocab: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits of a chunk, uninitialised float32, and over the same memory their gradient in ``dtype``; both (rows, V).
+    """One buffer, uninitialised: a chunk's logits in float32 and their gradient in ``dtype``, both (rows, V).
 
-    A GPU folds all columns of a row at once, so that a narrower gradient must not lie over logits of the same fold. It
-    begins half a fold before the logits, and so never catches up with what is still to be read.
+    The gradient overwrites the logits in place. A 16-bit gradient row takes half the bytes of its logits row. On a CPU
+    it lies over the first half of it. A GPU kernel works on all columns of ``cut.fold`` rows in parallel, so there it
+    must not write to logits of the same launch. The gradient buffer therefore starts fold / 2 rows before the logits:
+    the gradient of a launch ends where its logits begin, or before.
     """
     width = LINE * (math.ceil(vocab / LINE) | 1)
     ahead = math.ceil(min(cut.fold, cut.rows) / 2) if cut.behind and dtype != torch.float32 else 0
@@ -83,65 +92,125 @@ def empty_logits(cut: Plan, vocab: int, dtype: torch.dtype, device: torch.device
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the factors. Without bfloat16 instructions products in float32 are faster, and more exact. In float16 the
-    gradient of a logit would vanish: a mean over thousands of tokens takes it below the smallest number.
+    """The dtype of a product's factors: bfloat16 where hidden has it and the processor multiplies it, else float32.
+
+    Without bfloat16 instructions, float32 products are faster and more exact. float16 is never used: the gradient of a
+    logit, divided by thousands of tokens, would underflow.
     """
     halves = hidden.is_cuda or _native.multiplies_bfloat16()
     return torch.bfloat16 if hidden.dtype == torch.bfloat16 and halves else torch.float32
 
 
 def tiles(vocab: int, columns: int) -> list[slice]:
-    """The last one takes a rest of up to half a tile: MKL's thin products depend on the number of threads."""
+    """Slices of ``columns`` columns. A remainder of at most half a tile joins the last one.
+
+    MKL's results for narrow products depend on the number of threads.
+    """
     starts = range(0, max(vocab - columns // 2, 1), columns)
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], vocab], strict=True)]
 
 
-class _Product(NamedTuple):
-    out: Tensor  # (n, m), whose columns lie side by side
+class _Float32Product(NamedTuple):
+    out: Tensor  # (n, m), columns contiguous
     left: Tensor  # (n, k)
     right: Tensor  # (k, m)
     scale: float
     add: bool
 
 
-def _kernel(given: _Product) -> None:
+def _float32_kernel(given: _Float32Product) -> None:
     _native.float32_product(*given)
 
 
-_own_product = fused_op("float32_product", _Product, _kernel, lambda given: None, mutates="out")
+_float32_product = fused_op("float32_product", _Float32Product, _float32_kernel, lambda given: None, mutates="out")
 
 
-def _own(left: Tensor) -> bool:
-    """Whether the engine multiplies it, rather than torch."""
+class _BFloat16Product(NamedTuple):
+    out: Tensor  # (n, m), columns contiguous
+    bias: Tensor | None  # (m,)
+    lefts: list[Tensor]  # of each term
+    rights: list[Tensor]
+    starts: list[int]
+    scales: list[float]
+
+
+def _bfloat16_kernel(given: _BFloat16Product) -> None:
+    terms = map(Term, given.lefts, given.rights, given.starts, given.scales)
+    _native.bfloat16_product(given.out, list(terms), given.bias)
+
+
+_bfloat16_product = fused_op("bfloat16_product", _BFloat16Product, _bfloat16_kernel, lambda given: None, mutates="out")
+
+
+def _own_float32(left: Tensor) -> bool:
+    """Whether the compiled engine computes the product, not torch."""
     return left.dtype == torch.float32 and left.device.type == "cpu" and _native.multiplies_float32()
 
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left (n, k) right (k, m), both of one dtype, and so the result. It has no gradient."""
-    if not _own(left):
-        return left @ right
-    out = left.new_empty(left.shape[0], right.shape[1])
-    _own_product(_Product(out, left, right, 1.0, False))
+def _own_bfloat16(left: Tensor) -> bool:
+    return left.dtype == torch.bfloat16 and left.device.type == "cpu" and _native.prefers_bfloat16()
+
+
+def sum_of_products(terms: Sequence[Term], bias: Tensor | None = None) -> Tensor:
+    """bias (m,) + the sum of ``terms``, all of one dtype. Not differentiable.
+
+    The last term has all rows and scale 1. Where the engine computes it, a 16-bit result is rounded once; torch rounds
+    after each term.
+    """
+    *others, last = terms
+    left, right = last.left, last.right
+    if _own_bfloat16(left):
+        out = left.new_empty(left.shape[0], right.shape[1])
+        _sum_bfloat16(out, terms, bias)
+        return out
+    out = linear(left, right.T, bias) if bias is not None else matmul(left, right)
+    for term in others:
+        stop = term.start + term.left.shape[0]
+        add_product_(out[term.start : stop] if stop - term.start < len(out) else out, term.left, term.right, term.scale)
     return out
 
 
+def _sum_bfloat16(out: Tensor, terms: Sequence[Term], bias: Tensor | None = None) -> None:
+    lefts = [left if left.stride(1) == 1 else left.contiguous() for left, *_ in terms]
+    rights = [term.right for term in terms]
+    starts, scales = [term.start for term in terms], [float(term.scale) for term in terms]
+    _bfloat16_product(_BFloat16Product(out, bias, lefts, rights, starts, scales))
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left (n, k) x right (k, m), all of one dtype. Not differentiable."""
+    if _own_float32(left):
+        out = left.new_empty(left.shape[0], right.shape[1])
+        _float32_product(_Float32Product(out, left, right, 1.0, False))
+        return out
+    # torch reads a left factor of contiguous rows in place
+    return sum_of_products([Term(left, right)]) if _own_bfloat16(left) and left.stride(1) == 1 else left @ right
+
+
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden (n, I) weight (O, I)^T + bias (O,), all of one dtype. It has no gradient."""
-    if not _own(hidden):
+    """hidden (n, I) x weight (O, I)^T + bias (O,), all of one dtype. Not differentiable."""
+    if _own_bfloat16(hidden):
+        return sum_of_products([Term(hidden, weight.T)], bias)
+    if not _own_float32(hidden):
         return F.linear(hidden, weight, bias)
     out = matmul(hidden, weight.T)
     return out if bias is None else out.add_(bias)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """(n, k) x (k, m), both of ``product_dtype`` -> (n, m) in float32. On the CPU a bfloat16 one was rounded.
+    """(n, k) x (k, m), both of ``product_dtype`` -> (n, m) in float32.
 
-    There the inner indices past the last whole block go apart, with zeros behind them, and join before the rounding.
+    torch rounds a bfloat16 product first on a CPU. If K is no multiple of BLOCK there, the remainder of K is multiplied
+    separately, padded with zeros, and added by the main product.
     """
     if left.dtype != torch.bfloat16:
         return matmul(left, right)
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
+    if _own_bfloat16(left) and left.stride(1) == 1:
+        out = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+        _sum_bfloat16(out, [Term(left, right)])
+        return out
     whole = left.shape[1] // BLOCK * BLOCK
     if whole == left.shape[1]:
         return (left @ right).float()
@@ -151,16 +220,16 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
-    """left (N, k)^T right (N, m) -> (k, m) in float32. On the CPU one of halves was rounded to their dtype."""
+    """left (N, k)^T x right (N, m) -> (k, m) in float32. On a CPU a 16-bit product is rounded to 16 bits first."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left.T, right, out_dtype=torch.float32)
     return matmul(left.T, right).float()
 
 
 def add_product_(sums: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """sums (n, m), whose columns lie side by side, += scale * left (n, k) right (k, m), all of one dtype."""
-    if _own(left):
-        return _own_product(_Product(sums, left, right, scale, True))
+    """sums (n, m) += scale * left (n, k) x right (k, m), all of one dtype; the columns of sums are contiguous."""
+    if _own_float32(left):
+        return _float32_product(_Float32Product(sums, left, right, scale, True))
     inner = left.shape[1]
     if left.dtype == torch.bfloat16 and left.device.type == "cpu" and inner % BLOCK and inner not in WHOLE:
         left, right = pad(left, (0, -inner % BLOCK)), pad(right, (0, 0, 0, -inner % BLOCK))
@@ -168,13 +237,12 @@ def add_product_(sums: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
 
 
 def logits_product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """hidden (n, H) weight^T (H, V) into float32 ``out`` (n, V), which may be a tile of columns."""
-    if _own(hidden):
-        _own_product(_Product(out, hidden, weight.float().T, 1.0, False))
+    """hidden (n, H) x weight^T (H, V) into float32 ``out`` (n, V), which may be a tile of a wider matrix."""
+    if _own_float32(hidden):
+        _float32_product(_Float32Product(out, hidden, weight.float().T, 1.0, False))
     elif hidden.dtype == torch.float32:
         torch.mm(hidden, weight.float().T, out=out)
     elif hidden.is_cuda:
         torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
     else:
-        weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        _native.bfloat16_product(hidden, weight, out)
+        _native.bfloat16_product(out, [Term(hidden if hidden.stride(1) == 1 else hidden.contiguous(), weight.T)])

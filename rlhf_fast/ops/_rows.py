@@ -1,4 +1,4 @@
-"""What the ops on rows share: checks, rows (N, features) out of any shape, and the parts of their launchers' records.
+"""Shared by the ops on rows: checks, flattening to (N, features), and the row fields of the launchers' records.
 
 A row is one token: its logits or its hidden state.
 """
@@ -19,12 +19,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Tokens(NamedTuple):
-    """N tokens, flat."""
+    """N tokens, flattened."""
 
     targets: Tensor  # (N,) int64
-    live: Tensor | None  # (N,) bool, True = counts: the mask, less the targets that are ignore_index; None = all count
-    temperatures: Tensor | None  # (N,) in the accumulation dtype, NaN where it cannot be used; None = one for all rows
-    temperature: float = 1.0  # that one
+    live: Tensor | None  # (N,) bool, True = counts: mask and targets != ignore_index; None = all count
+    temperatures: Tensor | None  # (N,) in the accumulation dtype, NaN where out of range; None = ``temperature``
+    temperature: float = 1.0  # of all rows, if temperatures is None
 
 
 def flat_tokens(
@@ -38,7 +38,7 @@ def flat_tokens(
     ignore_index: int,
     targets_name: str = "targets",
 ) -> Tokens:
-    """Checks what comes beside ``data`` (..., features) and flattens it.
+    """Checks targets, mask and temperature of ``data`` (..., features), and flattens them.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.
@@ -49,7 +49,7 @@ def flat_tokens(
     _checks.integral(op, **{targets_name: targets})
     _checks.shaped(op, shape, "one token id a row", **{targets_name: targets})
     _checks.same_device(op, data=data, **{targets_name: targets})
-    if targets.dtype != torch.int64:  # in a narrower one ignore_index would wrap round to a token id
+    if targets.dtype != torch.int64:  # in a narrower dtype, ignore_index would wrap around to a token id
         targets = targets.to(torch.int64)
     live = _checks.live_mask(op, mask, shape, data.device)
     targets = _checks.constant(targets)
@@ -61,7 +61,7 @@ def flat_tokens(
 
 
 def flat(tokens: Tensor) -> Tensor:
-    """(...) -> (N,). A call of torch that changes nothing still costs a microsecond or more."""
+    """(...) -> (N,). Skips a reshape that changes nothing, which would take about a microsecond."""
     return tokens if tokens.dim() == 1 else tokens.reshape(-1)
 
 
@@ -98,7 +98,7 @@ def expanded(
 
 
 def vocabulary(op: str, columns: int, vocab_size: int | None) -> int:
-    """The number of columns that are real: ``vocab_size``, or all of them."""
+    """The number of columns in use: ``vocab_size``, or all of them."""
     if columns < 1:
         raise ValueError(f"{op}: the vocabulary needs at least one column; got {columns}")
     if vocab_size is None:
@@ -109,7 +109,10 @@ def vocabulary(op: str, columns: int, vocab_size: int | None) -> int:
 
 
 def _all_in_vocabulary(targets: Tensor, vocab: int) -> bool:
-    """Whether they are known to be, as on the CPU. Two numbers are compared in a third of the time of all targets."""
+    """Whether all targets are known to be in [0, vocab); False where the values cannot be read, as on a GPU.
+
+    Comparing only the lowest and the highest takes a third of the time.
+    """
     if not _checks.at_hand(targets) or targets.numel() == 0:
         return False
     lowest, highest = torch.aminmax(targets)
@@ -157,12 +160,12 @@ def rows_of(
 
 
 def logits_of(logits: Tensor) -> records.Logits:
-    """Logits (N, V), or their gradient, whose columns lie side by side."""
+    """The record of logits (N, V), or of their gradient, with contiguous columns."""
     return records.Logits(logits, dtype_code(logits), logits.stride(0))
 
 
 def unit_columns(logits: Tensor) -> Tensor:
-    """Logits (N, V) whose columns lie side by side, copied where they do not; rows may have any stride."""
+    """Logits (N, V) with contiguous columns, copied if they have none; rows may have any stride."""
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
@@ -171,10 +174,10 @@ def dtype_code(data: Tensor) -> int:
 
 
 def flat_rows(hidden: Tensor) -> Tensor:
-    """(..., H) -> (N, H), whose columns lie side by side; copied where no row stride can say it."""
+    """(..., H) -> (N, H) with contiguous columns; copied where the rows do not have one stride."""
     return unit_columns(as_rows(hidden))
 
 
 def hidden_of(rows: Tensor | None) -> records.Hidden:
-    """Rows of ``flat_rows``, or None where they are not wanted."""
+    """The record of rows from ``flat_rows``; of None, the record of an absent tensor."""
     return records.Hidden(None, 0) if rows is None else records.Hidden(rows, rows.stride(0))

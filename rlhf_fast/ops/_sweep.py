@@ -1,8 +1,12 @@
-"""The walk of the ops with an lm head: tiles of float32 logits by matrix products, each folded in place by a kernel.
+"""The loop of the ops with an lm head: chunks of rows from hidden states to results and gradients.
 
-The live rows are taken out and go in chunks. A chunk's logits fill one buffer, the fold turns them into their own
-gradient, and the products with that gradient follow before the next chunk takes the buffer: with a frozen head, two
-products in all.
+The live rows are gathered first. Then, for each chunk of them:
+
+1. Project: matrix products write the chunk's float32 logits into one buffer.
+2. Fold: a kernel reduces each row of logits to its results and overwrites it in place with its gradient.
+3. Accumulate: products with that gradient give the gradients of hidden states and head.
+
+The next chunk uses the same buffer. With a frozen head this takes two matrix products in all.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,11 +35,11 @@ Fold = Callable[[slice, tuple[Tensor, ...], Tensor | None], None]
 
 
 class LiveRows:
-    """Takes the live ones out of N rows, hands them to the kernels, and puts results back among zeros.
+    """Gathers the live rows out of N, and scatters results back to N rows, 0 in the dead ones.
 
-    On a GPU their number is asked for, which waits for the work before: half the rows of a padded batch are commonly
-    dead, and each would cost its matrix products. While a CUDA graph is captured nobody may wait: then every row is
-    taken, the dead ones with harmless data, and the kernels pass over them.
+    On a GPU, counting the live rows synchronises. That is worth it: often half the rows of a padded batch are dead, and
+    each would cost its matrix products. While a CUDA graph is captured nothing may synchronise. Then all rows are
+    taken, with zeros in the dead ones, and the kernels skip those.
     """
 
     def __init__(self, tokens: Tokens, softcap: float) -> None:
@@ -70,7 +74,7 @@ class LiveRows:
         return tensor.new_zeros(self.rows, *tensor.shape[1:]).index_copy_(0, self.index, tensor)
 
     def part(self, part: slice, logits: Tensor) -> records.Rows:
-        """Those rows of ``part`` whose logits (n, V) these are."""
+        """The record of the rows ``part``, whose logits (n, V) are given."""
         live, temperatures = (None if each is None else each[part] for each in (self.live, self.temperatures))
         length, vocab = logits.shape
         return rows_of(
@@ -82,7 +86,7 @@ def _capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-# What may need a gradient, in the order of HeadGradients: fields of the ops' inputs.
+# The fields of the ops' inputs that may need a gradient, in the order of HeadGradients.
 TRAINED = ("hidden", "head.weight", "head.bias", "head.down", "head.up")
 
 
@@ -109,8 +113,9 @@ def wanted_dtypes(hidden: Tensor, head: Head, wants: list[bool]) -> list[torch.d
 
 
 def empty_gradients(hidden: Tensor, head: Head, wants: list[bool]) -> HeadGradients:
-    """Uninitialised. In float32, which the chunks are added up in; but a hidden state belongs to one chunk, so that its
-    gradient may be rounded to bfloat16 at once. (In float16 it could vanish.)
+    """Uninitialised gradients, in float32 because the chunks are summed in it.
+
+    A hidden state belongs to one chunk only, so its gradient may be bfloat16 at once. (In float16 it could underflow.)
     """
     found: list[Tensor | None] = [None] * len(TRAINED)
     for i, tensor in enumerate((hidden, *head[:4])):
@@ -121,16 +126,16 @@ def empty_gradients(hidden: Tensor, head: Head, wants: list[bool]) -> HeadGradie
 
 
 def scaled(grad_loss: Tensor, grads: Sequence[Tensor], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
-    """The gradients of a loss, from those that its sweep formed, each in its tensor's dtype; None where not wanted."""
+    """grad_loss times the gradients that the forward computed, each in its tensor's dtype; None where not wanted."""
     return [None if dtype is None else (grad_loss * grad).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
 
 def sweep(head: Head, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]) -> HeadGradients:
-    """Folds the logits of every row of ``hiddens`` (one or two of (live, H)), a chunk at a time.
+    """Projects and folds every row of ``hiddens`` (one or two of (live, H)), chunk by chunk; returns the gradients.
 
     ``fold(rows, logits, grad)`` gets a slice of the rows and their float32 logits, one (n, V) for each of ``hiddens``.
-    Where gradients are wanted it writes d loss / d logits of the first into ``grad`` (n, V), which may lie over those
-    logits, a row over its own; the gradients are those of the first alone.
+    Where gradients are wanted it writes d loss / d logits of the first of ``hiddens`` into ``grad`` (n, V), which may
+    share the memory of those logits, row by row. The second of ``hiddens`` gets no gradient.
     """
     hidden, device = hiddens[0], head.weight.device
     rows, vocab = hidden.shape[0], head.weight.shape[0]
@@ -141,7 +146,7 @@ def sweep(head: Head, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]
     buffers = [empty_logits(cut, vocab, dtype, device) for _ in hiddens]
     grads = buffers[0][1]
     sums = _Sums(hidden, head, wants, dtype)
-    with without_autocast(hidden):  # which would round the products
+    with without_autocast(hidden):  # autocast would round the products
         for start in range(0, rows, cut.rows):
             stop = min(start + cut.rows, rows)
             inputs = [states[start:stop].to(dtype) for states in hiddens]
@@ -158,11 +163,11 @@ def sweep(head: Head, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]
 
 
 def _project(hidden: Tensor, head: Head, columns: list[slice], out: Tensor) -> None:
-    """The logits (n, V) of hidden (n, H), in float32 whatever the factors are."""
+    """Writes the logits (n, V) of hidden (n, H) to ``out``, in float32 for every dtype of the factors."""
     inner = None
     if head.down is not None:
         inner = matmul(hidden.float(), head.down.float().T).mul_(head.scale)
-    tiled = hidden.is_cuda or hidden.dtype == torch.float32  # the engine's own product cuts itself up
+    tiled = hidden.is_cuda or hidden.dtype == torch.float32  # the engine's bfloat16 product tiles by itself
     if not tiled:
         logits_product(hidden, head.weight, out)
     for tile in columns:
@@ -176,7 +181,7 @@ def _project(hidden: Tensor, head: Head, columns: list[slice], out: Tensor) -> N
 
 
 class _Sums:
-    """The gradients of the head, added up over the chunks; those of the hidden states as they come."""
+    """The gradients of the head, summed over the chunks, and of the hidden states, written chunk by chunk."""
 
     def __init__(self, hidden: Tensor, head: Head, wants: list[bool], dtype: torch.dtype) -> None:
         self.head, self.dtype = head, dtype

@@ -1,4 +1,4 @@
-"""The Triton kernels of kernels/, and their only importer."""
+"""Imports the Triton kernels of kernels/. No other module does."""
 
 import functools
 import importlib
@@ -10,18 +10,18 @@ import torch
 from rlhf_fast.kernels.records import Record
 
 INSTALLED = importlib.util.find_spec("triton") is not None
-OLDEST = 8  # compute capability, which brought bfloat16
-# The files of launchers that do not bear an op's name.
+OLDEST = 8  # the first compute capability with bfloat16
+# The files of launchers that are not named after an op.
 _FILES = {"masked_moments": "masked_whiten"}
 
 
 class Triton:
-    """The launchers of kernels/: of ``gae`` kernels/gae.py, of ``token_kl_backward`` kernels/token_kl.py."""
+    """The launchers of kernels/: ``gae`` is in kernels/gae.py, ``token_kl_backward`` in kernels/token_kl.py."""
 
     def why_not(self, device: torch.device) -> str | None:
         if not INSTALLED:
             return "Triton is not installed: pip install triton"
-        # of all that asks for the capability, this is what torch.compile knows to be constant
+        # of the calls that return the capability, torch.compile treats only this one as a constant
         found = torch.cuda.get_device_properties(device)
         if found.major < OLDEST:
             return f"needs compute capability {OLDEST}.0 or newer; {found.name} has {found.major}.{found.minor}"

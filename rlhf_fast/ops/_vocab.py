@@ -1,12 +1,12 @@
-"""The row formulas of the vocabulary-level ops: one row is one token, one column one vocabulary entry.
+"""The row formulas of the torch reference: a row is one token, a column one vocabulary entry.
 
-With the target's logit x_t set apart, d = logsumexp_{j != t} x_j - x_t is the log odds against the target, and
+d = logsumexp_{j != t} x_j - x_t is the log odds against the target t. With it,
 
     log p_t   = -softplus(d)                    1 - p_t = sigmoid(d)
     d log p_t / d x_t = sigmoid(d)              d log p_t / d x_j = -p_j = -sigmoid(d) q_j
     entropy   = H(sigmoid(d)) + sigmoid(d) H(q)
 
-where q is the softmax over the other columns alone. No step subtracts near-equal numbers, so a confident token
+where q is the softmax over the columns other than t. No step subtracts nearly equal numbers, so a confident token
 (p_t -> 1) keeps its relative precision; ``x_t - logsumexp`` and ``p_t - 1`` would lose it.
 """
 
@@ -18,36 +18,36 @@ from torch import Tensor
 
 from . import _checks
 
-# Elements of the full-precision temporaries of one chunk of rows: 16 MiB in fp32.
+# Elements of a chunk of rows, whose temporaries are in full precision: 16 MiB in fp32.
 CHUNK_ELEMENTS = 1 << 22
-# Stands for an infinite log-ratio where it meets a probability that has underflowed to 0, so that 0 * inf is 0.
+# Bound of a log-ratio that is multiplied by a probability. Where the probability is 0, the product is 0, not 0 * inf.
 _FAR = 1e4
 
 
 class RowStatistics(NamedTuple):
-    """What the gradient needs of a row. All (n,), in the accumulation dtype."""
+    """The statistics of a row that its gradient needs. All (n,), in the accumulation dtype."""
 
     log_odds: Tensor  # d above: logsumexp of the other columns minus the target's logit
-    shift: Tensor  # the largest other logit (0 where there is none above -inf)
-    total: Tensor  # sum of exp(other - shift) (1 where there is none)
+    shift: Tensor  # the largest logit of the other columns (0 if all are -inf)
+    total: Tensor  # sum of exp(logit - shift) over the other columns (1 if all are -inf)
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices that cover ``rows`` rows of ``columns`` columns, about CHUNK_ELEMENTS elements each."""
     step = max(1, CHUNK_ELEMENTS // max(1, columns))
-    for chunk in range(-(-rows // step)):  # a compiled graph then depends on their number alone, not on ``rows``
+    for chunk in range(-(-rows // step)):  # so that a compiled graph depends on the number of chunks, not on ``rows``
         yield slice(chunk * step, min((chunk + 1) * step, rows))
 
 
 def all_dead(live: Tensor) -> bool:
-    """Whether a chunk can be skipped, where that can be asked."""
+    """Whether a chunk has no live row; False where the values cannot be read."""
     return _checks.at_hand(live) and not bool(live.any())
 
 
 def row_sum(values: Tensor) -> Tensor:
-    """(n, V) -> (n,), in an order that depends on V alone.
+    """(n, V) -> (n,), summed in an order that depends only on V.
 
-    torch splits the sum of a lone row over threads; with a twin beside it, it is summed as in any batch.
+    torch splits the sum of a single row over threads, so a single row is summed together with a copy of itself.
     """
     if values.shape[0] == 1:
         return torch.cat([values, values]).sum(dim=1)[:1]
@@ -60,14 +60,14 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + e^-x). torch's own rounds differently in its vector and scalar loops, so by place in the batch."""
+    """1 / (1 + e^-x). torch.sigmoid rounds differently in its vector and scalar loops, so by position in the batch."""
     return torch.reciprocal(1 + torch.exp(-x))
 
 
 def cap_and_scale(logits: Tensor, softcap: float | None, temperature: Tensor) -> Tensor:
-    """softcap * tanh(logits / softcap), less the row's largest, then divided by the row's temperature.
+    """softcap * tanh(logits / softcap), minus the row's maximum, divided by the row's temperature.
 
-    A softmax does not see what is taken off a whole row; the division would round logits far from 0 before they meet.
+    Subtracting the maximum does not change the softmax. Without it, the division would round large logits.
     """
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -83,7 +83,7 @@ def cap_and_scale_backward(grad: Tensor, logits: Tensor, softcap: float | None, 
 
 
 def row_statistics(logits: Tensor, targets: Tensor) -> RowStatistics:
-    """Statistics of scaled logits (n, V) and targets (n,). A target out of range or at +inf gives NaN log odds."""
+    """Statistics of scaled logits (n, V) and targets (n,); NaN log odds for a target out of range or at +inf."""
     column, in_range = _column(targets, logits.shape[1])
     target_logit = logits.gather(1, column).squeeze(1)
     others = logits.scatter(1, column, -torch.inf)
@@ -134,6 +134,6 @@ def row_gradient(
 
 
 def _column(targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """(n, 1) indices that are safe to gather with, and whether the target was in range."""
+    """Indices (n, 1) that are safe for gather (0 for a target out of range), and whether the target is in range."""
     in_range = (targets >= 0) & (targets < columns)
     return targets.masked_fill(~in_range, 0)[:, None], in_range

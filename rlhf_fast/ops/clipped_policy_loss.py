@@ -18,7 +18,7 @@ class PolicyLoss(NamedTuple):
     """0-dim tensors on the device of the inputs. All but ``loss`` are statistics over live tokens, without gradient."""
 
     loss: Tensor
-    clip_fraction: Tensor  # share of tokens whose clipped branch (dual clip included) is the one in force
+    clip_fraction: Tensor  # share of tokens whose loss is clipped (by dual_clip too)
     approx_kl: Tensor  # mean of 0.5 * (logprobs - old_logprobs)^2, TRL's policy/approxkl_avg
     ratio_mean: Tensor
     ratio_max: Tensor
@@ -38,18 +38,18 @@ def clipped_policy_loss(
     aggregation: str = "token-mean",
     num_items: float | Tensor | None = None,
 ) -> PolicyLoss:
-    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) a token, aggregated (PPO, arXiv 1707.06347).
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) per token, aggregated (PPO, arXiv 1707.06347).
 
-    r = exp(logprobs - old_logprobs). The log ratio is held within +-20, which changes nothing that training should
-    ever see: past it the loss is that of the bound and the token's gradient is 0. So a live -inf in one of the two
-    log-probs gives a finite loss and gradient; NaN, or -inf in both, gives NaN.
+    r = exp(logprobs - old_logprobs). The log ratio is clamped to +-20, far beyond the range of normal training; beyond
+    it, the loss is that at the bound and the gradient of the token is 0. So a live -inf in one of the two log-probs
+    gives a finite loss and gradient; NaN, or -inf in both, gives NaN.
 
     Args:
-        logprobs: (B, T), or any shape for token-level ratios with token-mean; float. The gradient goes here alone.
+        logprobs: (B, T), or any shape for token-level ratios with token-mean; float. The only input with a gradient.
         old_logprobs: same shape; log-probs of the policy that sampled.
-        advantages: same shape; above 0 the token was better than expected.
+        advantages: same shape; positive for tokens that were better than expected.
         mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read and get gradient 0.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         clip_low, clip_high: how far the ratio may go below and above 1; 0 <= clip_low <= 1, clip_high >= 0.
         dual_clip: c > 1 bounds the loss of a token with a negative advantage by -c A (arXiv 1912.09729, eq. 5).
         ratio_level: "token"; or "sequence" for GSPO (arXiv 2507.18071), (B, T) only: every token of a sequence has
@@ -87,7 +87,7 @@ def clipped_policy_loss(
 
 
 def policy_loss(inputs: LossInputs) -> PolicyLoss:
-    """``clipped_policy_loss`` of what has been checked."""
+    """``clipped_policy_loss`` without checks."""
     loss, statistics = implementation("clipped_policy_loss", inputs.logprobs)(inputs)
     return PolicyLoss(loss, *statistics)
 
@@ -99,12 +99,12 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     terms, live = inputs.terms, inputs.live
     if live is None:
         live = torch.ones_like(logprobs, dtype=torch.bool)
-    # Masked advantages may stay NaN: nothing flows back past this where, and aggregate leaves them out.
+    # Masked advantages may be NaN: this where stops their gradient, and aggregate ignores their loss.
     log_ratio = _bounded(torch.where(live, logprobs - old_logprobs, 0.0))
     ratio = _sequence_ratio(log_ratio, live) if inputs.sequence_level else torch.exp(log_ratio)
 
-    # Selected with where, and not with maximum, which would halve the gradient between the two sides of a tie.
-    # In force only past a bound, where it is constant: it needs no gradient (and an infinite advantage no 0 * inf).
+    # where instead of maximum, which would split the gradient at a tie. The clipped branch is selected only beyond a
+    # bound, where it is constant. Detaching the ratio there also avoids 0 * inf for an infinite advantage.
     unclipped = -advantages * ratio
     at_bound = -advantages * ratio.detach().clamp(1 - terms.clip_low, 1 + terms.clip_high)
     clipped = at_bound > unclipped
@@ -122,23 +122,25 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
             masked_mean(clipped.to(ratio.dtype), live),
             masked_mean(0.5 * log_ratio.square(), live),
             ratio_mean,
-            # a ratio is never negative, so 0 stands for the masked; amax refuses an empty tensor
+            # ratios are >= 0, so masked tokens can count as 0; amax raises for an empty tensor
             torch.where(live, ratio, 0.0).amax() if ratio.numel() else torch.zeros_like(ratio_mean),
             masked_mean((ratio - ratio_mean).square(), live),
         )
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
-    """Within +-20: exp overflows float32 past 88, and an infinite ratio in a branch not taken makes the gradient NaN.
+    """Clamps to +-20: exp overflows float32 above 88, and an infinite ratio in the branch of a where that is not
+    selected makes the gradient NaN.
 
-    Written with where because torch.clamp gives a NaN input the gradient 0, which would hide it.
+    Uses where, because torch.clamp gives a NaN input the gradient 0, which would hide the NaN.
     """
     log_ratio = torch.where(log_ratio > LOG_RATIO_BOUND, LOG_RATIO_BOUND, log_ratio)
     return torch.where(log_ratio < -LOG_RATIO_BOUND, -LOG_RATIO_BOUND, log_ratio)
 
 
 def _sequence_ratio(log_ratio: Tensor, live: Tensor) -> Tensor:
-    """(B, T) -> (B, T): in value the sequence's ratio, in gradient as if each token's log-prob alone were its own."""
+    """(B, T) -> (B, T): the ratio s of the sequence, as sg[s] * exp(logp_t - sg[logp_t]), whose gradient is s per
+    token."""
     constant = log_ratio.detach()
     mean = ordered_sum(constant) / live.sum(-1).clamp(min=1)  # masked log ratios are 0
     return torch.exp(mean).unsqueeze(-1) * torch.exp(log_ratio - constant)

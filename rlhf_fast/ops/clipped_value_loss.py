@@ -16,7 +16,7 @@ class ValueLoss(NamedTuple):
     """0-dim tensors on the device of the inputs; ``clip_fraction`` has no gradient."""
 
     loss: Tensor
-    clip_fraction: Tensor  # share of live tokens whose clipped branch is the one in force
+    clip_fraction: Tensor  # share of live tokens whose loss is clipped
 
 
 def clipped_value_loss(
@@ -29,16 +29,16 @@ def clipped_value_loss(
     aggregation: str = "token-mean",
     num_items: float | Tensor | None = None,
 ) -> ValueLoss:
-    """0.5 * max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2) a token, aggregated.
+    """0.5 * max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2) per token, aggregated.
 
     Source: the value loss of OpenAI baselines' PPO2 and of lm-human-preferences. Multiply by your own coefficient.
 
     Args:
-        values: (B, T), or any shape with token-mean; float. The gradient goes here alone.
-        old_values: same shape; what the critic said when the tokens were sampled.
+        values: (B, T), or any shape with token-mean; float. The only input with a gradient.
+        old_values: same shape; the critic's values when the tokens were sampled.
         returns: same shape; the targets, such as the returns of ``gae``.
         mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read and get gradient 0.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         clip: how far a value may move from its old value, in units of reward; None does not clip.
         aggregation, num_items: see ``rlhf_fast.ops._aggregate.aggregate``.
 
@@ -77,15 +77,16 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     clip, live = inputs.value_terms.clip, inputs.live
     if live is None:
         live = torch.ones_like(values, dtype=torch.bool)
-    # Masked entries of the other two may stay NaN: nothing flows back past this where, and aggregate leaves them out.
+    # Masked old_values and returns may be NaN: this where stops their gradient, and aggregate ignores their loss.
     values = torch.where(live, values, 0.0)
     errors = (values - returns).square()
     clipped = torch.zeros_like(live)
     if clip < math.inf:
-        # in force only past a bound, where it is constant: it needs no gradient (nor an infinite return 0 * inf)
+        # The clipped branch is selected only beyond a bound, where it is constant. Detaching the values there also
+        # avoids 0 * inf for an infinite return.
         clipped_errors = (values.detach().clamp(old_values - clip, old_values + clip) - returns).square()
         clipped = clipped_errors > errors
-        # selected with where, and not with maximum, which would halve the gradient between the two sides of a tie
+        # where instead of maximum, which would split the gradient at a tie
         errors = torch.where(clipped, clipped_errors, errors)
     loss = aggregate(0.5 * errors, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
     return loss, (masked_mean(clipped.to(values.dtype), live),)

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and two of its kin, on sequence log-probs."""
+"""Direct preference optimisation (DPO), IPO and hinge (SLiC) losses of sequence log-probs."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class DPOLoss(NamedTuple):
     loss: torch.Tensor  # 0-dim
     chosen_rewards: torch.Tensor  # (N,) beta * (policy_chosen - ref_chosen)
     rejected_rewards: torch.Tensor  # (N,) beta * (policy_rejected - ref_rejected)
-    accuracy: torch.Tensor  # 0-dim, the share of pairs whose chosen reward is the greater; a tie does not count
+    accuracy: torch.Tensor  # 0-dim, the share of pairs with chosen reward > rejected reward
 
 
 def dpo_loss(
@@ -40,10 +40,10 @@ def dpo_loss(
 
     Args:
         policy_chosen, policy_rejected: (N,) sequence log-probs under the policy, float: the sum over response tokens
-            (for ipo some take the mean over them instead; the formula is the same). The gradient goes here.
+            (for ipo some trainers use the mean instead; the formula is the same). Differentiable.
         ref_chosen, ref_rejected: (N,) the same under the reference; constants.
-        beta: strength of the pull to the reference, > 0.
-        label_smoothing: the probability that a preference label is wrong, in [0, 0.5); for sigmoid alone.
+        beta: strength of the penalty on moving away from the reference, > 0.
+        label_smoothing: the probability that a preference label is wrong, in [0, 0.5); only for sigmoid.
         loss_type: a name of the table.
 
     Returns:
@@ -81,7 +81,7 @@ def _torch(
     label_smoothing: float,
     loss_type: str,
 ) -> DPOLoss:
-    """(N,) four times, one dtype."""
+    """All tensors (N,), one dtype."""
     chosen = policy_chosen - ref_chosen
     rejected = policy_rejected - ref_rejected
     h = chosen - rejected

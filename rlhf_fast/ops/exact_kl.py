@@ -31,21 +31,20 @@ def exact_kl(
 ) -> Tensor:
     """KL(policy || reference) of every live token in nats, summed over the vocabulary; 0 for the others.
 
-    The reference is a constant: the gradient flows to ``logits`` alone. The sum is taken over
-    p log(p / r) - p + r, whose terms are never negative, so that the result is never negative either and stays exact
-    where the two are close.
+    The gradient flows only to ``logits``; the reference is a constant. The sum is over p log(p / r) - p + r, whose
+    terms are never negative. So the result is never negative, and it stays accurate where the two are close.
 
     Args:
         logits: (..., V), the policy's; float64, float32, bfloat16 or float16.
-        ref_logits: (..., V), the reference's. Of two dtypes, one is copied to the one that torch promotes both to.
+        ref_logits: (..., V), the reference's. If the dtypes differ, both are cast to their torch.promote_types.
         mask: (...), bool or 0/1, 1 = counts. The data of a masked row is never used, NaN or inf included.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
-        temperature: divides both; a number > 0, or a tensor () or (...) with one a row. It receives no gradient.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
+        temperature: divides both; a number > 0, or a tensor () or (...) with one per row. It receives no gradient.
 
     Returns:
-        (...), float32 (float64 when an input is). A column at -inf in both adds nothing; one at -inf in the
-        reference alone gives +inf with a NaN gradient in that row, since no finite answer exists. A live row with NaN
-        or +inf, or with nothing above -inf, is NaN, alone.
+        (...), float32 (float64 when an input is). A column at -inf in both adds nothing. A column at -inf only in the
+        reference gives +inf, with a NaN gradient in that row, because the KL is infinite. A live row with NaN or +inf,
+        or with only -inf, is NaN; other rows are not.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device or value.
@@ -73,7 +72,7 @@ def exact_kl(
 class Inputs(NamedTuple):
     logits: Tensor  # (N, V), any strides
     ref_logits: Tensor
-    live: Tensor | None  # these three as in Tokens
+    live: Tensor | None  # this, temperatures and temperature are as in Tokens
     temperatures: Tensor | None
     temperature: float
 
@@ -90,7 +89,7 @@ def reference(inputs: Inputs) -> Tensor:
 
 
 class _ExactKL(torch.autograd.Function):
-    """Keeps both sets of logits and one number a row."""
+    """Saves both sets of logits and one number per row."""
 
     generate_vmap_rule = True
 
@@ -133,24 +132,24 @@ def _terms(log_p: Tensor, log_r: Tensor) -> Tensor:
     """p log(p / r) - p + r, element by element."""
     p, r = torch.exp(log_p), torch.exp(log_r)
     ratio = log_r - log_p
-    # Near 1 the three parts cancel, so they are joined by expm1; far above, e^ratio would overflow.
+    # Where p and r are close, p log(p / r) - p + r cancels; expm1 avoids that. A large e^ratio would overflow.
     terms = torch.where(ratio <= 1, p * (torch.expm1(ratio) - ratio), r - p - p * ratio)
     return torch.where(p == 0, r, terms)
 
 
 def _log_softmax(logits: Tensor, alive: Tensor, temperature: Tensor, dtype: torch.dtype) -> Tensor:
-    """Like torch.log_softmax in ``dtype``, but for masked rows, which are not read, a row sum in a fixed order, and a
-    largest column set apart, so that a log p next to 0 keeps its digits.
+    """torch.log_softmax in ``dtype``, with three differences: masked rows are not read, the row sum has a fixed order,
+    and the largest column is left out of the sum and enters through log1p, so that a log p close to 0 stays accurate.
     """
     logits = logits.to(dtype).masked_fill(~alive[:, None], 0.0).contiguous()
     top = logits.argmax(dim=1, keepdim=True)
     shifted = (logits - logits.gather(1, top)) / temperature.masked_fill(~alive, 1.0)[:, None]
-    # 0 at the top, or the NaN of a row that has no answer
+    # at the largest column, shifted is 0, or NaN if the row's result is NaN
     others = torch.exp(shifted).scatter(1, top, shifted.gather(1, top))
     return shifted - torch.log1p(row_sum(others))[:, None]
 
 
-# ---- on the engines: both logits are read twice forward (on a CPU out of the cache), once backward ------------------
+# ---- on the engines: forward reads both logits twice (the second time from a CPU's cache), backward once ------------
 
 
 @implements("exact_kl", "fused")

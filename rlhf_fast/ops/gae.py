@@ -30,26 +30,26 @@ def gae(
     advantages_t = delta_t + gamma * lam * advantages_{t+1}, both 0 past the last live token. A masked token is
     skipped: it adds no reward and does not break the trace, so the "next" token is the next live one, wherever it is.
 
-    Past the last live token nothing is bootstrapped: the value there is 0 for a response that was cut at its length
-    limit too, as if it had ended. To continue one, add gamma * the value of its next state to its last reward.
+    There is no bootstrapping: the value after the last live token is 0, also for a response that was cut at its length
+    limit. To bootstrap such a response, add gamma * the value of its next state to its last reward.
 
     Args:
         rewards: (B, T), or (N,) with ``cu_seqlens``; float.
         values: same shape; the critic's value of the state in which each token was chosen.
         mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
-        gamma: discount a token, in [0, 1].
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
+        gamma: discount per token, in [0, 1].
         lam: the lambda of GAE, in [0, 1].
         cu_seqlens: (B + 1,) integers, the bounds of packed sequences: 0 first, N last, never decreasing; sequence b
             is tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1. Its values are checked on the CPU only: reading them from
             a GPU would synchronise.
-        whiten: advantages to mean 0 and variance 1 over all live tokens of this call (``masked_whiten``; across
-            ranks, call that yourself with its ``group``). Returns are taken before it.
+        whiten: scale the advantages to mean 0 and variance 1 over all live tokens of this call. (To whiten across
+            ranks, call ``masked_whiten`` with its ``group``.) Returns use the advantages before whitening.
 
     Returns:
         ``(advantages, returns)``, shape of ``rewards``, 0 at masked tokens; float32, or float64 when an input is.
         Both are targets: no gradient flows through them. returns = advantages + values.
-        NaN in a live token reaches the live tokens before it in its own sequence, and (unwhitened) no other.
+        NaN in a live token makes the live tokens before it in its sequence NaN and, without whitening, no others.
 
     Raises:
         TypeError: an input is not a tensor of the dtype above.
@@ -85,8 +85,9 @@ class Inputs(NamedTuple):
 
 
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
-    """For the implementations on the CPU, which would read and write past the tokens; inside their custom op, so that
-    a compiled graph checks too.
+    """Checks cu_seqlens on the CPU, where wrong bounds would make the kernels access memory past the tokens.
+
+    Called inside the custom op, so that a compiled graph checks too.
     """
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
@@ -104,7 +105,7 @@ def _torch(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return (masked_whiten(advantages, inputs.live) if inputs.whiten else advantages), returns
 
 
-# One opaque op to torch.compile, which would otherwise unroll the loop over time into its graph.
+# A custom op, because torch.compile would unroll the loop over time into its graph.
 @torch.library.custom_op("rlhf_fast::gae_torch", mutates_args=())
 def _loop(
     rewards: Tensor,
@@ -120,7 +121,7 @@ def _loop(
         return _padded(rewards, values, live, gamma, lam)
     if cu_seqlens.device.type == "cpu":
         check_bounds(cu_seqlens, rewards.shape[0])
-    if rewards.shape[0] == 0:  # nor may there be a sequence, and so a longest one
+    if rewards.shape[0] == 0:  # lengths may be empty, and lengths.max() below would raise
         return torch.zeros_like(rewards), torch.zeros_like(values)
 
     lengths = cu_seqlens.diff()
@@ -131,7 +132,7 @@ def _loop(
     column = token - cu_seqlens[row]
 
     def unpack(packed: Tensor) -> Tensor:
-        # the length of the longest sequence has to reach the host: the one synchronisation of this reference
+        # int(lengths.max()) is the only GPU synchronisation of this reference
         padded = packed.new_zeros(lengths.shape[0], int(lengths.max()))
         padded[row, column] = packed
         return padded
@@ -165,7 +166,7 @@ def _padded(rewards: Tensor, values: Tensor, live: Tensor, gamma: float, lam: fl
     return advantages, torch.where(live, advantages + values, 0.0)
 
 
-# ---- on the engines: one pass over each sequence, and the whitening of all ------------------------------------------
+# ---- on the engines: one pass over each sequence, then whitening over all of them -----------------------------------
 
 
 def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -173,7 +174,7 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
     if cu_seqlens is None:
         sequences, length = rewards.shape
     else:
-        if not cu_seqlens.is_cuda:  # where asking would synchronise, and the kernels keep within the tokens
+        if not cu_seqlens.is_cuda:  # on a GPU the check would synchronise; the GPU kernels clamp the bounds instead
             check_bounds(cu_seqlens, rewards.shape[0])
         sequences, length = cu_seqlens.shape[0] - 1, rewards.shape[0]
     advantages, returns = _outputs(inputs)

@@ -1,5 +1,5 @@
-"""The product of a gated feed-forward layer: SwiGLU, GEGLU, ReGLU (Shazeer, "GLU Variants Improve Transformer",
-2020).
+"""activation(gate) * up of a gated feed-forward layer: SwiGLU, GEGLU, ReGLU (Shazeer, "GLU Variants Improve
+Transformer", 2020).
 """
 
 import math
@@ -17,7 +17,8 @@ from ._op import fused_op
 from ._rows import accumulation_dtype, dtype_code, flat_rows, hidden_of
 from ._vocab import sigmoid
 
-# Written out, because torch's own round differently in their vector and scalar loops, so by the number of threads.
+# Not torch.nn.functional's silu and gelu: their vector and scalar loops round differently, so their results depend on
+# the number of threads.
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: x * _sigmoid(x),
     "gelu_tanh": lambda x: x * _sigmoid(_gelu_exponent(x.clamp(-30.0, 30.0))),
@@ -27,17 +28,17 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _gelu_exponent(x: Tensor) -> Tensor:
-    """2 z, where (1 + tanh(z)) / 2 = sigmoid(2 z); at 30 that has long been 0 or 1."""
+    """2 z of (1 + tanh(z)) / 2 = sigmoid(2 z). The caller clamps x to +-30, where the sigmoid is 0 or 1 in float64."""
     return (8 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x)
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    """The bound keeps the gradient of an exponential that has overflowed, 0 * inf, out."""
+    """sigmoid(x) with x bounded, because the gradient of an exponential that overflows would be 0 * inf."""
     return sigmoid(x.clamp(min=-87.0))
 
 
 def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
-    """activation(gate) * up, in float32 and rounded once.
+    """activation(gate) * up, computed in float32 and rounded once.
 
     | activation | a(x)                                                     | models                  |
     |------------|----------------------------------------------------------|-------------------------|
@@ -47,13 +48,13 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> T
     | relu       | max(x, 0)                                                |                         |
 
     Args:
-        gate: (..., I), float. Differentiable, as is ``up``; the backward computes the activation again and keeps
-            nothing but these two.
+        gate: (..., I), float. Differentiable, as is ``up``. Only these two are saved; the backward recomputes the
+            activation.
         up: same shape and dtype. The strides may differ: both may be halves of one (..., 2 I) product.
         activation: a name of the table.
 
     Returns:
-        Shape and dtype of ``gate``, contiguous; inside autocast too.
+        Shape and dtype of ``gate``, contiguous, inside autocast too.
 
     Raises:
         TypeError: an input is not a floating-point tensor, or the dtypes differ.
@@ -70,9 +71,9 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> T
 
 
 class Inputs(NamedTuple):
-    gate: Tensor  # (..., I), and so is up
+    gate: Tensor  # (..., I), like up
     up: Tensor
-    activation: int  # its place in records.ACTIVATIONS
+    activation: int  # index in records.ACTIVATIONS
 
 
 # ---- the torch reference --------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def _torch(inputs: Inputs) -> Tensor:
     return (activated * inputs.up.to(dtype)).to(inputs.gate.dtype).contiguous()
 
 
-# ---- on the engines: one sweep forward, one backward ----------------------------------------------------------------
+# ---- on the engines: one pass forward, one backward -----------------------------------------------------------------
 
 
 def _kernel(inputs: Inputs) -> Tensor:

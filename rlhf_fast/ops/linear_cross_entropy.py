@@ -1,4 +1,4 @@
-"""Cross-entropy of labels straight from hidden states: the loss of supervised fine-tuning."""
+"""Cross-entropy of labels from hidden states, the loss of supervised fine-tuning, without ever storing all logits."""
 
 from typing import Any, NamedTuple
 
@@ -34,23 +34,22 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     num_items: float | Tensor | None = None,
 ) -> Tensor:
-    """-log softmax(hidden weight^T + bias)[label], reduced. The logits never exist whole.
+    """-log softmax(hidden weight^T + bias)[label], reduced, without ever storing all logits.
 
-    Nothing is shifted here: row t of hidden is the state that predicts labels[t], so a causal model's caller passes
-    ``hidden[:, :-1]`` and ``labels[:, 1:]``.
+    Labels are not shifted by this function: row t of hidden is the state that predicts labels[t]. For a causal model,
+    pass ``hidden[:, :-1]`` and ``labels[:, 1:]``.
 
     Args:
         hidden: (..., H), float64, float32, bfloat16 or float16.
         weight: (V, H), dtype of hidden; inside torch.autocast both are cast to its dtype, as F.linear does.
-        labels: (...), integer token ids; ``ignore_index`` = does not count, and its row is not computed.
+        labels: (...), integer token ids; a row with ``ignore_index`` does not count and is not computed.
         bias, lora, temperature, softcap, vocab_size: as in ``linear_logprobs``.
         reduction: "mean" over the labels that count, "sum", or "none" for (...).
-        num_items: the divisor of "mean" in place of the count of this call's labels: the count over the whole batch,
-            where it is split over accumulation steps or ranks. A number or a 0-dim tensor.
+        num_items: replaces the count of this call's labels as the divisor of "mean": the count of the whole batch, if
+            the batch is split over accumulation steps or ranks. A number or a 0-dim tensor.
 
     Returns:
-        0-dim (or (...) for "none"), float32 (float64 for float64 hidden). With no label that counts: 0, with zero
-        gradients.
+        0-dim (or (...) for "none"), float32 (float64 for float64 hidden). If no label counts, 0 with zero gradients.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device or value.
@@ -89,8 +88,8 @@ def _torch(inputs: Inputs, reduction: str, num_items: float | Tensor | None) -> 
 
 # ---- on the engines -------------------------------------------------------------------------------------------------
 #
-# A mean or a sum knows each token's weight before the sweep, so that every gradient, those of a trained head included,
-# is formed in it: two matrix products with a frozen head, three otherwise.
+# With a mean or a sum, the weight of each token is known before the sweep. So the forward computes all gradients, those
+# of a trained head included: two matrix products with a frozen head, three otherwise.
 
 
 @implements("linear_cross_entropy", "fused")
@@ -105,14 +104,14 @@ def _fused(inputs: Inputs, reduction: str, num_items: float | Tensor | None) -> 
 
 class _Forward(NamedTuple):
     inputs: Inputs
-    weights: Tensor  # (N,) of the losses in the sum
+    weights: Tensor  # (N,) the result is sum(weights * losses)
     wants: list[bool]  # in the order of HeadGradients
 
 
 def _kernel(
     given: _Forward,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """-> the sum of weights * losses, and its gradients in the order of HeadGradients."""
+    """-> sum(weights * losses), and its gradients in the order of HeadGradients."""
     hidden, head, tokens, softcap = given.inputs
     rows = LiveRows(tokens, softcap)
     slopes = -rows.take(given.weights)

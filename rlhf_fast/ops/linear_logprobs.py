@@ -1,4 +1,4 @@
-"""Log-probabilities of the target tokens straight from hidden states: the logits never exist whole."""
+"""Log-probabilities of the target tokens from hidden states, without ever storing all logits."""
 
 from typing import Any, Literal, NamedTuple, overload
 
@@ -62,27 +62,27 @@ def linear_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(hidden weight^T + bias)[target] for every live token, 0 for the others.
 
-    Masked tokens are not computed at all. Logits are formed in full precision (float32, float64 for float64), capped,
-    then divided by the temperature. A frozen weight costs no gradient product of its own; the gradient of a trained
-    one adds up in full precision and is rounded once.
+    Masked tokens are not computed. Logits are computed in full precision (float32, float64 for float64), capped, then
+    divided by the temperature. A frozen weight needs no gradient product; the gradient of a trained weight is summed
+    in full precision and rounded once.
 
     Args:
         hidden: (..., H), float64, float32, bfloat16 or float16.
         weight: (V, H), dtype of hidden; inside torch.autocast both are cast to its dtype, as F.linear does.
-        targets: (...), integer token ids. Nothing is shifted here: row t is the state that predicts target t.
+        targets: (...), integer token ids, not shifted by this function: row t is the state that predicts target t.
         mask: (...), bool or 0/1, 1 = counts. The data of a masked row is never used, NaN or inf included.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         bias: (V,).
         lora: an adapter on the head, (A (r, H), B (V, r), scale): logits gain scale * (hidden A^T) B^T.
-        temperature: a number > 0, or a tensor () or (...) with one a row. It receives no gradient.
+        temperature: a number > 0, or a tensor () or (...) with one per row. It receives no gradient.
         softcap: the cap of the model's own logit soft-capping, > 0.
-        vocab_size: leaves the rows of weight from this one on (padding) out of the softmax, with zero gradient.
+        vocab_size: rows of weight from this index on are padding: not in the softmax, gradient 0.
         ignore_index: a target with this value is masked.
         return_entropy: also return the entropy of each live row in nats, which has a gradient too.
 
     Returns:
         logprobs (...) or (logprobs, entropy), float32 (float64 for float64 hidden), 0 where masked. NaN or inf in a
-        live row of hidden gives NaN in that row alone.
+        live row of hidden gives NaN in that row only.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device or value.
@@ -121,13 +121,13 @@ def reference(inputs: Inputs, return_entropy: bool) -> tuple[Tensor, Tensor | No
 
 # ---- on the engines -------------------------------------------------------------------------------------------------
 #
-# With a frozen head the gradient of every row's log-prob is formed in the forward, out of the logits that are there
-# anyway, and the backward only scales it: two matrix products in all.
+# With a frozen head, the forward also computes d logprob / d hidden of every row, while it has the logits, and the
+# backward only scales it: two matrix products in all. Otherwise the backward recomputes the logits.
 
 
 @implements("linear_logprobs", "fused")
 def fused(inputs: Inputs, return_entropy: bool, *, ahead: bool = True) -> tuple[Tensor, Tensor | None]:
-    """``ahead`` allows the gradient to be formed in the forward, which is for nothing where the entropy has one too."""
+    """``ahead`` allows the forward to compute the gradient. It is wasted if the entropy gets a gradient too."""
     wants = wanted(inputs.hidden, inputs.head)
     ahead = ahead and wants[0] and not any(wants[1:])
     logprobs, entropy, _ = _forward(_Forward(inputs, return_entropy, ahead))
@@ -145,7 +145,7 @@ def _only_hidden(want: bool) -> list[bool]:
 
 
 def _kernel(given: _Forward) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """-> logprobs (N,), entropy (N,), and d logprobs / d hidden (N, H) where formed ``ahead``."""
+    """-> logprobs (N,), entropy (N,), and with ``ahead`` d logprobs / d hidden (N, H)."""
     hidden, head, tokens, softcap = given.inputs
     rows = LiveRows(tokens, softcap)
     logprobs = hidden.new_empty(rows.count, dtype=torch.float32)
@@ -184,7 +184,7 @@ class _Backward(NamedTuple):
 
 
 def _backward_kernel(given: _Backward) -> HeadGradients:
-    """From logits that are formed once more."""
+    """Recomputes the logits."""
     hidden, head, tokens, softcap = given.inputs
     rows = LiveRows(tokens, softcap)
     slopes = rows.take(given.grad_logprobs)
@@ -192,7 +192,7 @@ def _backward_kernel(given: _Backward) -> HeadGradients:
     unused = hidden.new_empty(rows.count, dtype=torch.float32)
 
     def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
-        assert grad is not None  # the backward is there for it
+        assert grad is not None  # a backward always wants a gradient
         launch(
             records.LinearLogprobs(
                 rows=rows.part(part, logits[0]),
@@ -219,7 +219,7 @@ def _save(ctx: Any, given: _Forward, output: tuple[Tensor, ...]) -> None:
     ctx.dtype, ctx.scale = hidden.dtype, head.scale
     not_differentiable(ctx, output[2 if ctx.return_entropy else 1 :])
     ctx.set_materialize_grads(False)
-    # the entropy's gradient, where one comes, needs the logits again
+    # if the entropy gets a gradient, the backward recomputes the logits
     again = ctx.return_entropy or not ctx.ahead
     targets, live, temperatures, ctx.temperature = tokens
     saved = (hidden, *head[:4], targets, temperatures) if again else ()

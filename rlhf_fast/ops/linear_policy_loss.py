@@ -1,4 +1,4 @@
-"""PPO's policy loss, with KL and entropy terms, straight from hidden states."""
+"""PPO's policy loss, with KL and entropy terms, from hidden states, without ever storing all logits."""
 
 from typing import Any, NamedTuple
 
@@ -60,20 +60,21 @@ def linear_policy_loss(
     aggregation: str = "token-mean",
     num_items: float | Tensor | None = None,
 ) -> LinearPolicyLoss:
-    """Clipped policy loss + kl_coef * KL - entropy_coef * entropy, each aggregated alike. Logits never exist whole.
+    """Clipped policy loss + kl_coef * KL - entropy_coef * entropy, each with the same aggregation. Never stores all
+    logits.
 
     Args:
-        hidden: (..., H), or (B, T, H) where ``aggregation`` or ``ratio_level`` counts sequences.
-        weight: (V, H), dtype of hidden; inside torch.autocast both are cast to its dtype, as F.linear does. Frozen, it
-            costs no gradient product of its own.
-        targets: (...), integer token ids. Nothing is shifted here: row t is the state that predicts target t.
+        hidden: (..., H), or (B, T, H) if ``aggregation`` or ``ratio_level`` depends on sequences.
+        weight: (V, H), dtype of hidden; inside torch.autocast both are cast to its dtype, as F.linear does. A frozen
+            weight needs no gradient product.
+        targets: (...), integer token ids, not shifted by this function: row t is the state that predicts target t.
         old_logprobs: (...), log-probs of the policy that sampled; a constant.
-        advantages: (...), above 0 the token was better than expected; a constant.
+        advantages: (...), positive for tokens that were better than expected; a constant.
         mask: (...), bool or 0/1, 1 = counts. Masked tokens are not computed, and their data is never used.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         ref_logprobs: (...), log-probs of the reference, for the KL term; a constant. Without it there is no KL term.
         kl_coef: weight of the KL term, >= 0.
-        kl_estimator: see ``token_kl``, which says what the gradient of each is worth.
+        kl_estimator: see ``token_kl`` for the estimators and their gradients.
         entropy_coef: weight of the entropy bonus, >= 0.
         bias, lora, temperature, softcap, vocab_size, ignore_index: as in ``linear_logprobs``.
         clip_low, clip_high, dual_clip, ratio_level, aggregation, num_items: as in ``clipped_policy_loss``.
@@ -122,7 +123,7 @@ def linear_policy_loss(
 
 def _from_logprobs(loss: LossInputs, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """-> the loss and the other fields of LinearPolicyLoss, of logprobs and entropy (N,)."""
-    assert entropy is not None  # it was asked for
+    assert entropy is not None  # return_entropy was True
     shape = loss.old_logprobs.shape
     loss = loss._replace(logprobs=unflat(logprobs, shape), entropy=unflat(entropy, shape))
     policy, *statistics = policy_loss(loss._replace(entropy=None, ref_logprobs=None))
@@ -136,23 +137,23 @@ def _torch(inputs: Inputs, loss: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]
 
 # ---- on the engines -------------------------------------------------------------------------------------------------
 #
-# One sweep from hidden states to loss and gradient. With ratios by the token, the gradient of a token's log-prob is
-# known once the log-prob is, while its logits are still there.
+# One sweep (_sweep.py) from hidden states to loss and gradient. With token-level ratios, d loss / d logprob of a token
+# depends only on its own log-prob, so its gradient is computed while its logits are still in the buffer.
 
 
 @implements("linear_policy_loss", "fused")
 def _fused(inputs: Inputs, loss: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-    if loss.sequence_level:  # a token's share is known after the last log-prob of its sequence
+    if loss.sequence_level:  # d loss / d logprob depends on all log-probs of the sequence
         ahead = loss.terms.entropy_coef == 0
         return _from_logprobs(loss, *linear_logprobs_fused(inputs, True, ahead=ahead))
     wants = wanted(inputs.hidden, inputs.head)
     total, statistics, *_ = _forward(_Forward(inputs, _Loss(*[getattr(loss, name) for name in _Loss._fields]), wants))
-    policy, _, *others, _, _ = statistics.unbind()  # less those of a value loss, and the scale
+    policy, _, *others, _, _ = statistics.unbind()  # without the statistics of the value loss, and the scale
     return total, (policy, *others)
 
 
 class _Loss(NamedTuple):
-    """What the loss takes beside log-probs, (B, T) each."""
+    """The inputs of the loss besides log-probs and entropy; tensors are (B, T)."""
 
     aggregation: str
     num_items: Tensor | None
@@ -181,7 +182,7 @@ def _kernel(
         return rows.take(flat(tensor))
 
     old_logprobs, advantages, share = of_rows(loss.old_logprobs), of_rows(loss.advantages), of_rows(weights)
-    # without a KL term the kernel reads no reference
+    # the kernel reads the reference only for a KL term
     ref_logprobs = None
     if loss.ref_logprobs is not None and loss.terms.kl_coef > 0:
         ref_logprobs = of_rows(loss.ref_logprobs)

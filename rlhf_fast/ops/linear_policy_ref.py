@@ -1,4 +1,4 @@
-"""Policy and reference in one pass over a head that they share."""
+"""Log-probs of policy and reference, entropy and exact KL in one pass over their shared head."""
 
 from typing import Any, NamedTuple
 
@@ -42,16 +42,16 @@ def linear_policy_ref(
 ) -> PolicyRef:
     """Log-probabilities of policy and reference, the policy's entropy and the exact KL, from two sets of hidden states.
 
-    The gradient flows to ``hidden``, and to ``weight`` and ``bias`` where they are trained, through the policy alone;
-    the reference is a constant.
+    The gradient flows to ``hidden`` and, where they are trained, to ``weight`` and ``bias``, only through the policy's
+    logits; the reference is a constant.
 
     Args:
         hidden: (..., H), the policy's; float64, float32, bfloat16 or float16.
         ref_hidden: (..., H), the reference's, same dtype.
         weight: (V, H), dtype of hidden; inside torch.autocast both are cast to its dtype, as F.linear does.
-        targets: (...), integer token ids. Nothing is shifted here: row t is the state that predicts target t.
+        targets: (...), integer token ids, not shifted by this function: row t is the state that predicts target t.
         mask: (...), bool or 0/1, 1 = counts. Masked tokens are not computed, and their data is never used.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         bias, temperature, softcap, vocab_size, ignore_index: as in ``linear_logprobs``.
 
     Raises:
@@ -101,14 +101,14 @@ def _torch(inputs: Inputs) -> tuple[Tensor, ...]:
             ref_logits = project(ref_hidden, head, softcap)
             ref_logprobs, _ = reference_of_rows(ref_logits, targets, temperature, False)
         logprobs, entropy = reference_of_rows(logits, targets, temperature, True)
-        assert entropy is not None  # it was asked for
+        assert entropy is not None  # return_entropy is True
         kl = exact_kl_reference(KlInputs(logits, ref_logits, None, temperature, 1.0))
         return logprobs, ref_logprobs, entropy, kl
 
     return over_live_rows(chunk, live, head, inputs.hidden, inputs.ref_hidden, targets, temperature)
 
 
-# ---- on the engines: two tiles of logits side by side, policy's and reference's, folded together ---------------------
+# ---- on the engines: the sweep of _sweep.py, whose kernel reads the logits of policy and reference together ----------
 
 
 def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -123,7 +123,7 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _fold_all(
     rows: LiveRows, inputs: Inputs, results: PolicyRef, slopes: tuple[Tensor | None, ...], wants: list[bool]
 ) -> HeadGradients:
-    """``slopes`` are the gradients (live,) of logprobs, entropy and KL, where they are given."""
+    """``slopes``: d loss / d logprobs, entropy and KL, each (live,) or None."""
 
     def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
         grad_logprobs, grad_entropy, grad_kl = (None if slope is None else slope[part] for slope in slopes)
@@ -162,7 +162,7 @@ class _Backward(NamedTuple):
 
 
 def _backward_kernel(given: _Backward) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """-> the gradients of hidden, weight and bias, from logits that are formed once more."""
+    """-> the gradients of hidden, weight and bias. Recomputes the logits."""
     inputs, *slopes, wants = given
     rows = LiveRows(inputs.tokens, inputs.softcap)
     unused = PolicyRef(*inputs.hidden.new_empty(4, rows.count, dtype=torch.float32).unbind())

@@ -1,4 +1,4 @@
-"""Linear layers under LoRA adapters: one call for the layers that read the same input, and for several roles' rows."""
+"""Linear layers with LoRA adapters: one call for several layers with the same input, and for rows of several roles."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from torch import Tensor
 from . import _checks
 from ._dispatch import implementation, implements
 from ._linear import LoRA, Product, autocasted, checked_lora, without_autocast
+from ._native import Term
 from ._op import once_differentiable
-from ._products import add_product_, linear, matmul, summed_over_rows
+from ._products import linear, matmul, sum_of_products, summed_over_rows
 from ._rows import accumulation_dtype, as_rows
 
 Loras = Sequence[LoRA | None]  # one a layer
@@ -49,20 +50,21 @@ def lora_linear(
 ) -> Tensor | tuple[Tensor, ...]:
     """hidden weight^T + bias + scale * (dropout(hidden) A^T) B^T, for one layer or several that read the same hidden.
 
-    The input is kept once for the backward, with hidden A^T beside it; a frozen weight costs no gradient product of
-    its own. Products are in the dtype of hidden and summed in float32; A and B are cast to it once a call. (Hu et al.,
-    "LoRA", 2021.)
+    The backward keeps hidden once for all layers, and hidden A^T. A frozen weight needs no gradient product. Products
+    are in the dtype of hidden and summed in float32; A and B are cast to that dtype once per call. (Hu et al., "LoRA",
+    2021.)
 
     Args:
         hidden: (..., I), float64, float32, bfloat16 or float16.
-        weights: (O, I), dtype of hidden, of any strides; or a sequence of them, as of the projections to query, key
+        weights: (O, I), dtype of hidden, any strides; or a sequence of them, such as the projections to query, key
             and value. Inside torch.autocast hidden and weights are cast to its dtype, as F.linear does.
-        loras: (A (r, I), B (O, r), scale), or None for no adapter; of a sequence of weights, one for each. With
-            ``rows``, a sequence of such, one a segment. A and B may have another dtype than hidden, as float32.
-        biases: (O,), or None; of a sequence of weights, one for each.
-        dropout: the share of the entries of hidden that an adapter does not see, in [0, 1), with a mask of its own for
-            each adapter from torch's generator; the others are multiplied by 1 / (1 - dropout).
-        rows: how many consecutive rows of hidden, flattened to (N, I), are under each of ``loras``; their sum is N.
+        loras: (A (r, I), B (O, r), scale), or None for no adapter; for a sequence of weights, a sequence of these. With
+            ``rows``, one such entry per segment of rows. A and B may have another dtype than hidden, such as float32.
+        biases: (O,), or None; for a sequence of weights, one for each.
+        dropout: probability that an entry of an adapter's input is set to 0, in [0, 1). Each adapter has its own mask,
+            drawn with torch's generator; the other entries are multiplied by 1 / (1 - dropout).
+        rows: the number of consecutive rows of hidden, flattened to (N, I), in each segment; their sum is N. Each
+            segment has its own entry of ``loras``.
 
     Returns:
         (..., O) in the dtype of hidden; a tuple of them for a sequence of weights. Gradients have the dtype of their
@@ -90,14 +92,14 @@ class Adapter(NamedTuple):
     down: Tensor  # A, (r, I)
     up: Tensor  # B, (O, r)
     scale: float
-    kept: Tensor | None  # (stop - start, I) bool, what dropout leaves; None = everything
+    kept: Tensor | None  # (stop - start, I) bool, False = dropped; None = no dropout
 
 
 class Inputs(NamedTuple):
     hidden: Tensor  # (N, I)
     weights: list[Tensor]  # (O, I) each
     biases: list[Tensor | None]  # (O,)
-    adapters: list[Adapter]  # by their rows, then their layer
+    adapters: list[Adapter]  # sorted by rows, then by layer
 
 
 def _is_list(value: object) -> bool:
@@ -159,7 +161,7 @@ def _checked(
 
 
 def _bounds(op: str, count: int, segments: Any, rows: Sequence[int] | None) -> list[tuple[int, int]]:
-    """First and last + 1 of each segment's rows."""
+    """[start, stop) of each segment's rows."""
     if rows is None:
         return [(0, count)]
     if not _is_list(segments) or len(segments) != len(rows):
@@ -182,7 +184,7 @@ def _sized(value: Any) -> str:
 
 @implements("lora_linear", "torch")
 def reference(inputs: Inputs) -> list[Tensor]:
-    """-> (N, O) of each layer. Sums are in full precision, rounded once."""
+    """-> (N, O) of each layer, computed in full precision and rounded once."""
     wide = accumulation_dtype(inputs.hidden.dtype)
     hidden = inputs.hidden.to(wide)
     outputs = []
@@ -199,18 +201,18 @@ def reference(inputs: Inputs) -> list[Tensor]:
     return outputs
 
 
-# ---- the products as few and as narrow as they can be ---------------------------------------------------------------
+# ---- the fused implementation ---------------------------------------------------------------------------------------
 #
-# The adapters of the same rows are stacked: hidden [A_q; A_k; A_v]^T is one product, and so are its gradients. One with
-# dropout has an input of its own, and so a stack of its own. What adapters add to an output, or to the gradient of
-# hidden, is accumulated there by the product itself.
+# The A of all adapters on the same rows are stacked: hidden [A_q; A_k; A_v]^T is one product, and so are the gradient
+# of the stack and that of its input. An adapter with dropout has its own masked input, so it forms a stack by itself.
+# The products with B, and those of the gradient of hidden, accumulate in their output.
 
 
 class Place(NamedTuple):
     number: int  # among all adapters
     layer: int
     scale: float
-    columns: slice  # of the stack's hidden A^T
+    columns: slice  # of hidden [A_1; A_2; ...]^T of the stack
 
 
 class Stack(NamedTuple):
@@ -245,21 +247,25 @@ def _stacks(adapters: list[Adapter]) -> list[Stack]:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Its tensors are those of ``_parts``, one after the other."""
+    """Takes the tensors of ``_parts``, flattened in that order."""
 
     @staticmethod
     def forward(ctx: Any, stacks: list[Stack], hidden: Tensor, *tensors: Tensor | None) -> Any:
         weights, biases, kept, downs, ups = _parts(tensors, stacks)
-        outputs = [linear(hidden, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         ups = [up.to(hidden.dtype) for up in ups]
+        added: list[list[Term]] = [[] for _ in weights]
         stacked: list[Tensor] = []
         for start, stop, places in stacks:
             own = [downs[place.number].to(hidden.dtype) for place in places]
             stack = own[0] if len(own) == 1 else torch.cat(own)
             inner = matmul(_seen(_rows(hidden, start, stop), kept[places[0].number]), stack.T)
             for number, layer, scale, columns in places:
-                add_product_(_rows(outputs[layer], start, stop), _columns(inner, columns), ups[number].T, scale)
+                added[layer].append(Term(_columns(inner, columns), ups[number].T, start, scale))
             stacked += [stack, inner]
+        outputs = [
+            sum_of_products([*terms, Term(hidden, weight.T)], bias)
+            for terms, weight, bias in zip(added, weights, biases, strict=True)
+        ]
         ctx.stacks = stacks
         ctx.save_for_backward(hidden, *weights, *kept, *ups, *stacked)
         return tuple(outputs)
@@ -280,10 +286,8 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
     wants_hidden, *wants = ctx.needs_input_grad[1:]
     wants_weight, wants_bias, _, wants_down, wants_up = _parts(wants, stacks)
 
-    grad_hidden = matmul(grads[0], weights[0]) if wants_hidden else None
-    if grad_hidden is not None:
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            add_product_(grad_hidden, grad, weight, 1.0)
+    terms = [Term(grad, weight) for grad, weight in zip(grads[1:], weights[1:], strict=True)]
+    dropped: list[tuple[int, int, Tensor]] = []  # rows and what an adapter with dropout adds to their gradient
     grad_downs: list[Tensor | None] = [None] * count
     grad_ups: list[Tensor | None] = [None] * count
     for (start, stop, places), stack, inner in zip(stacks, stacked, stacked, strict=True):
@@ -302,10 +306,14 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
             both = summed_over_rows(inner_grad, _seen(_rows(hidden, start, stop), mask))
             for place in places:
                 grad_downs[place.number] = both[place.columns] if wants_down[place.number] else None
-        if grad_hidden is not None and mask is None:
-            add_product_(_rows(grad_hidden, start, stop), inner_grad, stack, 1.0)
-        elif grad_hidden is not None and mask is not None:
-            grad_hidden[start:stop] += matmul(inner_grad, stack).masked_fill_(~mask, 0.0)
+        if wants_hidden and mask is None:
+            terms.append(Term(inner_grad, stack, start))
+        elif wants_hidden:
+            dropped.append((start, stop, matmul(inner_grad, stack).masked_fill_(~mask, 0.0)))
+    grad_hidden = sum_of_products([*terms, Term(grads[0], weights[0])]) if wants_hidden else None
+    for start, stop, part in dropped:
+        assert grad_hidden is not None
+        grad_hidden[start:stop] += part
     return (
         grad_hidden,
         *[matmul(grad.T, hidden) if want else None for grad, want in zip(grads, wants_weight, strict=True)],
@@ -317,7 +325,7 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
 
 
 def _parts(flat: Sequence[Any], stacks: list[Stack]) -> tuple[list[Any], ...]:
-    """Weights and biases, one a layer; kept, downs and ups, one an adapter."""
+    """Splits a flat sequence into weights and biases, one per layer, and kept, downs and ups, one per adapter."""
     count = sum(len(stack.places) for stack in stacks)
     layers = (len(flat) - 3 * count) // 2
     sizes = (layers, layers, count, count, count)
@@ -325,7 +333,7 @@ def _parts(flat: Sequence[Any], stacks: list[Stack]) -> tuple[list[Any], ...]:
 
 
 def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """A slice costs microseconds, and mostly is the whole."""
+    """tensor[start:stop]. Skips the slice, which takes microseconds, in the usual case that it is the whole tensor."""
     return tensor if stop - start == tensor.shape[0] else tensor[start:stop]
 
 
@@ -334,5 +342,5 @@ def _columns(tensor: Tensor, columns: slice) -> Tensor:
 
 
 def _seen(hidden: Tensor, kept: Tensor | None) -> Tensor:
-    """What an adapter multiplies; the 1 / (1 - dropout) is in its scale."""
+    """hidden with the dropped entries set to 0; the factor 1 / (1 - dropout) is in the adapter's scale."""
     return hidden if kept is None else hidden.masked_fill(~kept, 0.0)

@@ -1,4 +1,4 @@
-"""Log-probabilities of the target tokens, and the entropy, from logits."""
+"""Log-probabilities of the target tokens, and optionally the entropy, from logits."""
 
 import functools
 from typing import Any, Literal, NamedTuple, overload
@@ -77,26 +77,26 @@ def masked_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(logits)[target] for every live token, 0 for the others.
 
-    The logits are taken as softcap * tanh(logits / softcap) first and then divided by the temperature. A confident
-    token (p -> 1) keeps its relative precision, in its log-probability and in its gradient.
+    The softmax is over softcap * tanh(logits / softcap) / temperature. A confident token (p -> 1) keeps its relative
+    precision, in its log-probability and in its gradient.
 
     Args:
         logits: (..., V), float64, float32, bfloat16 or float16.
-        targets: (...), integer token ids. Nothing is shifted here: row t holds the logits that predict target t.
+        targets: (...), integer token ids, not shifted by this function: row t holds the logits that predict target t.
         mask: (...), bool or 0/1, 1 = counts. The data of a masked row is never used, NaN or inf included.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
-        temperature: a number > 0, or a tensor () or (...) with one a row. It receives no gradient.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
+        temperature: a number > 0, or a tensor () or (...) with one per row. It receives no gradient.
         softcap: the cap of the model's own logit soft-capping, > 0. It turns -inf into -softcap and +inf into
             softcap, as in the model.
-        vocab_size: leaves the columns from this one on (padding) out of the softmax, with zero gradient.
+        vocab_size: columns from this index on are padding: not in the softmax, gradient 0.
         ignore_index: a target with this value is masked.
         return_entropy: also return the entropy of each live row in nats, which has a gradient too.
-        inplace_backward: the backward writes the gradient over the logits instead of into new memory (logits that
-            are not contiguous are copied first). The logits are lost then.
+        inplace_backward: the backward overwrites the logits with their gradient instead of allocating memory (logits
+            that are not contiguous are copied first).
 
     Returns:
         logprobs (...) or (logprobs, entropy), float32 (float64 for float64 logits), 0 where masked. A target at -inf
-        gives -inf with a finite gradient. A live row with NaN or +inf, or with nothing above -inf, is NaN, alone.
+        gives -inf with a finite gradient. A live row with NaN or +inf, or with only -inf, is NaN; other rows are not.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device or value.
@@ -150,13 +150,13 @@ def reference(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
 def reference_of_rows(
     logits: Tensor, targets: Tensor, temperature: Tensor, return_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Of rows (N, V) that all count."""
+    """``reference`` of logits (N, V) whose rows all count, without softcap."""
     tokens = Tokens(targets, None, temperature)
     return reference(Inputs(logits, tokens, 0.0, logits.shape[1], return_entropy, False))
 
 
 class _MaskedLogprobs(torch.autograd.Function):
-    """Keeps the logits and three or four numbers a row; the backward forms the softmax again, chunk by chunk."""
+    """Saves the logits and three or four numbers per row; the backward recomputes the softmax, chunk by chunk."""
 
     generate_vmap_rule = True
 
@@ -211,7 +211,7 @@ class _MaskedLogprobs(torch.autograd.Function):
         logits, targets, live, temperature, entropy, *saved = ctx.saved_tensors
         ctx.spent = ctx.inplace_backward
         if ctx.inplace_backward:
-            # Detached, it shares memory and version counter: whoever else kept the logits is told that they changed.
+            # detach shares the memory and the version counter, so autograd detects any other use of the old logits
             grad = logits.detach()
         else:
             grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -237,17 +237,17 @@ class _MaskedLogprobs(torch.autograd.Function):
 
 
 def _live_rows(logits: Tensor, alive: Tensor, dtype: torch.dtype) -> Tensor:
-    """The chunk in full precision, contiguous, with zeros in place of the rows that must not be read."""
+    """The chunk in full precision, contiguous, with zeros in the dead rows."""
     return logits.to(dtype).masked_fill(~alive[:, None], 0.0).contiguous()
 
 
-# ---- on the engines: the logits are read once forward, and once backward ---------------------------------------------
+# ---- on the engines: forward and backward each read the logits once --------------------------------------------------
 
 
 @implements("masked_logprobs", "fused")
 def _fused(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     logits = unit_columns(inputs.logits)
-    # Under torch.compile the gradient's memory is the compiler's business, and a graph must not write to its inputs.
+    # Under torch.compile the compiler allocates the gradient, and a graph must not write to its inputs.
     inplace = inputs.inplace_backward and not torch.compiler.is_compiling()
     if logits is not inputs.logits or inplace != inputs.inplace_backward:
         inputs = inputs._replace(logits=logits, inplace_backward=inplace)
@@ -277,7 +277,7 @@ def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 class _Backward(NamedTuple):
-    grad: Tensor  # (N, V); holds the logits itself where those are None
+    grad: Tensor  # (N, V); holds the logits if ``logits`` is None, and is overwritten in place
     logits: Tensor | None
     tokens: Tokens
     softcap: float
@@ -329,7 +329,7 @@ def _gradient(
         return (None,)
     logits, targets, live, temperatures, logprobs, entropy, statistics = ctx.saved_tensors
     ctx.spent = ctx.inplace_backward
-    # Detached, it shares memory and version counter: whoever else kept the logits is told that they changed.
+    # detach shares the memory and the version counter, so autograd detects any other use of the old logits
     grad = logits.detach() if ctx.inplace_backward else torch.empty_like(logits, memory_format=torch.contiguous_format)
     _backward(
         _Backward(

@@ -29,13 +29,13 @@ def masked_whiten(
 
     Args:
         x: any shape, float.
-        mask: same shape, bool or 0/1, 1 = counts. Elsewhere the output and the gradient are 0 and nothing is read.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
-        shift_mean: True leaves the mean at 0; False adds the mean back, so that only the scale changes (rewards are
-            whitened so). This is the polarity of TRL and verl; torchtune's ``whiten`` has it the other way round.
+        mask: same shape, bool or 0/1, 1 = counts. Masked elements are not read; their output and gradient are 0.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
+        shift_mean: True: the result has mean 0. False: the mean is added back, so that only the scale changes (usual
+            for rewards). TRL and verl use the same polarity, torchtune's ``whiten`` the opposite.
         unbiased: the variance divides by n - 1 (by n when False). With one live element it is 0, not NaN.
-        group: a torch.distributed process group, every rank of which calls this: the statistics are those of all
-            ranks together. None means this process alone; for all ranks give ``torch.distributed.group.WORLD``.
+        group: a torch.distributed process group over which mean and variance are computed; every rank must call. None:
+            only this process; for all ranks pass ``torch.distributed.group.WORLD``.
 
     Returns:
         Shape of ``x``, float32 (float64 for float64). Differentiable without a group.
@@ -68,7 +68,7 @@ def _torch(
     """(N,), (N,) -> (N,)."""
     if live is None:
         live = torch.ones_like(x, dtype=torch.bool)
-    # two passes, deviations after the mean: the difference of E[x^2] and E[x]^2 cancels when the mean is large
+    # two passes, mean first: E[x^2] - E[x]^2 would cancel for a large mean
     count, total = _over_ranks(torch.stack((live.sum().to(x.dtype), ordered_sum(torch.where(live, x, 0.0)))), group)
     mean = _Spread.apply(total / count.clamp(min=1), x.shape[0])
     deviation = torch.where(live, x - mean, 0.0)
@@ -79,7 +79,7 @@ def _torch(
 
 
 class _Spread(torch.autograd.Function):
-    """() -> (N,). Broadcasting does the same, but the sum in its backward depends on the number of threads."""
+    """() -> (N,), like broadcasting, but with a backward whose sum does not depend on the number of threads."""
 
     generate_vmap_rule = True
 
@@ -97,7 +97,7 @@ class _Spread(torch.autograd.Function):
 
 
 def _over_ranks(sums: Tensor, group: "torch.distributed.ProcessGroup | None") -> tuple[Tensor, ...]:
-    """The sums of all ranks of ``group`` together; added in float64, so that a large token count stays exact."""
+    """All-reduces the sums over ``group``, in float64, so that a large token count stays exact."""
     if group is not None:
         total = sums.double()
         torch.distributed.all_reduce(total, group=group)
@@ -105,7 +105,7 @@ def _over_ranks(sums: Tensor, group: "torch.distributed.ProcessGroup | None") ->
     return sums.unbind()
 
 
-# ---- on the engines: two passes for the statistics, in float64, and one for the result ------------------------------
+# ---- on the engines: two passes for mean and variance, in float64, and one for the result ---------------------------
 
 
 @implements("masked_whiten", "fused")
@@ -140,7 +140,7 @@ class Moments(NamedTuple):
 
 
 def _moments_kernel(inputs: Moments) -> Tensor:
-    """-> (2,) float64: live elements, and their sum or, with a mean, that of the squared deviations from it."""
+    """-> (2,) float64: the number of live elements, and their sum or, given a mean, their sum of squared deviations."""
     x, moments = inputs.x, _empty_moments(inputs)
     launch(
         records.MaskedMoments(
@@ -164,11 +164,11 @@ class Inputs(NamedTuple):
     live: Tensor | None
     shift_mean: bool
     unbiased: bool
-    statistics: Tensor | None  # (3,) float64 to use: live elements, mean, scale
+    statistics: Tensor | None  # (3,) float64: live elements, mean, scale; None = computed from x
 
 
 def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """-> whitened (N,), and the statistics used."""
+    """-> whitened (N,), and the statistics that it used."""
     x, live = inputs.x, inputs.live
     whitened, used = _outputs(inputs)
     if inputs.statistics is not None:

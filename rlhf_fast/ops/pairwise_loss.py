@@ -14,8 +14,8 @@ def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Te
 
     Args:
         chosen: (N,) scores of the preferred responses, float.
-        rejected: (N,) scores of the others.
-        margin: (N,) how far apart each pair should be, in units of score; a constant, without gradient.
+        rejected: (N,) scores of the rejected responses.
+        margin: (N,) subtracted from each pair's difference, in units of score; a constant, without gradient.
 
     Returns:
         0-dim, float32 (float64 when an input is); 0 with zero gradient when N is 0.
@@ -39,5 +39,5 @@ def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Te
 
 @implements("pairwise_loss", "torch")
 def _torch(chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
-    """(N,) three times, one dtype."""
+    """All tensors (N,), one dtype."""
     return masked_mean(-torch.nn.functional.logsigmoid(chosen - rejected - margin), None)

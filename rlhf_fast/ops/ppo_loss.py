@@ -52,25 +52,26 @@ def ppo_loss(
     aggregation: str = "token-mean",
     num_items: float | Tensor | None = None,
 ) -> PPOLoss:
-    """Clipped policy loss + value_coef * clipped value loss + kl_coef * KL - entropy_coef * entropy, aggregated alike.
+    """Clipped policy loss + value_coef * clipped value loss + kl_coef * KL - entropy_coef * entropy, each with the same
+    aggregation.
 
-    A term of weight 0 is measured and stays out of the loss: its NaN does not show there, its data gets no gradient.
+    A term of weight 0 is computed but not added: its NaN does not reach the loss, and its inputs get no gradient.
 
     Args:
         logprobs: (B, T), or any shape with token-mean; float.
         old_logprobs: same shape; log-probs of the policy that sampled; a constant.
-        advantages: same shape; above 0 the token was better than expected; a constant.
+        advantages: same shape; positive for tokens that were better than expected; a constant.
         values: same shape; float.
-        old_values: same shape; what the critic said when the tokens were sampled; a constant.
+        old_values: same shape; the critic's values when the tokens were sampled; a constant.
         returns: same shape; the values' targets, such as the returns of ``gae``; a constant.
         mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read and get gradient 0.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
-        entropy: same shape, nats, for the entropy bonus. The gradient goes here, to logprobs and to values.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
+        entropy: same shape, nats, for the entropy bonus. Differentiable, as are logprobs and values.
         ref_logprobs: same shape; log-probs of the reference, for the KL term; a constant.
-        clip_low, clip_high, dual_clip: as in ``clipped_policy_loss``, whose ratios are by the token here.
+        clip_low, clip_high, dual_clip: as in ``clipped_policy_loss``, with token-level ratios.
         value_clip: the clip of ``clipped_value_loss``; None does not clip.
         value_coef, entropy_coef, kl_coef: weights of the terms, >= 0.
-        kl_estimator: see ``token_kl``, which says what the gradient of each is worth.
+        kl_estimator: see ``token_kl`` for the estimators and their gradients.
         aggregation, num_items: see ``rlhf_fast.ops._aggregate.aggregate``; fractions, ratios and approx_kl are means
             over this call's tokens.
 
@@ -79,7 +80,7 @@ def ppo_loss(
 
     Raises:
         TypeError: an input is not a floating-point tensor.
-        ValueError: shapes or devices differ; an argument outside the ranges above; a weight without its data.
+        ValueError: shapes or devices differ; an argument outside the ranges above; a weight > 0 without its data.
     """
     op = "ppo_loss"
     data = {
@@ -131,7 +132,7 @@ def _torch(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
 def with_terms(inputs: LossInputs, policy: Tensor, of_policy: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A policy loss with its KL and entropy terms -> the loss, and policy_loss, kl, entropy and ``of_policy``.
 
-    A term of weight 0 stays out of the graph, and so costs nothing in the backward.
+    A term of weight 0 is not in the graph, so the backward does not compute it.
     """
     terms, logprobs, live = inputs.terms, inputs.logprobs, inputs.live
     loss, entropy = policy, torch.zeros_like(of_policy[0])

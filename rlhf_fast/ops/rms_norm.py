@@ -18,22 +18,22 @@ from ._rows import accumulation_dtype, dtype_code, flat_rows, hidden_of
 def rms_norm(hidden: Tensor, weight: Tensor | None, *, eps: float, offset: float = 0.0) -> Tensor:
     """(offset + weight) * x / sqrt(mean(x^2) + eps), x a row of ``hidden``.
 
-    All of it is float32 arithmetic, rounded once, to the dtype of ``hidden``. So is Gemma's norm in transformers
-    (``offset=1``). Llama's and its kin's round x / sqrt(...) to the dtype before they multiply by the weight; this
-    differs from them by that rounding and is the nearer to the formula.
+    Computed in float32 and rounded once, to the dtype of ``hidden``, like Gemma's norm in transformers (``offset=1``).
+    transformers' Llama norm rounds x / sqrt(...) to the dtype before it multiplies by the weight; this function differs
+    from it by that rounding and is closer to the formula.
 
     Args:
         hidden: (..., H), float. Differentiable.
-        weight: (H,), float of any dtype; None = 1. Differentiable; its gradient is summed in float32 and in an order
-            that does not depend on the number of threads.
+        weight: (H,), float of any dtype; None = 1. Differentiable; its gradient is summed in float32, in an order that
+            does not depend on the number of threads.
         eps: added to the mean square, at least 0.
-        offset: added to the weight, in float32: 1 for Gemma, whose weight is stored less 1.
+        offset: added to the weight, in float32: 1 for Gemma, which stores weight - 1.
 
     Returns:
-        Shape and dtype of ``hidden``, inside autocast too. A row with NaN or an infinity gives NaN, in itself alone.
+        Shape and dtype of ``hidden``, inside autocast too. A row with NaN or inf gives NaN in that row only.
 
     Raises:
-        TypeError: an input is not a floating-point tensor, or ``eps`` or ``offset`` no number.
+        TypeError: an input is not a floating-point tensor, or ``eps`` or ``offset`` is not a number.
         ValueError: the weight's shape or device differs; eps is negative or infinite; an offset without a weight.
     """
     _checks.floating("rms_norm", hidden=hidden)
@@ -55,7 +55,7 @@ def rms_norm(hidden: Tensor, weight: Tensor | None, *, eps: float, offset: float
 
 class Inputs(NamedTuple):
     hidden: Tensor  # (..., H)
-    weight: Tensor | None  # (H,), float32 (float64 beside float64)
+    weight: Tensor | None  # (H,), float32 (float64 for float64 hidden)
     eps: float
 
 
@@ -74,7 +74,7 @@ def _torch(inputs: Inputs) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """(N,) -> (N, M). Broadcasting does the same, but the sum in its backward depends on threads and strides."""
+    """(N,) -> (N, M), like broadcasting, but with a backward whose sum does not depend on threads or strides."""
 
     generate_vmap_rule = True
 
@@ -91,7 +91,7 @@ class _Spread(torch.autograd.Function):
         return ordered_sum(grads[0]), None
 
 
-# ---- on the engines: one sweep forward, one backward ----------------------------------------------------------------
+# ---- on the engines: one pass forward, one backward -----------------------------------------------------------------
 
 
 def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:

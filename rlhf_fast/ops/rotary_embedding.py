@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., "RoFormer", 2021), by halves of a head."""
+"""Rotary position embedding (Su et al., "RoFormer", 2021), in the form that rotates the two halves of a head."""
 
 from typing import Any, NamedTuple
 
@@ -14,20 +14,20 @@ from ._rows import accumulation_dtype, dtype_code
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin, in float32 and rounded once, as Llama, Qwen, Mistral and Gemma turn q and k.
+    """x * cos + rotate_half(x) * sin, in float32 and rounded once, as Llama, Qwen, Mistral and Gemma rotate q and k.
 
-    rotate_half takes (x_1, x_2), halves of a head, to (-x_2, x_1). Where cos and sin are narrower than a head, its
-    first numbers are turned and the others are copied (GPT-NeoX, Phi).
+    rotate_half maps (x_1, x_2), the halves of a head, to (-x_2, x_1). If cos and sin have R < D columns, the first R
+    columns of a head are rotated and the others are copied (GPT-NeoX, Phi).
 
     Args:
-        x: (B, heads, T, D), float, of any strides. Differentiable.
-        cos: (B, T, R) or (1, T, R), float, R even and at most D; as transformers' rotary embeddings return it. Taken as
-            a constant, as is ``sin``.
+        x: (B, heads, T, D), float, any strides. Differentiable.
+        cos: (B, T, R) or (1, T, R), float, R even and at most D; as transformers' rotary embeddings return it. A
+            constant, like ``sin``.
         sin: same shape and dtype.
 
     Returns:
-        Shape and dtype of ``x``, inside autocast too. It lies in memory as ``x`` does: by token where x is a transposed
-        (B, T, heads, D), as a projection gives it, else by head. So does the gradient, but for the torch backend's.
+        Shape and dtype of ``x``, inside autocast too. The memory layout is that of ``x``: (B, T, heads, D) if x is a
+        transposed projection, else (B, heads, T, D). So is the gradient's, except on the torch backend.
 
     Raises:
         TypeError: an input is not a floating-point tensor, or cos and sin differ in dtype.
@@ -76,7 +76,7 @@ def _torch(inputs: Inputs) -> Tensor:
     return result.transpose(1, 2).contiguous().transpose(1, 2) if inputs.by_token else result.contiguous()
 
 
-# ---- on the engines: one sweep each way -----------------------------------------------------------------------------
+# ---- on the engines: one pass forward, one backward -----------------------------------------------------------------
 
 
 def _kernel(inputs: Inputs) -> Tensor:

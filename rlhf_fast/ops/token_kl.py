@@ -15,7 +15,7 @@ from ._op import empty_contiguous, fused_op
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None = None, *, estimator: str = "k1") -> Tensor:
-    """One KL estimate a token, with d = logprobs - ref_logprobs (Schulman, "Approximating KL Divergence", 2020).
+    """One KL estimate per token, with d = logprobs - ref_logprobs (Schulman, "Approximating KL Divergence", 2020).
 
     | name | value           | slope (d value / d logprobs) |                                                         |
     |------|-----------------|------------------------------|---------------------------------------------------------|
@@ -26,19 +26,19 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None = None,
     | x+   | that of x       | d                            | straight-through: the value of x with the slope of k2   |
 
     Use a "+" form where the estimate itself is a loss term. Over samples of the policy, the gradient of KL is
-    E[d * grad logprob]: k2's slope exactly. k1's slope has expectation 0 and k3's is that of the reverse KL, so
-    minimising either of them does not minimise this KL. (The same idea is ``kl_penalty="k3+"`` in verl.)
+    E[d * grad logprob], which is k2's slope. k1's slope has expectation 0, and k3's is that of the reverse KL, so
+    minimising k1 or k3 does not minimise this KL. (verl has the same as ``kl_penalty="k3+"``.)
 
     Args:
-        logprobs: of the policy, any shape, float; natural logarithm. The gradient goes here alone.
-        ref_logprobs: of the reference, same shape; taken as a constant.
-        mask: same shape, bool or 0/1, 1 = counts. Elsewhere the output and the gradient are 0 and nothing is read.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
+        logprobs: of the policy, any shape, float; natural logarithm. The only input with a gradient.
+        ref_logprobs: of the reference, same shape; a constant.
+        mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read; their output and gradient are 0.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         estimator: a name of the table ("k1+", "k3+", "abs+" are the straight-through ones).
 
     Returns:
-        Same shape; float32, or float64 when an input is float64. A live -inf in ``logprobs`` alone gives -inf (k1)
-        or +inf (the others), where only the slopes of k1 and abs stay finite; NaN, or -inf in both, gives NaN.
+        Same shape; float32, or float64 when an input is float64. A live -inf only in ``logprobs`` gives -inf (k1) or
+        +inf (the others); only k1 and abs have a finite slope there. NaN, or -inf in both, gives NaN.
 
     Raises:
         TypeError: an input is not a floating-point tensor.
@@ -53,16 +53,16 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None = None,
 
 
 def estimates(logprobs: Tensor, ref_logprobs: Tensor, live: Tensor | None, value: int, slope: int) -> Tensor:
-    """``token_kl`` of what has been checked: one shape, one dtype, a bool mask, the codes of an estimator."""
+    """``token_kl`` without checks: tensors of one shape and dtype, a bool mask, the codes of an estimator."""
     return implementation("token_kl", logprobs)(Inputs(logprobs, ref_logprobs, live, value, slope))
 
 
 class Inputs(NamedTuple):
-    logprobs: Tensor  # any shape, and so the others
+    logprobs: Tensor  # any shape; ref_logprobs and live have the same
     ref_logprobs: Tensor
     live: Tensor | None
-    estimator: int  # whose value the estimate has, and whose slope: places in records.KL_ESTIMATORS
-    slope: int
+    estimator: int  # index in records.KL_ESTIMATORS of the formula of the value
+    slope: int  # and of its derivative
 
 
 # ---- the torch reference --------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def _torch(inputs: Inputs) -> Tensor:
 
 
 class _TokenKL(torch.autograd.Function):
-    """Written out, because autograd's own k3 slope, 1 - exp(-d), loses all its digits where d is small."""
+    """Has its own gradient, because autograd's k3 slope, 1 - exp(-d), loses all digits for small d."""
 
     generate_vmap_rule = True
 
@@ -124,19 +124,19 @@ def _slope(difference: Tensor, estimator: str) -> Tensor:
 
 
 def _k3(x: Tensor) -> Tensor:
-    """exp(x) - 1 - x to a few units in the last place.
+    """exp(x) - 1 - x to a few ulp.
 
-    Even expm1(x) - x cancels for small x, where the result is x^2 / 2; there the series is summed instead:
-    x^2/2 * (1 + x/3 * (1 + x/4 * (1 + ...))), which at abs(x) < 1/2 and 15 terms is exact to float64.
+    expm1(x) - x cancels for small x, where the result is about x^2 / 2. For abs(x) < 1/2 the series is summed instead:
+    x^2/2 * (1 + x/3 * (1 + x/4 * (1 + ...))), whose 15 terms give float64 accuracy.
     """
     tail = torch.ones_like(x)
     for n in range(16, 2, -1):
         tail = 1 + tail * x / n
-    # the bound keeps inf - inf out; wherever it acts, expm1(x) is infinite already
+    # the bound avoids inf - inf; expm1 overflows before x reaches it
     return torch.where(x.abs() < 0.5, 0.5 * x * x * tail, torch.expm1(x) - x.clamp(max=1000.0))
 
 
-# ---- on the engines: one sweep forward, one backward ----------------------------------------------------------------
+# ---- on the engines: one pass forward, one backward -----------------------------------------------------------------
 
 
 def _kernel(inputs: Inputs) -> Tensor:

@@ -1,4 +1,4 @@
-"""A critic that starts as the reward model, fitted to the first rollout."""
+"""Fits a critic that starts as the reward model to the first rollout."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,11 @@ from rlhf_fast.recipes.stage import Stage
 
 
 def fit(stage: Stage[PPOConfig], experiences: Sequence[Experience]) -> None:
-    """Fits slope and shift of the critic's head, and of the rollout's values, to the returns by least squares.
+    """Fits a slope and a shift of the critic's values to the returns by least squares. Applies them to the critic's
+    head and to the rollout's values.
 
-    The reward model has only been trained on whole responses: what it says of half a response varies more than the
-    returns do and hardly follows them. The slope is at least 0; the rewards must be there.
+    The reward model was trained on whole responses. Its scores of partial responses vary more than the returns and
+    hardly correlate with them. The slope is at least 0. Rewards must be set before.
     """
     returns = torch.cat([_returns(e, stage.config.gamma)[e.mask] for e in experiences]).double()
     values = torch.cat([e.values[e.mask] for e in experiences]).double()
@@ -40,12 +41,12 @@ def fit(stage: Stage[PPOConfig], experiences: Sequence[Experience]) -> None:
 
 
 def restore(stage: Stage[PPOConfig]) -> None:
-    """The head's constants of a resumed run; its weight is among the parameters."""
+    """Restores the calibration constants of the head in a resumed run; its weight is among the parameters."""
     if "critic_mean" in stage.values:
         head = stage.base.heads[CRITIC]
         head.calibrate(stage.values["critic_mean"], head.std.item())
 
 
 def _returns(experience: Experience, gamma: float) -> torch.Tensor:
-    """(b, R): the discounted rewards from each token on, whatever the critic says."""
+    """(b, R): the sum of discounted rewards from each token on, without the critic's values."""
     return gae(experience.rewards, torch.zeros_like(experience.rewards), experience.mask, gamma=gamma, lam=1.0)[1]

@@ -1,4 +1,4 @@
-"""What PPO learns from: episodes with their log-probs, values, rewards and advantages, in training micro-batches."""
+"""PPO's training data: episodes with log-probs, values, rewards and advantages, in micro-batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +14,23 @@ from rlhf_fast.rollout import EpisodeBatch
 
 POLICY, CRITIC, REWARD, SFT = "policy", "critic", "reward", "sft"
 
-# How far two computations of the same log-prob may lie apart on the first mini-batch, in nats.
+# Largest difference between two computations of the same log-prob on the first mini-batch, in nats.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
 class Experience:
-    """One micro-batch. All of (b, R) float32 with 0 outside ``episodes.response_mask``; made without gradient.
+    """One micro-batch. Tensors are (b, R) float32 if not noted, and 0 outside ``episodes.response_mask``. Only
+    ``states`` has a gradient.
 
-    ``trunk`` is the shared part of the forward pass, (b, P + R, H), kept for every role and every epoch.
+    ``trunk``: (b, P + R, H), the hidden states below the adapted layers, which all roles and epochs reuse; or None.
+    ``states``: (b, R, H) of policy and critic with their autograd graph, for the first epoch; None if that epoch
+    computes them itself.
     """
 
     episodes: EpisodeBatch
     trunk: torch.Tensor | None
+    states: list[torch.Tensor] | None
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
@@ -49,40 +53,49 @@ class Experience:
 def response_states(
     base: SharedBase, roles: Sequence[str | None], episodes: EpisodeBatch, trunk: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """(b, R, H) of each role: the states that predict each response token."""
+    """For each role, (b, R, H): the hidden states that predict each response token."""
     found = base.hidden_of(roles, episodes.input_ids, episodes.attention_mask, trunk)
     return [episodes.before_response(states) for states in found]
 
 
 @torch.no_grad()
-def score(base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference: str | None) -> Experience:
-    """Everything that the frozen roles and the policy before its update say of the episodes; no rewards yet.
+def score(
+    base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, reference: str | None, *, keep_graph: bool = False
+) -> Experience:
+    """Log-probs of the policy before its update and of the reference, values and scores. Rewards are not set yet.
 
-    Two roles go through the model at a time, as in the update: products of other shapes round in another way, and the
-    first ratio of an update would not be 1.
+    ``keep_graph``: keeps the states of policy and critic with their graph, for training in the first epoch. These two
+    roles go through the model in one pass, as in the update: a product of another shape rounds differently, and the
+    first ratio of an update would not be exactly 1.
     """
     mask = episodes.attention_mask
     trunk = base.trunk(episodes.input_ids, mask)
-    policy, ref = base.hidden_of([POLICY, reference], episodes.input_ids, mask, trunk)
-    judges = [CRITIC, REWARD] if REWARD in base.roles else [CRITIC]
-    critic, *reward = base.hidden_of(judges, episodes.input_ids, mask, trunk)
+    frozen = [reference, REWARD] if REWARD in base.roles else [reference]
+    ref, *reward = base.hidden_of(frozen, episodes.input_ids, mask, trunk)
+    with torch.set_grad_enabled(keep_graph):
+        states = response_states(base, [POLICY, CRITIC], episodes, trunk)
+    policy, critic = states
     logprobs = _logprobs(base, config, episodes, POLICY, policy)
-    ref_logprobs = _logprobs(base, config, episodes, reference, ref)
-    values = torch.where(episodes.response_mask, base.heads[CRITIC](episodes.before_response(critic)), 0.0)
+    ref_logprobs = _logprobs(base, config, episodes, reference, episodes.before_response(ref))
+    values = torch.where(episodes.response_mask, base.heads[CRITIC](critic), 0.0)
     if reward:
         scores = base.heads[REWARD](last_states(reward[0], mask))
     else:
         scores = torch.zeros(len(episodes.responses), device=base.device)
     nothing = torch.zeros_like(values)
-    return Experience(episodes, trunk, logprobs, ref_logprobs, values, scores, scores, nothing, nothing, nothing)
+    return Experience(
+        episodes, trunk, states if keep_graph else None, logprobs, ref_logprobs, values, scores, scores, nothing,
+        nothing, nothing,
+    )  # fmt: skip
 
 
 def _logprobs(
     base: SharedBase, config: PPOConfig, episodes: EpisodeBatch, role: str | None, states: torch.Tensor
 ) -> torch.Tensor:
+    """(b, R) of the response tokens, from the states (b, R, H) that predict them."""
     vocabulary = base.vocabulary_of(role)
     return linear_logprobs(
-        episodes.before_response(states),
+        states,
         vocabulary.weight,
         episodes.targets,
         episodes.response_mask,
@@ -99,8 +112,8 @@ def set_rewards(
     kl_coef: float,
     group: torch.distributed.ProcessGroup | None,
 ) -> None:
-    """Fills in the rewards. ``scores``: one an episode, in order; whitening is over the whole rollout, of all processes
-    where ``group`` is given."""
+    """Sets the rewards. ``scores``: one per episode, in order. Whitening is over the whole rollout, and with ``group``
+    over that of all processes."""
     for experience, part in zip(experiences, scores.split([len(e.scores) for e in experiences]), strict=True):
         kl = token_kl(experience.logprobs, experience.ref_logprobs, experience.mask, estimator=config.kl_estimator)
         experience.penalties = -kl_coef * kl.sum(dim=1)
@@ -114,7 +127,7 @@ def set_rewards(
 def set_advantages(
     experiences: Sequence[Experience], config: PPOConfig, *, group: torch.distributed.ProcessGroup | None
 ) -> None:
-    """Fills in advantages, whitened as in ``set_rewards``, and returns."""
+    """Sets returns and advantages; the advantages are whitened over the same tokens as in ``set_rewards``."""
     for experience in experiences:
         experience.advantages, experience.returns = gae(
             experience.rewards, experience.values, experience.mask, gamma=config.gamma, lam=config.lam
@@ -143,10 +156,9 @@ def _whiten(
 
 
 def check_start(experiences: Sequence[Experience], dtype: torch.dtype) -> None:
-    """Before the first update the policy is the SFT model: its KL to the reference must be 0.
+    """Raises UserError if the KL to the reference is not 0 before the first update, when the policy is the SFT model.
 
-    Raises UserError that says what to look at. Source: trl issue 495, where the reference was the base without the
-    SFT adapter.
+    Such a defect: trl issue 495, where the reference was the base without the SFT adapter.
     """
     gap = torch.stack([((e.logprobs - e.ref_logprobs).abs() * e.mask).max() for e in experiences]).max().item()
     if not gap <= TOLERANCE[dtype]:
@@ -158,10 +170,9 @@ def check_start(experiences: Sequence[Experience], dtype: torch.dtype) -> None:
 
 
 def check_first_ratio(parts: Sequence[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
-    """On the first mini-batch of an update the policy has not changed yet: every ratio must be 1.
+    """Raises UserError if a ratio is not 1 on the first mini-batch of an update, before the policy has changed.
 
-    ``parts``: the mini-batch's statistics; approx_kl is half the mean square of the log ratio. Raises UserError that
-    says what to look at.
+    ``parts``: the mini-batch's statistics, in which approx_kl is half the mean square of the log ratio.
     """
     gap = (2 * torch.stack([part["approx_kl"] for part in parts]).sum()).sqrt().item()
     if not gap <= TOLERANCE[dtype]:

@@ -1,4 +1,4 @@
-"""The traceback of an unexpected exception, left in the run's folder."""
+"""Writes the traceback of an unexpected exception to the run's folder."""
 
 import datetime
 import os
@@ -18,15 +18,15 @@ from rlhf_fast.text import traceback_text
 
 @contextmanager
 def failure_kept(folder: str) -> Iterator[None]:
-    """Inside, an exception that no message of ours explains leaves its traceback in ``folder``/error.txt, and a note on
-    the exception says so. A folder in which no run has begun is left as it is."""
+    """Inside, an exception other than UserError and Interrupted writes its traceback to ``folder``/error.txt, and gets
+    a note that names the file. Writes nothing if no run has begun in the folder."""
     try:
         yield
     except (UserError, Interrupted):
         raise
     except Exception as error:
         output = OutputFolder(Path(folder))
-        if output.kind and os.environ.get("RANK", "0") == "0":  # of several processes one writes
+        if output.kind and os.environ.get("RANK", "0") == "0":  # only process 0 writes
             try:
                 path = output.claim(ERROR)
                 write_atomic(path, _report(error))

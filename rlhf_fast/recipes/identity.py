@@ -1,6 +1,6 @@
-"""What makes a resumed run the same run: version, data, tokenizer, base, adapters it starts from, settings.
+"""The identity of a run: version, data, tokenizer, base, adapters that it starts from, settings.
 
-Every checkpoint holds it (``identity`` in state.json); a resume compares it with its own and names what has changed.
+Every checkpoint contains it (``identity`` in state.json). A resumed run compares it with its own and reports changes.
 """
 
 import json
@@ -20,7 +20,7 @@ from rlhf_fast.config import StageConfig
 from rlhf_fast.models import SharedBase
 from rlhf_fast.text import one_line, shown
 
-# Settings that change no result.
+# Settings that do not change results.
 FREE = {"output_dir", "report_to", "run_name", "logging_steps", "save_steps", "save_total_limit", "trust_remote_code"}
 FREE |= {
     "reward_timeout",
@@ -29,7 +29,7 @@ FREE |= {
     "resume_with_changes",
     "overwrite_output_dir",
 }
-# Settings whose effect is compared in their place: the rows, the tokenizer, the weights.
+# Settings that are not compared, because their effect is: the rows, the tokenizer, the weights.
 COMPARED = {"model_name_or_path", "dtype", "chat_template", "dataset_name", "dataset_split", "eval_dataset_name"}
 COMPARED |= {
     "strict",
@@ -42,18 +42,18 @@ COMPARED |= {
     "sft_adapter",
     "reward_adapter",
 }
-# Settings that may change, which is said: how long the run is, how it is measured, and what changes rounding alone.
+# Settings that may change and are reported: the length of the run, its evaluation, and what changes only rounding.
 SAID = {"max_steps", "num_train_epochs", "patience", "eval_steps", "micro_batch_size", "micro_batch_tokens"}
 SAID |= {"gradient_checkpointing"}
 SAID |= {"rollout_batch_size", "rollout_engine", "calibration_prompts", "label_noise_ceiling"}
-SAMPLES = 16  # values of each weight that the base is known by
+SAMPLES = 16  # values of each weight in the digest of the base
 
 
 def identity(
     config: StageConfig, base: SharedBase, base_digest: str, trained: Sequence[str], rows: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The identity of a run as JSON. ``trained``: the roles whose weights a checkpoint holds, so that what they started
-    from no longer counts. ``rows``: name of the rows -> their ``fingerprint``."""
+    """The identity of a run as JSON. ``trained``: the roles whose weights are in a checkpoint; their initial weights
+    are not part of the identity. ``rows``: name of the rows -> their ``fingerprint``."""
     frozen = [role for role in base.roles if role not in trained]
     parts = {
         "version of rlhf-fast": rlhf_fast.__version__,
@@ -70,21 +70,21 @@ def identity(
 def _settings(config: StageConfig) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in FREE | COMPARED}
     for name in ("reward_functions", "eval_functions"):
-        if name in settings:  # found from wherever the run is started
+        if name in settings:  # without folders, so that the run may be resumed from another one
             settings[name] = [os.path.basename(function) for function in settings[name]]
     settings["lora_target_modules"] = sorted(set(config.lora_target_modules))
     return settings
 
 
 class Changes(NamedTuple):
-    """Name -> "old -> new": what makes another run, and what may change without that."""
+    """Name -> "old -> new". ``differing``: changes that make it another run. ``allowed``: changes that do not."""
 
     differing: dict[str, str]
     allowed: dict[str, str]
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """What differs between two identities."""
+    """The differences between two identities."""
     differing: dict[str, str] = {}
     allowed: dict[str, str] = {}
     for name in then["parts"] | now["parts"]:
@@ -92,14 +92,14 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         if old != new:
             differing[name] = f"{one_line(old, 100)} -> {new}"
     for name, value in now["settings"].items():
-        old = then["settings"].get(name, value)  # a setting that is new here is of another version, which is told
+        old = then["settings"].get(name, value)  # a setting missing in ``then`` is from another version, in "parts"
         if old != value:
             (allowed if name in SAID else differing)[name] = f"{shown(old)} -> {shown(value)}"
     return Changes(differing, allowed)
 
 
 def setting_changes(then: Mapping[str, Any], config: StageConfig) -> Changes:
-    """As ``changes``, of the settings alone: without data and model at hand."""
+    """Like ``changes``, but compares only the settings, without loading data and model."""
     return changes({"parts": {}, "settings": then["settings"]}, {"parts": {}, "settings": _settings(config)})
 
 
@@ -108,7 +108,7 @@ def told(differences: Mapping[str, str]) -> str:
 
 
 def fingerprint(rows: Sequence[Any]) -> str:
-    """Count and digest of encoded rows, in their order; ``columns`` that reward functions take are part of them."""
+    """Count and digest of encoded rows in order, including the ``columns`` for reward functions."""
     digest = blake2b(digest_size=8)
     for row in rows:
         for item in fields(row):
@@ -127,26 +127,26 @@ def _add(digest: Any, value: Any) -> None:
 
 
 def _without_address(value: Any) -> str:
-    """Dates, bytes and the like; an object's place in memory is another in every run."""
+    """repr for values that JSON lacks, such as dates, without memory addresses, which differ between runs."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Vocabulary, special tokens, chat template and, where it is a fast one, how it splits text and joins it again."""
+    """A digest of vocabulary, special tokens, chat template and, for a fast tokenizer, its whole configuration."""
     ends = [tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id]
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    for name in ("padding", "truncation"):  # left by the last call
+    for name in ("padding", "truncation"):  # state of the last call
         backend.pop(name, None)
     return _digest([sorted(tokenizer.get_vocab().items()), ends, tokenizer.chat_template, backend])
 
 
 def base_digest(model: PreTrainedModel) -> str:
-    """The model's config and some values of every weight, as they are without adapters."""
+    """A digest of the model's config and of some values of every weight. Call before adapters are added."""
     settings = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     for name in ("transformers_version", "dtype", "torch_dtype"):
         settings.pop(name, None)
     samples = {}
-    for name, weight in model.state_dict().items():  # with the buffers that are saved, such as a router's bias
+    for name, weight in model.state_dict().items():  # includes saved buffers, such as a router's bias
         flat = weight.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
         samples[name] = [list(weight.shape), picked.float().cpu().tolist()]
@@ -154,7 +154,7 @@ def base_digest(model: PreTrainedModel) -> str:
 
 
 def role_digest(base: SharedBase, role: str) -> str:
-    """Every weight of an adapter, and its head's calibration."""
+    """A digest of all weights of an adapter and its head's calibration."""
     digest = blake2b(digest_size=8)
     tensors: dict[str, torch.Tensor] = dict(base.named_parameters(role))
     if role in base.heads:

@@ -1,4 +1,4 @@
-"""Reward functions in a run: a rollout's responses judged, and the metrics of what the functions said."""
+"""Calls reward functions on a rollout's responses, and computes metrics of their results."""
 
 import math
 import statistics
@@ -19,14 +19,14 @@ from rlhf_fast.rollout import Response
 
 @dataclass(frozen=True)
 class Judged:
-    """Per function one number a response, None where it abstained; and what the functions logged."""
+    """For each function, one number per response (None = abstained); and the functions' logged metrics."""
 
     each: dict[str, Numbers]
     view: RunView
 
 
 def check_columns(rows: Sequence[PromptRow], *functions: Functions) -> None:
-    """Raises UserError where a function needs a column that ``rows`` do not have."""
+    """Raises UserError if a function needs a column that ``rows`` do not have."""
     columns = set().union(*(row.columns for row in rows))
     for group in functions if rows else ():
         group.check(columns)
@@ -35,7 +35,7 @@ def check_columns(rows: Sequence[PromptRow], *functions: Functions) -> None:
 def judge(
     stage: Stage[StageConfig], functions: Functions, responses: Sequence[Response], epoch: float | None = None
 ) -> Judged:
-    """What each function says of ``responses``. Its prints stand above the progress bar."""
+    """The results of each function on ``responses``. Its prints appear above the progress bar."""
     state = TrainerState(global_step=stage.step, max_steps=stage.total, epoch=epoch)
     view = RunView(len(responses), state, stage.say if stage.main else print_error)
     each = functions.each(
@@ -49,9 +49,10 @@ def judge(
 
 
 def metrics(stage: Stage[StageConfig], rewarders: Judged, scorers: Judged, *, model: bool) -> dict[Metric, float]:
-    """Over the responses of all processes; what a function abstained from is left out of its figures.
+    """Metrics over the responses of all processes; a function's figures leave out responses from which it abstained.
 
-    Without a reward ``model`` the share of responses that no reward function judged is one of them: their reward is 0.
+    Without a reward ``model`` they include the share of responses from which every reward function abstained, whose
+    reward is 0.
     """
     found = {}
     for name, numbers in rewarders.each.items():
@@ -68,7 +69,7 @@ def _abstained(stage: Stage[StageConfig], rewarders: Judged) -> float:
     own = [set(numbers) == {None} for numbers in zip(*rewarders.each.values(), strict=True)]
     abstained = stage.gather(own)
     if any(abstained) and not stage.values.get("abstained"):
-        stage.values["abstained"] = True  # said once a run
+        stage.values["abstained"] = True  # reported once per run
         stage.say(
             f"ppo: every reward function abstained (None) from {sum(abstained)} of {len(abstained)} responses: their "
             "reward is 0, and rewards/abstained counts them"
@@ -77,9 +78,9 @@ def _abstained(stage: Stage[StageConfig], rewarders: Judged) -> float:
 
 
 def logged(stage: Stage[StageConfig], judged: Sequence[Judged], metrics: Collection[Metric]) -> dict[str, float]:
-    """The means of what functions gave to ``log_metric``, over the responses of all processes.
+    """The means of the values that functions passed to ``log_metric``, over the responses of all processes.
 
-    Raises UserError where a name is one of ``metrics`` or of those that every run has.
+    Raises UserError if a name is one of ``metrics`` or of the metrics that every run has.
     """
     taken = FIXED_OF_PPO | {metric.name for metric in metrics}
     own = [(name, value) for one in judged for name, values in one.view.metrics.items() for value in values]
@@ -99,5 +100,5 @@ def present(numbers: Numbers) -> list[float]:
 
 
 def mean(numbers: Sequence[float]) -> float:
-    """NaN of none."""
+    """The mean; NaN if there are no numbers."""
     return sum(numbers) / len(numbers) if numbers else math.nan

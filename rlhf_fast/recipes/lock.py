@@ -1,4 +1,4 @@
-"""One run a folder: a lock that the system lets go of when the process that holds it ends, however it ends."""
+"""A lock that allows one run per folder. The system releases it when the process ends, even by a crash."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ LOCK = ".rlhf-fast.lock"
 
 
 class FolderLock:
-    """Held from its making until ``release``, or until nothing refers to it, or until the process ends."""
+    """Held until ``release``, until no reference to it is left, or until the process ends."""
 
     def __init__(self, folder: str, handle: int) -> None:
         self._folder, self._handle = folder, handle
@@ -46,7 +46,7 @@ _held: "weakref.WeakValueDictionary[str, FolderLock]" = weakref.WeakValueDiction
 
 
 def _in_forked_child() -> None:
-    """A child shares the lock, and would keep it when the run has ended."""
+    """Releases the locks in a forked child, which would otherwise keep them after the run has ended."""
     for held in list(_held.values()):
         held.release()
 
@@ -56,9 +56,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def hold(folder: Path, say: Callable[[str], None]) -> FolderLock | None:
-    """Locks a folder that is there. None, said aloud, where the file system has no locks.
+    """Locks an existing folder. Returns None, with a message, if the file system has no locks. If this process holds
+    the lock already, returns that one.
 
-    Raises UserError, naming the process, where another one holds it. A process that holds it already gets its own lock.
+    Raises UserError, naming the process, if another one holds it.
     """
     own = _held.get(os.path.realpath(folder))
     if own is not None:
@@ -74,7 +75,7 @@ def hold(folder: Path, say: Callable[[str], None]) -> FolderLock | None:
 
 
 def check_free(folder: Path) -> None:
-    """Raises UserError where another process holds the folder; makes nothing."""
+    """Raises UserError if another process holds the lock. Creates no files."""
     if os.path.realpath(folder) in _held or not os.path.lexists(folder / LOCK):
         return
     handle = _try(folder, os.O_RDWR, say=lambda _: None)
@@ -110,7 +111,8 @@ def _try(folder: Path, flags: int, say: Callable[[str], None]) -> int | None:
 
 
 def _is_lock(handle: int) -> bool:
-    """An empty file or one with a holder in it, under no other name: anything else would be overwritten."""
+    """Whether the file is a lock file: a regular file without other hard links, empty or with a holder in it. Any other
+    file must not be overwritten."""
     status = os.fstat(handle)
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and (status.st_size == 0 or _read(handle) is not None)
 
@@ -132,13 +134,13 @@ def _holder(handle: int) -> str:
 
 
 def _alive(found: dict[str, Any]) -> bool:
-    """False where the process was of this machine and is gone: a child that it forked shares the lock."""
+    """False if the process was on this machine and has ended; then a child that it forked holds the lock."""
     if found["host"] != socket.gethostname() or not isinstance(found["process"], int):
         return True
     try:
         os.kill(found["process"], 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's
+    except (OSError, OverflowError):  # such as another user's process
         return True
     return True

@@ -1,4 +1,4 @@
-"""Out of memory, told as what it is: in which work, on how many tokens, and which setting to lower."""
+"""Error messages for running out of memory: in which phase, on how many tokens, and which setting to lower."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ from rlhf_fast.recipes.stage import Stage
 from rlhf_fast.rollout import Response
 from rlhf_fast.text import one_line
 
-MICRO_BATCH = ("micro_batch_tokens", "micro_batch_size")  # one of them is set
+MICRO_BATCH = ("micro_batch_tokens", "micro_batch_size")  # exactly one of them is set
 
 
 def give_back_memory() -> None:
-    """Between two phases: returns freed memory to the system, which glibc keeps in pieces. The next phase has other
-    sizes, which would not fit into them. With another C library nothing is done."""
+    """Returns freed memory to the system between two phases. glibc keeps it fragmented, and the next phase needs other
+    sizes, which would not fit into the fragments. Does nothing with another C library."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -24,10 +24,11 @@ def give_back_memory() -> None:
 
 @contextmanager
 def memory_for(stage: Stage[StageConfig], work: str, lengths: Sequence[int], *settings: str) -> Iterator[None]:
-    """Around one pass of the model over sequences of ``lengths`` tokens, named ``work`` ("update").
+    """Inside, torch's out-of-memory error becomes OutOfMemory, whose message names the step, ``work`` (such as
+    "update"), the batch, and the settings to lower.
 
-    Raises OutOfMemory in place of torch's error: the step, the work, the batch, and ``settings`` (names of the config's
-    fields, the first to lower first) with their values. One that is unset or 1 cannot be lowered and is left out.
+    ``lengths``: tokens of the batch's sequences. ``settings``: fields of the config, in the order in which to lower
+    them. A setting that is unset or 1 cannot be lowered and is left out.
     """
     try:
         yield
@@ -46,10 +47,10 @@ def memory_for(stage: Stage[StageConfig], work: str, lengths: Sequence[int], *se
 
 
 def sampling_lengths(rows: Sequence[PromptRow], response_length: int) -> list[int]:
-    """What sampling responses to ``rows`` can make: prompts and responses together, in tokens, the longest last."""
+    """The largest possible lengths, prompt plus response, of sampled responses to ``rows``, in tokens, sorted."""
     return sorted(len(row.input_ids) + response_length for row in rows)
 
 
 def response_lengths(responses: Sequence[Response]) -> list[int]:
-    """Tokens of each prompt and its response together."""
+    """The number of tokens of each prompt plus its response."""
     return [len(response.row.input_ids) + len(response.token_ids) for response in responses]

@@ -1,4 +1,4 @@
-"""What a stage opens before it trains: base and tokenizer, optimizer and schedule."""
+"""Creates base and tokenizer, optimizer and schedule of a stage."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from rlhf_fast.recipes.identity import base_digest
 
 
 def open_base(config: StageConfig, device: torch.device, say: Callable[[str], None]) -> tuple[SharedBase, str]:
-    """The shared base with its tokenizer made ready, and the digest of its weights."""
+    """The shared base with a prepared tokenizer, and the digest of its weights."""
     model, tokenizer = pretrained.load_pretrained(config, device)
     for note in prepare_tokenizer(
         tokenizer, vocab_size=len(model.get_input_embeddings().weight), chat_template=config.chat_template
@@ -33,7 +33,7 @@ def open_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW and its schedule over ``total_steps``."""
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, eps=config.adam_epsilon, weight_decay=config.weight_decay
+        parameters, lr=config.learning_rate, eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=True
     )
     factor = get_scheduler(
         config.lr_scheduler_type,
@@ -41,5 +41,5 @@ def open_optimizer(
         num_warmup_steps=round(config.warmup_ratio * total_steps),
         num_training_steps=total_steps + 1,
     ).lr_lambdas[0]
-    # its factor is 0 before the first step and after the last; ours counts from 1, so that no step trains at 0
+    # transformers' factor is 0 at step 0 and after the last step; counting from 1, no step trains with rate 0
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: factor(done + 1))

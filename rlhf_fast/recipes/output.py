@@ -1,7 +1,7 @@
-"""An output folder: new, to be gone on with, or another's. A run notes what it makes and touches nothing else.
+"""The output folder of a run. A run records the files that it creates, and never changes any others.
 
-The note is ``.rlhf-fast.json`` in the folder: the names that runs have made there. They alone are ever replaced, or
-deleted by --overwrite_output_dir, with the checkpoints that hold our manifest.
+The record is ``.rlhf-fast.json`` in the folder, the "marker": the names that runs have created there. Only these files,
+and checkpoints with a valid manifest, are ever replaced, or deleted by --overwrite_output_dir.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from rlhf_fast.text import one_line, shown
 
 MARKER = ".rlhf-fast.json"
 CONFIG, RESOLVED, REPORT, ERROR = "config.yaml", "config.resolved.yaml", "report.html", "error.txt"
-RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json")  # a folder with one of them holds a run
+RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json")  # a folder with one of these contains a run
 ADAPTERS = ("adapter", "best", "policy", "critic")
 NAMES = {CONFIG, RESOLVED, REPORT, ERROR, *RECORDS, *ADAPTERS, "runs"}
 WHOLE_RUN = "run"
-SETTINGS_OF_A_RUN = 30  # a config.yaml with as many is one that a run wrote: people write a few
+SETTINGS_OF_A_RUN = 30  # a config.yaml with this many settings was written by a run; users write only a few
 
 
 class OutputFolder:
-    """What runs have made in a folder.
+    """An output folder, and the names that runs have created in it.
 
     Attributes:
-        kind: "sft", "reward" or "ppo", "run" for the folder above them, "" where no run has been.
-        record: the name under which the settings are written: not that of the --config file.
+        kind: "sft", "reward" or "ppo", "run" for the folder above them, "" if no run was there.
+        record: the file name for the resolved settings, which must not overwrite the --config file.
     """
 
     def __init__(self, path: Path, config_file: str = "") -> None:
@@ -49,21 +49,21 @@ class OutputFolder:
         return bool(self._given) and os.path.realpath(self.path / name) == self._given
 
     def holds_run(self) -> list[str]:
-        """What a run has left here that nobody wants to lose by accident: records, checkpoints, adapters."""
+        """Names of a run's valuable files here: records, checkpoints, adapters."""
         return sorted(name for name in self._there() if name in RECORDS + ADAPTERS or checkpoint.step_of(name) >= 0)
 
     def finished(self) -> bool:
         return "summary.json" in self._there()
 
     def _there(self) -> set[str]:
-        """Names of ours that are here. A link is never ours."""
+        """The names that runs have created and that still exist. A symbolic link is never one of them."""
         found = {name for name in self._made if os.path.lexists(self.path / name)}
         found |= {path.name for path in checkpoint.list_checkpoints(self.path) if checkpoint.is_ours(path)}
         return {name for name in found if not (self.path / name).is_symlink() and not self._is_given(name)}
 
     def check_way(self, names: Iterable[str], *, linked: bool = False) -> None:
-        """Raises UserError where something that no run made has one of ``names``. ``linked``: records and checkpoints
-        that a run made may since lie elsewhere, with a link here; they are gone on with."""
+        """Raises UserError if a file that no run created has one of ``names``. ``linked``: allows links in place of
+        records and checkpoints that a run created, which the user may have moved elsewhere."""
         strange = [part for name in names for part in self._strangers(name, linked)]
         if strange:
             raise UserError(
@@ -80,11 +80,11 @@ class OutputFolder:
         return [part for part in (name, *_unfinished(name)) if os.path.lexists(self.path / part)]
 
     def open(self, kind: str, say: Callable[[str], None]) -> None:
-        """Makes the folder, locks it and notes whose it is."""
+        """Creates the folder, locks it and writes its marker."""
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self._lock = lock.hold(self.path, say)
-        made = _read_marker(self.path)[1]  # again: nobody else can change it from here on
+        made = _read_marker(self.path)[1]  # read again under the lock
         self.kind, self._made = kind, {name for name in made if os.path.lexists(self.path / name)}
         self._note()
 
@@ -93,7 +93,8 @@ class OutputFolder:
             self._lock.release()
 
     def claim(self, name: str) -> Path:
-        """The path of ``name``, which the run is about to write. UserError where it is somebody else's."""
+        """Records that the run creates ``name``, and returns its path. UserError if a file of that name exists that no
+        run created."""
         if name not in self._made:
             self.check_way({name})
             self._made.add(name)
@@ -104,7 +105,7 @@ class OutputFolder:
         return name in self._made
 
     def clear(self) -> None:
-        """Deletes what runs have made here; files that others have put into their folders stay."""
+        """Deletes everything that runs have created here. Other files inside their folders stay."""
         for name in self._there():
             with _writing(self.path / name):
                 for part in (name, *_unfinished(name)):
@@ -113,7 +114,7 @@ class OutputFolder:
         self._note()
 
     def remove(self, name: str) -> None:
-        """Deletes one file that runs have made here, if it is there."""
+        """Deletes one file that runs have created here, if it exists."""
         if name in self._there():
             with _writing(self.path / name):
                 (self.path / name).unlink()
@@ -124,10 +125,10 @@ class OutputFolder:
 
 
 def open_output(config: StageConfig, kind: str, say: Callable[[str], None]) -> tuple[OutputFolder, Path | None]:
-    """The folder, locked, and the checkpoint to go on from, or None for a run from its first step.
+    """The locked folder, and the checkpoint to resume from, or None for a run from its first step.
 
-    Raises UserError where the folder holds another run and neither resuming nor overwriting was asked for, where it
-    holds what no run made and this one would replace, or where the named checkpoint is not there.
+    Raises UserError if the folder contains another run and neither resuming nor overwriting was requested, if the run
+    would replace files that no run created, or if the named checkpoint does not exist.
     """
     check_output(config, kind)
     output = OutputFolder(Path(config.output_dir), config.config_file)
@@ -158,7 +159,7 @@ def open_output(config: StageConfig, kind: str, say: Callable[[str], None]) -> t
             say(f"{output.path} has no whole checkpoint yet: starting from the first step")
     if resumed is None:
         output.clear()
-    output.remove(ERROR)  # of the run before
+    output.remove(ERROR)  # from the previous run
     return output, resumed
 
 
@@ -178,7 +179,7 @@ def _named_checkpoint(config: StageConfig) -> Path:
 
 
 def check_output(config: StageConfig, kind: str) -> None:
-    """Raises UserError where ``open_output`` would, without touching anything."""
+    """Raises UserError if ``open_output`` would, without changing any files."""
     folder = Path(config.output_dir)
     check_place(folder)
     if config.resume_from_checkpoint is not None and config.overwrite_output_dir:
@@ -215,7 +216,7 @@ def _checkpoint_names(folder: Path) -> list[str]:
 
 
 def check_run_output(config: RunConfig) -> OutputFolder:
-    """As ``check_output``, for the folder above the stages'; it is not opened yet."""
+    """Like ``check_output``, for the folder above the stages'. Returns it without opening it."""
     folder = Path(config.output_dir)
     check_place(folder)
     lock.check_free(folder)
@@ -226,7 +227,7 @@ def check_run_output(config: RunConfig) -> OutputFolder:
 
 
 def check_place(folder: Path) -> None:
-    """Raises UserError where ``folder`` is not a folder that can be made or written in."""
+    """Raises UserError if ``folder`` cannot be created or written to."""
     name = shown(str(folder))[1:-1]
     try:
         str(folder).encode()
@@ -257,7 +258,7 @@ def check_place(folder: Path) -> None:
 
 
 def _check_inputs(config: StageConfig, folder: Path) -> None:
-    """Nothing that the run reads may be something that it replaces or deletes."""
+    """Raises UserError if an input of the run is a file that the run would replace or delete."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if not item.metadata["path"] or item.name in ("output_dir", "resume_from_checkpoint") or not value:
@@ -277,7 +278,7 @@ def _check_inputs(config: StageConfig, folder: Path) -> None:
 
 
 def _read_marker(folder: Path) -> tuple[str, set[str]]:
-    """Kind and names; of a folder without a marker, what a run before there were markers surely made."""
+    """Kind and names from the marker; without a marker, those of a run by a version that wrote none."""
     try:
         note = json.loads(folders.read_plain(folder / MARKER, 1_000_000))
         names = {name for name in note["names"] if name in NAMES or checkpoint.step_of(name) >= 0}
@@ -305,12 +306,12 @@ def _stage_of(settings: dict[str, Any]) -> str:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """What ``dump_yaml`` wrote; empty for anything else."""
+    """The settings in a file that ``dump_yaml`` wrote; empty for any other file."""
     if not (_starts_with(path, b"model_name_or_path:") or _starts_with(path, b"output_dir:")):
         return {}
     try:
         return read_yaml(str(path))
-    except UserError:  # broken since, so nobody can say that it is a run's
+    except UserError:  # a broken file cannot be recognised as a run's
         return {}
 
 
@@ -322,7 +323,7 @@ def _starts_with(path: Path, beginning: bytes) -> bool:
 
 
 def _unfinished(name: str) -> tuple[str, ...]:
-    """Names under which ``name`` is written, until it is whole."""
+    """Temporary names under which ``name`` is written before it is complete."""
     return f"{name}.writing", f"{name}.replaced", f".{name}.tmp"
 
 

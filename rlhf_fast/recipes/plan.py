@@ -1,7 +1,7 @@
-"""Memory and time of a PPO run on this CPU, told before its weights are loaded.
+"""Predicts memory and time of a PPO run on this CPU before its weights are loaded.
 
-Memory is counted from the shapes in config.json and the lengths of the data. Time is measured: the run's own passes on
-models of the same shapes with two and six layers of random weights, drawn out to all layers.
+Memory is computed from the shapes in config.json and the lengths of the data. Time is measured: the run's passes are
+timed on models of the same shapes with two and six layers of random weights, and extrapolated to all layers.
 """
 
 import math
@@ -23,31 +23,31 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase, pretrained
 from rlhf_fast.monitor import print_summary
 from rlhf_fast.recipes import ppo
-from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, SFT, set_advantages, set_rewards
+from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, SFT, response_states, set_advantages, set_rewards
 from rlhf_fast.recipes.stage import MICRO_BATCH_SIZE
 from rlhf_fast.rollout import Response, generate
 
 DEPTHS = (2, 6)  # layers of the models that are timed
-REPEATS = 3  # of each timing; the fastest counts
+REPEATS = 3  # of each timing; the fastest is used
 SAMPLED = 8  # tokens of the timed rollout
-# Measured on x86-64 Linux: what loading and the trials leave behind, and what memory in pieces adds to activations.
+# Measured on x86-64 Linux: bytes that stay allocated after loading and trials, and the factor of fragmentation.
 LEFT_BEHIND, PIECES = 140e6, 1.25
-LOGITS = 48 << 20  # the buffer of an lm head
+LOGITS = 48 << 20  # the logits buffer of the ops with an lm head
 
 
 @dataclass
 class Shape:
-    """Of a model, from its config.json; weights are counted on the meta device."""
+    """Sizes of a model, from its config.json; weights are counted on the meta device."""
 
     config: Any
     weights: int
     stored_bytes: int  # on disk
-    itemsize: int  # bytes of a weight as it is computed
+    itemsize: int  # bytes of a weight in the dtype of the run
     layers: int
     adapted: int  # layers with adapters
     width: int
     query: int
-    shared: int  # width of the keys, and of the values
+    shared: int  # width of the keys, equal to that of the values
     heads: int
     inner: int
     linear: int  # weights of the adapted linear modules
@@ -55,9 +55,9 @@ class Shape:
 
 
 def plan(config: PPOConfig) -> dict[str, float]:
-    """Prints the prediction as a table; returns GB of memory at most, by phase, and seconds of a step, by phase.
+    """Prints the prediction as a table. Returns peak memory in GB and seconds per step, each by phase.
 
-    Raises UserError where the run's device is a GPU, or where config and data would stop the run itself.
+    Raises UserError if the run's device is a GPU, or if config or data would stop the run.
     """
     if torch.cuda.is_available():
         raise UserError("plan predicts runs on a CPU; hide the GPU (CUDA_VISIBLE_DEVICES=) to plan one")
@@ -128,7 +128,7 @@ def prompt_lengths(config: PPOConfig, tokenizer: Any) -> list[int]:
 
 
 def micro_batches(config: PPOConfig, lengths: Sequence[int]) -> list[int]:
-    """Rows of each micro-batch of one step, of sequences of mean length."""
+    """The number of rows of each micro-batch of a step, assuming sequences of mean length."""
     size = config.micro_batch_size or MICRO_BATCH_SIZE
     if config.micro_batch_tokens is not None:
         size = max(1, int(config.micro_batch_tokens / statistics.mean(lengths)))
@@ -137,13 +137,13 @@ def micro_batches(config: PPOConfig, lengths: Sequence[int]) -> list[int]:
 
 
 def predict_memory(config: PPOConfig, shape: Shape, lengths: Sequence[int], parts: Sequence[int]) -> dict[str, float]:
-    """Bytes at the highest, by phase. This process, which has read the data, stands for the run's own code."""
+    """Peak bytes by phase. This process, which has read the data, serves as the estimate of the run's code and data."""
     process = psutil.Process().memory_info().rss
     weights = shape.weights * shape.itemsize
-    mapped = weights == shape.stored_bytes or shape.itemsize == 4  # used where the file has them
+    mapped = weights == shape.stored_bytes or shape.itemsize == 4  # the weights are used from the mapped file
     loading = process + weights + (0 if mapped else shape.stored_bytes)
     roles = 2 + (config.reward_adapter is not None) + (config.sft_adapter is not None)
-    # Adam's two moments, and the snapshot of the step before: parameters and moments; policy and critic
+    # of policy and critic: Adam's two moments, and the snapshot of the previous step (parameters and two moments)
     trained = 2 * shape.adapter * 4
     standing = process + weights + LEFT_BEHIND + roles * shape.adapter * 4 + 2 * trained + 3 * trained
     longest, mean = max(lengths), statistics.mean(lengths)
@@ -151,7 +151,7 @@ def predict_memory(config: PPOConfig, shape: Shape, lengths: Sequence[int], part
     cache = rows * longest * 2 * shape.shared * shape.layers * shape.itemsize
     copy = 0 if config.rollout_engine == "transformers" else shape.linear * shape.itemsize
     count = max(parts)
-    # the heaviest of many micro-batches
+    # the micro-batch with the most tokens, estimated as mean + 2 standard deviations
     tokens = count * mean + 2 * statistics.pstdev(lengths) * math.sqrt(count)
     if count == len(lengths):
         tokens = sum(lengths)
@@ -172,8 +172,8 @@ def predict_memory(config: PPOConfig, shape: Shape, lengths: Sequence[int], part
 
 
 def kept_bytes(shape: Shape, tokens: float, rows: int, longest: int) -> float:
-    """What one adapted layer keeps for the backward: the inputs of norms, attention, output projection and gated
-    product; attention is padded to the longest row and keeps its shares."""
+    """Bytes that one adapted layer saves for the backward: the inputs of norms, attention, output projection and gated
+    product. Attention is padded to the longest row and saves its probabilities."""
     per_token = 2 * shape.width + shape.query + 2 * shape.inner
     padded = rows * longest * (shape.query + 2 * shape.shared + shape.heads * longest)
     return (tokens * per_token + padded) * shape.itemsize
@@ -192,18 +192,20 @@ def measure_seconds(
         return max(0.0, timed[0][name] - few * each) + layers * each
 
     passes = 4 if config.reward_adapter is not None else 3
-    below = shape.layers - shape.adapted  # computed once for all roles
+    below = shape.layers - shape.adapted  # layers that are computed once for all roles
     seconds = {
         "rollout": whole("prompt", shape.layers) + (config.response_length - 1) * whole("token", shape.layers),
         "scoring": share * whole("scoring", shape.adapted + below / passes),
         "update": config.num_ppo_epochs * share * whole("update", shape.adapted),
     }
+    if len(parts) == 1:  # the first epoch trains on the states of the scoring
+        seconds["update"] -= whole("forward", shape.adapted)
     seconds["rollout"] *= math.ceil(config.batch_size / config.rollout_batch_size)
     return seconds | {"step": sum(seconds.values())}
 
 
 def small_base(config: PPOConfig, shape: Shape, tokenizer: Any, depth: int) -> SharedBase:
-    """The same model with ``depth`` layers of random weights, all adapted, and the roles of the run."""
+    """The run's model and roles with only ``depth`` layers, of random weights, all adapted."""
     small = AutoConfig.for_model(**shape.config.to_dict())
     text = small.get_text_config(decoder=True)
     text.num_hidden_layers = depth
@@ -222,7 +224,7 @@ def small_base(config: PPOConfig, shape: Shape, tokenizer: Any, depth: int) -> S
 
 
 def time_passes(base: SharedBase, config: PPOConfig, lengths: Sequence[int]) -> dict[str, float]:
-    """Seconds of reading the prompts of a whole rollout, of one more token, and of one micro-batch's passes."""
+    """Seconds of reading the prompts of a rollout, of one more token, and of one micro-batch's scoring and update."""
     prompts = [max(1, length - config.response_length) for length in lengths]
     asked = min(config.batch_size, config.rollout_batch_size)
     rows = [PromptRow(0, [1] * prompts[0], "", {}, "") for _ in range(asked)]
@@ -243,6 +245,7 @@ def time_passes(base: SharedBase, config: PPOConfig, lengths: Sequence[int]) -> 
         "prompt": sampled[0],
         "token": (sampled[1] - sampled[0]) / SAMPLED,
         "scoring": fastest(lambda: ppo.scored(stage, responses, SFT)),
+        "forward": fastest(lambda: response_states(base, [POLICY, CRITIC], experience.episodes, None)),
         "update": fastest(lambda: ppo.losses(stage, experience, tokens)),
     }
 

@@ -36,11 +36,11 @@ from rlhf_fast.recipes.stage import Stage
 from rlhf_fast.rewards import Functions, KLController, RunningMoments, apply_missing_eos
 from rlhf_fast.rollout import Response, choose_engine, collate_episodes, generate
 
-MEMORY = (*MICRO_BATCH, "batch_size", "max_length")  # settings that memory grows with, the first to lower first
+MEMORY = (*MICRO_BATCH, "batch_size", "max_length")  # settings that reduce memory, in the order in which to lower them
 
 
 def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
-    """Runs the stage; ``output_dir/policy`` and ``output_dir/critic`` hold the adapters it ends with.
+    """Runs the stage; ``output_dir/policy`` and ``output_dir/critic`` have the final adapters.
 
     Returns the figures of ``summary.json``. ``resume_from_checkpoint`` overrides the config's ("auto" or a folder).
     """
@@ -55,7 +55,7 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
     for rows in (prompts, held_out):
         judging.check_columns(rows, rewarders, scorers)
     reference = add_roles(stage)
-    choose_engine(stage.base, config.rollout_engine)  # what cannot run is told before the run begins
+    choose_engine(stage.base, config.rollout_engine)  # raises an error before the run begins
     total = config.max_steps or math.ceil(len(prompts) * config.num_train_epochs / config.batch_size)
     controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
     fresh = {
@@ -84,8 +84,10 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             responses = roll_out(stage, stage.share(batch))
             clock.append(time.perf_counter())
 
-            give_back_memory()  # of the merged copy
-            experiences = [scored(stage, part, reference) for part in micro_batches(stage, responses)]
+            give_back_memory()  # memory of the merged copy
+            parts = micro_batches(stage, responses)
+            # only for a single micro-batch: the graphs of several would be in memory at once
+            experiences = [scored(stage, part, reference, keep_graph=len(parts) == 1) for part in parts]
             if step == 1:
                 check_start(experiences, stage.base.dtype)
             judged = judging.judge(stage, rewarders, responses, epoch=(step - 1) * config.batch_size / len(prompts))
@@ -119,10 +121,10 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
 
 
 def add_roles(stage: Stage[PPOConfig]) -> str | None:
-    """Policy, critic and reward model on the base; returns the role that is the reference.
+    """Adds policy, critic and reward model to the base; returns the role of the reference.
 
-    The policy starts as the SFT model, the critic as the reward model where there is one, fitted to the first rollout
-    (``critic.fit``).
+    The policy starts as the SFT model. The critic starts as the reward model, if there is one, and is fitted to the
+    first rollout (``critic.fit``).
     """
     config = stage.config
     reference = None
@@ -146,7 +148,7 @@ def micro_batches(stage: Stage[PPOConfig], responses: Sequence[Response]) -> lis
 
 
 def check_mini_batches(stage: Stage[PPOConfig], micro_batches: int) -> None:
-    """Raises UserError where there are fewer micro-batches than optimizer steps."""
+    """Raises UserError if there are fewer micro-batches than optimizer steps."""
     config = stage.config
     if micro_batches < config.num_mini_batches:
         setting = "micro_batch_size" if config.micro_batch_tokens is None else "micro_batch_tokens"
@@ -173,15 +175,17 @@ def roll_out(stage: Stage[PPOConfig], rows: Sequence[PromptRow]) -> list[Respons
         )
 
 
-def scored(stage: Stage[PPOConfig], responses: Sequence[Response], reference: str | None) -> Experience:
-    """One micro-batch of responses with what the roles say of it."""
+def scored(
+    stage: Stage[PPOConfig], responses: Sequence[Response], reference: str | None, *, keep_graph: bool = False
+) -> Experience:
+    """One micro-batch of responses with log-probs, values and scores."""
     with memory_for(stage, "scoring", response_lengths(responses), *MEMORY):
         episodes = collate_episodes(responses, stage.base.pad_id, stage.base.device)
-        return score(stage.base, stage.config, episodes, reference)
+        return score(stage.base, stage.config, episodes, reference, keep_graph=keep_graph)
 
 
 def total_scores(config: PPOConfig, experiences: Sequence[Experience], rewards: Sequence[float]) -> torch.Tensor:
-    """(B,): reward model plus ``rewards``, the functions' weighted sums, with the missing-EOS rule."""
+    """(B,): scores of the reward model plus ``rewards``, the functions' weighted sums, after the missing-EOS rule."""
     model_scores = torch.cat([experience.scores for experience in experiences])
     scores = model_scores + torch.tensor(rewards, device=model_scores.device)
     stopped = torch.cat([experience.episodes.stopped for experience in experiences])
@@ -189,8 +193,8 @@ def total_scores(config: PPOConfig, experiences: Sequence[Experience], rewards: 
 
 
 def update(stage: Stage[PPOConfig], experiences: Sequence[Experience], step: int) -> dict[Metric, float]:
-    """num_ppo_epochs passes over the rollout. Micro-batches keep their rows, so that on the first pass scoring and
-    training see the same shapes and the ratio is exactly 1; later passes shuffle the micro-batches."""
+    """Trains num_ppo_epochs passes over the rollout. Micro-batches keep their rows, so that in the first pass scoring
+    and training have the same shapes and the ratio is exactly 1. Later passes shuffle the micro-batches."""
     config = stage.config
     records: list[dict[str, float]] = []
     for epoch in range(config.num_ppo_epochs):
@@ -226,13 +230,17 @@ def update(stage: Stage[PPOConfig], experiences: Sequence[Experience], step: int
 
 
 def losses(stage: Stage[PPOConfig], experience: Experience, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Adds one micro-batch's gradients; returns its part of the mini-batch's statistics, so that parts add up.
+    """Accumulates one micro-batch's gradients. Returns its part of the mini-batch's statistics; the statistics are the
+    sum of these parts.
 
-    ``tokens``: the mini-batch's live response tokens, over all processes.
+    ``tokens``: the number of the mini-batch's live response tokens over all processes.
     """
     config = stage.config
     episodes, vocabulary = experience.episodes, stage.base.vocabulary_of(POLICY)
-    policy_states, critic_states = response_states(stage.base, [POLICY, CRITIC], episodes, experience.trunk)
+    states, experience.states = experience.states, None
+    if states is None:
+        states = response_states(stage.base, [POLICY, CRITIC], episodes, experience.trunk)
+    policy_states, critic_states = states
     policy = linear_policy_loss(
         policy_states,
         vocabulary.weight,

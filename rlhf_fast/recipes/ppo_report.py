@@ -1,4 +1,4 @@
-"""What PPO tells: the metrics of a rollout, held-out evaluations against the SFT model, samples, the closing table."""
+"""PPO's output: metrics of a rollout, held-out evaluations against the SFT model, samples, the final table."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from rlhf_fast.recipes.stage import Stage, seeded
 from rlhf_fast.rewards import Functions, Numbers
 from rlhf_fast.rollout import Response, collate_episodes, generate
 
-SHOWN_SAMPLES = 4  # training samples kept per step
+SHOWN_SAMPLES = 4  # training samples written per step
 RESAMPLES = 10_000
 PATIENCE_NEGATIVE_KL = 5
 
@@ -84,13 +84,13 @@ def _explained_variance(total: dict[str, float], tokens: float) -> float:
 
 
 def distinct_2(token_ids: Sequence[Sequence[int]]) -> float:
-    """Different bigrams over all bigrams of the responses (Li et al. 2016); 1 where there are none."""
+    """The share of distinct bigrams among all bigrams of the responses (Li et al. 2016); 1 if there are none."""
     bigrams = [pair for tokens in token_ids for pair in pairwise(tokens)]
     return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
 
 
 def phase_seconds(clock: Sequence[float]) -> dict[Metric, float]:
-    """``clock``: readings before and after rollout, scoring and update."""
+    """``clock``: the times before rollout, before scoring, before the update and after it."""
     phases = (metrics.SECONDS_ROLLOUT, metrics.SECONDS_SCORE, metrics.SECONDS_UPDATE)
     return {phase: end - start for phase, (start, end) in zip(phases, pairwise(clock), strict=True)}
 
@@ -135,8 +135,8 @@ def _cell(value: Any) -> Any:
 def evaluate(
     stage: Stage[PPOConfig], rows: Sequence[PromptRow], rewarders: Functions, scorers: Functions, *, step: int
 ) -> None:
-    """One sampled response per held-out prompt, scored by the reward and by every eval function. The random draws are
-    the same at every evaluation, so a difference between two of them is paired by prompt."""
+    """Samples one response per held-out prompt, scored by the reward and by every eval function. Every evaluation uses
+    the same random draws, so differences between two of them are paired by prompt."""
     config = stage.config
     own = stage.share(rows)
     lengths = sampling_lengths(own, config.response_length)[-config.rollout_batch_size :]
@@ -192,14 +192,14 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
 
 
 def finish(stage: Stage[PPOConfig], scorers: Functions) -> dict[str, Any]:
-    """The closing table: reward and gold against the SFT model on the held-out prompts, KL against its target."""
+    """The final table: reward and gold against the SFT model on the held-out prompts, and KL against its target."""
     config = stage.config
     figures: dict[str, Any] = {}
     table = [("steps", str(stage.step), f"{stage.step * config.batch_size} episodes")]
     before, after = stage.values["baseline"], stage.values["latest"]
     for name in before or {}:
         pairs = [pair for pair in zip(before[name], after[name], strict=True) if None not in pair]
-        if not pairs:  # the function abstained everywhere
+        if not pairs:  # the function abstained from every response
             continue
         sft, ppo = zip(*pairs, strict=True)
         gain, low, high = paired_interval(sft, ppo)

@@ -1,4 +1,4 @@
-"""The processes that run a stage together: what each one does of a batch, and what they add up."""
+"""The processes that run a stage together: how a batch is split among them, and sums over all of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,10 +11,10 @@ Item = TypeVar("Item")
 
 
 class Processes:
-    """This process among those of ``accelerator``.
+    """This process and its communication with the others of ``accelerator``.
 
     Attributes:
-        main: True in process 0, which alone writes files.
+        main: True in process 0, the only one that writes files.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -26,7 +26,7 @@ class Processes:
         return list(items[self.accelerator.process_index :: self.accelerator.num_processes])
 
     def gather(self, values: Sequence[Any]) -> list[Any]:
-        """The values of all processes, in the order that ``share`` took them from."""
+        """The values of all processes, in the order of the items before ``share``."""
         if self.accelerator.num_processes == 1:
             return list(values)
         shares = gather_object([list(values)])
@@ -34,13 +34,13 @@ class Processes:
         return [share[i] for i in range(longest) for share in shares if i < len(share)]
 
     def sum(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """0-dim tensors summed over all processes, as numbers, in one exchange."""
+        """0-dim tensors summed over all processes by one all-reduce, as numbers."""
         stacked = self.accelerator.reduce(torch.stack([value.double() for value in values.values()]), reduction="sum")
         return dict(zip(values, stacked.tolist(), strict=True))
 
     @property
     def group(self) -> torch.distributed.ProcessGroup | None:
-        """All processes, for statistics over the whole batch; None where there is one process."""
+        """All processes, for statistics over the whole batch; None if there is only one."""
         return torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
 
     def begin_alike(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -49,7 +49,7 @@ class Processes:
             parameter.data.copy_(broadcast(parameter.data))
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Adds up the gradients of all processes; a parameter that has none here counts as 0."""
+        """Sums the gradients over all processes; a parameter without a gradient counts as 0."""
         if self.accelerator.num_processes == 1:
             return
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -59,6 +59,6 @@ class Processes:
             parameter.grad = piece.view_as(parameter)
 
     def on_main_first(self, find: Callable[[], Item]) -> Item | None:
-        """What ``find`` gives in process 0, which alone calls it, in every process."""
+        """Calls ``find`` in process 0 only, and returns its result in every process."""
         found = [find() if self.main else None]
         return gather_object(found)[0] if self.accelerator.num_processes > 1 else found[0]

@@ -1,4 +1,4 @@
-"""What a stage tells: lines on the terminal, metrics, samples, trackers, the report, the closing table."""
+"""The output of a stage: lines on the terminal, metrics, samples, trackers, the report, the final table."""
 
 import importlib.util
 import resource
@@ -22,7 +22,7 @@ from rlhf_fast.text import one_line, tell
 
 
 class Records:
-    """The files and lines of one stage. Process 0 alone writes; the trackers ask every process."""
+    """The output of one stage. Only process 0 writes; trackers must be called in every process."""
 
     def __init__(self, name: str, config: StageConfig, processes: Processes) -> None:
         self._opened = time.perf_counter()
@@ -34,15 +34,15 @@ class Records:
         self._progress: Progress | None = None
 
     def open(self, output: OutputFolder | None, resume_step: int | None) -> None:
-        """Begins metrics and samples, or goes on with them after ``resume_step``; writes the settings. ``output``: the
-        stage's folder in process 0, else None."""
+        """Opens the files of metrics and samples (for a resumed run, keeps their lines up to ``resume_step``), and
+        writes the settings. ``output``: the stage's folder in process 0, else None."""
         self._output, self._resumed = output, resume_step is not None
         if output is not None:
             output.claim("metrics.jsonl"), output.claim("samples.jsonl")
             self._log = RunLog(self._folder, resume_step=resume_step)
             dump_yaml(self._config, output.claim(output.record))
             if output.record != RESOLVED:
-                output.remove(RESOLVED)  # of a resume that was given config.yaml itself
+                output.remove(RESOLVED)  # from an earlier start with config.yaml as the --config file
         if self._config.report_to:
             if output is not None:
                 output.claim("runs")
@@ -61,7 +61,7 @@ class Records:
         self._progress = None
 
     def show(self, step: int, texts: Mapping[str, str]) -> None:
-        """Short texts beside the progress bar."""
+        """Shows short texts next to the progress bar."""
         if self._progress is not None:
             self._progress.update(step, **texts)
 
@@ -81,7 +81,7 @@ class Records:
             self._log.samples(step, rows)
 
     def report(self) -> None:
-        """Writes report.html: the whole run's, where this stage is part of one."""
+        """Writes report.html: that of the whole run, if this stage is part of one, else the stage's."""
         if self._output is None:
             return
         above = OutputFolder(self._folder.parent)
@@ -92,14 +92,14 @@ class Records:
             write_report(self._folder)
 
     def close(self, figures: Mapping[str, Any], rows: Sequence[tuple[str, str, str]], steps: int) -> dict[str, Any]:
-        """Writes summary and report, ends the trackers, and prints ``rows`` as a table. Returns the summary's figures:
-        ``figures``, steps, time and memory."""
+        """Writes summary and report, ends the trackers, and prints ``rows`` as a table. Returns ``figures`` with steps,
+        time and memory added."""
         seconds, memory = time.perf_counter() - self._opened, peak_memory()
         whole = {**figures, "steps": steps, "seconds": round(seconds, 1), "peak_memory_gb": round(memory, 2)}
         if self._output is not None:
             write_summary(self._output.claim("summary.json").parent, self._name, whole)
         self.report()
-        # not accelerate's end_training: that ends the process group too, which the next stage of a run needs
+        # not accelerate's end_training, which also ends the process group that the next stage needs
         for tracker in self._processes.accelerator.trackers:
             tracker.finish()
         resumed = ", since it was resumed" if self._resumed else ""
@@ -120,7 +120,7 @@ def check_trackers(config: StageConfig) -> None:
 
 
 def peak_memory() -> float:
-    """GB (10⁹ bytes): of the GPU where there is one, else of this process's resident memory."""
+    """Peak memory in GB (10⁹ bytes): of the GPU if there is one, else this process's resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -20,11 +20,11 @@ from rlhf_fast.rewards.quality import Quality, assess
 from rlhf_fast.rollout import collate_episodes, generate
 
 ROLE, SFT = "reward", "sft"
-MEMORY = (*MICRO_BATCH, "max_length")  # settings that memory grows with, the first to lower first
+MEMORY = (*MICRO_BATCH, "max_length")  # settings that reduce memory, in the order in which to lower them
 
 
 def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
-    """Runs the stage and calibrates the scores; adapter, head and calibration are left in ``output_dir/adapter``.
+    """Runs the stage and calibrates the scores; writes adapter, head and calibration to ``output_dir/adapter``.
 
     Returns the figures of ``summary.json``. ``resume_from_checkpoint`` overrides the config's ("auto" or a folder).
     """
@@ -48,7 +48,7 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
     with stage:
         for step in stage.steps():
             batch = [rows[i] for i in batch_indices(len(rows), config.batch_size, step - 1, config.seed)]
-            by_length = sorted(stage.share(batch), key=lambda row: len(row.chosen_ids))  # fewer pads, the same sum
+            by_length = sorted(stage.share(batch), key=lambda row: len(row.chosen_ids))  # less padding
             totals = torch.zeros(3, device=stage.base.device)  # loss, pairs ranked right, margin; summed over pairs
             for micro_batch in stage.micro_batches(by_length, both_lengths(by_length)):
                 with memory_for(stage, "update", pair_lengths(micro_batch), *MEMORY):
@@ -78,12 +78,12 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
 
 
 def pair_lengths(rows: Sequence[PairRow]) -> list[int]:
-    """Of both sides, which are scored together."""
+    """The length of each sequence: both sides of a pair are rows of one batch."""
     return [len(ids) for row in rows for ids in (row.chosen_ids, row.rejected_ids)]
 
 
 def both_lengths(rows: Sequence[PairRow]) -> list[int]:
-    """Of each pair as a whole."""
+    """The length of each pair, both sides together."""
     return [len(row.chosen_ids) + len(row.rejected_ids) for row in rows]
 
 
@@ -101,7 +101,7 @@ def score_pairs(
 
 @torch.no_grad()
 def evaluate(stage: Stage[RewardConfig], rows: Sequence[PairRow], *, step: int | None) -> Quality:
-    """Quality on held-out pairs; logged under ``step`` unless that is None."""
+    """Quality on held-out pairs, logged under ``step`` if it is given."""
     found: list[tuple[float, float, int]] = []
     by_length = sorted(stage.share(rows), key=lambda row: len(row.chosen_ids))
     for part in stage.micro_batches(by_length, both_lengths(by_length)):
@@ -131,7 +131,7 @@ def evaluate(stage: Stage[RewardConfig], rows: Sequence[PairRow], *, step: int |
 
 @torch.no_grad()
 def calibrate(stage: Stage[RewardConfig], sft: str | None, prompts: Sequence[PromptRow]) -> tuple[float, float]:
-    """Mean and standard deviation of the raw scores on the SFT model's own samples; the head is set to remove them."""
+    """Mean and std of the raw scores of responses sampled from the SFT model. Calibrates the head with them."""
     config = stage.config
     chosen = [prompts[i] for i in epoch_order(len(prompts), config.seed, 0)]
     distinct = list({row.prompt_key: row for row in chosen}.values())[: config.calibration_prompts]

@@ -1,4 +1,4 @@
-"""A stage's training and held-out rows, with what was dropped said aloud."""
+"""Loads a stage's training and held-out rows, and reports the dropped ones."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +27,7 @@ def load_rows(
 ) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows) of the stage's data sets, encoded to at most ``max_length`` tokens.
 
-    Held out are the rows of eval_dataset_name where that is set, else eval_size of the training data, by prompt.
+    The held-out rows are those of eval_dataset_name if it is set, else eval_size of the training data, split by prompt.
     """
     rows, held_out = _split_rows(stage, encode, max_length)
     stage.rows |= {"training data": fingerprint(rows), "held-out data": fingerprint(held_out)}
@@ -64,7 +64,7 @@ def _split_rows(
 
 
 def load_prompts(stage: Stage[StageConfig], name: str, split: str, max_length: int) -> list[PromptRow]:
-    """The prompts of any data set, for sampling."""
+    """The prompts of a data set in any format, for sampling."""
     return _read(stage, prompt_rows, max_length, name, split, None, purpose=", prompts to sample from")
 
 

@@ -1,4 +1,4 @@
-"""The three stages in a row, each in its own folder of the run's, with one report."""
+"""Runs the three stages one after another, each in its own folder, with one report."""
 
 import gc
 import os
@@ -23,15 +23,15 @@ TRAIN = {"sft": sft.train, "reward": reward.train, "ppo": ppo.train}
 
 
 def run(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Runs the stages of ``config.stages`` in order; returns each one's figures.
+    """Runs the stages of ``config.stages`` in order; returns the figures of each.
 
-    With resume_from_checkpoint "auto" a stage that has finished is passed over and the one that was stopped goes on.
-    What can be wrong is looked for in all stages before the first one starts: folders, reward functions.
+    With resume_from_checkpoint "auto", finished stages are skipped and the stopped one is resumed. Folders and reward
+    functions of all stages are checked before the first one starts.
     """
     stages: dict[str, StageConfig] = {name: getattr(config, name) for name in config.stages}
     for names in (config.ppo.reward_functions, config.ppo.eval_functions):
         Functions(names)
-    if os.environ.get("RANK", "0") != "0":  # of several processes one writes; no process group is there yet
+    if os.environ.get("RANK", "0") != "0":  # only process 0 writes; there is no process group yet
         return _train(stages)
     for name, stage in stages.items():
         check_output(stage, name)
@@ -55,14 +55,14 @@ def _train(stages: dict[str, StageConfig]) -> dict[str, dict[str, Any]]:
             continue
         with failure_kept(stage.output_dir):
             figures[name] = TRAIN[name](stage)  # type: ignore[operator]
-        gc.collect()  # the stage's base and optimizer, before the next one loads its own
+        gc.collect()  # frees the stage's base and optimizer before the next stage loads its own
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return figures
 
 
 def _check_finished(name: str, stage: StageConfig) -> None:
-    """A finished stage is passed over only where its settings are those that it had; UserError names the others."""
+    """Raises UserError if a finished stage had other settings, naming them; otherwise the stage can be skipped."""
     there = [path for path in checkpoint.list_checkpoints(Path(stage.output_dir)) if checkpoint.damage(path) is None]
     then = checkpoint.load(there[-1]).values.get("identity") if there else None
     changed = setting_changes(then, stage) if then else None
@@ -72,4 +72,4 @@ def _check_finished(name: str, stage: StageConfig) -> None:
             f"(`rlhf-fast {name} --overwrite_output_dir true`), or keep what it made: --resume_with_changes true"
         )
     if os.environ.get("RANK", "0") == "0":
-        tell(one_line(f"{name}: has finished before, passed over"))
+        tell(one_line(f"{name}: has finished before, skipped"))

@@ -15,11 +15,11 @@ from rlhf_fast.recipes.rows import load_rows
 from rlhf_fast.recipes.stage import Stage
 
 ROLE = "sft"
-MEMORY = (*MICRO_BATCH, "max_length")  # settings that memory grows with, the first to lower first
+MEMORY = (*MICRO_BATCH, "max_length")  # settings that reduce memory, in the order in which to lower them
 
 
 def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
-    """Runs the stage; the adapter with the lowest validation loss is left in ``output_dir/adapter``.
+    """Runs the stage; writes the adapter with the lowest validation loss to ``output_dir/adapter``.
 
     Returns the figures of ``summary.json``. ``resume_from_checkpoint`` overrides the config's ("auto" or a folder).
     """
@@ -29,7 +29,7 @@ def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[
     stage.base.add_role(ROLE)
     total = config.max_steps or math.ceil(len(rows) * config.num_train_epochs / config.batch_size)
     stage.start([ROLE], total, values={"first_loss": None, "best_loss": None, "best_step": 0, "worse": 0})
-    stage.stopped_early = stage.values["worse"] >= config.patience  # resumed where it had stopped
+    stage.stopped_early = stage.values["worse"] >= config.patience  # a resumed run that had stopped early
 
     if stage.values["first_loss"] is None and held_out:
         validate(stage, held_out, step=0)
@@ -38,7 +38,7 @@ def train(config: SFTConfig, resume_from_checkpoint: str | None = None) -> dict[
             batch = [rows[i] for i in batch_indices(len(rows), config.batch_size, step - 1, config.seed)]
             tokens = sum(target_count(row) for row in batch)
             summed = torch.zeros((), device=stage.base.device)
-            by_length = sorted(stage.share(batch), key=lambda row: len(row.input_ids))  # fewer pads, the same sum
+            by_length = sorted(stage.share(batch), key=lambda row: len(row.input_ids))  # less padding
             for micro_batch in stage.micro_batches(by_length, row_lengths(by_length)):
                 with memory_for(stage, "update", row_lengths(micro_batch), *MEMORY):
                     with stage.base.dropout(ROLE):
@@ -75,7 +75,7 @@ def row_lengths(rows: Sequence[SFTRow]) -> list[int]:
 
 
 def target_count(row: SFTRow) -> int:
-    """Response tokens that have a token before them, so that they are predicted."""
+    """The number of response tokens that are predicted: all but a first token of the row."""
     return sum(row.response_mask[1:])
 
 
@@ -106,7 +106,7 @@ def validate(stage: Stage[SFTConfig], rows: Sequence[SFTRow], *, step: int) -> b
 
 
 def finish(stage: Stage[SFTConfig]) -> dict[str, Any]:
-    """The best adapter becomes ``adapter``; without held-out rows, the last one."""
+    """Writes the best adapter as ``adapter``; without held-out rows, the last one."""
     values = stage.values
     figures: dict[str, Any] = {}
     table = [("steps", str(stage.step), f"of {stage.total}")]

@@ -1,4 +1,4 @@
-"""The state of a stage in training: taken in memory before each step, written to and restored from checkpoint-N/."""
+"""Snapshots of a stage's training state: taken in memory before each step, written to and read from checkpoint-N/."""
 
 import contextlib
 import copy
@@ -18,13 +18,14 @@ from rlhf_fast.text import one_line
 
 
 class Snapshots:
-    """Adapters, heads, optimizer, schedule, random generators and the recipe's own values, by parameter name.
+    """Takes, writes and restores snapshots of adapters, heads, optimizer, schedule, random generators and the recipe's
+    values. Tensors are stored by parameter name.
 
-    A snapshot in memory costs three times the adapters' size on the CPU; it lets a step that fails or is interrupted
-    leave a checkpoint of the step before it.
+    A snapshot takes three times the adapters' size of CPU memory. With it, a step that fails or is interrupted can
+    still write a checkpoint of the step before.
 
     Attributes:
-        best: ``keep_best``'s copies, by role and parameter name; part of every later snapshot.
+        best: the copies of ``keep_best``, by role and parameter name; part of every later snapshot.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Snapshots:
         self._names = {p: f"{role}/{name}" for role in roles for name, p in base.named_parameters(role).items()}
 
     def take(self, step: int, values: dict[str, Any]) -> checkpoint.State:
-        """Copies of everything after ``step`` finished steps."""
+        """A snapshot after ``step`` finished steps."""
         tensors: dict[str, torch.Tensor] = {f"parameters/{name}": p for p, name in self._names.items()}
         optimizer = checkpoint.optimizer_tensors(self._optimizer, self._names)
         tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
@@ -54,16 +55,16 @@ class Snapshots:
         tensors |= {f"random/{name}": tensor for name, tensor in generators.items()}
         schedule = {key: value for key, value in self._scheduler.state_dict().items() if key != "lr_lambdas"}
         held = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        held |= {f"best/{name}": tensor for name, tensor in self.best.items()}  # never changed, so no copy
+        held |= {f"best/{name}": tensor for name, tensor in self.best.items()}  # immutable, so not copied
         state = {"recipe": values, "scheduler": schedule, "random": random_values, "identity": self._identity}
         return checkpoint.State(step=step, tensors=held, values=copy.deepcopy(state))
 
     def keep_best(self) -> None:
-        """The roles' parameters as they are now are the best so far."""
+        """Keeps a copy of the roles' current parameters as the best so far."""
         self.best = {name: parameter.detach().to("cpu", copy=True) for parameter, name in self._names.items()}
 
     def write(self, state: checkpoint.State) -> Path:
-        """checkpoint-N/ with one PEFT folder a role. Every process gives its random state, process 0 writes."""
+        """Writes checkpoint-N/ with one PEFT folder per role. All processes must call; only process 0 writes."""
         own = {name: tensor for name, tensor in state.tensors.items() if name.startswith("random/")}
         shares = [(own, state.values["random"])]
         if self._accelerator.num_processes > 1:
@@ -84,7 +85,8 @@ class Snapshots:
         return path
 
     def keep(self, state: checkpoint.State) -> str:
-        """Writes ``state`` unless a whole checkpoint of its step is there; says in words where it is, or why not."""
+        """Writes ``state`` unless an undamaged checkpoint of its step exists. Returns a text with its path, or with the
+        reason why it could not be written."""
         path = self._folder / f"checkpoint-{state.step}"
         if path.is_dir() and checkpoint.damage(path) is None:
             return f"checkpoint {path}"
@@ -94,10 +96,10 @@ class Snapshots:
             return str(error)
 
     def restore(self, path: Path) -> tuple[int, dict[str, Any], Changes | None]:
-        """Everything from a checkpoint; returns its step, the recipe's values and what this run's identity changes of
-        the one in it, None where it was written before there were any.
+        """Restores everything from a checkpoint. Returns its step, the recipe's values, and the changes between its
+        identity and this run's (None if the checkpoint has no identity).
 
-        Raises UserError where it is damaged, is another stage's, does not fit the config's adapters, or was written by
+        Raises UserError if it is damaged, from another stage, does not fit the config's adapters, or was written by
         another number of processes.
         """
         state = checkpoint.load(path)
@@ -126,9 +128,9 @@ class Snapshots:
             return state.step, dict(state.values["recipe"]), changed
 
     def _restore_schedule(self, saved: dict[str, Any]) -> None:
-        """The place in the schedule is the checkpoint's; peak rate and curve are the config's, as for a new run."""
+        """Restores the position in the schedule; peak rate and curve come from the config, as for a new run."""
         peaks = self._scheduler.base_lrs
-        unset = [None] * len(self._optimizer.param_groups)  # the lambdas themselves come from the config
+        unset = [None] * len(self._optimizer.param_groups)  # keeps the lambdas, which come from the config
         self._scheduler.load_state_dict({**saved, "lr_lambdas": unset})
         self._scheduler.base_lrs = peaks
         factors = [curve(self._scheduler.last_epoch) for curve in self._scheduler.lr_lambdas]
@@ -159,7 +161,8 @@ class Snapshots:
 
 @contextlib.contextmanager
 def _of_this_stage(path: Path) -> Iterator[None]:
-    """A whole checkpoint may still hold anything: what cannot be restored is told in one line."""
+    """Inside, an error of restoring a checkpoint's content becomes a UserError of one line: an undamaged checkpoint may
+    still have the wrong content."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Sampling responses, and episodes as batches."""
+"""Samples responses, and pads episodes to batches."""
 
 from rlhf_fast.rollout.batch import EpisodeBatch, collate_episodes
 from rlhf_fast.rollout.engine import choose_engine, generate

@@ -1,4 +1,4 @@
-"""Prompts and responses as one padded batch: prompts to the left of a fixed column, responses to its right."""
+"""Pads prompts and responses to one batch: prompts end at the same column, and responses begin after it."""
 
 import math
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class EpisodeBatch:
         targets: (B, R) int64, the response tokens.
         response_mask: (B, R) bool, True = a token of the response (its stop token included).
         stopped: (B,) bool, True = ended by a stop token.
-        sampled_logprobs: (B, R) float32, what each token was drawn with; 0 outside ``response_mask``, NaN where a
-            response does not tell.
+        sampled_logprobs: (B, R) float32, the log-prob with which each token was sampled; 0 outside ``response_mask``,
+            NaN for a response without log-probs.
     """
 
     responses: list[Response]
@@ -33,7 +33,7 @@ class EpisodeBatch:
     sampled_logprobs: torch.Tensor
 
     def before_response(self, per_position: torch.Tensor) -> torch.Tensor:
-        """(B, P + R, ...) -> (B, R, ...): what stands at position t − 1, where token t's logits and value come from."""
+        """(B, P + R, ...) -> (B, R, ...): for token t the entry of position t − 1, which predicts the token."""
         width = self.targets.shape[1]
         return per_position[:, -width - 1 : -1]
 

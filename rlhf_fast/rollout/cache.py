@@ -1,4 +1,4 @@
-"""The decoder with its keys and values kept: each token is read once."""
+"""The decoder with a key-value cache."""
 
 import inspect
 from typing import Any
@@ -12,9 +12,9 @@ from rlhf_fast.models import Merged, SharedBase
 
 
 class CachedDecoder:
-    """Reads a batch of rows column by column, with the adapter of ``merged``.
+    """Decodes a batch with the adapter of ``merged``, a few columns (token positions) at a time.
 
-    ``mask``: (B, T) of the first columns, padded left, 1 = token; ``capacity`` counts the columns that may follow.
+    ``mask``: (B, T) of the prompts, padded left, 1 = token. ``capacity``: the number of columns that may follow.
     """
 
     def __init__(self, base: SharedBase, merged: Merged, mask: Tensor, capacity: int) -> None:
@@ -32,7 +32,7 @@ class CachedDecoder:
 
     @torch.inference_mode()
     def read(self, ids: Tensor) -> Tensor:
-        """Reads ids (B, T), the next columns, and returns the last hidden states (B, H) of the last one."""
+        """Appends ids (B, T), the next columns. Returns the last hidden states (B, H) of the last column."""
         start, self._columns = self._columns, self._columns + ids.shape[1]
         with self.merged.in_use():
             output = self.body(
@@ -42,19 +42,20 @@ class CachedDecoder:
                 use_cache=True,
                 **{self._cache_name: self._cache},
             )
-        return output.last_hidden_state[:, -1].contiguous()  # matmul copies the weight for rows that lie apart
+        return output.last_hidden_state[:, -1].contiguous()  # matmul would copy the weight for strided rows
 
     def keep(self, rows: Tensor) -> None:
-        """Leaves the rows at these places (n,) alone in the batch, in this order."""
+        """Keeps only the rows with these indices (n,) in the batch, in this order."""
         self._mask, self._positions = self._mask[rows], self._positions[rows]
         self._cache.reorder_cache(rows)
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Room for ``capacity`` columns, filled from the left; transformers' own layer copies all of them at each token.
+    """A cache layer with memory for ``capacity`` columns, filled from the left. transformers' layer copies the whole
+    cache at each token.
 
-    It stands in for the layers that keep every token. Those that keep a window or a state stay as transformers makes
-    them: what they copy is bounded.
+    Replaces only layers that cache every token. Layers with a window or a state are left to transformers, because the
+    size of their copies is bounded.
     """
 
     is_initialized: bool  # from transformers' class

@@ -1,4 +1,4 @@
-"""Sampling responses: the one call of the recipes, and the choice of the engine that runs it."""
+"""Samples responses: ``generate``, which the recipes call, and the choice of the engine."""
 
 from collections.abc import Sequence
 from weakref import WeakSet
@@ -12,7 +12,7 @@ from rlhf_fast.rollout.generation import Generation, check_call, draws
 from rlhf_fast.rollout.response import Response
 from rlhf_fast.rollout.trial import why_not_fast
 
-_noted: WeakSet[SharedBase] = WeakSet()  # bases whose notes tell that the fast engine cannot run them
+_noted: WeakSet[SharedBase] = WeakSet()  # bases with a note that the fast engine cannot run them
 
 
 def generate(
@@ -26,13 +26,12 @@ def generate(
     skip_special_tokens: bool = False,
     engine: str = "auto",
 ) -> list[Response]:
-    """One sampled response a prompt, in the order of ``rows``, cut at the first stop token.
+    """Samples one response per prompt, in the order of ``rows``, cut after the first stop token.
 
-    The distribution sampled from is the one that is trained: the full softmax at ``temperature``, without top-k, top-p
-    or penalties, whatever the model folder's generation_config says. ``batch_size`` prompts, of like lengths and
-    padded left, are answered at a time. ``engine``: see ``choose_engine``.
-    Raises UserError for a prompt of no tokens, after which nothing could be predicted, and for a model whose samples
-    do not follow the log-probs that are trained.
+    Samples from the distribution that is trained: the full softmax at ``temperature``, without top-k, top-p or
+    penalties; the model's generation_config is ignored. ``batch_size`` prompts of similar length, padded left, are
+    sampled at a time. ``engine``: see ``choose_engine``.
+    Raises UserError for an empty prompt, and for a model that would not sample from the trained distribution.
     """
     base.check_sampling()
     check_call(rows, response_length, temperature)
@@ -73,8 +72,9 @@ def generate(
 def choose_engine(base: SharedBase, engine: str) -> str:
     """``fast`` or ``transformers``, for one of ``ROLLOUT_ENGINES``.
 
-    ``auto`` is fast where a trial on a few tokens shows it to predict as a whole forward pass does; else the base's
-    ``notes`` get the reason. Raises UserError where ``fast`` is asked for and cannot be had.
+    ``auto`` is fast if, in a trial on a few tokens, the fast engine gives the same states as a whole forward pass; else
+    it is transformers, and the base's ``notes`` get the reason. Raises UserError if ``fast`` is requested and the trial
+    fails.
     """
     if engine not in ROLLOUT_ENGINES:
         raise UserError(f"the rollout engine must be one of {', '.join(ROLLOUT_ENGINES)}; got {engine!r}")
@@ -92,6 +92,6 @@ def choose_engine(base: SharedBase, engine: str) -> str:
 
 
 def _batches(rows: Sequence[PromptRow], batch_size: int) -> list[list[int]]:
-    """Places of the rows of each batch: the longest prompts together, so that there is little padding."""
+    """The indices of the rows of each batch, with prompts of similar length together to reduce padding."""
     by_length = sorted(range(len(rows)), key=lambda place: -len(rows[place].input_ids))
     return [sorted(by_length[start : start + batch_size]) for start in range(0, len(rows), batch_size)]

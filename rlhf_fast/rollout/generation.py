@@ -1,4 +1,4 @@
-"""The fast engine: prompts are read once, then every step samples one token for each row that is not finished."""
+"""The fast engine: reads the prompts once; then every step samples one token for each unfinished row."""
 
 import math
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from rlhf_fast.rollout.response import Response, cut
 from rlhf_fast.rollout.sampling import sample
 from rlhf_fast.rollout.trial import why_not_fast
 
-# Finished rows leave the batch when there are so many, and a quarter of it: reading the weights takes most of a step of
-# few rows, so that a step of a few rows less takes as long.
+# Finished rows are removed from the batch only when there are at least this many, and a quarter of the batch. A step is
+# bound by reading the weights, so a few rows less do not make it faster.
 LEAVING = 4
 
 
 class Step(NamedTuple):
-    """What one step added: the rows that were live, by their places in the prompts; a token and its log-prob each."""
+    """The result of one step: the indices of the rows that were live, and a token and its log-prob for each."""
 
     rows: list[int]
     tokens: list[int]
@@ -29,25 +29,25 @@ class Step(NamedTuple):
 
 
 class Generation:
-    """Responses in the making, drawn step by step by the fast engine::
+    """Samples responses step by step with the fast engine::
 
         generation = Generation(base, "policy", rows, response_length=64, temperature=1.0)
         while generation.live:
             generation.step()
         responses = generation.responses()
 
-    The role's adapter is merged into a copy of the weights that it adapts, made here or given as ``merged``; the base
-    is as it was between steps. A loop that chooses tokens otherwise reads ``logits`` and calls ``append``.
+    The role's adapter is merged into a copy of the weights that it adapts, created here or given as ``merged``. Between
+    steps the base is unchanged. To choose tokens in another way, read ``logits`` and call ``append``.
 
     Attributes:
-        live: places of the rows that are not finished.
-        batch: places of the rows of ``logits``: the live ones and those that have just finished.
-        logits: (B, V) float32, of the next token over the real vocabulary, before the temperature.
+        live: indices of the unfinished rows.
+        batch: indices of the rows of ``logits``: the live ones, and finished ones not yet removed.
+        logits: (B, V) float32, of the next token, without padded vocabulary columns, before the temperature.
 
-    ``uniforms``, (rows, response_length) float64 on the CPU, are the draws; unset, torch's global generator makes them.
-    A row's tokens depend on its own draws alone (but for the rounding of products with other rows).
+    ``uniforms``: (rows, response_length) float64 on the CPU, the random numbers of the draws; None = drawn from torch's
+    global generator. A row's tokens depend only on its own numbers, up to the rounding of products with other rows.
 
-    Raises UserError for a base that the fast engine cannot run, a prompt of no tokens, and a copy that has no room.
+    Raises UserError for a base that the fast engine cannot run, an empty prompt, or too little memory for the copy.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class Generation:
             self._read(prompts["input_ids"].to(base.device))
 
     def step(self) -> Step:
-        """Samples the next token of each live row. Raises UserError where the model's logits are not finite, and
-        ValueError where no row is live."""
+        """Samples the next token of each live row. Raises UserError if the model's logits are not finite, and
+        ValueError if no row is live."""
         self._check_live()
         column = len(self.tokens[self.live[0]])
         uniforms = self.uniforms[self.batch, column].to(self.base.device)
@@ -87,7 +87,7 @@ class Generation:
         return self.append(tokens, logprobs)
 
     def append(self, tokens: Tensor, logprobs: Tensor) -> Step:
-        """Goes on with ``tokens`` (B,) int64 and their ``logprobs`` (B,), for the rows of ``batch``."""
+        """Appends ``tokens`` (B,) int64 with their ``logprobs`` (B,) to the rows of ``batch``."""
         self._check_live()
         if not tokens.shape == logprobs.shape == (len(self.batch),):
             expected = f"tokens and logprobs must have shape ({len(self.batch)},), one a row of `batch`"
@@ -105,7 +105,7 @@ class Generation:
         return added
 
     def responses(self, *, skip_special_tokens: bool = False) -> list[Response]:
-        """What was drawn so far, in the order of the rows."""
+        """The responses so far, in the order of the rows."""
         drawn = zip(self.rows, self.tokens, self.logprobs, strict=True)
         return [cut(self.base, row, tokens, logprobs, skip_special_tokens) for row, tokens, logprobs in drawn]
 
@@ -122,7 +122,7 @@ class Generation:
         self.logits = self._vocabulary.scaled(raw.float())
 
     def _without_finished(self, tokens: Tensor) -> Tensor:
-        """Takes finished rows out of the batch where enough have left; the ``tokens`` of those that stay."""
+        """Removes finished rows from the batch if there are enough of them. Returns the ``tokens`` of the others."""
         finished = len(self.batch) - len(self.live)
         if finished < max(LEAVING, len(self.batch) / 4):
             return tokens
@@ -134,7 +134,7 @@ class Generation:
 
 
 def check_call(rows: Sequence[PromptRow], response_length: int, temperature: float) -> None:
-    """Raises UserError for a prompt of no tokens, and ValueError for numbers that nothing can be sampled with."""
+    """Raises UserError for an empty prompt, and ValueError for an invalid length or temperature."""
     empty = [str(row.index) for row in rows if not row.input_ids]
     if empty:
         raise UserError(f"prompts of no tokens in rows {', '.join(empty)}: nothing predicts the first token there")

@@ -1,4 +1,4 @@
-"""The reference engine: transformers' own generate, with the adapter through PEFT."""
+"""The reference engine: transformers' generate, with PEFT computing the adapter."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ from rlhf_fast.rollout.response import Response, cut
 
 
 class RealTokensOnly(LogitsProcessor):
-    """Leaves rows of the embedding that no token of the tokenizer uses out of the softmax, as training does.
+    """Excludes columns of the vocabulary that no token of the tokenizer uses from the softmax, as in training.
 
-    ``logprobs`` gathers the (B,) log-probs at ``temperature`` of the tokens that were drawn, each when the next token's
-    scores come.
+    ``logprobs`` collects the (B,) log-probs at ``temperature`` of the sampled tokens. A token is known only when the
+    processor is called for the next one.
     """
 
     def __init__(self, vocab_size: int, temperature: float) -> None:
@@ -30,7 +30,7 @@ class RealTokensOnly(LogitsProcessor):
         return scores
 
     def note(self, input_ids: Tensor) -> None:
-        """The last column of ``input_ids`` was drawn from the scores that came before."""
+        """Appends the log-probs of the last column of ``input_ids``, which was sampled from the previous scores."""
         if self._scores is not None:
             logprobs = (self._scores.float() / self.temperature).log_softmax(dim=1)
             self.logprobs.append(logprobs.gather(1, input_ids[:, -1:])[:, 0])
@@ -46,7 +46,7 @@ def generate_batch(
     temperature: float,
     skip_special_tokens: bool,
 ) -> list[Response]:
-    """One sampled response a prompt, all in one batch; see ``generate``."""
+    """Samples one response per prompt, all in one batch; see ``generate``."""
     settings = GenerationConfig(
         do_sample=True,
         temperature=temperature,

@@ -1,4 +1,4 @@
-"""One sampled answer."""
+"""A sampled response."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,11 +9,11 @@ from rlhf_fast.models import SharedBase
 
 @dataclass(frozen=True)
 class Response:
-    """One answer. ``token_ids`` ends with the stop token where ``stopped``; nothing follows it.
+    """A response. If ``stopped``, ``token_ids`` ends with the stop token.
 
-    ``text`` is the answer without that stop token, without padding and white space around it. Other special tokens
-    (``<think>``) are in it, unless ``generate`` was asked to skip them. ``logprobs``: one a token, in nats, of the
-    distribution that it was drawn from: the full softmax at the sampling temperature over the real vocabulary.
+    ``text``: the response without stop token, padding and surrounding white space. It includes other special tokens
+    (such as ``<think>``), unless ``skip_special_tokens`` was set. ``logprobs``: one per token, in nats, under the
+    distribution that was sampled: the full softmax at the sampling temperature, without padded vocabulary columns.
     """
 
     row: PromptRow
@@ -26,7 +26,7 @@ class Response:
 def cut(
     base: SharedBase, row: PromptRow, tokens: Sequence[int], logprobs: Sequence[float], skip_special_tokens: bool
 ) -> Response:
-    """The response up to its first stop token, whatever follows there."""
+    """The response up to and including its first stop token."""
     end = next((index for index, token in enumerate(tokens) if token in base.stop_ids), None)
     said = [token for token in tokens[:end] if token != base.pad_id]
     text = base.tokenizer.decode(said, skip_special_tokens=skip_special_tokens).strip()

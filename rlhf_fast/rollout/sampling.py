@@ -1,9 +1,9 @@
-"""Drawing one token a row from the full softmax, with one pass over the logits and no copy of them."""
+"""Samples one token per row from the full softmax, in place."""
 
 import torch
 from torch import Tensor
 
-BLOCK = 256  # tokens whose probabilities are first summed: the draw then looks into one block alone
+BLOCK = 256  # columns per partial sum: the search finds the block first, and then the column inside it
 
 
 def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -12,7 +12,7 @@ def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor
     Args:
         logits: (B, V) float32; overwritten.
         temperature: above 0.
-        uniforms: (B,) float64 in [0, 1), one draw a row: the row's token depends on nothing else beside its logits.
+        uniforms: (B,) float64 in [0, 1). A row's token depends only on its number and its logits.
 
     Returns:
         tokens (B,) int64 and log-probs (B,) float32 in nats; NaN where a row's logits hold NaN or +inf.
@@ -28,14 +28,14 @@ def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor
     inside = weights.gather(1, places.clamp(max=weights.shape[1] - 1))
     inside = inside.masked_fill(places >= weights.shape[1], 0.0)
     place, _ = _find(inside.double().cumsum(dim=1), rest)
-    tokens = (block * BLOCK + place)[:, 0].clamp(max=weights.shape[1] - 1)  # of a row that is not finite
+    tokens = (block * BLOCK + place)[:, 0].clamp(max=weights.shape[1] - 1)  # the clamp acts only for NaN or +inf
     logprobs = inside.gather(1, place).double().log() - total.log()
     return tokens, logprobs[:, 0].float()
 
 
 def _find(ends: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The first part, of those that end at ``ends`` (B, n), which ``wanted`` (B, 1) lies in, and where it lies there;
-    never a part of no width."""
+    """The index of the part in which ``wanted`` (B, 1) lies, and the offset in it. Part i ends at ``ends[:, i]``.
+    Never returns an empty part."""
     wanted = torch.minimum(wanted, torch.nextafter(ends[:, -1:], torch.zeros_like(wanted)))
     part = torch.searchsorted(ends, wanted, right=True).clamp(max=ends.shape[1] - 1)
     before = torch.where(part > 0, ends.gather(1, (part - 1).clamp(min=0)), 0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf_fast.bench.step import __main__ as step
-from rlhf_fast.bench.step import arithmetic, process, tables, work
+from rlhf_fast.bench.step import arithmetic, process, runs, tables, work
 from rlhf_fast.bench.step.contest import ROWS
 from rlhf_fast.models.builtin import tiny_model
 
@@ -26,11 +26,11 @@ def test_a_quick_run_measures_our_rows_and_names_the_peers_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "step.json"
-    monkeypatch.setitem(step.PYTHON, "trl", step.ROOT / ".venv-nowhere" / "bin" / "python")
-    call(monkeypatch, "--quick", "--rounds", "1", "--json", str(figures), "--only", "ours-bf16-4,trl-bf16")
+    monkeypatch.setitem(runs.PYTHON, "trl", runs.ROOT / ".venv-nowhere" / "bin" / "python")
+    call(monkeypatch, "--quick", "--rounds", "1", "--json", str(figures), "--only", "ours-bf16-4,trl-bf16-4")
     results = json.loads(figures.read_text())
     assert results["quick"] is True and results["failed"] == {} and set(results["versions"]) == {"rlhf-fast"}
-    assert results["missing"] == {"trl-bf16": "no trl in .venv-nowhere/bin/python"}
+    assert results["missing"] == {"trl-bf16-4": "no trl in .venv-nowhere/bin/python"}
     assert results["peaks"].keys() == {"bfloat16", "float32"} and min(results["peaks"].values()) > 0
     (run,) = results["runs"]
     assert run["key"] == "ours-bf16-4" and run["dtype"] == "bfloat16" and run["round"] == 1
@@ -41,7 +41,7 @@ def test_a_quick_run_measures_our_rows_and_names_the_peers_that_are_not_there(
     assert 0.1 < run["peak_memory_gb"] < 5
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[0]) == run
-    assert "| rlhf-fast, micro-batch 4 | bf16 |" in out and "- trl-bf16: no trl in" in out and "Quick sizes" in out
+    assert "| rlhf-fast, micro-batch 4 | bf16 |" in out and "- trl-bf16-4: no trl in" in out and "Quick sizes" in out
 
 
 def test_a_row_that_fails_is_told_and_not_run_again(
@@ -49,13 +49,13 @@ def test_a_row_that_fails_is_told_and_not_run_again(
 ) -> None:
     script = tmp_path / "peer.py"
     script.write_text("import sys\nprint('one line')\nsys.exit('it broke')")
-    monkeypatch.setitem(step.PYTHON, "trl", Path(sys.executable))
-    monkeypatch.setitem(step.PEERS, "trl", (str(script), True))
+    monkeypatch.setitem(runs.PYTHON, "trl", Path(sys.executable))
+    monkeypatch.setitem(runs.PEERS, "trl", (str(script), True))
     monkeypatch.setattr(step, "versions", lambda python: {})
     with pytest.raises(SystemExit):
-        call(monkeypatch, "--quick", "--rounds", "2", "--only", "trl-bf16")
+        call(monkeypatch, "--quick", "--rounds", "2", "--only", "trl-bf16-4")
     out = capsys.readouterr().out
-    assert out.count('{"key": "trl-bf16", "failed": "it broke"}') == 1 and "- trl-bf16: it broke" in out
+    assert out.count('{"key": "trl-bf16-4", "failed": "it broke"}') == 1 and "- trl-bf16-4: it broke" in out
 
 
 def test_rows_are_listed_and_an_unknown_one_is_refused(
@@ -64,8 +64,8 @@ def test_rows_are_listed_and_an_unknown_one_is_refused(
     call(monkeypatch, "--list")
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == [row.key for row in ROWS] and len(set(listed)) == len(listed)
-    with pytest.raises(SystemExit, match="--only: there is no row 'nobody'; there are trl-four-bf16, trl-bf16"):
-        call(monkeypatch, "--list", "--only", "trl-bf16,nobody")
+    with pytest.raises(SystemExit, match="--only: there is no row 'nobody'; there are trl-four-bf16-4, trl-bf16-4"):
+        call(monkeypatch, "--list", "--only", "trl-bf16-4,nobody")
 
 
 # ---- the work ------------------------------------------------------------------------------------------------------
@@ -116,21 +116,20 @@ def test_too_few_rows_of_the_right_length_are_refused() -> None:
 
 def test_peak_memory_counts_children(tmp_path: Path) -> None:
     hold = "held = bytearray(300_000_000); import time; time.sleep(1.5)"
-    alone = process.run([sys.executable, "-c", hold], tmp_path / "a.log", os.environ)
+    alone = process.run([sys.executable, "-c", hold], tmp_path / "a.log", os.environ, 60)
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}"
-    both = process.run([sys.executable, "-c", code], tmp_path / "b.log", os.environ)
+    both = process.run([sys.executable, "-c", code], tmp_path / "b.log", os.environ, 60)
     assert 0.3 < alone < 0.36 and 0.6 < both < 0.72
 
 
 def test_a_failed_process_gives_its_last_line(tmp_path: Path) -> None:
     with pytest.raises(process.Failed, match="^ValueError: wrong$"):
-        process.run([sys.executable, "-c", "raise ValueError('wrong')"], tmp_path / "a.log", os.environ)
+        process.run([sys.executable, "-c", "raise ValueError('wrong')"], tmp_path / "a.log", os.environ, 60)
 
 
-def test_a_process_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "LIMIT_SECONDS", 0.3)
+def test_a_process_that_hangs_is_stopped(tmp_path: Path) -> None:
     with pytest.raises(process.Failed, match="stopped after 0.3 s"):
-        process.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "a.log", os.environ)
+        process.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "a.log", os.environ, 0.3)
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
@@ -189,7 +188,8 @@ def results() -> dict[str, Any]:
         "work": WORK,
         "peaks": {"bfloat16": 1e8, "float32": 5e7},
         "runs": [
-            run("trl-bf16", "trl", "ppo", [99.0, 10.0], 4.0, memory="policy and reference on one base (TRL)"),
+            run("trl-bf16-4", "trl", "ppo", [99.0, 10.0], 4.0, memory="policy and reference on one base (TRL)"),
+            run("trl-bf16-16", "trl", "ppo", [99.0, 12.0], 3.0),
             run("ours", "rlhf-fast", "ppo", [99.0, 2.0], 1.0, flags=flags, phases=phases[0], memory="all roles"),
             run(
                 "ours", "rlhf-fast", "ppo", [99.0, 4.0], 1.2, flags=flags, phases=phases[1], memory="all roles", round=2
@@ -215,7 +215,8 @@ def test_tables_by_hand() -> None:
     # ours: 3 s, the median of 2 and 4; 60 tokens in 3 s against 60 in 10 s; rollout 2.6 MFLOP at 100 MFLOP/s in 0.5 s
     assert body["**A step of PPO**"].splitlines()[2:] == [
         "| TRL | bf16 | 10.00 | 6.0 |  | 4.00 GB |  |  |  |",
-        "| rlhf-fast, micro-batch 4 | bf16 | 3.00 | 20.0 | 3.33x | 1.20 GB | 30% | "
+        "| TRL | bf16 | 12.00 | 5.0 |  | 3.00 GB |  |  |  |",
+        "| rlhf-fast, micro-batch 4 | bf16 | 3.00 | 20.0 | 3.33x | 1.20 GB | 40% | "
         "rollout 0.50, scoring 0.50, update 2.00 | rollout 5%, scoring 18%, update 18% |",
     ]
     assert body["**What sharing saves, at the same batch**"].splitlines()[2:] == [
@@ -236,5 +237,5 @@ def test_tables_by_hand() -> None:
 
 def test_without_a_peer_there_are_no_ratios() -> None:
     alone = results()
-    alone["runs"], alone["failed"] = alone["runs"][1:2], {}
+    alone["runs"] = [run for run in alone["runs"] if run["key"] == "ours"][:1]
     assert "| 30.0 |  | 1.00 GB |  |" in tables.tables(alone)

@@ -93,7 +93,7 @@ def test_a_last_line_cut_anywhere_is_left_out(tmp_path: Path) -> None:
 def test_a_broken_line_elsewhere_is_named(tmp_path: Path, broken: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: expected one JSON object"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: expected a JSON object"):
         read_lines(path)
     path.write_text(f'{{"step": 1}}\n{broken}\n')  # it has its newline, so no killed run cut it
     with pytest.raises(UserError, match="line 2"):
@@ -102,7 +102,7 @@ def test_a_broken_line_elsewhere_is_named(tmp_path: Path, broken: str) -> None:
 
 def test_a_line_without_a_step_stops_a_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2.0}\n')
-    with pytest.raises(UserError, match='line 2: expected a whole number under "step", came None'):
+    with pytest.raises(UserError, match='line 2: expected a whole number under "step", got None'):
         RunLog(tmp_path, resume_step=5)
 
 

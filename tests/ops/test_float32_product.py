@@ -151,8 +151,8 @@ def test_the_rule(cpu_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = amd and cpu_path != "portable"
     assert _native.multiplies_float32() is expected
     assert _native.build_info()["float32_products"] == ("rlhf-fast" if expected else "torch")
-    assert _products._own(torch.ones(1)) is expected
-    assert not _products._own(torch.ones(1).double()) and not _products._own(torch.ones(1).bfloat16())
+    assert _products._own_float32(torch.ones(1)) is expected
+    assert not _products._own_float32(torch.ones(1).double()) and not _products._own_float32(torch.ones(1).bfloat16())
 
 
 def test_layers_without_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:

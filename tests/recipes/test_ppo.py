@@ -209,8 +209,8 @@ def gradients(stage, experiences) -> dict[str, torch.Tensor]:
     return found
 
 
-def experiences_of(stage, parts) -> list:
-    found = [ppo.scored(stage, part, "sft") for part in parts]
+def experiences_of(stage, parts, **settings) -> list:
+    found = [ppo.scored(stage, part, "sft", **settings) for part in parts]
     scores = torch.arange(sum(map(len, parts)), dtype=torch.float32)
     experience.set_rewards(found, scores, stage.config, kl_coef=0.05, group=None)
     experience.set_advantages(found, stage.config, group=None)
@@ -229,6 +229,21 @@ def test_a_token_budget_changes_no_gradient(ppo_config):
     whole, cut = (gradients(stage, experiences_of(stage, each)) for each in ([responses], parts))
     for name, gradient in whole.items():
         torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_one_micro_batch_trains_on_the_states_of_its_scoring(ppo_config, monkeypatch):
+    """The first epoch computes no forward pass, and its gradients are bit for bit those that it would compute."""
+    stage, prompts = started(ppo_config(micro_batch_size=8, num_mini_batches=1))
+    responses = ppo.roll_out(stage, prompts[:8])
+    (computed,) = experiences_of(stage, [responses])
+    (kept,) = experiences_of(stage, [responses], keep_graph=True)
+    assert computed.states is None and all(states.requires_grad for states in kept.states)
+    for name in ("logprobs", "ref_logprobs", "values", "scores"):
+        assert getattr(kept, name).equal(getattr(computed, name)) and not getattr(kept, name).requires_grad
+    expected = gradients(stage, [computed])
+    monkeypatch.setattr(ppo, "response_states", None)
+    found = gradients(stage, [kept])
+    assert kept.states is None and all(found[name].equal(gradient) for name, gradient in expected.items())
 
 
 def test_a_budget_below_one_sequence_or_beside_the_rows_is_refused(ppo_config):

@@ -18,8 +18,8 @@ def sample_op(x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0) -> T
 
     Args:
         x: any shape, float. The gradient goes here.
-        mask: same shape, bool or 0/1, 1 = counts. Elsewhere the output and the gradient are 0 and nothing is read.
-            A value other than 0 and 1 is an error on the CPU; on a GPU, where asking would wait, it counts as 1.
+        mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read; their output and gradient are 0.
+            A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         scale: a finite number > 0.
 
     Returns:
