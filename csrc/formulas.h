@@ -77,21 +77,16 @@ struct LossToken {
   F clipped;  // 1 where the loss is clipped, else 0; never NaN
 };
 
-// The clipping bounds of a ratio, computed in double so that each is rounded once, as in the torch reference.
-RLHF_FAST_FORMULA float lowest_ratio(const PolicyTerms& terms) { return (float)(1 - (double)terms.clip_low); }
-
-RLHF_FAST_FORMULA float highest_ratio(const PolicyTerms& terms) { return (float)(1 + (double)terms.clip_high); }
-
 // PPO's clipped loss of a token. `log_ratio` is the token's, not clamped. `ratio` is exp of the clamped log ratio, or
-// the ratio of the token's sequence. dual_clip = +inf means none. A tie, or a loss equal to the ceiling, is not
-// clipped.
+// the ratio of the token's sequence. A tie, or a loss equal to the ceiling, is not clipped.
 template <class F>
-RLHF_FAST_FORMULA LossToken<F> policy_token(F log_ratio, F ratio, F advantage, float low, float high, float dual_clip) {
+RLHF_FAST_FORMULA LossToken<F> policy_token(F log_ratio, F ratio, F advantage, const PolicyTerms& terms) {
+  const float low = 1.0f - terms.clip_low, high = 1.0f + terms.clip_high;
   F clipped_ratio = where(ratio < low, F{} + low, ratio);
   clipped_ratio = where(clipped_ratio > high, F{} + high, clipped_ratio);
   const F unclipped = -advantage * ratio;
   const F at_bound = -advantage * clipped_ratio;
-  const F ceiling = -advantage * dual_clip;
+  const F ceiling = -advantage * terms.dual_clip;
   const auto outside = at_bound > unclipped;
   const F loss = where(outside, at_bound, unclipped);
   const auto over = (advantage < 0.0f) & (loss > ceiling);
@@ -102,11 +97,12 @@ RLHF_FAST_FORMULA LossToken<F> policy_token(F log_ratio, F ratio, F advantage, f
   return {where(over, ceiling, loss), where(constant, F{}, unclipped), where(clipped, F{} + 1.0f, F{})};
 }
 
-// 0.5 * max((v - R)^2, (clip(v) - R)^2). clip = +inf means none. A tie is not clipped.
+// 0.5 * max((v - R)^2, (clip(v) - R)^2). A tie is not clipped.
 template <class F>
-RLHF_FAST_FORMULA LossToken<F> value_token(F value, F old_value, F target, float clip) {
-  F clipped_value = where(value < old_value - clip, old_value - clip, value);
-  clipped_value = where(clipped_value > old_value + clip, old_value + clip, clipped_value);
+RLHF_FAST_FORMULA LossToken<F> value_token(F value, F old_value, F target, const ValueTerms& terms) {
+  const F lowest = old_value - terms.clip, highest = old_value + terms.clip;
+  F clipped_value = where(value < lowest, lowest, value);
+  clipped_value = where(clipped_value > highest, highest, clipped_value);
   const F error = value - target;
   const F clipped_error = clipped_value - target;
   const F squared = error * error;

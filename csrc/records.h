@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <tuple>
 
-#define RLHF_FAST_RECORDS "be69eb8fd89c4a3f"
+#define RLHF_FAST_RECORDS "66f4c2817108b911"
 
 namespace rlhf_fast {
 
@@ -227,6 +227,12 @@ inline auto fields(MaskedWhitenBackward& a) {
   return std::tie(a.elements, a.x, a.live, a.shift_mean, a.unbiased, a.statistics, a.grad_whitened, a.grad);
 }
 
+struct ValueTerms {
+  float clip;  // +inf = none
+  float coef;
+};
+inline auto fields(ValueTerms& a) { return std::tie(a.clip, a.coef); }
+
 struct LossDivisor {
   Aggregation aggregation;
   double number;        // num_items; below 0 = the launcher counts
@@ -250,8 +256,7 @@ struct PpoLoss {
   const uint8_t* live;
   bool sequence_level;  // ratios per sequence
   PolicyTerms terms;
-  float value_clip;  // +inf = none
-  float value_coef;
+  ValueTerms value_terms;
   LossDivisor divisor;
   float* loss;  // 1
   float* statistics;
@@ -261,8 +266,8 @@ struct PpoLoss {
 };
 inline auto fields(PpoLoss& a) {
   return std::tie(a.policy, a.value, a.sequences, a.length, a.logprobs, a.old_logprobs, a.advantages, a.values,
-                  a.old_values, a.returns, a.entropy, a.ref_logprobs, a.live, a.sequence_level, a.terms, a.value_clip,
-                  a.value_coef, a.divisor, a.loss, a.statistics, a.grad_logprobs, a.grad_values, a.grad_entropy);
+                  a.old_values, a.returns, a.entropy, a.ref_logprobs, a.live, a.sequence_level, a.terms, a.value_terms,
+                  a.divisor, a.loss, a.statistics, a.grad_logprobs, a.grad_values, a.grad_entropy);
 }
 
 struct Hidden {

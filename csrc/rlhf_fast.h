@@ -69,7 +69,6 @@ struct CpuLaunchers {
 #define RLHF_FAST_DECLARE(name, Arguments) void name(const Arguments&, int threads);
 #define RLHF_FAST_DECLARE_PATH(path_name)            \
   namespace path_name {                              \
-  extern const CpuLaunchers launchers;               \
   RLHF_FAST_LAUNCHERS(RLHF_FAST_DECLARE)             \
   RLHF_FAST_DECLARE(float32_product, Float32Product) \
   RLHF_FAST_DECLARE(short_attention, ShortAttention) \

@@ -4,8 +4,12 @@ The exponentials are implemented here. Triton has no expm1. Its exp is 2^(x log2
 makes it inaccurate for large x. CUDA's libdevice does not exist in the interpreter and on other targets.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+from .records import PolicyTerms
 
 K1 = tl.constexpr(0)
 K2 = tl.constexpr(1)
@@ -106,18 +110,42 @@ def bounded_log_ratio(log_ratio):
     return tl.where(log_ratio < -LOG_RATIO_BOUND, -LOG_RATIO_BOUND, log_ratio)
 
 
+class KernelTerms(NamedTuple):
+    """PolicyTerms as one argument of a kernel."""
+
+    low: float  # the bounds of the ratio: computed in the kernel, they would cost it registers
+    high: float
+    dual_clip: float
+    kl_coef: float
+    entropy_coef: float
+    kl: Any  # a constant: it chooses the code that is compiled
+    kl_slope: Any  # so is this; None for a KL of weight 0
+
+
+def kernel_terms(terms: PolicyTerms) -> KernelTerms:
+    return KernelTerms(
+        low=1 - terms.clip_low,
+        high=1 + terms.clip_high,
+        dual_clip=terms.dual_clip,
+        kl_coef=terms.kl_coef,
+        entropy_coef=terms.entropy_coef,
+        kl=tl.constexpr(terms.kl),
+        kl_slope=tl.constexpr(terms.kl_slope) if terms.kl_coef != 0 else None,
+    )
+
+
 @triton.jit
-def policy_token(log_ratio, ratio, advantage, low, high, dual_clip):
+def policy_token(log_ratio, ratio, advantage, terms):
     """PPO's clipped loss of a token: (loss, d loss / d logprob, whether it is clipped).
 
     ``log_ratio`` is the token's, not clamped. ``ratio`` is exp of the clamped log ratio, or the ratio of the token's
-    sequence. dual_clip = +inf means none. A tie, or a loss equal to the ceiling, is not clipped.
+    sequence. A tie, or a loss equal to the ceiling, is not clipped.
     """
-    clipped_ratio = tl.where(ratio < low, low, ratio)
-    clipped_ratio = tl.where(clipped_ratio > high, high, clipped_ratio)
+    clipped_ratio = tl.where(ratio < terms.low, terms.low, ratio)
+    clipped_ratio = tl.where(clipped_ratio > terms.high, terms.high, clipped_ratio)
     unclipped = -advantage * ratio
     at_bound = -advantage * clipped_ratio
-    ceiling = -advantage * dual_clip
+    ceiling = -advantage * terms.dual_clip
     outside = at_bound > unclipped
     loss = tl.where(outside, at_bound, unclipped)
     over = (advantage < 0.0) & (loss > ceiling)
@@ -129,13 +157,15 @@ def policy_token(log_ratio, ratio, advantage, low, high, dual_clip):
 
 
 @triton.jit
-def value_token(value, old_value, target, clip):
+def value_token(value, old_value, target, terms):
     """0.5 * max((v - R)^2, (clip(v) - R)^2): (loss, d loss / d value, whether it is clipped).
 
-    clip = +inf means none. A tie is not clipped.
+    A tie is not clipped.
     """
-    clipped_value = tl.where(value < old_value - clip, old_value - clip, value)
-    clipped_value = tl.where(clipped_value > old_value + clip, old_value + clip, clipped_value)
+    lowest = old_value - terms.clip
+    highest = old_value + terms.clip
+    clipped_value = tl.where(value < lowest, lowest, value)
+    clipped_value = tl.where(clipped_value > highest, highest, clipped_value)
     error = value - target
     clipped_error = clipped_value - target
     squared = error * error

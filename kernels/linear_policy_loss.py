@@ -10,9 +10,8 @@ to the reference and entropy bonus together.
 """
 
 import triton
-import triton.language as tl
 
-from .formulas import bounded_log_ratio, exponential, kl_slope, policy_token
+from .formulas import bounded_log_ratio, exponential, kernel_terms, kl_slope, policy_token
 from .gradients import empty_slopes, store_row_slopes, write_gradient
 from .launch import launch
 from .records import LinearPolicyLoss
@@ -33,8 +32,7 @@ from .sums import finish_rows, join_segments, sum_rows
 @triton.jit(do_not_specialize=GENERAL)
 def _finish(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts, segments,
-    old_logprobs, advantages, ref_logprobs, share, low, high, dual_clip, kl_coef, entropy_coef, logprobs, entropy,
-    slopes, KL: tl.constexpr,
+    old_logprobs, advantages, ref_logprobs, share, terms, logprobs, entropy, slopes,
 ):  # fmt: skip
     """Combines the segments of each row, writes its results and, if a gradient is wanted, its slopes."""
     lanes = lanes_of_program(length, live)
@@ -48,9 +46,10 @@ def _finish(
         # Chain rule: d loss / d logits = d loss / d logprob * d logprob / d logits + the same for the entropy.
         log_ratio = result.logprob - load_rows(old_logprobs, lanes)
         ratio = exponential(bounded_log_ratio(log_ratio))
-        _, grad_logprob, _ = policy_token(log_ratio, ratio, load_rows(advantages, lanes), low, high, dual_clip)
+        _, grad_logprob, _ = policy_token(log_ratio, ratio, load_rows(advantages, lanes), terms)
         if ref_logprobs is not None:
-            grad_logprob += kl_coef * kl_slope(result.logprob - load_rows(ref_logprobs, lanes), KL)
+            difference = result.logprob - load_rows(ref_logprobs, lanes)
+            grad_logprob += terms.kl_coef * kl_slope(difference, terms.kl_slope)
         weight = load_rows(share, lanes)
         store_row_slopes(
             slopes,
@@ -60,7 +59,7 @@ def _finish(
             softcap=softcap,
             inverse_temperature=inverse_temperature,
             grad_logprob=weight * grad_logprob,
-            grad_entropy=-weight * entropy_coef,
+            grad_entropy=-weight * terms.entropy_coef,
         )
 
 
@@ -79,15 +78,10 @@ def linear_policy_loss(a: LinearPolicyLoss) -> None:
         advantages=a.advantages,
         ref_logprobs=a.ref_logprobs if terms.kl_coef != 0 else None,
         share=a.share,
-        low=1 - terms.clip_low,
-        high=1 + terms.clip_high,
-        dual_clip=terms.dual_clip,
-        kl_coef=terms.kl_coef,
-        entropy_coef=terms.entropy_coef,
+        terms=kernel_terms(terms),
         logprobs=a.logprobs,
         entropy=a.entropy,
         slopes=slopes,
-        KL=terms.kl_slope,
     )
     if slopes is not None:
         write_gradient(rows, logits, slopes, a.grad, rows.vocab, sloped=terms.entropy_coef != 0)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .formulas import bounded_log_ratio, exponential, kl_value, policy_token, value_token
+from .formulas import bounded_log_ratio, exponential, kernel_terms, kl_value, policy_token, value_token
 from .formulas import kl_slope as slope_of_kl
 from .launch import launch
 from .records import PpoLoss
@@ -48,9 +48,8 @@ ROWS = 11
 @triton.jit(do_not_specialize=["length", "sequences"])
 def _evaluate(
     tokens, sequences, length, logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs,
-    live, ratios, low, high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, lengths, items, norm, loss,
-    statistics, grad_logprobs, grad_values, grad_entropy, parts, ticket,
-    KL_VALUE: tl.constexpr, KL_SLOPE: tl.constexpr, ITEMS: tl.constexpr, DIFFER: tl.constexpr, TILE: tl.constexpr,
+    live, ratios, terms, value_terms, lengths, items, norm, loss, statistics, grad_logprobs, grad_values, grad_entropy,
+    parts, ticket, ITEMS: tl.constexpr, DIFFER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The gradients and the parts of one tile; in the last program the loss and the statistics too."""
     index = tile_of_tokens(TILE)
@@ -81,12 +80,12 @@ def _evaluate(
         else:
             ratio = tl.load(ratios + sequence_at(index, tokens, length), mask=inside, other=0.0)
         ratio = tl.where(counted, ratio, 0.0)
-        policy_loss, slope, clipped = policy_token(log_ratio, ratio, advantage, low, high, dual_clip)
+        policy_loss, slope, clipped = policy_token(log_ratio, ratio, advantage, terms)
         if ref_logprobs is not None:
             difference = logprob - ref_logprob
-            store_part(parts, KL, tl.sum(kl_value(difference, KL_VALUE) * weight))
-            if KL_SLOPE is not None:
-                slope += kl_coef * slope_of_kl(difference, KL_SLOPE)
+            store_part(parts, KL, tl.sum(kl_value(difference, terms.kl) * weight))
+            if terms.kl_slope is not None:
+                slope += terms.kl_coef * slope_of_kl(difference, terms.kl_slope)
         if grad_logprobs is not None:
             tl.store(grad_logprobs + index, tl.where(counted, slope * weight, 0.0), mask=inside)
         _, near, off, deviation = tile_moments(ratio, counted)
@@ -99,12 +98,13 @@ def _evaluate(
     if entropy is not None:
         store_part(parts, ENTROPY, tl.sum(spread * weight))
         if grad_entropy is not None:
-            tl.store(grad_entropy + index, tl.where(counted, -entropy_coef * weight, 0.0), mask=inside)
+            tl.store(grad_entropy + index, tl.where(counted, -terms.entropy_coef * weight, 0.0), mask=inside)
     # 3. The value.
     if values is not None:
-        value_loss, value_slope, value_clipped = value_token(value, old_value, target, value_clip)
+        value_loss, value_slope, value_clipped = value_token(value, old_value, target, value_terms)
         if grad_values is not None:
-            tl.store(grad_values + index, tl.where(counted, value_coef * value_slope * weight, 0.0), mask=inside)
+            value_slope *= value_terms.coef
+            tl.store(grad_values + index, tl.where(counted, value_slope * weight, 0.0), mask=inside)
         store_part(parts, VALUE, tl.sum(value_loss * weight))
         store_part(parts, VALUE_CLIPPED, tl.sum(value_clipped.to(tl.float32)))
 
@@ -116,9 +116,8 @@ def _evaluate(
             values=values,
             entropy=entropy,
             ref_logprobs=ref_logprobs,
-            value_coef=value_coef,
-            entropy_coef=entropy_coef,
-            kl_coef=kl_coef,
+            terms=terms,
+            value_terms=value_terms,
             lengths=lengths,
             sequences=sequences,
             items=items,
@@ -131,8 +130,8 @@ def _evaluate(
 
 @triton.jit
 def _finish(
-    parts, logprobs, values, entropy, ref_logprobs, value_coef, entropy_coef, kl_coef, lengths, sequences, items, norm,
-    loss, statistics, ITEMS: tl.constexpr,
+    parts, logprobs, values, entropy, ref_logprobs, terms, value_terms, lengths, sequences, items, norm, loss,
+    statistics, ITEMS: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts, and writes loss and statistics. The tensors are used only to test whether they are None."""
     # 1. Sums per lane: lane i adds the tiles i, i + PARTS, ... in order.
@@ -171,8 +170,8 @@ def _finish(
     variance = tl.sum(squares) * inverse - mean * mean
 
     # 3. Writes the loss, and the statistics in the order of PpoLoss in records.py.
-    joint = policy_loss + _term(value_coef, value_loss) + _term(kl_coef, kl_loss) - _term(entropy_coef, entropy_loss)
-    tl.store(loss, joint.to(tl.float32))
+    joint = policy_loss + _term(value_terms.coef, value_loss) + _term(terms.kl_coef, kl_loss)
+    tl.store(loss, (joint - _term(terms.entropy_coef, entropy_loss)).to(tl.float32))
     if logprobs is not None and values is not None:
         tl.store(statistics, policy_loss.to(tl.float32))
         tl.store(statistics + 1, value_loss.to(tl.float32))
@@ -217,7 +216,7 @@ def _sequence_ratio(logprobs, old_logprobs, live, ratios, length, TILE: tl.const
 
 
 def ppo_loss(a: PpoLoss) -> None:
-    device, tokens, terms = a.loss.device, a.sequences * a.length, a.terms
+    device, tokens = a.loss.device, a.sequences * a.length
     ratios = torch.empty(a.sequences, dtype=torch.float32, device=device) if a.sequence_level else None
     if ratios is not None and a.sequences > 0:
         launch(
@@ -249,13 +248,8 @@ def ppo_loss(a: PpoLoss) -> None:
         ref_logprobs=a.ref_logprobs,
         live=a.live,
         ratios=ratios,
-        low=1 - terms.clip_low,
-        high=1 + terms.clip_high,
-        dual_clip=terms.dual_clip,
-        value_clip=a.value_clip,
-        value_coef=a.value_coef,
-        entropy_coef=terms.entropy_coef,
-        kl_coef=terms.kl_coef,
+        terms=kernel_terms(a.terms),
+        value_terms=a.value_terms,
         lengths=divisor.lengths,
         items=divisor.items,
         norm=divisor.norm,
@@ -266,8 +260,6 @@ def ppo_loss(a: PpoLoss) -> None:
         grad_entropy=a.grad_entropy,
         parts=parts,
         ticket=ticket_of(device),
-        KL_VALUE=terms.kl,
-        KL_SLOPE=terms.kl_slope if terms.kl_coef != 0 else None,
         ITEMS=divisor.ITEMS,
         DIFFER=divisor.differ,
         TILE=TILE,

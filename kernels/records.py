@@ -11,6 +11,8 @@ elements.
 """
 
 import hashlib
+import math
+import sys
 import typing
 from typing import Annotated, Any, NamedTuple
 
@@ -28,6 +30,20 @@ ENUMS = {
     "Activation": ACTIVATIONS,
     "Aggregation": tuple(name.replace("-", "_") for name in AGGREGATIONS),
 }
+
+
+class Range:
+    """The finite numbers that a caller may give for a field: ``least`` to ``most``, both included."""
+
+    def __init__(self, lowest: float, highest: float = math.inf, above: bool = False, optional: bool = False) -> None:
+        """``above`` excludes the lowest number. An ``optional`` field may be None, passed to the kernels as +inf."""
+        self.least = math.nextafter(lowest, math.inf) if above else lowest
+        self.most = min(highest, sys.float_info.max)
+        self.optional = optional
+        self.text = f"a finite number {'>' if above else '>='} {lowest:g}{', or None' if optional else ''}"
+        if highest < math.inf:
+            self.text = f"in [{lowest:g}, {highest:g}]"
+
 
 # The Python type of a field, and its C type.
 Size = Annotated[int, "int64_t"]
@@ -129,15 +145,22 @@ class LinearLogprobs(NamedTuple):
 
 
 class PolicyTerms(NamedTuple):
-    """The scalars of the losses with a policy."""
+    """The scalars of the losses with a policy. Each default leaves its term out."""
 
-    clip_low: Number  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: Number
-    dual_clip: Number  # +inf = none
-    kl_coef: Number
-    entropy_coef: Number
-    kl: KlCode  # the formula of the KL's value
-    kl_slope: KlCode  # and of its slope ("k3+" has k2's)
+    clip_low: Annotated[Number, Range(0, 1)] = 1.0  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: Annotated[Number, Range(0)] = math.inf
+    dual_clip: Annotated[Number, Range(1, above=True, optional=True)] = math.inf  # +inf = none
+    kl_coef: Annotated[Number, Range(0)] = 0.0
+    entropy_coef: Annotated[Number, Range(0)] = 0.0
+    kl: KlCode = 0  # the formula of the KL's value
+    kl_slope: KlCode = 0  # and of its slope ("k3+" has k2's)
+
+
+class ValueTerms(NamedTuple):
+    """The scalars of the losses with a value."""
+
+    clip: Annotated[Number, Range(0, above=True, optional=True)] = math.inf  # +inf = none
+    coef: Annotated[Number, Range(0)] = 1.0
 
 
 class LinearPolicyLoss(NamedTuple):
@@ -276,8 +299,7 @@ class PpoLoss(NamedTuple):
     live: Live | None
     sequence_level: Flag  # ratios per sequence
     terms: PolicyTerms
-    value_clip: Number  # +inf = none
-    value_coef: Number
+    value_terms: ValueTerms
     divisor: LossDivisor
     loss: Out  # 1
     statistics: Out
@@ -439,6 +461,17 @@ def fields_of(record: type) -> dict[str, Any]:
         given = [part for part in (annotation, *typing.get_args(annotation)) if hasattr(part, "__metadata__")]
         found[name] = given[0].__metadata__[0] if given else annotation
     return found
+
+
+def ranges_of(record: type) -> dict[str, Range]:
+    """Field name -> its range, for the fields that declare one."""
+    hints = typing.get_type_hints(record, include_extras=True)
+    return {
+        name: part
+        for name, hint in hints.items()
+        for part in getattr(hint, "__metadata__", ())
+        if isinstance(part, Range)
+    }
 
 
 def structures() -> dict[type, dict[str, Any]]:

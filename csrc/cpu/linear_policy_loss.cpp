@@ -16,9 +16,7 @@ namespace {
 float logprob_slope(const LinearPolicyLoss& a, int64_t i, float logprob) {
   const float log_ratio = logprob - a.old_logprobs[i];
   const F32 ratio = exp(bounded_log_ratio(all(log_ratio)));
-  const LossToken<F32> token = policy_token(all(log_ratio), ratio, all(a.advantages[i]), lowest_ratio(a.terms),
-                                            highest_ratio(a.terms), a.terms.dual_clip);
-  float slope = token.slope[0];
+  float slope = policy_token(all(log_ratio), ratio, all(a.advantages[i]), a.terms).slope[0];
   if (a.terms.kl_coef != 0) slope += a.terms.kl_coef * kl_slope(a.terms.kl_slope, all(logprob - a.ref_logprobs[i]))[0];
   return slope;
 }

@@ -1,9 +1,22 @@
-// Chooses the compiled path: the best one that the processor supports, unless another is chosen by name.
+// Holds the launchers of each compiled path, and chooses the path: the best one that the processor supports, unless
+// another is chosen by name.
 #include <cstring>
 
 #include "../rlhf_fast.h"
 
 namespace rlhf_fast {
+
+#define RLHF_FAST_ENTRY(name, Arguments) &name,
+#define RLHF_FAST_TABLE(path)                                                                                       \
+  namespace path {                                                                                                  \
+  const CpuLaunchers launchers = {#path, RLHF_FAST_LAUNCHERS(RLHF_FAST_ENTRY) & float32_product, &short_attention}; \
+  }
+RLHF_FAST_TABLE(portable)
+#ifdef RLHF_FAST_X86
+RLHF_FAST_TABLE(avx2)
+RLHF_FAST_TABLE(avx512)
+#endif
+
 namespace {
 
 #ifdef RLHF_FAST_X86

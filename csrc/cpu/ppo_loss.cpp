@@ -51,7 +51,6 @@ template <bool kPolicy, bool kValue>
 Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end, const Shares& shares,
                     const Array<float>& sequence_ratios) {
   constexpr bool kJoint = kPolicy && kValue;  // the clipped policy loss alone has neither KL nor entropy
-  const float low = lowest_ratio(a.terms), high = highest_ratio(a.terms);
   // The ratios of the block, for their variance. The last vector of a sequence may be stored past its end.
   alignas(64) float ratios[kBlock + kLanes];
   F32 counts{}, policy{}, kl{}, entropy{}, value{}, clipped{}, value_clipped{}, squared{}, totals{}, peaks{};
@@ -65,8 +64,7 @@ Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end
       if (kPolicy) {
         const LogRatios log_ratios(a, i, lanes);
         const F32 ratio = kept(live, a.sequence_level ? shared_ratio : exp(log_ratios.bounded));
-        const LossToken<F32> token =
-            policy_token(log_ratios.unbounded, ratio, at(a.advantages), low, high, a.terms.dual_clip);
+        const LossToken<F32> token = policy_token(log_ratios.unbounded, ratio, at(a.advantages), a.terms);
         policy += token.loss * share;
         clipped += token.clipped;
         squared += log_ratios.bounded * log_ratios.bounded;
@@ -86,10 +84,10 @@ Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end
         if (a.grad_entropy) store(a.grad_entropy + i, kept(live, all(-a.terms.entropy_coef * share)), lanes);
       }
       if (kValue) {
-        const LossToken<F32> token = value_token(at(a.values), at(a.old_values), at(a.returns), a.value_clip);
+        const LossToken<F32> token = value_token(at(a.values), at(a.old_values), at(a.returns), a.value_terms);
         value += token.loss * share;
         value_clipped += token.clipped;
-        if (a.grad_values) store(a.grad_values + i, kept(live, token.slope * (a.value_coef * share)), lanes);
+        if (a.grad_values) store(a.grad_values + i, kept(live, token.slope * (a.value_terms.coef * share)), lanes);
       }
     });
   });
@@ -170,7 +168,7 @@ void ppo_loss(const PpoLoss& a, int threads) {
   Sums total{};
   for (int64_t i = 0; i < blocks_of(tokens); i++) add(total, blocks[i]);
   const double count = total.count > 0 ? total.count : 1;
-  const double loss = total.policy + term(a.value_coef, total.value) + term(a.terms.kl_coef, total.kl);
+  const double loss = total.policy + term(a.value_terms.coef, total.value) + term(a.terms.kl_coef, total.kl);
   *a.loss = (float)(loss - term(a.terms.entropy_coef, total.entropy));
   // the maximum ignores NaN; the mean does not
   const double ratio_max = total.ratio_mean == total.ratio_mean ? total.ratio_max : total.ratio_mean;

@@ -31,8 +31,7 @@ struct TilePolicyLoss {
   __device__ float logprob_slope(int64_t row, float logprob) const {
     const float log_ratio = logprob - a.old_logprobs[row];
     const float ratio = expf(bounded_log_ratio(log_ratio));
-    const float low = lowest_ratio(a.terms), high = highest_ratio(a.terms);
-    float slope = policy_token(log_ratio, ratio, a.advantages[row], low, high, a.terms.dual_clip).slope;
+    float slope = policy_token(log_ratio, ratio, a.advantages[row], a.terms).slope;
     if (a.terms.kl_coef != 0) slope += a.terms.kl_coef * kl_slope(a.terms.kl_slope, logprob - a.ref_logprobs[row]);
     return slope;
   }

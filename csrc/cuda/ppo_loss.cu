@@ -130,8 +130,8 @@ __device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence*
   const double scale = 1 / ((items > 0 ? items : 1) * divisor.norm);
   const double policy = sums[kPolicy] * scale, value = sums[kValue] * scale;
   const double kl = sums[kKl] * scale, entropy = sums[kEntropy] * scale;
-  *a.loss =
-      (float)(policy + term(a.value_coef, value) + term(a.terms.kl_coef, kl) - term(a.terms.entropy_coef, entropy));
+  const double loss = policy + term(a.value_terms.coef, value) + term(a.terms.kl_coef, kl);
+  *a.loss = (float)(loss - term(a.terms.entropy_coef, entropy));
   float* out = a.statistics;
   const auto put = [&](double statistic) { *out++ = (float)statistic; };
   if (kHasPolicy && kHasValue) put(policy), put(value), put(kl), put(entropy);
@@ -178,7 +178,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   // 3. The loss of each token. Masked tokens were loaded as 0 and have ratio 0, so they add 0 to every sum.
-  const float low = lowest_ratio(a.terms), high = highest_ratio(a.terms);
   float sums[kSums] = {}, ratio_max = 0;
   Values4 grad_logprob, grad_value;
 #pragma unroll
@@ -186,8 +185,7 @@ __global__ void __launch_bounds__(kThreads)
     if (kHasPolicy) {
       const float log_ratio = logprob.at[k] - old_logprob.at[k], bounded = bounded_log_ratio(log_ratio);
       ratio.at[k] = kept(live, k, a.sequence_level ? ratio.at[k] : expf(bounded));
-      const LossToken<float> token =
-          policy_token(log_ratio, ratio.at[k], advantage.at[k], low, high, a.terms.dual_clip);
+      const LossToken<float> token = policy_token(log_ratio, ratio.at[k], advantage.at[k], a.terms);
       sums[kPolicy] += token.loss * weight.at[k];
       sums[kClipped] += token.clipped;
       sums[kSquaredLogRatio] += bounded * bounded;
@@ -201,10 +199,10 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (kJoint) sums[kEntropy] += entropy.at[k] * weight.at[k];
     if (kHasValue) {
-      const LossToken<float> token = value_token(value.at[k], old_value.at[k], target.at[k], a.value_clip);
+      const LossToken<float> token = value_token(value.at[k], old_value.at[k], target.at[k], a.value_terms);
       sums[kValue] += token.loss * weight.at[k];
       sums[kValueClipped] += token.clipped;
-      grad_value.at[k] = a.value_coef * token.slope;
+      grad_value.at[k] = a.value_terms.coef * token.slope;
     }
   }
   // 4. The gradients, before the reductions, whose barriers would delay the stores.

@@ -1,9 +1,12 @@
 """Argument checks shared by the public functions. Each error says what was expected, what was given and what to do."""
 
 import math
+from typing import Any
 
 import torch
 from torch._C._functorch import TransformType
+
+from rlhf_fast.kernels.records import Range
 
 # The range in which float32 holds the reciprocal of a temperature and its products with the exponents of a softmax.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**119
@@ -198,6 +201,19 @@ def within(op: str, lowest: float, highest: float, **numbers: float) -> None:
             is_number(op, **{name: number})
         if not lowest <= number <= highest:
             raise ValueError(f"{op}: {name} must be in [{lowest:g}, {highest:g}]; got {number!r}")
+
+
+def in_ranges(op: str, ranges: dict[str, Range], numbers: dict[str, float | None], prefix: str = "") -> dict[str, Any]:
+    """Checks each number against the range of its name. Returns them, inf for None. Errors put ``prefix`` first."""
+    for name, number in numbers.items():
+        if type(number) not in NUMBERS:
+            is_number(op, **{prefix + name: number})
+        allowed = ranges[name]
+        if number is None and allowed.optional:
+            numbers[name] = math.inf
+        elif number is None or not allowed.least <= number <= allowed.most:
+            raise ValueError(f"{op}: {prefix}{name} must be {allowed.text}; got {number!r}")
+    return numbers
 
 
 def one_of(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:

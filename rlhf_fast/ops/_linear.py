@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import _checks
 from ._op import once_differentiable
-from ._rows import accumulation_dtype, vocabulary
+from ._rows import Tokens, accumulation_dtype, vocabulary
 
 # Elements of one chunk of logits: 128 MiB in fp32.
 CHUNK_ELEMENTS = 1 << 25
@@ -30,6 +30,15 @@ class Head(NamedTuple):
     down: Tensor | None = None  # A of an adapter, (r, H)
     up: Tensor | None = None  # B, (V, r)
     scale: float = 0.0
+
+
+class Inputs(NamedTuple):
+    """The checked inputs of the ops with one hidden state per token."""
+
+    hidden: Tensor  # (N, H)
+    head: Head
+    tokens: Tokens
+    softcap: float  # 0 = none
 
 
 def checked_head(

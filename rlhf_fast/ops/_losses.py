@@ -5,7 +5,6 @@ is the scale by which the gradients still must be multiplied: a GPU kernel write
 divisor of the loss.
 """
 
-import math
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -39,7 +38,8 @@ class LossInputs(NamedTuple):
     aggregation: str
     num_items: Tensor | None
     live: Tensor | None
-    terms: records.PolicyTerms = records.PolicyTerms(0.0, 0.0, math.inf, 0.0, 0.0, 0, 0)
+    terms: records.PolicyTerms = records.PolicyTerms()
+    value_terms: records.ValueTerms = records.ValueTerms()
     sequence_level: bool = False
     logprobs: records.Given = ABSENT
     old_logprobs: records.Given = ABSENT
@@ -49,30 +49,22 @@ class LossInputs(NamedTuple):
     values: records.Given = ABSENT
     old_values: records.Given = ABSENT
     returns: records.Given = ABSENT
-    value_clip: float = math.inf
-    value_coef: float = 1.0
 
 
-def policy_terms(
-    op: str,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k1",
-    entropy_coef: float = 0.0,
-) -> records.PolicyTerms:
-    """Checks the scalars of a policy loss and returns them as a record."""
-    _checks.within(op, 0, 1, clip_low=clip_low)  # a ratio is never below 0
-    _checks.non_negative(op, clip_high=clip_high)
-    _checks.is_number(op, dual_clip=dual_clip)
-    if dual_clip is not None and not 1 < dual_clip < math.inf:
-        raise ValueError(f"{op}: dual_clip must be a finite number > 1, or None; got {dual_clip!r}")
-    _checks.non_negative(op, kl_coef=kl_coef, entropy_coef=entropy_coef)
+_OF_POLICY, _OF_VALUE = records.ranges_of(records.PolicyTerms), records.ranges_of(records.ValueTerms)
+
+
+def policy_terms(op: str, *, kl_estimator: str = "k1", **scalars: float | None) -> records.PolicyTerms:
+    """Checks the scalars of a policy loss and returns them as a record. The defaults leave a term out of the loss."""
+    numbers = _checks.in_ranges(op, _OF_POLICY, scalars)
     _checks.one_of(op, "kl_estimator", kl_estimator, ESTIMATORS)
-    ceiling = math.inf if dual_clip is None else dual_clip
-    return records.PolicyTerms(clip_low, clip_high, ceiling, kl_coef, entropy_coef, *KL_CODES[kl_estimator])
+    kl, kl_slope = KL_CODES[kl_estimator]
+    return records.PolicyTerms(**numbers, kl=kl, kl_slope=kl_slope)
+
+
+def value_terms(op: str, prefix: str = "", **scalars: float | None) -> records.ValueTerms:
+    """Checks the scalars of a value loss and returns them as a record. Errors put ``prefix`` before a field's name."""
+    return records.ValueTerms(**_checks.in_ranges(op, _OF_VALUE, scalars, prefix))
 
 
 def check_ratio_level(op: str, logprobs: Tensor, ratio_level: str) -> None:
@@ -138,8 +130,7 @@ def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
             live=_contiguous(inputs.live),
             sequence_level=inputs.sequence_level,
             terms=inputs.terms,
-            value_clip=inputs.value_clip,
-            value_coef=inputs.value_coef,
+            value_terms=inputs.value_terms,
             divisor=_divisor(inputs.aggregation, inputs.num_items),
             loss=loss,
             statistics=statistics,
@@ -154,9 +145,10 @@ def _kernel(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def with_measures(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """-> the policy loss with its KL and entropy terms (), and the statistics of ppo_loss."""
-    idle = inputs.old_logprobs  # a tensor of this shape in place of values; with value_coef 0 it has no effect
+    idle = inputs.old_logprobs  # a tensor of this shape in place of values; with a coef of 0 it has no effect
+    weightless = records.ValueTerms(coef=0.0)
     loss, statistics, _ = _kernel(
-        _Forward(inputs._replace(values=idle, old_values=idle, returns=idle, value_coef=0.0), [False] * 3)
+        _Forward(inputs._replace(values=idle, old_values=idle, returns=idle, value_terms=weightless), [False] * 3)
     )
     return loss, statistics
 

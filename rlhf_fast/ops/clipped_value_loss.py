@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _checks
 from ._aggregate import aggregate, check_aggregation, masked_mean, scalar_tensor, upcast
 from ._dispatch import implementation, implements
-from ._losses import LossInputs
+from ._losses import LossInputs, value_terms
 
 
 class ValueLoss(NamedTuple):
@@ -51,7 +51,7 @@ def clipped_value_loss(
     """
     op = "clipped_value_loss"
     _checks.alike(op, "that of values", values=values, old_values=old_values, returns=returns)
-    _checks.positive(op, clip=clip)
+    terms = value_terms(op, clip=clip)
     check_aggregation(op, values, aggregation, num_items)
     live = _checks.live_mask(op, mask, values.shape, values.device)
 
@@ -62,7 +62,7 @@ def clipped_value_loss(
             old_values=old_values,
             returns=returns,
             live=live,
-            value_clip=math.inf if clip is None else clip,
+            value_terms=terms,
             aggregation=aggregation,
             num_items=scalar_tensor(num_items, values.device),
         )
@@ -74,7 +74,7 @@ def clipped_value_loss(
 def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     """-> the loss, and clip_fraction."""
     values, old_values, returns = inputs.values, inputs.old_values, inputs.returns
-    clip, live = inputs.value_clip, inputs.live
+    clip, live = inputs.value_terms.clip, inputs.live
     if live is None:
         live = torch.ones_like(values, dtype=torch.bool)
     # Masked old_values and returns may be NaN: this where stops their gradient, and aggregate ignores their loss.

@@ -10,11 +10,10 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._aggregate import aggregate, check_aggregation, token_weights
 from ._dispatch import implementation, implements, launch
-from ._linear import LoRA, checked_head
+from ._linear import Inputs, LoRA, checked_head
 from ._op import fused_op, not_differentiable
 from ._rows import NOTHING, as_rows, flat_tokens, logits_of, unflat
 from ._sweep import TRAINED, LiveRows, empty_gradients, scaled, sweep, wanted, wanted_dtypes
-from .linear_logprobs import Inputs
 from .linear_logprobs import fused as linear_logprobs_fused
 from .linear_logprobs import reference as linear_logprobs_reference
 

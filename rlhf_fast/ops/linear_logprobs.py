@@ -9,7 +9,7 @@ from rlhf_fast.kernels import records
 
 from . import _checks
 from ._dispatch import implementation, implements, launch
-from ._linear import Head, LoRA, checked_head, in_full_precision, over_live_rows, project
+from ._linear import Head, Inputs, LoRA, checked_head, in_full_precision, over_live_rows, project
 from ._op import fused_op, not_differentiable
 from ._rows import NOTHING, Tokens, accumulation_dtype, as_rows, expanded, flat_tokens, logits_of, unflat
 from ._sweep import TRAINED, HeadGradients, LiveRows, empty_gradients, sweep, wanted, wanted_dtypes
@@ -98,13 +98,6 @@ def linear_logprobs(
     logprobs, entropy = implementation(op, hidden)(inputs, return_entropy)
     shape = hidden.shape[:-1]
     return (unflat(logprobs, shape), unflat(entropy, shape)) if return_entropy else unflat(logprobs, shape)
-
-
-class Inputs(NamedTuple):
-    hidden: Tensor  # (N, H)
-    head: Head
-    tokens: Tokens
-    softcap: float  # 0 = none
 
 
 # ---- the torch reference --------------------------------------------------------------------------------------------

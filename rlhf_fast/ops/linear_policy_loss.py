@@ -10,13 +10,12 @@ from rlhf_fast.kernels import records
 from . import _checks
 from ._aggregate import check_aggregation, scalar_tensor, token_weights
 from ._dispatch import implementation, implements, launch
-from ._linear import LoRA, checked_head
+from ._linear import Inputs, LoRA, checked_head
 from ._losses import JOINT_STATISTICS, LossInputs, check_ratio_level, check_reference, policy_terms, with_measures
 from ._op import fused_op, not_differentiable
 from ._rows import NOTHING, accumulation_dtype, as_rows, flat, flat_tokens, logits_of, unflat
 from ._sweep import TRAINED, LiveRows, empty_gradients, scaled, sweep, wanted, wanted_dtypes
 from .clipped_policy_loss import policy_loss
-from .linear_logprobs import Inputs
 from .linear_logprobs import fused as linear_logprobs_fused
 from .linear_logprobs import reference as linear_logprobs_reference
 from .ppo_loss import with_terms

@@ -1,6 +1,5 @@
 """PPO's joint loss: policy, value, entropy and KL."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from . import _checks
 from ._aggregate import aggregate, check_aggregation, scalar_tensor, upcast
 from ._dispatch import implementation, implements
-from ._losses import LossInputs, check_reference, policy_terms
+from ._losses import LossInputs, check_reference, policy_terms, value_terms
 from .clipped_policy_loss import reference as policy_reference
 from .clipped_value_loss import reference as value_reference
 from .token_kl import estimates
@@ -97,8 +96,7 @@ def ppo_loss(
         op, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef, kl_estimator=kl_estimator,
         entropy_coef=entropy_coef,
     )  # fmt: skip
-    _checks.positive(op, value_clip=value_clip)
-    _checks.non_negative(op, value_coef=value_coef)
+    of_value = value_terms(op, "value_", clip=value_clip, coef=value_coef)
     check_reference(op, ref_logprobs, kl_coef)
     if entropy_coef > 0 and entropy is None:
         raise ValueError(f"{op}: entropy_coef={entropy_coef!r} needs entropy, which is None; pass it or set it to 0")
@@ -113,8 +111,7 @@ def ppo_loss(
             **given,
             live=live,
             terms=terms,
-            value_clip=math.inf if value_clip is None else value_clip,
-            value_coef=value_coef,
+            value_terms=of_value,
             aggregation=aggregation,
             num_items=scalar_tensor(num_items, logprobs.device),
         )
@@ -127,8 +124,8 @@ def _torch(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     """-> the loss, and the other fields of PPOLoss."""
     loss, (policy, kl, entropy, *of_policy) = with_terms(inputs, *policy_reference(inputs))
     value, of_value = value_reference(inputs)
-    if inputs.value_coef > 0:
-        loss = loss + inputs.value_coef * value
+    if inputs.value_terms.coef > 0:
+        loss = loss + inputs.value_terms.coef * value
     return loss, (policy, value.detach(), kl, entropy, *of_policy, *of_value)
 
 

@@ -29,6 +29,17 @@ def test_kernels_keep_to_their_budget(target: str, tmp_path: Path) -> None:
     assert not (found := breaches(read_budget(), reports, target)), "\n".join(found)
 
 
+def test_the_numbers_of_a_loss_compile_no_kernel_again() -> None:
+    from triton.runtime.jit import mangle_type
+
+    from rlhf_fast.kernels.formulas import kernel_terms
+    from rlhf_fast.kernels.records import PolicyTerms, ValueTerms
+
+    policy = kernel_terms(PolicyTerms(kl_coef=1.0, kl=2, kl_slope=2))
+    assert mangle_type(policy, specialize=True) == ("fp32",) * 5 + ("constexpr",) * 2
+    assert mangle_type(ValueTerms(), specialize=True) == ("fp32",) * 2
+
+
 def test_every_launched_kernel_has_a_budget() -> None:
     launched = set()
     for file in (PACKAGE / "kernels").glob("*.py"):

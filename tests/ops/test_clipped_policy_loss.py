@@ -265,8 +265,11 @@ def test_bad_arguments() -> None:
         clipped_policy_loss(x, x, x, clip_low=-0.1)
     with pytest.raises(ValueError, match=r"clip_low must be in \[0, 1\].*got 1.5"):
         clipped_policy_loss(x, x, x, clip_low=1.5)
-    with pytest.raises(ValueError, match="clip_high must be a finite number >= 0"):
-        clipped_policy_loss(x, x, x, clip_high=math.nan)
+    for number in (math.nan, None):
+        with pytest.raises(ValueError, match=f"clip_high must be a finite number >= 0; got {number}"):
+            clipped_policy_loss(x, x, x, clip_high=number)
+    clipped_policy_loss(x, x, x, clip_low=0, clip_high=0)  # the ends themselves are allowed
+    clipped_policy_loss(x, x, x, clip_low=1)
     with pytest.raises(ValueError, match=r"advantages must have shape \(2, 3\).*got \(2,\)"):
         clipped_policy_loss(x, x, x[:, 0])
     with pytest.raises(ValueError, match="mask must have shape"):

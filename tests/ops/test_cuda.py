@@ -176,7 +176,7 @@ def test_num_items_on_the_device() -> None:
         policy = dict.fromkeys(records.PpoLoss._fields) | {"logprobs": x, "old_logprobs": old, "advantages": advantages}
         options = {
             "policy": True, "value": False, "sequences": 2, "length": 700, "sequence_level": False, "loss": loss,
-            "terms": records.PolicyTerms(0.2, 0.2, float("inf"), 0.0, 0.0, 0, 0), "value_clip": 0.0, "value_coef": 0.0,
+            "terms": records.PolicyTerms(clip_low=0.2, clip_high=0.2), "value_terms": records.ValueTerms(),
             "divisor": records.LossDivisor(0, items if known else -1.0, None if known else items),
             "statistics": statistics,
         }  # fmt: skip

@@ -149,7 +149,7 @@ def fold(
         )
     elif launcher == "linear_policy_loss":
         names = ("old_logprobs", "advantages", "ref_logprobs")
-        terms = records.PolicyTerms(0.2, 0.2, float("inf"), 0.1, 0.01, kl=2, kl_slope=2)
+        terms = records.PolicyTerms(clip_low=0.2, clip_high=0.2, kl_coef=0.1, entropy_coef=0.01, kl=2, kl_slope=2)
         record = records.LinearPolicyLoss(
             **shared, **dict(zip(names, numbers, strict=True)), share=torch.full((rows,), 0.5), terms=terms,
             logprobs=outputs[0], entropy=outputs[1],
