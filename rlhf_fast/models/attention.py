@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf_fast.ops._short_attention import Inputs, can_run, short_attention
+from rlhf_fast.ops import can_attend, short_attention
 
 NAME = "rlhf_fast_packed"
 # For sequences of up to this many tokens, the engine's attention is faster on the CPU than torch's (docs/training.md).
@@ -119,9 +119,9 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = attention_mask[0, 0]
     plain = softcap is None and s_aux is None
-    if plain and layout.longest <= SHORT and can_run(query):
+    if plain and layout.longest <= SHORT and can_attend(query):
         query, key, value = (_unit(tensor[0]) for tensor in (query, key, value))
-        return short_attention(Inputs(query, key, value, mask.contiguous(), layout.starts, scale))[None], None
+        return short_attention(query, key, value, mask.contiguous(), layout.starts, scale)[None], None
     query, key, value = (layout.pad(tensor[0]) for tensor in (query, key, value))
     if plain:
         shared = query.shape[1] != key.shape[1]

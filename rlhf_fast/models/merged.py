@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.base_weights import in_four_bits, matrix
 from rlhf_fast.errors import UserError
-from rlhf_fast.ops._packed import PackedWeight
+from rlhf_fast.ops import PackedWeight
 
 
 class Merged:

@@ -21,16 +21,18 @@ class Inputs(NamedTuple):
     scale: float
 
 
-def can_run(query: Tensor) -> bool:
+def can_attend(query: Tensor) -> bool:
+    """Whether the engine can compute ``short_attention`` of it."""
     return query.device.type == "cpu" and query.dtype != torch.float64 and _native.native.reason is None
 
 
-def short_attention(inputs: Inputs) -> Tensor:
-    """softmax(scale query key^T) value of each sequence, (N, heads, E). Differentiable in query, key, value.
+def short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, starts: Tensor, scale: float) -> Tensor:
+    """softmax(scale query key^T) value of each sequence, (N, heads, E), of what ``Inputs`` describes. Differentiable in
+    query, key and value.
 
     Sums are in float32, rounded once. The scores are computed again in the backward, not kept.
     """
-    return _forward(inputs)[0]
+    return _forward(Inputs(query, key, value, mask, starts, scale))[0]
 
 
 def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops._short_attention import Inputs, short_attention
+from rlhf_fast.ops import short_attention
+from rlhf_fast.ops._short_attention import Inputs
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
 # gap to float64, of the largest value
@@ -52,7 +53,7 @@ def exact(given: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
 def test_float64_truth(shape: tuple, dtype: torch.dtype) -> None:
     lengths, heads, shared, widths = shape
     given = inputs(list(lengths), heads, shared, widths, dtype)
-    ours, (expected, leaves) = short_attention(given), exact(given)
+    ours, (expected, leaves) = short_attention(*given), exact(given)
     assert ours.dtype == dtype and ours.shape == (sum(lengths), heads, widths[1])
     upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     found = (ours, *torch.autograd.grad(ours, given[:3], upstream))
@@ -63,12 +64,12 @@ def test_float64_truth(shape: tuple, dtype: torch.dtype) -> None:
 
 def test_later_tokens_and_other_sequences_change_nothing() -> None:
     given = inputs([6, 4], 4, 2)
-    clean = short_attention(given).detach()
+    clean = short_attention(*given).detach()
     with torch.no_grad():
         given.key[:, 5] += 100
         given.value[:, 5] -= 7
         given.query[:, 6:] = torch.nan
-    ours = short_attention(given)
+    ours = short_attention(*given)
     assert torch.equal(ours[:5], clean[:5]) and not torch.equal(ours[5], clean[5]) and ours[6:].isnan().all()
     grads = torch.autograd.grad(ours[:5].sum(), given[:3])
     assert all(grad[:, :5].isfinite().all() and not grad[:, 5].any() for grad in grads)
@@ -79,20 +80,20 @@ def test_any_number_of_threads_and_a_sequence_alone() -> None:
     outputs = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        ours = short_attention(given)
+        ours = short_attention(*given)
         outputs.append((ours, *torch.autograd.grad(ours.sum(), given[:3])))
     assert all(torch.equal(x, y) for other in outputs[1:] for x, y in zip(outputs[0], other, strict=True))
     rows = slice(9, 42)
     alone = given._replace(
         query=given.query[:, rows], key=given.key[:, rows], value=given.value[:, rows], starts=torch.tensor([0, 33])
     )
-    assert torch.equal(short_attention(alone), outputs[0][0][rows])
+    assert torch.equal(short_attention(*alone), outputs[0][0][rows])
 
 
 def test_only_wanted_gradients_and_no_second_ones() -> None:
     given = inputs([4, 3], 2, 2)
     given = given._replace(key=given.key.detach(), query=given.query.detach())
-    ours = short_attention(given)
+    ours = short_attention(*given)
     (grad,) = torch.autograd.grad(ours.sum(), given.value, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
@@ -100,5 +101,5 @@ def test_only_wanted_gradients_and_no_second_ones() -> None:
 
 def test_compiled_and_faked() -> None:
     given = inputs([5, 8], 4, 2)
-    compiled = torch.compile(lambda *fields: short_attention(Inputs(*fields)) + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*given), short_attention(given) + 1)
+    compiled = torch.compile(lambda *fields: short_attention(*fields) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*given), short_attention(*given) + 1)
