@@ -11,7 +11,12 @@ import pytest
 import rlhf_fast.ops
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = {*rlhf_fast.ops.__all__, "PackedWeight", "can_attend", "short_attention"}  # the last three: for rlhf_fast.models
+PUBLIC = {
+    *rlhf_fast.ops.__all__,
+    "PackedWeight",
+    "can_attend",
+    "short_attention",
+}  # the last three: for rlhf_fast.models
 
 
 def sources(*folders: str, endings: tuple[str, ...]) -> list[str]:
