@@ -21,6 +21,7 @@ from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import PromptRow, Reading, load_dataset, prepare_tokenizer, prompt_rows
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase, pretrained
+from rlhf_fast.models.attention import SHORT
 from rlhf_fast.monitor import print_summary
 from rlhf_fast.recipes import ppo
 from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, SFT, response_states, set_advantages, set_rewards
@@ -48,7 +49,6 @@ class Shape:
     width: int
     query: int
     shared: int  # width of the keys, equal to that of the values
-    heads: int
     inner: int
     linear: int  # weights of the adapted linear modules
     adapter: int  # parameters of one adapter
@@ -102,7 +102,6 @@ def read_shape(config: PPOConfig, model_config: Any, source: str) -> Shape:
         width=text.hidden_size,
         query=head * text.num_attention_heads,
         shared=head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
-        heads=text.num_attention_heads,
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         linear=round(share * sum(module.weight.numel() for module in linear)),
         adapter=round(share * config.lora_r * sum(m.in_features + m.out_features for m in linear)),
@@ -173,10 +172,10 @@ def predict_memory(config: PPOConfig, shape: Shape, lengths: Sequence[int], part
 
 def kept_bytes(shape: Shape, tokens: float, rows: int, longest: int) -> float:
     """Bytes that one adapted layer saves for the backward: the inputs of norms, attention, output projection and gated
-    product. Attention is padded to the longest row and saves its probabilities."""
+    product. Attention over sequences that are not short is padded to the longest row."""
     per_token = 2 * shape.width + shape.query + 2 * shape.inner
-    padded = rows * longest * (shape.query + 2 * shape.shared + shape.heads * longest)
-    return (tokens * per_token + padded) * shape.itemsize
+    attention = (tokens if longest <= SHORT else rows * longest) * (shape.query + 2 * shape.shared)
+    return (tokens * per_token + attention) * shape.itemsize
 
 
 def measure_seconds(

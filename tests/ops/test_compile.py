@@ -252,6 +252,12 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
         patch.setattr(_native, "multiplies_float32", lambda: True)  # which depends on the processor
         with recorder:
             ops.lora_linear(torch.rand(2, 3), torch.rand(4, 3), None)
+            rows = torch.rand(3, 4, 6, 8, requires_grad=True)  # of 4 heads, 6 tokens
+            mask, starts = torch.ones(4, 4, dtype=torch.bool).tril(), torch.tensor([0, 2, 6])
+            ops.short_attention(*rows, mask, starts, 0.5).sum().backward()
+            if _native.multiplies_bfloat16():
+                patch.setattr(_native, "prefers_bfloat16", lambda: True)
+                ops.lora_linear(torch.rand(2, 3).bfloat16(), torch.rand(4, 3).bfloat16(), None)
     return recorder.seen
 
 
@@ -261,6 +267,8 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
 )
 def test_opcheck(name: str, calls: dict[str, list[tuple[Any, ...]]]) -> None:
     """Schema, fake, autograd formula and dynamic shapes, on what the public functions pass."""
+    if name == "rlhf_fast::bfloat16_product" and not _native.multiplies_bfloat16():
+        pytest.skip("needs AVX-512 BF16")
     assert name in calls, f"no row of OPS or OPTIONS reaches {name}"
     function = getattr(torch.ops.rlhf_fast, name.removeprefix("rlhf_fast::")).default
     for arguments in calls[name]:
