@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._dispatch import forced_backend
 from ._native import Term
 from ._rows import flat_rows
 
@@ -17,7 +18,7 @@ class PackedWeight:
 
     def __init__(self, weight: Tensor) -> None:
         self._features = weight.shape[0]
-        self._by_engine = _native.pack_bfloat16(weight.T) if _native.prefers_bfloat16() else None
+        self._by_engine = _native.pack_bfloat16(weight.T) if _engine_packs() else None
         self._by_onednn = None if self._by_engine else torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     @staticmethod
@@ -25,7 +26,7 @@ class PackedWeight:
         if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
             return False
         onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return _native.prefers_bfloat16() or onednn
+        return _engine_packs() or onednn
 
     def linear(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """hidden (..., I) x weight^T + bias (O,) -> (..., O), bfloat16. Not differentiable."""
@@ -36,3 +37,7 @@ class PackedWeight:
         out = rows.new_empty(rows.shape[0], self._features)
         _native.bfloat16_product(out, [Term(rows, self._by_engine.pairs, packed=self._by_engine)], bias)
         return out.view(*hidden.shape[:-1], self._features)
+
+
+def _engine_packs() -> bool:
+    return forced_backend() != "torch" and _native.prefers_bfloat16()

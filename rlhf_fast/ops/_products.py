@@ -183,7 +183,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         out = left.new_empty(left.shape[0], right.shape[1])
         _float32_product(_Float32Product(out, left, right, 1.0, False))
         return out
-    # torch reads a left factor of contiguous rows in place
+    # torch reads a left factor whose columns are not contiguous without copying it
     return sum_of_products([Term(left, right)]) if _own_bfloat16(left) and left.stride(1) == 1 else left @ right
 
 

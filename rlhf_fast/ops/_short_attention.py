@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._dispatch import forced_backend
 from ._op import fused_op
 from ._rows import dtype_code
 
@@ -22,8 +23,10 @@ class Inputs(NamedTuple):
 
 
 def can_attend(query: Tensor) -> bool:
-    """Whether the engine can compute ``short_attention`` of it."""
-    return query.device.type == "cpu" and query.dtype != torch.float64 and _native.native.reason is None
+    """Whether the engine can compute ``short_attention`` of it, and no torch backend is forced."""
+    if query.device.type != "cpu" or query.dtype == torch.float64 or forced_backend() == "torch":
+        return False
+    return _native.native.reason is None
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, starts: Tensor, scale: float) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _native, _products
+from rlhf_fast.ops import _native, _products, use_backend
 from rlhf_fast.ops._native import Term
 from rlhf_fast.ops._packed import PackedWeight
 from rlhf_fast.ops._products import linear, logits_product, matmul, product, sum_of_products
@@ -89,6 +89,13 @@ def test_terms_of_some_rows_with_scales_and_a_bias(inner: int) -> None:
     zero = [terms[0]._replace(scale=0.0), terms[3]]
     near(sum_of_products(zero), zero)
     near(linear(left, right.T, bias), terms[3:], bias)
+
+
+def test_a_forced_torch_backend_is_obeyed_in_sampling_too() -> None:
+    weight = random(61, 64)
+    assert PackedWeight(weight)._by_engine is not None
+    with use_backend("torch"):
+        assert PackedWeight(weight)._by_engine is None
 
 
 def test_torch_gives_the_same_where_the_engine_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import short_attention
+from rlhf_fast.ops import can_attend, short_attention, use_backend
 from rlhf_fast.ops._short_attention import Inputs
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
@@ -103,3 +103,10 @@ def test_compiled_and_faked() -> None:
     given = inputs([5, 8], 4, 2)
     compiled = torch.compile(lambda *fields: short_attention(*fields) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*given), short_attention(*given) + 1)
+
+
+def test_who_computes_it() -> None:
+    assert can_attend(torch.ones(1)) and can_attend(torch.ones(1).bfloat16())
+    assert not can_attend(torch.ones(1).double()) and not can_attend(torch.ones(1, device="meta"))
+    with use_backend("torch"):
+        assert not can_attend(torch.ones(1))
