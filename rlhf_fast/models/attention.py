@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rlhf_fast.ops import can_attend, short_attention
 
 NAME = "rlhf_fast_packed"
-# For sequences of up to this many tokens, the engine's attention is faster on the CPU than torch's (docs/training.md).
+# For sequences of up to this many tokens, the engine's attention was measured to be faster on the CPU than torch's.
 SHORT = 512
 # Keyword arguments of a model's attention that have no effect here. Any other one that is set is an error.
 IGNORED = {
