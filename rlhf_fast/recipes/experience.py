@@ -64,24 +64,24 @@ def score(
 ) -> Experience:
     """Log-probs of the policy before its update and of the reference, values and scores. Rewards are not set yet.
 
-    ``keep_graph``: keeps the states of policy and critic with their graph, for training in the first epoch. Two roles
-    go through the model in one pass, as in the update: a product of another shape rounds differently, and the first
-    ratio of an update would not be exactly 1.
+    ``keep_graph``: keeps the states of policy and critic with their graph, for training in the first epoch. Policy and
+    reference each go through the model with a second role, as the policy does in the update: a product of another shape
+    rounds differently, so that the first ratio of an update would not be exactly 1, nor the first KL exactly 0.
     """
     mask = episodes.attention_mask
     trunk = base.trunk(episodes.input_ids, mask)
     partner, left = (CRITIC, reference) if keep_graph else (reference, CRITIC)
     with torch.set_grad_enabled(keep_graph):
         policy, with_policy = response_states(base, [POLICY, partner], episodes, trunk)
-    others = [left, REWARD] if REWARD in base.roles else [left]
-    states, *reward = base.hidden_of(others, episodes.input_ids, mask, trunk)
+    others = [left, REWARD] if REWARD in base.roles else [left, left] if keep_graph and base.one_pass else [left]
+    states, *second = base.hidden_of(others, episodes.input_ids, mask, trunk)
     alone = episodes.before_response(states)
     critic, ref = (with_policy, alone) if keep_graph else (alone, with_policy)
     logprobs = _logprobs(base, config, episodes, POLICY, policy)
     ref_logprobs = _logprobs(base, config, episodes, reference, ref)
     values = torch.where(episodes.response_mask, base.heads[CRITIC](critic), 0.0)
-    if reward:
-        scores = base.heads[REWARD](last_states(reward[0], mask))
+    if REWARD in base.roles:
+        scores = base.heads[REWARD](last_states(second[0], mask))
     else:
         scores = torch.zeros(len(episodes.responses), device=base.device)
     nothing = torch.zeros_like(values)

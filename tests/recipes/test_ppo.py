@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models import SharedBase
 from rlhf_fast.models.builtin import tiny_model
 from rlhf_fast.ops import linear_policy_loss
 from rlhf_fast.recipes import experience, ppo, ppo_report
@@ -93,6 +94,22 @@ def test_kl_is_0_and_ratio_1_exactly_on_the_first_mini_batch(name, lora_layers, 
     assert len(ratios) == 2
     for parts in ratios:
         assert parts == [(0.0, 1.0)] * len(parts)
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_kl_is_0_where_one_micro_batch_is_scored_and_trained_in_one(with_model, ppo_config, monkeypatch, tmp_path):
+    """In bfloat16 a product of other rows may round differently, so policy and reference need passes of one shape."""
+    (tmp_path / "reward.py").write_text("def one(completions):\n    return [1.0] * len(completions)\n")
+    changes = {} if with_model else dict(reward_adapter=None, reward_functions=[f"{tmp_path}/reward.py:one"])
+    starts, ratios = spy_on_first_mini_batches(monkeypatch)
+    passes = []
+    hidden_of = SharedBase.hidden_of
+    monkeypatch.setattr(
+        SharedBase, "hidden_of", lambda base, roles, *rest: passes.append(len(roles)) or hidden_of(base, roles, *rest)
+    )
+    ppo.train(ppo_config(max_steps=1, dtype="bfloat16", micro_batch_size=8, num_mini_batches=1, eval_size=0, **changes))
+    assert starts == [0.0] and ratios[0] == [(0.0, 1.0)]
+    assert passes[:2] == [2, 2]
 
 
 def test_a_policy_that_is_not_the_reference_is_refused(ppo_config, monkeypatch):
