@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -31,6 +31,7 @@ from rlhf_fast.models.builtin import BUILT_IN
 
 LOADING_NOTES = "rlhf_fast_notes"  # attribute of a model: notes on its weights, for ``SharedBase.notes``
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # their names in safetensors
 
 
 def load_pretrained(config: StageConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -122,8 +123,9 @@ def load_weights(kind: Any, source: str, *, fresh: tuple[str, ...] = (), **extra
     transformers.utils.logging.set_verbosity_error()  # no table of missing and unexpected tensors: reported below
     transformers.utils.logging.disable_progress_bar()  # a base loads in seconds, and stages have their own bars
     try:
-        # ignore_mismatched_sizes, because the error below names the weight
-        model, found = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
+        with read_to_convert(extra["dtype"]):
+            # ignore_mismatched_sizes, because the error below names the weight
+            model, found = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
     finally:
         transformers.utils.logging.set_verbosity(level)
     for name, there, wanted in sorted(found["mismatched_keys"]):
@@ -141,6 +143,25 @@ def load_weights(kind: Any, source: str, *, fresh: tuple[str, ...] = (), **extra
         note = f"{source}: weights that a {type(model).__name__} has no place for are not used: {_some(unexpected)}"
         setattr(model, LOADING_NOTES, [note])
     return model
+
+
+@contextlib.contextmanager
+def read_to_convert(dtype: torch.dtype | str) -> Iterator[None]:
+    """Inside, transformers reads a safetensors file without any tensor of ``dtype`` one tensor at a time. Mapped, its
+    pages would be resident beside the converted weights until all of them are loaded. Other files stay mapped: the
+    weights are used from there."""
+
+    def open_file(path: Any, **options: Any) -> Any:
+        file = safe_open(path, **options)
+        stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not a mapping
+        mapped = dtype not in STORED or STORED[dtype] in stored
+        return file if mapped else safe_open(path, **options | {"backend": "pread"})
+
+    transformers.modeling_utils.safe_open = open_file
+    try:
+        yield
+    finally:
+        transformers.modeling_utils.safe_open = safe_open
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Finding and loading the base: folders, built-in names, hub names without a network, what is refused and why."""
 
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -59,6 +60,22 @@ def test_a_folder_loads_frozen_in_eval_mode_and_in_the_dtype_asked_for(folder: P
         assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
         assert tokenizer.eos_token_id == 1
     assert torch.equal(load(folder, dtype="float32")[0].lm_head.weight, tiny_model("llama").lm_head.weight)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux to measure a peak")
+def test_converting_takes_no_more_memory_than_the_converted_weights(tmp_path: Path, tokenizer_folder: Path) -> None:
+    sizes = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 4096}
+    large = save_model(tmp_path / "large", tokenizer_folder, "llama", **sizes)
+    half = sum(file.stat().st_size for file in large.glob("*.safetensors")) / 2
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    model, _ = load(large, dtype="bfloat16")
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert resident("VmHWM") - before < 2 * half  # a mapped file makes it 3
+
+
+def resident(kind: str) -> int:
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(kind))
 
 
 @pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
