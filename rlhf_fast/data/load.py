@@ -1,24 +1,21 @@
 """Loads a data set by name: a file, a folder, a built-in demo, or a name on the Hugging Face hub."""
 
-import glob
+from __future__ import annotations
+
 import gzip
-import json
 import os
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import datasets
-import huggingface_hub
-import pyarrow.parquet  # type: ignore[import-untyped]
-
-from rlhf_fast.data.rows import Rows, join, open_file, read_csv, read_json
+from rlhf_fast.data.rows import Rows, join, read_csv, read_json
 from rlhf_fast.errors import UserError, nearest
-from rlhf_fast.hub import reached
+from rlhf_fast.text import one_line
 
-RowsOrDataset: TypeAlias = Rows | datasets.Dataset
+if TYPE_CHECKING:
+    import datasets
+
+RowsOrDataset: TypeAlias = "Rows | datasets.Dataset"
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -78,7 +75,9 @@ def _load(name: str, split: str, strict: bool) -> RowsOrDataset:
         raise UserError(f"{name}: a link to {os.readlink(path)}, which is not there")
     if _reader(path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such file or folder{_neighbours(path)}")
-    return _load_hub(name, split)
+    from rlhf_fast.data import arrow
+
+    return arrow.load_hub(name, split, _neighbours(path))
 
 
 def _reader(path: Path) -> str | None:
@@ -103,64 +102,21 @@ def _load_file(path: Path, strict: bool) -> RowsOrDataset:
         raise UserError(f"{path}: expected a file ending in {', '.join(READERS)}, each also with .gz")
     try:
         if reader == "parquet":
-            return _read_parquet(path)
+            from rlhf_fast.data import arrow
+
+            return arrow.read_parquet(path)
         return read_json(path, strict=strict) if reader == "json" else read_csv(path, strict=strict)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file ({_one_line(error)}); download or compress it again") from error
-
-
-def _read_parquet(path: Path) -> datasets.Dataset:
-    with _arrow_faults(path, "parquet"):
-        if path.suffix.lower() == ".gz":  # datasets supports gzip only for text formats
-            with open_file(path) as file:
-                return _checked(datasets.Dataset(pyarrow.parquet.read_table(file)), path)
-        if pyarrow.parquet.read_metadata(path).num_rows == 0:
-            raise UserError(f"{path}: no rows in it; expected at least one")
-        with _quiet():
-            loaded = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
-        return _checked(loaded, path)
-
-
-def _checked(dataset: datasets.Dataset, path: Path) -> datasets.Dataset:
-    """The data set with plain Python values, without decoding images and sounds. Text that is not UTF-8 raises an error
-    here; later errors would not name the file."""
-    if len(dataset) == 0:
-        raise UserError(f"{path}: no rows in it; expected at least one")
-    dataset.data.table.validate(full=True)
-    dataset = dataset.with_format(None)
-    for name, kind in dataset.features.items():
-        if isinstance(kind, datasets.Image | datasets.Audio):
-            dataset = dataset.cast_column(name, type(kind)(decode=False))
-    return dataset
-
-
-@contextmanager
-def _arrow_faults(path: Path, reader: str) -> Iterator[None]:
-    try:
-        yield
-    except (UserError, gzip.BadGzipFile, EOFError, zlib.error):
-        raise
-    except Exception as error:  # pyarrow and datasets have many exception types
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise UserError(f"{path}: cannot be read as {reader} ({type(cause).__name__}: {_one_line(cause)})") from error
+        raise UserError(
+            f"{path}: not a whole gzip file ({one_line(str(error))}); download or compress it again"
+        ) from error
 
 
 def _load_folder(folder: Path, split: str, strict: bool) -> RowsOrDataset:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        with _arrow_faults(folder, "a data set of save_to_disk"):
-            state = folder / "state.json"
-            if state.exists() and not json.loads(state.read_bytes())["_data_files"]:
-                raise UserError(f"{folder}: no rows in it; expected at least one")
-            saved = datasets.load_from_disk(str(folder))
-            if not isinstance(saved, datasets.Dataset):
-                if split not in saved:
-                    raise UserError(
-                        f"{folder}: no split {split!r}{nearest(split, list(saved))}; there are {list(saved)}"
-                    )
-                saved = saved[split]
-            return _checked(saved, folder)
+        from rlhf_fast.data import arrow
+
+        return arrow.read_saved(folder, split)
     found = sorted(path for path in folder.iterdir() if path.is_file() and _reader(path) and path.name[0] != ".")
     if not found:
         raise UserError(f"{folder}: no data file in this folder; expected {', '.join(READERS)}, each also with .gz")
@@ -184,49 +140,19 @@ def _join(parts: list[RowsOrDataset], files: list[Path], folder: Path) -> RowsOr
             raise ValueError(" and ".join(str(list(names)) for names in sorted(formats)))
         if texts and tables:
             raise ValueError("text and Parquet")
-        return join(texts) if texts else datasets.concatenate_datasets(tables)
+        if texts:
+            return join(texts)
+        from rlhf_fast.data import arrow
+
+        return arrow.concatenate(tables)
     except ValueError as error:
         names = ", ".join(path.name for path in files)
-        raise UserError(f"{folder}: the columns of {names} differ ({_one_line(error)}); name one file") from error
+        raise UserError(f"{folder}: the columns of {names} differ ({one_line(str(error))}); name one file") from error
 
 
 def _is_split(path: Path, split: str) -> bool:
     stem = path.name.split(".")[0]
     return stem == split or stem.startswith(f"{split}-") or stem.endswith(f"-{split}")
-
-
-def _load_hub(name: str, split: str) -> datasets.Dataset:
-    repository, _, config = name.partition(":")
-    ask, unknown = huggingface_hub.HfApi().dataset_info, "no such file, folder or public hub data set"
-    message = f"{name}: {unknown}{_neighbours(Path(name))}"
-    with reached(repository, ask, kind="data set", unknown=message, flags=(datasets.config,)) as unreachable, _quiet():
-        try:
-            return datasets.load_dataset(repository, config or None, split=split)
-        except Exception as error:
-            if unreachable is not None and isinstance(error, ConnectionError):
-                raise UserError(
-                    f"{name}: not a file or folder here, not in the local cache, and the hub can't be reached "
-                    f"({_one_line(unreachable)})"
-                ) from unreachable
-            raise UserError(f"{name}, split {split!r}: {_one_line(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, datasets prints no progress bars and no log lines; errors are reported once, as UserError."""
-    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _rename(dataset: RowsOrDataset, renames: dict[str, str], name: str) -> RowsOrDataset:

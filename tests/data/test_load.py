@@ -1,6 +1,8 @@
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +41,17 @@ def message(name: object, **options: object) -> str:
         load_dataset(str(name), **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_text_files_need_no_arrow(tmp_path: Path) -> None:
+    """It takes memory and time to import, and nothing else that a run imports needs it."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi"}\n')
+    code = (
+        "import sys; from rlhf_fast.recipes import ppo; from rlhf_fast.data import load_dataset; "
+        "load_dataset(sys.argv[1]); "
+        "found = {'datasets', 'pyarrow', 'pandas'} & set(sys.modules); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "rows.jsonl")], check=True)
 
 
 @pytest.mark.parametrize("gz", ["", ".gz"])
