@@ -28,7 +28,7 @@ rlhf-fast: SFT, reward model and PPO on one frozen base.
   rlhf-fast reward --dataset_name pairs.jsonl --sft_adapter out/sft/adapter --output_dir out/reward
   rlhf-fast ppo    --dataset_name prompts.jsonl --sft_adapter out/sft/adapter \\
                    --reward_adapter out/reward/adapter --output_dir out/ppo
-  rlhf-fast plan   --config ppo.yaml                      memory and time of PPO, before any weights are loaded
+  rlhf-fast plan run --config run.yaml                    memory and time, before any weights are loaded
   rlhf-fast merge  --adapter out/ppo/policy --output_dir out/model      an adapter into a plain model
   rlhf-fast bench  --only gae --threads 2                 the operations timed beside torch and other libraries
 
@@ -41,7 +41,7 @@ COMMANDS = {
     "reward": "A Bradley-Terry reward model on preference pairs.",
     "ppo": "PPO with a KL leash to the SFT model.",
     "run": "The stages in a row. A plain flag holds for every stage, --STAGE.NAME for one.",
-    "plan": "Memory and time of PPO on this CPU, before any weights are loaded. Takes the flags of ppo.",
+    "plan": "Memory and time on this CPU, before weights are loaded: plan sft | reward | ppo | run, then its flags.",
     "merge": "Merge an adapter into its base: a plain model folder.",
     "bench": "Time the operations beside torch and the other libraries that are installed.",
 }
@@ -140,7 +140,17 @@ def run_command(argv: list[str]) -> None:
         commands = ", ".join(COMMANDS)
         raise UserError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}; the commands are {commands}")
 
-    makers = {"run": run_parser, "plan": plan_parser, "merge": merge_parser, "bench": bench_parser}
+    planned = command == "plan"
+    if planned:
+        argv = argv[1:]
+        command = argv[0] if argv else ""
+        if command in ("--help", "-h"):
+            tell(COMMANDS["plan"], sys.stdout)
+            return
+        if command not in ("run", *STAGES):
+            raise UserError(f"plan takes the command line of sft, reward, ppo or run: plan ppo --FLAG; got {command!r}")
+
+    makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}
     parser = makers.get(command, stage_parser)(command)
     if "--help" in argv or "-h" in argv:
         tell(parser.format_help().rstrip(), sys.stdout)
@@ -157,18 +167,24 @@ def run_command(argv: list[str]) -> None:
         from rlhf_fast.bench.command import bench
 
         bench(flags)
-    elif command == "plan":
-        plan_config: Any = load_stage("ppo", flags.pop("config", None), flags)
-        from rlhf_fast.recipes.plan import plan
-
-        plan(plan_config)
     elif command == "run":
         run_config = load_run(flags.pop("config", None), flags)
+        if planned:
+            from rlhf_fast.recipes.plan import plan
+
+            for stage in run_config.stages:
+                plan(getattr(run_config, stage))
+            return
         from rlhf_fast.recipes.run import run
 
         run(run_config)
     else:
         config: Any = load_stage(command, flags.pop("config", None), flags)
+        if planned:
+            from rlhf_fast.recipes.plan import plan
+
+            plan(config)
+            return
         from rlhf_fast.recipes import ppo, reward, sft
         from rlhf_fast.recipes.failure import failure_kept
 
@@ -185,10 +201,6 @@ def installed_version() -> str:
 
 def stage_parser(stage: str) -> Parser:
     return add_stage(Parser(stage), stage)
-
-
-def plan_parser(command: str) -> Parser:
-    return add_stage(Parser(command), "ppo")
 
 
 def add_stage(parser: Parser, stage: str) -> Parser:

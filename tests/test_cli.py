@@ -19,7 +19,6 @@ from rlhf_fast.cli import (
     bench_parser,
     main,
     merge_parser,
-    plan_parser,
     run_parser,
     stage_parser,
 )
@@ -138,6 +137,18 @@ def test_merge(recipes: Recipes) -> None:
     assert recipes.calls == [("merge", "a", "b", None), ("merge", "a", "b", "float16")]
 
 
+def test_plan_takes_a_stage_or_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    planned: list[Any] = []
+    monkeypatch.setattr("rlhf_fast.recipes.plan.plan", planned.append)
+    assert main("plan sft --batch_size 3 --output_dir a".split()) == 0
+    assert main("plan run --output_dir b --stages reward,ppo".split()) == 0
+    assert [type(config).__name__ for config in planned] == ["SFTConfig", "RewardConfig", "PPOConfig"]
+    assert planned[0].batch_size == 3 and planned[2].sft_adapter is None
+    assert planned[2].reward_adapter == "b/reward/adapter"
+    assert main("plan --config ppo.yaml".split()) == 2
+    assert "plan ppo --FLAG" in capsys.readouterr().err
+
+
 # ---- mistakes
 
 
@@ -240,9 +251,10 @@ def test_the_flags_of_the_overview_exist() -> None:
     for line in OVERVIEW.replace("\\\n", " ").splitlines():
         words = line.split()
         if words[:1] == ["rlhf-fast"] and words[1] in COMMANDS:
-            makers = {"run": run_parser, "plan": plan_parser, "merge": merge_parser, "bench": bench_parser}
-            maker = makers.get(words[1], stage_parser)
-            assert {word for word in words if word.startswith("--")} <= set(maker(words[1]).flags)
+            makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}
+            command = words[2] if words[1] == "plan" else words[1]
+            flags = makers.get(command, stage_parser)(command).flags
+            assert {word for word in words if word.startswith("--")} <= set(flags)
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

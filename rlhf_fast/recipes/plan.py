@@ -1,15 +1,15 @@
-"""Predicts memory and time of a PPO run on this CPU before its weights are loaded.
+"""Predicts memory and time of a stage on this CPU before its weights are loaded.
 
 Memory is computed from the shapes in config.json and the lengths of the data. Time is measured: the run's passes are
 timed on models of the same shapes with two and six layers of random weights, and extrapolated to all layers.
 """
 
+import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,14 +17,25 @@ import psutil
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from rlhf_fast.config import PPOConfig
-from rlhf_fast.data import PromptRow, Reading, load_dataset, prepare_tokenizer, prompt_rows
+from rlhf_fast.config import STAGES, PPOConfig, RewardConfig, SFTConfig, StageConfig
+from rlhf_fast.data import (
+    PairRow,
+    PromptRow,
+    Reading,
+    load_dataset,
+    preference_rows,
+    prepare_tokenizer,
+    prompt_rows,
+    sft_rows,
+)
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase, pretrained
 from rlhf_fast.models.attention import SHORT
 from rlhf_fast.monitor import print_summary
-from rlhf_fast.recipes import ppo
+from rlhf_fast.ops import pairwise_loss
+from rlhf_fast.recipes import ppo, reward, sft
 from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, SFT, response_states, set_advantages, set_rewards
+from rlhf_fast.recipes.memory import give_back_memory
 from rlhf_fast.recipes.stage import MICRO_BATCH_SIZE
 from rlhf_fast.rollout import Response, generate
 
@@ -42,7 +53,6 @@ class Shape:
 
     config: Any
     weights: int
-    stored_bytes: int  # on disk
     itemsize: int  # bytes of a weight in the dtype of the run
     layers: int
     adapted: int  # layers with adapters
@@ -54,7 +64,7 @@ class Shape:
     adapter: int  # parameters of one adapter
 
 
-def plan(config: PPOConfig) -> dict[str, float]:
+def plan(config: StageConfig) -> dict[str, float]:
     """Prints the prediction as a table. Returns peak memory in GB and seconds per step, each by phase.
 
     Raises UserError if the run's device is a GPU, or if config or data would stop the run.
@@ -64,20 +74,23 @@ def plan(config: PPOConfig) -> dict[str, float]:
     with pretrained.located(config.model_name_or_path) as source:
         tokenizer = pretrained.load_tokenizer(source, trust_remote_code=config.trust_remote_code)
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        shape = read_shape(config, model_config, source)
+        shape = read_shape(config, model_config)
     text = model_config.get_text_config(decoder=True)
     prepare_tokenizer(tokenizer, vocab_size=text.vocab_size, chat_template=config.chat_template)
-    lengths = [length + config.response_length for length in prompt_lengths(config, tokenizer)]
-    parts = micro_batches(config, lengths)
+    rows = read_rows(config, tokenizer)
+    lengths = [sequence_lengths(config, row) for row in rows]
+    parts = micro_batches(config, [sum(row) for row in lengths])
+    gc.collect()  # the models that were timed for another stage
+    give_back_memory()
     memory = predict_memory(config, shape, lengths, parts)
-    seconds = measure_seconds(config, shape, tokenizer, lengths, parts)
+    seconds = measure_seconds(config, shape, tokenizer, rows, parts)
     show(config, memory, seconds)
     return {f"memory_{name}": value / 1e9 for name, value in memory.items()} | {
         f"seconds_{name}": value for name, value in seconds.items()
     }
 
 
-def read_shape(config: PPOConfig, model_config: Any, source: str) -> Shape:
+def read_shape(config: StageConfig, model_config: Any) -> Shape:
     text = model_config.get_text_config(decoder=True)
     with torch.device("meta"):
         model = pretrained.auto_class(model_config).from_config(model_config)
@@ -89,13 +102,10 @@ def read_shape(config: PPOConfig, model_config: Any, source: str) -> Shape:
     adapted = min(config.lora_layers or text.num_hidden_layers, text.num_hidden_layers)
     share = adapted / text.num_hidden_layers
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    stored = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
-    weights = sum(parameter.numel() for parameter in model.parameters())
     itemsize = pretrained.choose_dtype(config.dtype, torch.device("cpu")).itemsize
     return Shape(
         config=model_config,
-        weights=weights,
-        stored_bytes=stored or weights * 4,
+        weights=sum(parameter.numel() for parameter in model.parameters()),
         itemsize=itemsize,
         layers=text.num_hidden_layers,
         adapted=adapted,
@@ -108,7 +118,7 @@ def read_shape(config: PPOConfig, model_config: Any, source: str) -> Shape:
     )
 
 
-def prompt_lengths(config: PPOConfig, tokenizer: Any) -> list[int]:
+def read_rows(config: StageConfig, tokenizer: Any) -> list[Any]:
     dataset = load_dataset(
         config.dataset_name,
         split=config.dataset_split,
@@ -116,18 +126,26 @@ def prompt_lengths(config: PPOConfig, tokenizer: Any) -> list[int]:
         limit=config.max_samples,
         strict=config.strict,
     )
-    rows, _ = prompt_rows(
+    encode: Any = {"sft": sft_rows, "reward": preference_rows, "ppo": prompt_rows}[stage_name(config)]
+    rows, _ = encode(
         dataset,
         tokenizer,
-        max_length=config.max_length - config.response_length,
+        max_length=config.max_length - (config.response_length if isinstance(config, PPOConfig) else 0),
         source=config.dataset_name,
         reading=Reading(config.strict, config.max_unusable_rows, config.special_tokens_in_data),
     )
-    return [len(row.input_ids) for row in rows]
+    return rows
 
 
-def micro_batches(config: PPOConfig, lengths: Sequence[int]) -> list[int]:
-    """The number of rows of each micro-batch of a step, assuming sequences of mean length."""
+def sequence_lengths(config: StageConfig, row: Any) -> tuple[int, ...]:
+    """The tokens of a row's sequences: one, or the two of a pair. The response to a prompt has its largest length."""
+    if isinstance(row, PairRow):
+        return len(row.chosen_ids), len(row.rejected_ids)
+    return (len(row.input_ids) + (config.response_length if isinstance(config, PPOConfig) else 0),)
+
+
+def micro_batches(config: StageConfig, lengths: Sequence[int]) -> list[int]:
+    """The number of rows of each micro-batch of a step, assuming rows of mean length."""
     size = config.micro_batch_size or MICRO_BATCH_SIZE
     if config.micro_batch_tokens is not None:
         size = max(1, int(config.micro_batch_tokens / statistics.mean(lengths)))
@@ -135,39 +153,52 @@ def micro_batches(config: PPOConfig, lengths: Sequence[int]) -> list[int]:
     return [size] * whole + [rest] * (rest > 0)
 
 
-def predict_memory(config: PPOConfig, shape: Shape, lengths: Sequence[int], parts: Sequence[int]) -> dict[str, float]:
+def predict_memory(
+    config: StageConfig, shape: Shape, lengths: Sequence[Sequence[int]], parts: Sequence[int]
+) -> dict[str, float]:
     """Peak bytes by phase. This process, which has read the data, serves as the estimate of the run's code and data."""
     process = psutil.Process().memory_info().rss
     weights = shape.weights * shape.itemsize
-    mapped = weights == shape.stored_bytes or shape.itemsize == 4  # the weights are used from the mapped file
-    loading = process + weights + (0 if mapped else shape.stored_bytes)
-    roles = 2 + (config.reward_adapter is not None) + (config.sft_adapter is not None)
-    # of policy and critic: Adam's two moments, and the snapshot of the previous step (parameters and two moments)
-    trained = 2 * shape.adapter * 4
-    standing = process + weights + LEFT_BEHIND + roles * shape.adapter * 4 + 2 * trained + 3 * trained
-    longest, mean = max(lengths), statistics.mean(lengths)
-    rows = min(config.rollout_batch_size, config.batch_size)
-    cache = rows * longest * 2 * shape.shared * shape.layers * shape.itemsize
-    copy = 0 if config.rollout_engine == "transformers" else shape.linear * shape.itemsize
-    count = max(parts)
-    # the micro-batch with the most tokens, estimated as mean + 2 standard deviations
-    tokens = count * mean + 2 * statistics.pstdev(lengths) * math.sqrt(count)
-    if count == len(lengths):
-        tokens = sum(lengths)
-    trunk = config.batch_size * mean * shape.width * shape.itemsize if shape.adapted < shape.layers else 0
-    kept = kept_bytes(shape, 2 * tokens, 2 * count, longest)
-    entering = 2 * tokens * shape.width * shape.itemsize
+    given = [getattr(config, name, None) is not None for name in ("sft_adapter", "reward_adapter")]
+    trains = 2 if isinstance(config, PPOConfig) else 1  # roles that are trained, in one pass
+    # Adam's two moments, and the snapshot of the previous step (parameters and two moments)
+    trained = trains * shape.adapter * 4
+    standing = process + weights + LEFT_BEHIND + (trains + sum(given)) * shape.adapter * 4 + 5 * trained
+    count, longest = max(parts) * len(lengths[0]), max(map(max, lengths))
+    tokens = tokens_of_largest(config, [sum(row) for row in lengths], max(parts))
+    kept = kept_bytes(shape, trains * tokens, trains * count, longest)
+    entering = trains * tokens * shape.width * shape.itemsize
     if config.gradient_checkpointing:
         activations = shape.adapted * entering + 2 * kept
     else:
         activations = shape.adapted * kept + 2 * entering
-    return {
-        "loading": loading,
-        "rollout": standing + copy + cache,
-        "scoring": standing + trunk + 2 * kept + LOGITS,
-        "update": standing + trunk + PIECES * activations + trained + LOGITS,
-        "saving": standing + trained,
-    }
+    update = standing + PIECES * activations + trained + LOGITS
+
+    def sampling(config: PPOConfig | RewardConfig, together: int) -> float:
+        copy = 0 if config.rollout_engine == "transformers" else shape.linear * shape.itemsize
+        return standing + copy + together * longest * 2 * shape.shared * shape.layers * shape.itemsize
+
+    found = {"loading": process + weights}
+    if isinstance(config, PPOConfig):
+        mean = statistics.mean(map(sum, lengths))
+        trunk = config.batch_size * mean * shape.width * shape.itemsize if shape.adapted < shape.layers else 0
+        found["rollout"] = sampling(config, min(config.rollout_batch_size, config.batch_size))
+        found["scoring"] = standing + trunk + 2 * kept + LOGITS
+        update += trunk
+    found["update"] = update
+    if isinstance(config, RewardConfig):
+        found["calibration"] = sampling(config, 2 * max(parts))
+    return found | {"saving": standing + trained}
+
+
+def tokens_of_largest(config: StageConfig, lengths: Sequence[int], count: int) -> float:
+    """The tokens of the micro-batch with the most of them, of ``count`` rows. SFT and reward training sort a batch by
+    length, so that it has the longest rows of the batch."""
+    share = 1.0 if isinstance(config, PPOConfig) else min(1.0, count / config.batch_size)
+    drawn = sorted(lengths)[-math.ceil(share * len(lengths)) :]
+    if len(drawn) == count:
+        return sum(drawn)
+    return count * statistics.mean(drawn) + 2 * statistics.pstdev(drawn) * math.sqrt(count)
 
 
 def kept_bytes(shape: Shape, tokens: float, rows: int, longest: int) -> float:
@@ -179,19 +210,26 @@ def kept_bytes(shape: Shape, tokens: float, rows: int, longest: int) -> float:
 
 
 def measure_seconds(
-    config: PPOConfig, shape: Shape, tokenizer: Any, lengths: Sequence[int], parts: Sequence[int]
+    config: StageConfig, shape: Shape, tokenizer: Any, rows: Sequence[Any], parts: Sequence[int]
 ) -> dict[str, float]:
-    rows = [round(statistics.mean(lengths))] * max(parts)
-    timed = [time_passes(small_base(config, shape, tokenizer, depth), config, rows) for depth in DEPTHS]
+    by_length = sorted(rows, key=lambda row: sum(sequence_lengths(config, row)))
+    drawn = [by_length[(2 * i + 1) * len(rows) // (2 * max(parts))] for i in range(max(parts))]  # at even distances
+    time_passes: Any = time_ppo if isinstance(config, PPOConfig) else time_training
+    timed = [time_passes(small_base(config, shape, tokenizer, depth), config, drawn) for depth in DEPTHS]
     few, many = DEPTHS
     share = config.batch_size / max(parts)
+    below = shape.layers - shape.adapted  # layers without adapters
+
+    def each(name: str) -> float:
+        return max(0.0, timed[1][name] - timed[0][name]) / (many - few)
 
     def whole(name: str, layers: float) -> float:
-        each = max(0.0, timed[1][name] - timed[0][name]) / (many - few)
-        return max(0.0, timed[0][name] - few * each) + layers * each
+        return max(0.0, timed[0][name] - few * each(name)) + layers * each(name)
 
-    passes = 4 if config.reward_adapter is not None else 3
-    below = shape.layers - shape.adapted  # layers that are computed once for all roles
+    if not isinstance(config, PPOConfig):
+        seconds = {"update": share * (whole("update", shape.adapted) + below * each("forward"))}
+        return seconds | {"step": seconds["update"]}
+    passes = 4 if config.reward_adapter is not None else 3  # which share the layers below the adapters
     seconds = {
         "rollout": whole("prompt", shape.layers) + (config.response_length - 1) * whole("token", shape.layers),
         "scoring": share * whole("scoring", shape.adapted + below / passes),
@@ -203,7 +241,7 @@ def measure_seconds(
     return seconds | {"step": sum(seconds.values())}
 
 
-def small_base(config: PPOConfig, shape: Shape, tokenizer: Any, depth: int) -> SharedBase:
+def small_base(config: StageConfig, shape: Shape, tokenizer: Any, depth: int) -> SharedBase:
     """The run's model and roles with only ``depth`` layers, of random weights, all adapted."""
     small = AutoConfig.for_model(**shape.config.to_dict())
     text = small.get_text_config(decoder=True)
@@ -215,26 +253,37 @@ def small_base(config: PPOConfig, shape: Shape, tokenizer: Any, depth: int) -> S
     model.generation_config = GenerationConfig()
     base = SharedBase(model, tokenizer, replace(config, lora_layers=None))
     base.stop_ids = []
-    for role in (SFT, REWARD) if config.reward_adapter is not None else (SFT,):
-        base.add_role(role, head=role == REWARD, trainable=False)
-    base.add_role(POLICY, copy_of=SFT)
-    base.add_role(CRITIC, head=True)
+    if isinstance(config, PPOConfig):
+        for role in (SFT, REWARD) if config.reward_adapter is not None else (SFT,):
+            base.add_role(role, head=role == REWARD, trainable=False)
+        base.add_role(POLICY, copy_of=SFT)
+        base.add_role(CRITIC, head=True)
+    else:
+        base.add_role(stage_name(config), head=isinstance(config, RewardConfig))
     return base
 
 
-def time_passes(base: SharedBase, config: PPOConfig, lengths: Sequence[int]) -> dict[str, float]:
+def time_training(base: SharedBase, config: SFTConfig | RewardConfig, rows: Sequence[Any]) -> dict[str, float]:
+    """Seconds of one micro-batch of SFT or reward training, and of its forward pass without gradient."""
+    stage: Any = SimpleNamespace(base=base, config=config)
+
+    def loss() -> torch.Tensor:
+        if isinstance(config, SFTConfig):
+            return sft.loss_sum(stage, rows)
+        return pairwise_loss(*reward.score_pairs(stage, rows))
+
+    return {"update": fastest(lambda: loss().backward()), "forward": fastest(torch.no_grad()(loss))}
+
+
+def time_ppo(base: SharedBase, config: PPOConfig, rows: Sequence[PromptRow]) -> dict[str, float]:
     """Seconds of reading the prompts of a rollout, of one more token, and of one micro-batch's scoring and update."""
-    prompts = [max(1, length - config.response_length) for length in lengths]
-    asked = min(config.batch_size, config.rollout_batch_size)
-    rows = [PromptRow(0, [1] * prompts[0], "", {}, "") for _ in range(asked)]
+    asked = [rows[i % len(rows)] for i in range(min(config.batch_size, config.rollout_batch_size))]
 
     def sample(tokens: int) -> Callable[[], Any]:
-        return lambda: generate(base, POLICY, rows, response_length=tokens, temperature=1.0, batch_size=asked)
+        return lambda: generate(base, POLICY, asked, response_length=tokens, temperature=1.0, batch_size=len(asked))
 
     sampled = [fastest(sample(tokens)) for tokens in (1, 1 + SAMPLED)]
-    responses = [
-        Response(PromptRow(0, [1] * prompt, "", {}, ""), [1] * config.response_length, False, "") for prompt in prompts
-    ]
+    responses = [Response(row, [1] * config.response_length, False, "") for row in rows]
     stage: Any = SimpleNamespace(base=base, config=config, backward=torch.Tensor.backward)
     experience = ppo.scored(stage, responses, SFT)
     set_rewards([experience], torch.ones(len(responses)), config, kl_coef=0.0, group=None)
@@ -259,7 +308,11 @@ def fastest(run: Callable[[], Any]) -> float:
     return best
 
 
-def show(config: PPOConfig, memory: dict[str, float], seconds: dict[str, float]) -> None:
+def stage_name(config: StageConfig) -> str:
+    return next(name for name, kind in STAGES.items() if isinstance(config, kind))
+
+
+def show(config: StageConfig, memory: dict[str, float], seconds: dict[str, float]) -> None:
     room = psutil.virtual_memory().total
     rows = [
         (name, f"{size / 1e9:.2f} GB", f"{seconds[name]:.1f} s a step" if name in seconds else "")
@@ -268,13 +321,15 @@ def show(config: PPOConfig, memory: dict[str, float], seconds: dict[str, float])
     peak = max(memory, key=memory.__getitem__)
     fits = f"in {peak}; this machine has {room / 1e9:.1f} GB"
     rows.append(("peak", f"{memory[peak] / 1e9:.2f} GB", f"{fits}; {seconds['step']:.1f} s a step"))
-    print_summary(f"plan of ppo: {config.model_name_or_path}", rows)
+    print_summary(f"plan of {stage_name(config)}: {config.model_name_or_path}", rows)
     if memory[peak] > room:
         raise UserError(f"{peak} does not fit into this machine's {room / 1e9:.1f} GB: {advice(config, peak)}")
 
 
-def advice(config: PPOConfig, phase: str) -> str:
+def advice(config: StageConfig, phase: str) -> str:
     """The setting to lower first."""
+    if phase == "calibration":
+        return "set --rollout_engine transformers, or lower --micro_batch_size or --response_length"
     if phase == "rollout":
         return "set --rollout_engine transformers, or lower --rollout_batch_size"
     if phase in ("scoring", "update"):

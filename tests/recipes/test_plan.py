@@ -12,13 +12,14 @@ from rlhf_fast.recipes import plan, ppo
 from rlhf_fast.recipes.stage import Stage
 
 PHASES = ["loading", "rollout", "scoring", "update", "saving"]
+OF_STAGE = {"sft": ["loading", "update", "saving"], "reward": ["loading", "update", "calibration", "saving"]}
 
 
 def planned_shape(config) -> plan.Shape:
     from transformers import AutoConfig
 
     with plan.pretrained.located(config.model_name_or_path) as source:
-        return plan.read_shape(config, AutoConfig.from_pretrained(source), source)
+        return plan.read_shape(config, AutoConfig.from_pretrained(source))
 
 
 def test_shapes_are_those_of_the_model(ppo_config):
@@ -66,11 +67,26 @@ def test_a_plan_names_each_phase_and_the_peak(ppo_config, capsys):
     assert all(phase in out for phase in PHASES) and "s a step" in out
 
 
+@pytest.mark.parametrize("stage", OF_STAGE)
+def test_sft_and_reward_training_are_planned(sft_config, reward_config, capsys, stage):
+    found = plan.plan({"sft": sft_config, "reward": reward_config}[stage]())
+    assert [name for name in found if name.startswith("memory")] == [f"memory_{phase}" for phase in OF_STAGE[stage]]
+    assert found["seconds_step"] == found["seconds_update"] > 0
+    assert f"plan of {stage}" in capsys.readouterr().out
+
+
+def test_the_largest_micro_batch_has_the_longest_rows_of_a_batch(sft_config, ppo_config):
+    lengths = [10, 20, 30, 40]
+    assert plan.tokens_of_largest(sft_config(batch_size=4), lengths, 2) == 70  # sorted by length: 30 and 40
+    assert plan.tokens_of_largest(ppo_config(batch_size=4), lengths, 2) == pytest.approx(2 * 25 + 2 * 125**0.5 * 2**0.5)
+    assert plan.tokens_of_largest(ppo_config(batch_size=4), lengths, 4) == 100
+
+
 def test_memory_grows_with_what_it_should(ppo_config):
     def update(**settings) -> float:
         config = ppo_config(lora_layers=None, batch_size=32, **settings)
         parts = plan.micro_batches(config, [40] * 32)
-        return plan.predict_memory(config, planned_shape(config), [40] * 32, parts)["update"]
+        return plan.predict_memory(config, planned_shape(config), [(40,)] * 32, parts)["update"]
 
     large, small = update(micro_batch_size=32), update(micro_batch_size=None, micro_batch_tokens=80)
     assert large > small
