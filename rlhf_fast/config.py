@@ -72,12 +72,12 @@ class StageConfig:
     lora_target_modules: list[str] = option(
         [ALL_LINEAR],
         "Names of the modules that get an adapter; all-linear: every linear layer of the decoder. The head, "
-        "lm_head, can be named beside it.",
+        "lm_head, and the token embedding, such as embed_tokens, can be named beside it.",
     )
     lora_layers: int | None = option(
         None,
         "Adapters on the top N decoder layers alone; the layers below are then computed once a rollout for all "
-        "four roles. Unset: all layers.",
+        "four roles, unless the token embedding has an adapter. Unset: all layers.",
     )
 
     dataset_name: str = option(

@@ -4,12 +4,13 @@ Also layers without an adapter, on processors where the engine's float32 product
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -106,6 +107,29 @@ def _fused_class(kind: Any) -> Any:
 def _pefts(layer: LoraLayer) -> Any:
     """The layer's class in PEFT."""
     return type(layer).__bases__[0] if isinstance(layer, FusedLayer) else type(layer)
+
+
+class EmbeddingByRole(Embedding):
+    """PEFT's layer on the token embedding, which also follows ``roles``. Existing layers get this class."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if _roles is None:
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        parts = x.flatten().split([count for _, count in _roles])
+        rows = [under(self, role).forward(part) for (role, _), part in zip(_roles, parts, strict=True)]
+        return torch.cat(rows).view(*x.shape, -1)
+
+
+def under(layer: Embedding, role: str | None) -> nn.Module:
+    """The embedding with the role's adapter, whatever PEFT's active one is, or the base's own if it has none. Shares
+    all weights with ``layer``."""
+    if role not in layer.lora_embedding_A:
+        return layer.base_layer
+    twin = copy.copy(layer)
+    twin.__class__ = Embedding
+    twin._active_adapter, twin._disable_adapters = [role], False
+    return twin
 
 
 class _Group:

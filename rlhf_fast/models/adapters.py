@@ -14,9 +14,10 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import identity
+from rlhf_fast.models import identity, targets
 from rlhf_fast.models.heads import ScoreHead
 from rlhf_fast.models.shared import SharedBase
 
@@ -69,6 +70,7 @@ def load_role(base: SharedBase, role: str, folder: str | Path, *, want_head: boo
     an adapter made for other weights. If the config only names another base, ``base.notes`` gets a note.
     """
     lora, state = read_adapter(folder)
+    state = without_base_weights(folder, state, base.model)
     named, own = lora.base_model_name_or_path, base.model.name_or_path
     note = identity.check(f"adapter {role}", Path(folder), named, base.fingerprint, own)
     if note is not None:
@@ -124,6 +126,26 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
     if not lora.target_modules:
         raise UserError(f"{path / CONFIG}: target_modules names no module, so this adapter changes nothing")
     return lora, state
+
+
+def without_base_weights(
+    folder: str | Path, state: dict[str, torch.Tensor], model: PreTrainedModel
+) -> dict[str, torch.Tensor]:
+    """The adapter's tensors without those of the base: PEFT saves the whole weight of a head or token embedding with an
+    adapter on it. Raises UserError if they are not the weights of ``model``, up to the rounding of bfloat16."""
+    own = {
+        f"{PREFIX}{path}.base_layer.{name}": parameter
+        for path, module in targets.outside(model).items()
+        for name, parameter in getattr(module, "base_layer", module).named_parameters()
+    }
+    for key in own.keys() & state.keys():
+        mine, saved = own[key], state[key]
+        if saved.shape != mine.shape or not torch.allclose(saved.to(mine), mine, rtol=2**-7, atol=1e-6):
+            raise UserError(
+                f"{folder}: {key} in it is not the weight of this base: the adapter was made for another base, or "
+                "beside changed weights (of new tokens?), which the roles cannot share"
+            )
+    return {key: tensor for key, tensor in state.items() if key not in own}
 
 
 def _head(weight: torch.Tensor, calibration: Path) -> ScoreHead:

@@ -49,9 +49,11 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Inside, suppresses PEFT's FutureWarning about a transformers attribute, which users cannot act on."""
+    """Inside, suppresses PEFT's FutureWarning about a transformers attribute, which users cannot act on, and its
+    warnings about adapters on tied or saved embeddings, which are treated right here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", ".*(tie_word_embeddings|save_embedding_layers)")
         yield
 
 

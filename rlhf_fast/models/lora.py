@@ -64,7 +64,7 @@ class Adaptable:
         )
 
     def _check(self, names: list[str]) -> None:
-        known = [*self.names, targets.head_path(self.model).rsplit(".", 1)[-1]]
+        known = [*self.names, *(path.rsplit(".", 1)[-1] for path in targets.outside(self.model))]
         there = f"there are {', '.join(known)}"
         if not names:
             raise UserError(f"--lora_target_modules must name a module: {ALL_LINEAR}, or some of {', '.join(known)}")

@@ -36,6 +36,7 @@ def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer in {adapter}; copy the one it was trained with there") from error
         model = _load_base(source, lora, Path(adapter), tokenizer.pad_token_id, dtype)
+    adapters.without_base_weights(adapter, state, model)
     _untie(model, state)
     with layers.quiet_peft():
         peft = PeftModel.from_pretrained(model, adapter)
@@ -53,11 +54,12 @@ def merge(adapter: str, output_dir: str, dtype: str | None = None) -> Path:
 
 
 def _untie(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    """Gives the head its own copy of the weight if it shares it with the token embedding and has an adapter."""
+    """Gives the head its own copy of the weight if it shares it with the token embedding and one of them has an
+    adapter, which changes it alone."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
-    if any(f"{targets.head_path(model)}.lora_" in key for key in state):
+    if any(f"{path}.lora_" in key for path in targets.outside(model) for key in state):
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
 

@@ -10,22 +10,23 @@ from typing import Any
 
 import psutil
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_fast import lora_layers
 from rlhf_fast.base_weights import in_four_bits, matrix
 from rlhf_fast.errors import UserError
 from rlhf_fast.ops import PackedWeight
 
 
 class Merged:
-    """The adapted modules of one role, except the head: W + scale * B A, summed in float32 and rounded once to the
-    base's dtype. The copy of a 4-bit weight has the dtype that the layer computes in.
+    """The adapted linear modules of one role, except the head: W + scale * B A, summed in float32 and rounded once to
+    the base's dtype. The copy of a 4-bit weight has the dtype that the layer computes in.
 
     A module without an adapter of this role is the base's own. ``bytes`` is the size of the copies. The copies do not
-    follow later changes of the adapter.
+    follow later changes of the adapter. The token embedding is not copied: the adapter is added to the rows looked up.
     """
 
     def __init__(self, model: PreTrainedModel, role: str | None) -> None:
@@ -35,7 +36,7 @@ class Merged:
             for path, module in model.named_modules()
             if isinstance(module, LoraLayer) and module is not head
         ]
-        adapted = {module for _, module in found if role in module.lora_A}
+        adapted = {module for _, module in found if role in module.lora_A}  # without the embedding
         for module in adapted:
             _check(module, role)
         self.bytes = sum(_bytes(module.base_layer) for module in adapted)
@@ -43,7 +44,7 @@ class Merged:
         self._places = [
             (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], module) for path, module in found
         ]
-        self._modules = [_merged(module, role) if module in adapted else module.base_layer for _, module in found]
+        self._modules = [_module(module, role) for _, module in found]
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -57,10 +58,16 @@ class Merged:
                 parent._modules[name] = module
 
 
+def _module(module: LoraLayer, role: str | None) -> nn.Module:
+    if isinstance(module, Embedding):
+        return lora_layers.under(module, role)
+    return _merged(module, role) if role in module.lora_A else module.base_layer
+
+
 def why_not_merge(model: nn.Module) -> str | None:
     """None if ``Merged`` can copy every adapted module; else the reason."""
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and not _plain(module.base_layer):
+        if isinstance(module, LoraLayer) and not isinstance(module, Embedding) and not _plain(module.base_layer):
             return f"{path} is a {type(module.base_layer).__name__}, which an adapter is not merged into"
     return None
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import Embedding, LoraLayer
+from peft.utils import set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,6 +36,7 @@ from rlhf_fast.models.pretrained import LOADING_NOTES
 from rlhf_fast.models.vocabulary import Vocabulary
 
 LORA_IN_A_LAYER = re.compile(r"\.\d+\..*\.lora_[AB]\.weight$")
+LORA_OUTSIDE = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 
 
 class SharedBase:
@@ -147,9 +148,10 @@ class SharedBase:
             reason = " ".join(str(error).split())
             raise UserError(f"{type(self.model).__name__}: PEFT cannot adapt this model: {reason}") from error
         if copy_of is not None:
-            assert self.peft is not None
-            state = get_peft_model_state_dict(self.peft, adapter_name=copy_of)
-            set_peft_model_state_dict(self.peft, state, adapter_name=name)
+            source = self._collect(copy_of)
+            with torch.no_grad():
+                for path, parameter in self._collect(name).items():
+                    parameter.copy_(source[path])
         if head:
             self.heads[name] = ScoreHead(self.vocabulary.weight.shape[1]).to(self.device)
             if copy_of in self.heads:
@@ -163,12 +165,18 @@ class SharedBase:
 
         ``same_base``: they are known to be made for this base, so an error message blames the adapter's files."""
         fault = "damaged, or its config is not the one it was trained with" if same_base else "made for another base"
-        head = tuple(f"{targets.head_path(self.model)}.lora_{part}.weight" for part in "AB")
+        outside = tuple(f"{path}.{part}" for path in targets.outside(self.model) for part in LORA_OUTSIDE)
+        if getattr(lora, "ensure_weight_tying", False) and any("lora_embedding_" in key for key in state):
+            raise UserError(
+                f"adapter {name}: its config ties the adapters of head and token embedding (ensure_weight_tying), "
+                "which is not supported: train it without"
+            )
         for key in state:
-            if not LORA_IN_A_LAYER.search(key) and not key.endswith(head):
+            if not LORA_IN_A_LAYER.search(key) and not key.endswith(outside):
                 raise UserError(
-                    f"adapter {name}: it holds {key}, and only LoRA matrices of the decoder layers' linear modules and "
-                    "of the head can be used: whatever else it changes would be lost, or shared with every other role"
+                    f"adapter {name}: it holds {key}, and only LoRA matrices of the decoder layers' linear modules, of "
+                    "the head and of the token embedding can be used: whatever else it changes would be lost, or "
+                    "shared with every other role"
                 )
         try:
             self._add_adapter(name, lora)
@@ -179,7 +187,7 @@ class SharedBase:
         except (TypeError, AttributeError, LookupError, re.error) as error:
             reason = " ".join(f"{type(error).__name__} {error}".split())
             raise UserError(f"adapter {name}: PEFT cannot use its adapter_config.json: {reason}") from error
-        missing = [key for key in result.missing_keys if f".{name}." in key]
+        missing = [key for key in result.missing_keys if f".{name}." in f"{key}."]
         if missing or result.unexpected_keys:
             raise UserError(
                 f"adapter {name}: {fault}; {len(missing)} tensors are missing and "
@@ -251,7 +259,10 @@ class SharedBase:
 
     @property
     def first_adapted_layer(self) -> int:
-        """The index of the lowest decoder layer with an adapter of any role; the number of layers if there is none."""
+        """The index of the lowest decoder layer with an adapter of any role; the number of layers if there is none; 0
+        with an adapter on the token embedding, which changes the input of every layer."""
+        if isinstance(self.model.get_input_embeddings(), LoraLayer):
+            return 0
         adapted = [
             index
             for index, layer in enumerate(self._layers)
@@ -442,11 +453,18 @@ class SharedBase:
 
     def _fuse(self) -> None:
         """Makes ``lora_linear`` compute the adapted layers, and layers with the same input in one call."""
-        found = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        embedding = self.model.get_input_embeddings()
+        if isinstance(embedding, Embedding):
+            embedding.__class__ = lora_layers.EmbeddingByRole
+        found = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, LoraLayer) and module is not embedding
+        }
         left = lora_layers.fuse(found)
         fused = {name: layer for name, layer in found.items() if name not in left}
         calls = lora_layers.group(fused, lambda: self._run(self.probe, torch.ones_like(self.probe)))
-        self.one_pass = not (left or self._mixture) and calls.sizes == {self.probe.numel()}
+        self.one_pass = not (left or self._mixture) and calls.sizes <= {self.probe.numel()}
 
     def _check_split(self) -> None:
         """Tries once per starting layer whether the model can be run from the first adapted layer on."""
@@ -485,6 +503,9 @@ class SharedBase:
                 for part in ("lora_A", "lora_B"):
                     if role in getattr(module, part):
                         found[f"{module_name}.{part}.weight"] = getattr(module, part)[role].weight
+                for part in ("lora_embedding_A", "lora_embedding_B"):
+                    if role in getattr(module, part):
+                        found[f"{module_name}.{part}"] = getattr(module, part)[role]
         if role in self.heads:
             found["score.weight"] = self.heads[role].weight
         return found

@@ -89,10 +89,17 @@ def _means_experts(model: PreTrainedModel, name: str) -> bool:
     return name not in (config.target_modules or ())
 
 
-def head_path(model: PreTrainedModel) -> str:
-    """The path of the language-model head, such as ``lm_head``."""
-    head = model.get_output_embeddings()
-    return next(path for path, module in model.named_modules() if module is head)
+def outside(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules outside the decoder layers that can have an adapter, by path: the head (``lm_head``) and the token
+    embedding (``model.embed_tokens``), unless it computes more than a row of its weight times a factor."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    found = {path: module for path, module in model.named_modules() if module is head or module is embedding}
+    return {path: module for path, module in found.items() if module is head or _looks_up(module)}
+
+
+def _looks_up(embedding: nn.Module) -> bool:
+    own = getattr(embedding, "base_layer", embedding)
+    return type(own) is nn.Embedding or hasattr(own, "embed_scale")  # PEFT knows this attribute
 
 
 def target_modules(
@@ -100,18 +107,18 @@ def target_modules(
 ) -> list[str] | str:
     """PEFT's target_modules for the linear modules of these names: the names, if PEFT finds no other modules by them.
 
-    Otherwise (with a vision tower, or with the head and ``layer_numbers``) a regular expression of their full paths,
-    with the given layer numbers; the head is in no layer.
+    Otherwise (with a vision tower, or with a module ``outside`` and ``layer_numbers``) a regular expression of their
+    full paths, with the given layer numbers.
     """
     reached = {path for path, _ in model.named_modules() if _last(path) in names}
     wanted = {path for path in targets.linear if _last(path) in names}
-    head = [path for path in (head_path(model),) if _last(path) in names]
-    if reached == wanted | set(head) and not (head and layer_numbers):
+    others = [path for path in outside(model) if _last(path) in names]
+    if reached == wanted | set(others) and not (others and layer_numbers):
         return names
     numbers = r"\d+" if layer_numbers is None else f"({'|'.join(map(str, layer_numbers))})"
     paths = sorted({_any_number(path.removeprefix(f"{decoder.path}.").split(".", 1)[1]) for path in wanted})
     in_layers = rf"{re.escape(decoder.path)}\.{numbers}\.({'|'.join(paths)})"
-    return "|".join([in_layers, *map(re.escape, head)])
+    return "|".join([in_layers, *map(re.escape, others)])
 
 
 def _any_number(path: str) -> str:

@@ -29,7 +29,7 @@ from rlhf_fast.data import (
     sft_rows,
 )
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import SharedBase, pretrained
+from rlhf_fast.models import SharedBase, pretrained, targets
 from rlhf_fast.models.attention import SHORT
 from rlhf_fast.monitor import print_summary
 from rlhf_fast.ops import pairwise_loss
@@ -55,12 +55,12 @@ class Shape:
     weights: int
     itemsize: int  # bytes of a weight in the dtype of the run
     layers: int
-    adapted: int  # layers with adapters
+    adapted: int  # layers from the lowest adapted one on; all of them with an adapter on the token embedding
     width: int
     query: int
     shared: int  # width of the keys, equal to that of the values
     inner: int
-    linear: int  # weights of the adapted linear modules
+    linear: int  # weights of the adapted linear modules in the layers
     adapter: int  # parameters of one adapter
 
 
@@ -101,6 +101,10 @@ def read_shape(config: StageConfig, model_config: Any) -> Shape:
     ]
     adapted = min(config.lora_layers or text.num_hidden_layers, text.num_hidden_layers)
     share = adapted / text.num_hidden_layers
+    names = config.lora_target_modules
+    outside: list[Any] = [module for path, module in targets.outside(model).items() if path.split(".")[-1] in names]
+    if model.get_input_embeddings() in outside:
+        adapted = text.num_hidden_layers
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     itemsize = pretrained.choose_dtype(config.dtype, torch.device("cpu")).itemsize
     return Shape(
@@ -114,7 +118,8 @@ def read_shape(config: StageConfig, model_config: Any) -> Shape:
         shared=head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         linear=round(share * sum(module.weight.numel() for module in linear)),
-        adapter=round(share * config.lora_r * sum(m.in_features + m.out_features for m in linear)),
+        adapter=round(share * config.lora_r * sum(m.in_features + m.out_features for m in linear))
+        + config.lora_r * sum(sum(module.weight.shape) for module in outside),
     )
 
 

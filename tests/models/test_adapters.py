@@ -175,8 +175,6 @@ def test_an_adapter_of_plain_peft_loads(loaded: Callable[..., SharedBase], tmp_p
 @pytest.mark.parametrize(
     ("lora", "tensor"),
     [
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ({"target_modules": ["q_proj"], "use_dora": True}, "lora_magnitude_vector"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head"),
     ],

@@ -24,7 +24,8 @@ MASK = torch.ones_like(IDS)
 
 @pytest.fixture
 def stage(tokenizer_folder: Path) -> StageConfig:
-    return settings(model_name_or_path=str(tokenizer_folder), load_in_4bit=True, dtype="float32")
+    named = {"lora_target_modules": ["all-linear", "embed_tokens"], "model_name_or_path": str(tokenizer_folder)}
+    return settings(**named, load_in_4bit=True, dtype="float32")
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_every_linear_layer_is_packed_and_the_rest_is_not(base: SharedBase) -> N
 
 
 def test_states_and_gradients_are_those_of_the_unpacked_weights(base: SharedBase, stage: StageConfig) -> None:
-    plain_stage = settings(model_name_or_path=stage.model_name_or_path, dtype="float32")
+    plain_stage = dataclasses.replace(stage, load_in_4bit=False)
     model, tokenizer = load_pretrained(plain_stage, base.device)
     packed = {
         path.replace(".base_layer", "").removeprefix("base_model.model."): layer

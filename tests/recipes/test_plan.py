@@ -22,14 +22,17 @@ def planned_shape(config) -> plan.Shape:
         return plan.read_shape(config, AutoConfig.from_pretrained(source))
 
 
-def test_shapes_are_those_of_the_model(ppo_config):
+@pytest.mark.parametrize("names", [[], ["lm_head"], ["embed_tokens", "lm_head"]], ids=len)
+def test_shapes_are_those_of_the_model(ppo_config, names):
     for layers in (None, 1):
         config = ppo_config(lora_layers=layers, sft_adapter=None, reward_adapter=None, reward_functions=["f.py:f"])
+        config.lora_target_modules = ["all-linear", *names]
         shape, stage = planned_shape(config), Stage("ppo", config)
         assert shape.weights == sum(p.numel() for p in stage.base.model.parameters())
         stage.base.add_role("policy")
         assert shape.adapter == sum(p.numel() for p in stage.base.named_parameters("policy").values())
         assert shape.linear * shape.itemsize == stage.base.merged("policy").bytes
+        assert shape.adapted == shape.layers - stage.base.first_adapted_layer
 
 
 def test_what_a_layer_keeps_is_what_is_counted(ppo_config, monkeypatch):

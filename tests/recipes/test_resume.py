@@ -74,6 +74,24 @@ def test_killed_and_resumed_is_bitwise_the_run_never_killed(name, config_of, mon
         assert_same_run(tmp_path / "whole", tmp_path / f"killed{step}")
 
 
+def test_with_adapters_on_head_and_token_embedding(sft_config, ppo_config, monkeypatch, tmp_path):
+    """Critic and reward model have none. The first epoch trains on the states of its scoring."""
+    named = dict(lora_target_modules=["all-linear", "lm_head", "embed_tokens"])
+    sft.train(sft_config(max_steps=1, **named))
+    start = tmp_path / "sft" / "adapter"
+    own = dict(sft_adapter=str(start), micro_batch_size=8, num_mini_batches=1, **named)
+    ppo.train(ppo_config("whole", **own))
+    config = ppo_config("killed", **own)
+    run_until(monkeypatch, ppo.train, config, update=2 * 2 + 2, error=Killed)
+    ppo.train(config, resume_from_checkpoint="auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    first = next(line for line in lines(tmp_path / "whole", "metrics.jsonl") if "objective/kl" in line)
+    assert first["objective/kl"] == 0.0
+    tensors = [load_file(folder / "adapter_model.safetensors") for folder in (start, tmp_path / "whole" / "policy")]
+    for name, tensor in tensors[0].items():
+        assert not tensor.equal(tensors[1][name]), name
+
+
 @pytest.mark.parametrize("name", TRAIN)
 def test_interrupted_in_the_middle_of_a_step_leaves_the_step_before_it(name, config_of, monkeypatch, tmp_path):
     train, make = TRAIN[name], config_of[name]

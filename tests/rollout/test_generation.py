@@ -80,8 +80,12 @@ def test_greedy_tokens_are_those_of_transformers_and_log_probs_those_of_training
         assert drawn.min() < -0.5
 
 
-def test_an_adapter_on_the_head_is_sampled_with(folder: Path, row: MakeRow) -> None:
-    base = make("llama", folder, lora_target_modules=["q_proj", "lm_head"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # gemma2's embedding is its head, and scaled
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids="_and_".join)
+def test_adapters_on_head_and_embedding_are_sampled_with(
+    folder: Path, row: MakeRow, architecture: str, names: list[str]
+) -> None:
+    base = make(architecture, folder, lora_target_modules=["q_proj", *names])
     test_greedy_tokens_are_those_of_transformers_and_log_probs_those_of_training(base, row)
 
 
