@@ -169,8 +169,9 @@ def test_the_merged_copy_leaves_a_head_of_the_same_weight_alone(
 ) -> None:
     base = make(architecture, lora_target_modules=["all-linear", NAMES[architecture]])
     ids = batch([7, 7], "left")[0]
-    copied = base.merged("policy")
-    with torch.no_grad(), copied.in_use(), base.role("sft"):  # whatever PEFT's active adapter is
+    with base.role(None):  # whatever PEFT's active adapter is, here and below
+        copied = base.merged("policy")
+    with torch.no_grad(), copied.in_use(), base.role("sft"):
         found = base.model(ids).logits
     torch.testing.assert_close(found, logits_of(base, "policy", ids), rtol=1e-4, atol=1e-4)
     with torch.no_grad(), base.merged(None).in_use():
