@@ -1,9 +1,9 @@
 // The token-level formulas, shared by the CPU (F is a vector) and CUDA (F is a float, one token per thread). They
 // compute the same as the torch references in rlhf_fast/ops.
 //
-// F needs arithmetic, comparisons, and the functions where(condition, a, b), expm1, abs, reciprocal and bounded_exp,
-// which is e^x for x <= 87. This file is included INSIDE the namespace that defines them: rlhf_fast::<path> in
-// cpu/vec.h, rlhf_fast::cuda in cuda/scalar.h.
+// F needs arithmetic, comparisons, and the functions where(condition, a, b), at_least and at_most, which keep NaN, abs,
+// reciprocal, bounded_exp, which is e^x for x <= 87, and half_power, described at Exponential. This file is included
+// INSIDE the namespace that defines them: rlhf_fast::<path> in cpu/vec.h, rlhf_fast::cuda in cuda/scalar.h.
 
 #ifdef __CUDACC__
 #define RLHF_FAST_FORMULA __host__ __device__ __forceinline__
@@ -11,23 +11,41 @@
 #define RLHF_FAST_FORMULA inline __attribute__((always_inline))
 #endif
 
-// exp(x) - 1 - x to a few ulp. For |x| < 1/2, where the difference would cancel, by its Taylor series
-//
-//     x^2 / 2 (1 + x / 3 (1 + x / 4 (1 + ... x / 9))),
-//
-// whose next term is less than half an ulp of a float.
+// e^x = 2 half (1 + rest + tail). Near 0, half = 1/2, rest = x and tail = e^x - 1 - x, so that nothing cancels.
 template <class F>
-RLHF_FAST_FORMULA F k3(F x) {
-  F tail = 1.0f + x * (1.0f / 9);
-  tail = 1.0f + x * (1.0f / 8) * tail;
-  tail = 1.0f + x * (1.0f / 7) * tail;
-  tail = 1.0f + x * (1.0f / 6) * tail;
-  tail = 1.0f + x * (1.0f / 5) * tail;
-  tail = 1.0f + x * (1.0f / 4) * tail;
-  tail = 1.0f + x * (1.0f / 3) * tail;
-  // The bound prevents inf - inf; exp(x) overflows before x reaches it.
-  const F bounded = where(x > 1000.0f, F{} + 1000.0f, x);
-  return where(abs(x) < 0.5f, 0.5f * x * x * tail, expm1(x) - bounded);
+struct Exponential {
+  F half;  // 2^(n - 1) for an integer n; 2^n itself may be 2^128, which is not a float. 0 for x < -86.99
+  F rest;  // x - n log 2, in +-log(2) / 2
+  F tail;  // e^rest - 1 - rest
+
+  RLHF_FAST_FORMULA F value() const { return 2.0f * (half * (rest + tail) + half); }
+  RLHF_FAST_FORMULA F minus_1() const { return 2.0f * (half * (rest + tail) + (half - 0.5f)); }
+  // e^x - 1 - x to a few ulp
+  RLHF_FAST_FORMULA F minus_1_and(F x) const {
+    return 2.0f * (half * tail + ((half * rest + (half - 0.5f)) - 0.5f * x));
+  }
+};
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+constexpr float kOverflow = 89.0f;       // e^x is infinite here
+
+// For x <= kOverflow. half_power(kRounder + n) is 2^(n - 1), and 0 for n = -126.
+template <class F>
+RLHF_FAST_FORMULA Exponential<F> split_exponential(F x) {
+  // 1. x = n log 2 + r. log 2 is split in two parts: n times the first is exact, so that r is accurate.
+  x = at_least(x, F{} - 87.0f);
+  const F shifted = x * kLog2E + kRounder;
+  const F n = shifted - kRounder;
+  F r = x - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  // 2. e^r - 1 - r = r^2 p(r)
+  F p = r * 1.9875691e-4f + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
+  p = p * r + 4.1665795e-2f;
+  p = p * r + 1.6666665e-1f;
+  p = p * r + 0.5f;
+  return {half_power(shifted), r, p * (r * r)};
 }
 
 // NaN for an invalid code. The switches have no default, so that -Werror=switch rejects a missing case; this is reached
@@ -43,7 +61,10 @@ RLHF_FAST_FORMULA F kl_value(Kl estimator, F d) {
   switch (estimator) {
     case Kl::k1: return d;
     case Kl::k2: return 0.5f * d * d;
-    case Kl::k3: return k3(-d);
+    case Kl::k3: {
+      const F x = at_most(-d, F{} + kOverflow);  // infinity - infinity would be NaN
+      return split_exponential(x).minus_1_and(x);
+    }
     case Kl::abs: return abs(d);
   }
   return no_formula<F>();
@@ -55,7 +76,7 @@ RLHF_FAST_FORMULA F kl_slope(Kl estimator, F d) {
   switch (estimator) {
     case Kl::k1: return F{} + 1.0f;
     case Kl::k2: return d;
-    case Kl::k3: return -expm1(-d);
+    case Kl::k3: return -split_exponential(at_most(-d, F{} + kOverflow)).minus_1();
     case Kl::abs: return where(d > 0.0f, F{} + 1.0f, where(d < 0.0f, F{} - 1.0f, F{}));
   }
   return no_formula<F>();

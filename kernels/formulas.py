@@ -18,24 +18,24 @@ ABS = tl.constexpr(3)
 
 # The log ratio is clamped to +-20, so that its exponential stays finite. NaN is kept.
 LOG_RATIO_BOUND = tl.constexpr(20.0)
+OVERFLOW = tl.constexpr(89.0)  # e^x is infinite here
 
 
 @triton.jit
 def _split_exponential(x):
-    """(half, fraction) with e^x = 2 * half * (1 + fraction).
+    """(half, rest, tail) with e^x = 2 half (1 + rest + tail), for x <= OVERFLOW.
 
-    half is 2^(n - 1) instead of 2^n, because 2^128 is not a float32. It is 0 for x < -86.9.
+    half is 2^(n - 1) for an integer n; 2^n itself may be 2^128, which is not a float32. It is 0 for x < -86.99. Near 0,
+    half = 1/2, rest = x and tail = e^x - 1 - x, so that nothing cancels.
     """
-    # 1. x = n log 2 + r with an integer n and |r| <= log(2) / 2. The bounds keep the exponent of ``half`` in range.
-    bounded = tl.where(x > 89.0, 89.0, x)
-    bounded = tl.where(bounded < -86.9, -86.9, bounded)
-    # Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the sum.
+    # 1. x = n log 2 + r with |r| <= log(2) / 2. Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
+    # log 2 is split in two parts: n times the first is exact, so that r is accurate.
+    bounded = tl.where(x < -87.0, -87.0, x)
     shifted = bounded * 1.44269504 + 12582912.0
     n = shifted - 12582912.0
-    # log 2 is split in two parts. The first has trailing zeros, so that n times it is exact and r is accurate.
     r = bounded - n * 0.693145752
     r = r - n * 1.42860677e-6
-    # 2. e^r - 1 = r + r^2 p(r)
+    # 2. e^r - 1 - r = r^2 p(r)
     p = 1.9875691e-4 * r + 1.3981999e-3
     p = p * r + 8.3334519e-3
     p = p * r + 4.1665795e-2
@@ -43,35 +43,33 @@ def _split_exponential(x):
     p = p * r + 0.5
     # 3. 2^(n - 1): the integer shifted into the exponent bits
     half = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F000000).to(tl.float32, bitcast=True)
-    return tl.where(x < -86.9, 0.0, half), p * (r * r) + r
+    return half, r, p * (r * r)
+
+
+@triton.jit
+def _at_most_overflow(x):
+    return tl.where(x > OVERFLOW, OVERFLOW, x)
 
 
 @triton.jit
 def exponential(x):
-    half, fraction = _split_exponential(x)
-    return 2.0 * (half * fraction + half)
+    half, rest, tail = _split_exponential(_at_most_overflow(x))
+    return 2.0 * (half * (rest + tail) + half)
 
 
 @triton.jit
 def expm1(x):
-    """e^x - 1, accurate for small x: there half = 1/2, and the result is the fraction."""
-    half, fraction = _split_exponential(x)
-    return 2.0 * (half * fraction + (half - 0.5))
+    """e^x - 1, accurate for small x."""
+    half, rest, tail = _split_exponential(_at_most_overflow(x))
+    return 2.0 * (half * (rest + tail) + (half - 0.5))
 
 
 @triton.jit
 def k3(x):
-    """exp(x) - 1 - x to a few ulp, by its Taylor series where the difference would cancel."""
-    tail = 1.0 + x * (1.0 / 9)
-    tail = 1.0 + x * (1.0 / 8) * tail
-    tail = 1.0 + x * (1.0 / 7) * tail
-    tail = 1.0 + x * (1.0 / 6) * tail
-    tail = 1.0 + x * (1.0 / 5) * tail
-    tail = 1.0 + x * (1.0 / 4) * tail
-    tail = 1.0 + x * (1.0 / 3) * tail
-    # The bound prevents inf - inf; exp(x) overflows before x reaches it.
-    bounded = tl.where(x > 1000.0, 1000.0, x)
-    return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * tail, expm1(x) - bounded)
+    """e^x - 1 - x to a few ulp."""
+    x = _at_most_overflow(x)  # infinity - infinity would be NaN
+    half, rest, tail = _split_exponential(x)
+    return 2.0 * (half * tail + ((half * rest + (half - 0.5)) - 0.5 * x))
 
 
 @triton.jit

@@ -52,8 +52,7 @@ class Normalisers(NamedTuple):
 def kl_terms(p, ratio, r):
     """p log(p / r) - p + r >= 0, with ratio = log(r / p).
 
-    Near ratio = 0 the three terms cancel, so there it is computed as p * (e^ratio - 1 - ratio), for which k3 has a
-    series.
+    Near ratio = 0 the three terms cancel; p * (e^ratio - 1 - ratio), by k3, does not.
     """
     ratio = tl.where(p == 0.0, 2.0, ratio)  # log p is -inf: select the branch r - p - p * ratio, which gives r
     return tl.where(ratio <= 1.0, p * k3(ratio), r - p - p * ratio)

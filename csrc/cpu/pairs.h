@@ -13,17 +13,13 @@ struct Normaliser {
 
 // p log(p / r) - p + r, with ratio = log(r / p) and r = e^ref_gap * ref_scale.
 //
-// Each lane computes only one exponential. For ratio <= 1 it is e^ratio, and the result p * (e^ratio - 1 - ratio);
-// nothing cancels, because near 0 the polynomial tail of the exponential is e^x - 1 - x. For ratio > 1 it is e^ref_gap.
+// Each lane computes only one exponential: e^ratio for ratio <= 1, where p * (e^ratio - 1 - ratio) does not cancel,
+// else e^ref_gap.
 RLHF_FAST_INLINE F32 kl_terms(F32 p, F32 ratio, F32 ref_gap, float ref_scale) {
   ratio = where(p == 0.0f, all(2.0f), ratio);  // log p is -inf: select the branch r - p - p * ratio, which gives r
   const I32 near = ratio <= 1.0f;
-  const F32 x = where(near, ratio, ref_gap);
-  const Exponential e = split_exponential(x < -87.0f ? all(-87.0f) : x);
-  const F32 power = power_of_2(e.exponent);
-  const F32 excess = power * e.tail + (power * e.remainder + ((power - 1.0f) - ratio));
-  const F32 r = where(x < -87.0f, F32{}, (power * e.fraction + power) * ref_scale);
-  return where(near, p * excess, r - p - p * ratio);
+  const Exponential<F32> e = split_exponential(where(near, ratio, ref_gap));
+  return where(near, p * e.minus_1_and(ratio), e.value() * ref_scale - p - p * ratio);
 }
 
 template <class T>

@@ -50,34 +50,12 @@ RLHF_FAST_INLINE F32 at_most(F32 x, F32 bound) { return x > bound ? bound : x; }
 // max(x, kept): a NaN in `kept` is kept, a NaN in `x` is ignored.
 RLHF_FAST_INLINE F32 larger(F32 x, F32 kept) { return x > kept ? x : kept; }
 
-constexpr float kLog2E = 1.44269504f;
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+RLHF_FAST_INLINE F32 half_power(F32 shifted) { return (F32)(((U32)shifted << 23) + (126u << 23)); }
 
-// e^x = 2^n (1 + f), n an integer, 1 + f in [0.7, 1.42], for |x| < 90.
-struct Exponential {
-  F32 fraction;         // f
-  U32 exponent;         // n, shifted to the exponent bits of a float
-  F32 remainder, tail;  // f = remainder + tail; where n = 0, remainder = x and tail = e^x - 1 - x
-};
+RLHF_FAST_INLINE F32 bounded_exp(F32 x);
+RLHF_FAST_INLINE F32 reciprocal(F32 x);
 
-RLHF_FAST_INLINE Exponential split_exponential(F32 x) {
-  // 1. x = n log 2 + r. log 2 is split in two parts: n times the first is exact, so that r is accurate.
-  const F32 shifted = x * kLog2E + kRounder;
-  const F32 n = shifted - kRounder;
-  F32 r = x - n * 0.693145752f;
-  r = r - n * 1.42860677e-6f;
-  // 2. e^r - 1 = r + r^2 p(r), on |r| <= log(2) / 2
-  F32 p = all(1.9875691e-4f);
-  p = p * r + 1.3981999e-3f;
-  p = p * r + 8.3334519e-3f;
-  p = p * r + 4.1665795e-2f;
-  p = p * r + 1.6666665e-1f;
-  p = p * r + 0.5f;
-  return {p * (r * r) + r, (U32)shifted << 23, r, p * (r * r)};
-}
-
-// 2^n for n in -126..127, shifted to the exponent bits.
-RLHF_FAST_INLINE F32 power_of_2(U32 exponent) { return (F32)((U32)all(1.0f) + exponent); }
+#include "../formulas.h"
 
 // 2^(x * rate) for x * rate <= 126 (or NaN) and rate >= 2^-119, with a relative error of 2e-7; exactly 0 below 2^-125.
 //
@@ -88,26 +66,17 @@ RLHF_FAST_INLINE F32 exp2_scaled(F32 x, float rate) {
   x = at_least(x, all(lowest));
   const F32 shifted = x * rate + kRounder;
   const F32 f = x * rate - (shifted - kRounder);
-  // 2 p(f) * 2^(n - 1) instead of p(f) * 2^n: at n = -126 the exponent bits of the power are then 0, so the power and
-  // the result are exactly 0 without a comparison
+  // 2 p(f) * 2^(n - 1) instead of p(f) * 2^n: at n = -126 the power, and so the result, is 0 without a comparison
   F32 p = all(2.6529454e-3f);
   p = p * f + 1.9343026e-2f;
   p = p * f + 1.11014672e-1f;
   p = p * f + 4.8044484e-1f;
   p = p * f + 1.3862940f;
   p = p * f + 2.0f;
-  return p * (F32)(((U32)shifted << 23) + (126u << 23));
+  return p * half_power(shifted);
 }
 
-RLHF_FAST_INLINE F32 exp(F32 x) {
-  const F32 low = x < -87.0f ? all(-87.0f) : x;
-  const Exponential e = split_exponential(low > 89.0f ? all(89.0f) : low);
-  // 2^128 is not a float. For x > 0 one factor of 2 is applied last, so that results up to the largest float are
-  // correct and larger ones overflow to infinity.
-  const U32 held_back = (U32)(x > 0.0f) & (1u << 23);
-  const F32 result = (e.fraction + 1.0f) * power_of_2(e.exponent - held_back) * (x > 0.0f ? all(2.0f) : all(1.0f));
-  return x < -87.0f ? all(0.0f) : result;
-}
+RLHF_FAST_INLINE F32 exp(F32 x) { return split_exponential(at_most(x, all(kOverflow))).value(); }
 
 // min(e^x, e^87) with a relative error of 2e-7; exactly 0 below 2^-125.
 RLHF_FAST_INLINE F32 bounded_exp(F32 x) { return exp2_scaled(at_most(x, all(87.0f)), kLog2E); }
@@ -122,23 +91,12 @@ RLHF_FAST_INLINE F32 reciprocal(F32 x) {
 #endif
 }
 
-// e^x - 1, accurate for small x: there n = 0, scale = 1 and the result is the fraction.
-RLHF_FAST_INLINE F32 expm1(F32 x) {
-  const F32 bounded = x < -20.0f ? all(-20.0f) : (x > 20.0f ? all(20.0f) : x);
-  const Exponential e = split_exponential(bounded);
-  const F32 scale = power_of_2(e.exponent);
-  const F32 near = scale * e.fraction + (scale - 1.0f);
-  return abs(x) > 20.0f ? exp(x) - 1.0f : near;
-}
-
 // (e^2x - 1) / (e^2x + 1). For |x| > 10 it rounds to +-1.
 RLHF_FAST_INLINE F32 tanh(F32 x) {
   const F32 bounded = x > 10.0f ? all(10.0f) : (x < -10.0f ? all(-10.0f) : x);
-  const F32 e = expm1(bounded + bounded);
+  const F32 e = split_exponential(bounded + bounded).minus_1();
   return e / (e + 2.0f);
 }
-
-#include "../formulas.h"
 
 // Reduces the lanes: repeatedly combines the upper half with the lower half. Written out so that the order of a sum
 // does not depend on the compiler.

@@ -2,8 +2,6 @@
 // the same functions are in plain C++.
 #pragma once
 
-#include <cstring>
-
 #include "device.h"
 
 namespace rlhf_fast::cuda {
@@ -14,18 +12,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-// The float with these 32 bits, and back.
-RLHF_FAST_INLINE float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-RLHF_FAST_INLINE uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(x));
-  return bits;
-}
 
 #ifdef __CUDA_ARCH__
 

@@ -12,23 +12,10 @@ struct Normalisers {
   float shift, scale, ref_shift, ref_scale, offset;
 };
 
-// e^x - 1 - x for x <= 1, to a few ulp. With e^x = 2^n (1 + r + tail): near 0, n = 0 and r = x, so the result is the
-// tail and nothing cancels.
-__device__ __forceinline__ float excess(float x) {
-  const float bounded = fmaxf(x, -87);
-  const float shifted = bounded * kLog2E + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = bounded - n * 0.693145752f - n * 1.42860677e-6f;
-  const float p =
-      ((((1.9875691e-4f * r + 1.3981999e-3f) * r + 8.3334519e-3f) * r + 4.1665795e-2f) * r + 1.6666665e-1f) * r + 0.5f;
-  const float power = float_of((bits_of(shifted) << 23) + 0x3f800000);
-  return power * (p * (r * r)) + (power * r + (power - 1 - x));
-}
-
-// p log(p / r) - p + r, with ratio = log(r / p). Near ratio = 0 the three terms would cancel; p * excess(ratio) does
-// not.
+// p log(p / r) - p + r, with ratio = log(r / p). Near ratio = 0 the three terms would cancel; p * (e^ratio - 1 - ratio)
+// does not.
 __device__ __forceinline__ float kl_term(float p, float ratio, float r) {
-  const float term = ratio <= 1 ? p * excess(ratio) : r - p - p * ratio;
+  const float term = ratio <= 1 ? p * split_exponential(ratio).minus_1_and(ratio) : r - p - p * ratio;
   return p == 0 ? r : term;  // log p is -inf
 }
 

@@ -10,12 +10,8 @@
 
 namespace rlhf_fast::cuda {
 
-constexpr float kLog2E = 1.44269504f;
-
 // Bound of a log-ratio that is multiplied by a probability. Where the probability is 0, the product is 0, not 0 * inf.
 constexpr float kFar = 1e4f;
-
-__device__ inline float at_most(float x, float bound) { return x > bound ? bound : x; }  // keeps NaN
 
 // Sums over all columns except the target, with gap = x - shift. tops + rest is the usual sum of the softmax. Columns
 // at the maximum, with e^gap = 1, are counted separately, because 1 + 1e-8 is 1 in float: a row with one large logit
