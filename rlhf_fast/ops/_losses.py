@@ -179,15 +179,19 @@ def _outputs(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
 def _save(ctx: Any, given: _Forward, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    _, statistics, grads = output
+    # Not the output itself: the backward may return these, and must not give them away while the graph is kept.
+    ctx.save_for_backward(statistics, *(grads.unbind() if given.wants.count(True) > 1 else (grads.detach(),)))
 
 
 def _gradient(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * len(_TRAINED)
-    statistics, grads = ctx.saved_tensors
-    grads = grads * (grad_loss * statistics[-1])
-    slots = iter(grads.unbind() if ctx.needs.count(True) > 1 else (grads,))
+    statistics, *grads = ctx.saved_tensors
+    scale = grad_loss * statistics[-1]
+    if not (_checks.at_hand(scale) and scale == 1):
+        grads = [grad * scale for grad in grads]
+    slots = iter(grads)
     return tuple([next(slots) if need else None for need in ctx.needs])
 
 

@@ -255,3 +255,20 @@ def test_bad_arguments() -> None:
         ppo_loss(*[z[0]] * 6, aggregation="seq-mean-token-sum")
     with pytest.raises(ValueError, match="num_items must be a finite number >= 0; got -1"):
         ppo_loss(*x, num_items=-1)
+
+
+@pytest.mark.parametrize("trained", [TRAINED, ("logprobs",)], ids=["all", "one"])
+def test_a_gradient_that_is_changed_leaves_the_kept_graph_alone(trained: tuple[str, ...]) -> None:
+    """The graph keeps the gradients; the leaves get copies, so that clipping or zeroing them is safe."""
+    x, mask = sample(3, 2, 4)
+    leaves = {name: tensor.clone().requires_grad_(name in trained) for name, tensor in x.items()}
+    loss = ppo_loss(**leaves, mask=mask, **WEIGHTS).loss
+    loss.backward(retain_graph=True)
+    first = {name: leaves[name].grad.clone() for name in trained}
+    for name in trained:
+        leaves[name].grad.zero_()
+    (2 * loss).backward(retain_graph=True)
+    loss.backward()
+    for name in trained:
+        torch.testing.assert_close(leaves[name].grad, 3 * first[name])
+        assert first[name].any()
