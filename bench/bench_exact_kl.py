@@ -23,24 +23,26 @@ from rlhf_fast.bench.workload import (
 
 
 def build(dtype: torch.dtype, sizes: Sizes, device: torch.device) -> Contest:
-    logits = leaf((3 * torch.randn(sizes["tokens"], sizes["vocab"], device=device)).to(dtype))
-    ref_logits = (logits + torch.randn_like(logits)).detach()
+    kept = (3 * torch.randn(sizes["tokens"], sizes["vocab"], device=device)).to(dtype)
+    logits, ref_logits = leaf(kept), kept + torch.randn_like(kept)
     upstream = torch.randn(sizes["tokens"], device=device)
     do = functools.partial(forward_backward, upstream=upstream)
-    fast = compiled(naive)
+    in_place, fast = functools.partial(exact_kl, inplace_backward=True), compiled(naive)
     return Contest(
         {
             OURS: lambda: do(exact_kl, logits, ref_logits),
+            f"{OURS}, in place": lambda: do(in_place, logits, ref_logits),
             EAGER: lambda: do(naive, logits, ref_logits),
             COMPILED: lambda: do(fast, logits, ref_logits),
             COPY: copying(ref_logits),
         },
         names=("kl", "gradient"),
         truth=lambda: forward_backward(
-            naive, leaf(logits[:64].double()), ref_logits[:64].double(), upstream=upstream[:64].double()
+            naive, leaf(kept[:64].double()), ref_logits[:64].double(), upstream=upstream[:64].double()
         ),
         # both sets read forward and backward, the gradient written
         work=Work("bytes", 5 * logits.nbytes, COPY, 2 * logits.nbytes),
+        fresh=lambda: logits.detach().copy_(kept),
     )
 
 

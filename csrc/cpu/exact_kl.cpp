@@ -55,6 +55,7 @@ void exact_kl_backward(const ExactKlBackward& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
     auto* ref_logits = (decltype(logits))a.ref_logits.data;
     auto* grads = (decltype(logits))a.grad.data;
+    if (grads != logits) write_in_huge_pages(grads, a.rows.length * a.grad.row_stride);
     parallel_for(a.rows.length, 2 * a.rows.vocab, threads, [&](int64_t i) {
       auto* grad = grads + i * a.grad.row_stride;
       if (!is_live(a.rows, i)) return zero(grad, a.rows.vocab);

@@ -27,6 +27,7 @@ void masked_logprobs(const MaskedLogprobs& a, int threads) {
 void masked_logprobs_backward(const MaskedLogprobsBackward& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
     auto* grads = (decltype(logits))a.grad.data;
+    if (grads != logits) write_in_huge_pages(grads, a.rows.length * a.grad.row_stride);
     parallel_for(a.rows.length, a.columns, threads, [&](int64_t i) {
       auto* grad = grads + i * a.grad.row_stride;
       if (!is_live(a.rows, i)) return zero(grad, a.columns);

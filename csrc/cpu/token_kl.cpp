@@ -3,7 +3,7 @@
 //   formula         value and slope of the table in rlhf_fast/ops/token_kl.py, d = logprob - ref_logprob
 //   bytes a token   forward 8 read, 4 written; backward 12 read, 4 written; 1 more read with a mask
 //   passes          one each way
-//   error           1 ulp of the difference; k3 to a few ulps, by its series where exp(x) - 1 - x would cancel
+//   error           1 ulp of the difference; k3 to a few ulps, although exp(x) - 1 - x cancels
 #include "tokens.h"
 
 namespace rlhf_fast::RLHF_FAST_PATH {

@@ -3,7 +3,7 @@
 A row is one token: its logits or its hidden state.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +129,25 @@ def _check_range(op: str, name: str, targets: Tensor, live: Tensor, vocab: int) 
             f"{op}: {name} must lie in [0, {vocab}); got {int(targets[position])} at position {position}. "
             "Mask that token, set it to ignore_index, or check the tokenizer against the model."
         )
+
+
+# ---- backwards that may overwrite the logits: ctx has inplace_backward and spent; spent is False at first ------------
+
+
+def refuse_spent(ctx: Any, op: str) -> None:
+    """Call this before reading ctx.saved_tensors."""
+    if ctx.spent:
+        raise RuntimeError(
+            f"{op}: inplace_backward=True wrote the gradient over the logits in the first backward, so there can be no "
+            "second one; pass inplace_backward=False to run the backward twice"
+        )
+
+
+def gradient_memory(ctx: Any, logits: Tensor) -> Tensor:
+    """Where the gradient of the logits is written: over them, or in new contiguous memory."""
+    ctx.spent = ctx.inplace_backward
+    # detach shares the memory and the version counter, so autograd detects any other use of the old logits
+    return logits.detach() if ctx.inplace_backward else torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 # ---- parts of records ----------------------------------------------------------------------------------------------

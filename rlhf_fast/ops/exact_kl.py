@@ -17,7 +17,9 @@ from ._rows import (
     expanded,
     flat,
     flat_temperature,
+    gradient_memory,
     logits_of,
+    refuse_spent,
     rows_of,
     unflat,
     unit_columns,
@@ -27,7 +29,12 @@ from ._vocab import all_dead, row_chunks, row_sum
 
 
 def exact_kl(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None, *, temperature: float | Tensor = 1.0
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    inplace_backward: bool = False,
 ) -> Tensor:
     """KL(policy || reference) of every live token in nats, summed over the vocabulary; 0 for the others.
 
@@ -40,6 +47,8 @@ def exact_kl(
         mask: (...), bool or 0/1, 1 = counts. The data of a masked row is never used, NaN or inf included.
             A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         temperature: divides both; a number > 0, or a tensor () or (...) with one per row. It receives no gradient.
+        inplace_backward: the backward overwrites the logits with their gradient instead of allocating memory (logits
+            that are not contiguous, or not of the common dtype, are copied first).
 
     Returns:
         (...), float32 (float64 when an input is). A column at -inf in both adds nothing. A column at -inf only in the
@@ -48,6 +57,8 @@ def exact_kl(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device or value.
+        RuntimeError: in the backward, when the logits were modified since the forward, or on a second backward with
+            ``inplace_backward``.
     """
     op = "exact_kl"
     _checks.floating(op, logits=logits, ref_logits=ref_logits)
@@ -65,7 +76,8 @@ def exact_kl(
         live = flat(live)
     shared = (live, *flat_temperature(op, temperature, logits))
     ref_logits = _checks.constant(ref_logits)
-    inputs = Inputs(as_rows(logits), as_rows(ref_logits), *shared)
+    rows = logits.contiguous() if inplace_backward else logits
+    inputs = Inputs(as_rows(rows), as_rows(ref_logits), *shared, inplace_backward)
     return unflat(implementation(op, logits)(inputs), shape)
 
 
@@ -75,6 +87,7 @@ class Inputs(NamedTuple):
     live: Tensor | None  # this, temperatures and temperature are as in Tokens
     temperatures: Tensor | None
     temperature: float
+    inplace_backward: bool = False
 
 
 # ---- the torch reference --------------------------------------------------------------------------------------------
@@ -84,8 +97,9 @@ class Inputs(NamedTuple):
 def reference(inputs: Inputs) -> Tensor:
     """-> (N,)."""
     _checks.differentiated_once("exact_kl")
-    logits, ref_logits, live, temperatures, temperature = inputs
-    return _ExactKL.apply(logits, ref_logits, *expanded(logits, live, temperatures, temperature))
+    logits, ref_logits, live, temperatures, temperature, inplace_backward = inputs
+    of_rows = expanded(logits, live, temperatures, temperature)
+    return _ExactKL.apply(logits, ref_logits, *of_rows, inplace_backward)
 
 
 class _ExactKL(torch.autograd.Function):
@@ -94,7 +108,9 @@ class _ExactKL(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor) -> Tensor:
+    def forward(
+        logits: Tensor, ref_logits: Tensor, live: Tensor, temperature: Tensor, inplace_backward: bool
+    ) -> Tensor:
         kl = logits.new_zeros(logits.shape[0], dtype=accumulation_dtype(logits.dtype))
         for rows in row_chunks(*logits.shape):
             if all_dead(live[rows]):
@@ -105,14 +121,17 @@ class _ExactKL(torch.autograd.Function):
         return kl
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.inplace_backward = inputs
+        ctx.spent = False
+        ctx.save_for_backward(*tensors, output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_spent(ctx, "exact_kl")
         logits, ref_logits, live, temperature, kl = ctx.saved_tensors
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        grad = gradient_memory(ctx, logits)
         for rows in row_chunks(*logits.shape):
             alive = live[rows]
             if all_dead(alive):
@@ -125,7 +144,7 @@ class _ExactKL(torch.autograd.Function):
             chunk = p * (log_p - log_r - kl[rows, None])
             chunk = chunk.masked_fill(p == 0, 0.0) * (grad_kl[rows] / temperature[rows])[:, None]
             grad[rows] = chunk.masked_fill(~alive[:, None], 0.0).to(grad.dtype)
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
 def _terms(log_p: Tensor, log_r: Tensor) -> Tensor:
@@ -155,7 +174,9 @@ def _log_softmax(logits: Tensor, alive: Tensor, temperature: Tensor, dtype: torc
 @implements("exact_kl", "fused")
 def _fused(inputs: Inputs) -> Tensor:
     logits, ref_logits = unit_columns(inputs.logits), unit_columns(inputs.ref_logits)
-    return _forward(inputs._replace(logits=logits, ref_logits=ref_logits))[0]
+    # Under torch.compile the compiler allocates the gradient, and a graph must not write to its inputs.
+    inplace = inputs.inplace_backward and not torch.compiler.is_compiling()
+    return _forward(inputs._replace(logits=logits, ref_logits=ref_logits, inplace_backward=inplace))[0]
 
 
 def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -163,7 +184,7 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
     kl, statistics = _outputs(inputs)
     launch(
         records.ExactKl(
-            rows=_rows(inputs),
+            rows=_rows(inputs.logits, *inputs[2:5]),
             logits=logits_of(inputs.logits),
             ref_logits=logits_of(inputs.ref_logits),
             kl=kl,
@@ -174,9 +195,9 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return kl, statistics
 
 
-def _rows(inputs: Inputs) -> records.Rows:
-    length, vocab = inputs.logits.shape
-    return rows_of(length, None, *inputs[2:], vocab=vocab, softcap=0.0)
+def _rows(logits: Tensor, live: Tensor | None, temperatures: Tensor | None, temperature: float) -> records.Rows:
+    length, vocab = logits.shape
+    return rows_of(length, None, live, temperatures, temperature, vocab=vocab, softcap=0.0)
 
 
 def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -185,45 +206,60 @@ def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 class _Backward(NamedTuple):
-    inputs: Inputs
+    grad: Tensor  # (N, V); holds the logits if ``logits`` is None, and is overwritten in place
+    logits: Tensor | None
+    ref_logits: Tensor
+    live: Tensor | None
+    temperatures: Tensor | None
+    temperature: float
     kl: Tensor
     statistics: Tensor
     grad_kl: Tensor
 
 
-def _backward_kernel(given: _Backward) -> Tensor:
-    """-> the gradient of the logits, contiguous."""
-    inputs, grad = given.inputs, _empty_gradient(given)
+def _backward_kernel(inputs: _Backward) -> None:
+    """Writes the gradient into ``grad``."""
+    grad = inputs.grad
     launch(
         records.ExactKlBackward(
-            rows=_rows(inputs),
-            logits=logits_of(inputs.logits),
+            rows=_rows(grad, inputs.live, inputs.temperatures, inputs.temperature),
+            logits=logits_of(grad if inputs.logits is None else inputs.logits),
             ref_logits=logits_of(inputs.ref_logits),
-            statistics=given.statistics,
-            kl=given.kl,
-            grad_kl=given.grad_kl.contiguous(),
+            statistics=inputs.statistics,
+            kl=inputs.kl,
+            grad_kl=inputs.grad_kl.contiguous(),
             grad=logits_of(grad),
         ),
         grad,
     )
-    return grad
-
-
-def _empty_gradient(given: _Backward) -> Tensor:
-    return torch.empty_like(given.inputs.logits, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    *tensors, ctx.temperature = inputs
+    *tensors, ctx.temperature, ctx.inplace_backward = inputs
+    ctx.spent = False
     ctx.save_for_backward(*tensors, *output)
 
 
 def _gradient(ctx: Any, grad_kl: Tensor, _: Tensor) -> tuple[Tensor]:
+    refuse_spent(ctx, "exact_kl")
     logits, ref_logits, live, temperatures, kl, statistics = ctx.saved_tensors
-    inputs = Inputs(logits, ref_logits, live, temperatures, ctx.temperature)
-    return (_backward(_Backward(inputs, kl, statistics, grad_kl)),)
+    grad = gradient_memory(ctx, logits)
+    _backward(
+        _Backward(
+            grad=grad,
+            logits=None if ctx.inplace_backward else logits,
+            ref_logits=ref_logits,
+            live=live,
+            temperatures=temperatures,
+            temperature=ctx.temperature,
+            kl=kl,
+            statistics=statistics,
+            grad_kl=grad_kl,
+        )
+    )
+    return (grad,)
 
 
-_backward = fused_op("exact_kl_backward", _Backward, _backward_kernel, _empty_gradient)
+_backward = fused_op("exact_kl_backward", _Backward, _backward_kernel, lambda inputs: None, mutates="grad")
 _forward = fused_op("exact_kl", Inputs, _kernel, _outputs, trained=("logits",), save=_save, gradient=_gradient)

@@ -18,7 +18,9 @@ from ._rows import (
     as_rows,
     expanded,
     flat_tokens,
+    gradient_memory,
     logits_of,
+    refuse_spent,
     rows_of,
     unflat,
     unit_columns,
@@ -119,12 +121,6 @@ def masked_logprobs(
     return (unflat(logprobs, shape), unflat(entropy, shape)) if return_entropy else unflat(logprobs, shape)
 
 
-_SPENT = (
-    "masked_logprobs: inplace_backward=True wrote the gradient over the logits in the first backward, so there can be "
-    "no second one; pass inplace_backward=False to run the backward twice"
-)
-
-
 class Inputs(NamedTuple):
     logits: Tensor  # (N, V), any strides
     tokens: Tokens
@@ -204,17 +200,11 @@ class _MaskedLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
-            raise RuntimeError(_SPENT)
+        refuse_spent(ctx, "masked_logprobs")
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 8
         logits, targets, live, temperature, entropy, *saved = ctx.saved_tensors
-        ctx.spent = ctx.inplace_backward
-        if ctx.inplace_backward:
-            # detach shares the memory and the version counter, so autograd detects any other use of the old logits
-            grad = logits.detach()
-        else:
-            grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        grad = gradient_memory(ctx, logits)
         for rows in row_chunks(logits.shape[0], ctx.vocab_size):
             alive = live[rows]
             grad[rows, ctx.vocab_size :] = 0
@@ -323,14 +313,11 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
 def _gradient(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None]:
-    if ctx.spent:
-        raise RuntimeError(_SPENT)
+    refuse_spent(ctx, "masked_logprobs")
     if grad_logprobs is None and grad_entropy is None:
         return (None,)
     logits, targets, live, temperatures, logprobs, entropy, statistics = ctx.saved_tensors
-    ctx.spent = ctx.inplace_backward
-    # detach shares the memory and the version counter, so autograd detects any other use of the old logits
-    grad = logits.detach() if ctx.inplace_backward else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    grad = gradient_memory(ctx, logits)
     _backward(
         _Backward(
             grad=grad,

@@ -64,6 +64,10 @@ OPTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
         "masked_logprobs",
         lambda x, targets, mask: ops.masked_logprobs(x["logits"] * 1.0, targets, mask, inplace_backward=True),
     ),
+    "in place, two": (
+        "exact_kl",
+        lambda x, targets, mask: ops.exact_kl(x["logits"] * 1.0, x["ref_logits"], mask, inplace_backward=True),
+    ),
     "frozen head": (
         "linear_logprobs",
         lambda x, targets, mask: ops.linear_logprobs(x["hidden"], x["weight"].detach(), targets, mask, softcap=3.0),

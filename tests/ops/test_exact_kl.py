@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from devices import interpreted, seeded
+from torch import Tensor
 
 from rlhf_fast.ops import _vocab, exact_kl
 
@@ -161,3 +162,37 @@ def test_two_dtypes_meet_as_in_torch() -> None:
         (grad,) = torch.autograd.grad(kl.sum(), logits)
         assert grad.dtype == torch.float32  # 3/4 (log 3/2 - KL), and its negative
         torch.testing.assert_close(grad, torch.tensor([[0.20598980, -0.20598980]]))
+
+
+def test_in_place_backward_writes_into_the_logits() -> None:
+    generator = seeded(0)
+    leaf = torch.randn(2, 3, 7, generator=generator, requires_grad=True)
+    ref_logits, mask = torch.randn(2, 3, 7, generator=generator), torch.tensor([[1, 0, 1], [1, 1, 0]])
+
+    def gradient(inplace: bool) -> tuple[Tensor, Tensor]:
+        logits = leaf * 1.0
+        loss = exact_kl(logits, ref_logits, mask, temperature=0.7, inplace_backward=inplace).sum()
+        (grad,) = torch.autograd.grad(loss, leaf)
+        return grad, logits.detach()
+
+    plain, kept = gradient(False)
+    ours, overwritten = gradient(True)
+    assert torch.equal(ours, plain)
+    assert torch.equal(overwritten, plain)
+    assert torch.equal(kept, leaf.detach())
+
+
+def test_in_place_backward_of_shared_memory_is_right() -> None:
+    """In place, the gradients of an expanded row must not overwrite each other."""
+    row, ref_logits = torch.randn(5, generator=seeded(0), requires_grad=True), torch.randn(3, 5, generator=seeded(1))
+    (ours,) = torch.autograd.grad(exact_kl(row.expand(3, 5), ref_logits, inplace_backward=True).sum(), row)
+    (plain,) = torch.autograd.grad(exact_kl(row.expand(3, 5), ref_logits).sum(), row)
+    assert torch.equal(ours, plain)
+
+
+def test_a_second_in_place_backward_is_an_error() -> None:
+    logits = torch.randn(2, 5, requires_grad=True) * 1.0
+    loss = exact_kl(logits, torch.zeros(2, 5), inplace_backward=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="exact_kl: .* second one; pass inplace_backward=False"):
+        loss.backward()
