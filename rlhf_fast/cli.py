@@ -9,6 +9,7 @@ SIGTERM, SIGHUP).
 import argparse
 import dataclasses
 import importlib.metadata
+import os
 import sys
 import typing
 from typing import Any, NoReturn
@@ -96,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     own_process = argv is None
     if own_process:
         safe_streams()
+        # oneDNN keeps the code of its last 1,024 kernels, each 1 to 2 MB with AMX, and steps of ever other lengths fill
+        # that; the micro-batches of one PPO step need about 200
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     with Interruptible(whole_process=own_process):

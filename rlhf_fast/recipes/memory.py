@@ -1,6 +1,5 @@
 """Error messages for running out of memory: in which phase, on how many tokens, and which setting to lower."""
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,14 +11,6 @@ from rlhf_fast.rollout import Response
 from rlhf_fast.text import one_line
 
 MICRO_BATCH = ("micro_batch_tokens", "micro_batch_size")  # exactly one of them is set
-
-
-def give_back_memory() -> None:
-    """Returns freed memory to the system between two phases. glibc keeps it fragmented, and the next phase needs other
-    sizes, which would not fit into the fragments. Does nothing with another C library."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from rlhf_fast.monitor import print_summary
 from rlhf_fast.ops import pairwise_loss
 from rlhf_fast.recipes import ppo, reward, sft
 from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, SFT, response_states, set_advantages, set_rewards
-from rlhf_fast.recipes.memory import give_back_memory
+from rlhf_fast.recipes.heap import give_back_memory
 from rlhf_fast.recipes.stage import MICRO_BATCH_SIZE
 from rlhf_fast.rollout import Response, generate
 

@@ -30,7 +30,8 @@ from rlhf_fast.recipes.experience import (
     set_advantages,
     set_rewards,
 )
-from rlhf_fast.recipes.memory import MICRO_BATCH, give_back_memory, memory_for, response_lengths, sampling_lengths
+from rlhf_fast.recipes.heap import give_back_memory
+from rlhf_fast.recipes.memory import MICRO_BATCH, memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.rows import load_rows
 from rlhf_fast.recipes.stage import Stage
 from rlhf_fast.rewards import Functions, KLController, RunningMoments, apply_missing_eos

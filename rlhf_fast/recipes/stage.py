@@ -26,6 +26,7 @@ from rlhf_fast.config import StageConfig
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.metrics import Metric
 from rlhf_fast.models import adapters
+from rlhf_fast.recipes.heap import Heap
 from rlhf_fast.recipes.identity import identity, told
 from rlhf_fast.recipes.opening import open_base, open_optimizer
 from rlhf_fast.recipes.output import OutputFolder, open_output
@@ -175,11 +176,12 @@ class Stage(Processes, Generic[Config]):
 
     def steps(self) -> Iterator[int]:
         """The numbers (from 1) of the remaining steps. Writes a checkpoint after a step if one is due."""
-        every = self.config.save_steps or max(1, math.ceil(self.total / 10))
+        every, heap = self.config.save_steps or max(1, math.ceil(self.total / 10)), Heap()
         while self.step < self.total and not self.stopped_early:
             self._began = time.perf_counter()
             self._snapshot = self._snapshots.take(self.step, self.values)
             yield self.step + 1
+            heap.after_step()
             self._scheduler.step()
             self.step += 1
             if self.step % every == 0 or self.step == self.total or self.stopped_early:
