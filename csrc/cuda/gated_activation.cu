@@ -23,35 +23,38 @@ __device__ __forceinline__ Place place_in(int64_t width, unsigned steps) {
 }
 
 template <class T>
-__device__ __forceinline__ Numbers<kVector<T>> load_at(const Hidden& hidden, const Place& place) {
-  return load_numbers<kVector<T>>(row_of<T>(hidden, place.row) + place.i, place.left);
+__device__ __forceinline__ T* at(const Hidden& hidden, const Place& place) {
+  return row_of<T>(hidden, place.row) + place.i;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) multiply(GatedActivation a, unsigned steps) {
   const Place place = place_in<T>(a.width, steps);
   if (place.left <= 0) return;
-  const Numbers<kVector<T>> gate = load_at<T>(a.gate, place);
-  Numbers<kVector<T>> product = load_at<T>(a.up, place);
+  Numbers<kVector<T>> x[2];
+  load_numbers(x, {at<const T>(a.gate, place), at<const T>(a.up, place)}, place.left);
+  auto& [gate, product] = x;
 #pragma unroll
   for (int k = 0; k < kVector<T>; k++) product.at[k] *= activate(a.activation, gate.at[k]).value;
-  store_numbers(row_of<T>(a.product, place.row) + place.i, product, place.left);
+  store_numbers(at<T>(a.product, place), product, place.left);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) differentiate(GatedActivationBackward a, unsigned steps) {
   const Place place = place_in<T>(a.width, steps);
   if (place.left <= 0) return;
-  const Numbers<kVector<T>> gate = load_at<T>(a.gate, place), grad = load_at<T>(a.grad_product, place);
-  Numbers<kVector<T>> grad_gate = load_at<T>(a.up, place), grad_up;
+  Numbers<kVector<T>> x[3], grad_up;
+  load_numbers(x, {at<const T>(a.gate, place), at<const T>(a.grad_product, place), at<const T>(a.up, place)},
+               place.left);
+  auto& [gate, grad, grad_gate] = x;  // grad_gate: up, until the gradient replaces it
 #pragma unroll
   for (int k = 0; k < kVector<T>; k++) {
     const Activated<float> activated = activate(a.activation, gate.at[k]);
     grad_gate.at[k] = grad.at[k] * grad_gate.at[k] * activated.slope;
     grad_up.at[k] = grad.at[k] * activated.value;
   }
-  store_numbers(row_of<T>(a.grad_gate, place.row) + place.i, grad_gate, place.left);
-  store_numbers(row_of<T>(a.grad_up, place.row) + place.i, grad_up, place.left);
+  store_numbers(at<T>(a.grad_gate, place), grad_gate, place.left);
+  store_numbers(at<T>(a.grad_up, place), grad_up, place.left);
 }
 
 template <class T, class Arguments>

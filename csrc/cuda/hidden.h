@@ -21,24 +21,44 @@ struct Numbers {
   float at[kCount];
 };
 
-// Loads kCount numbers, of which only the first `left` exist; the others are 0.
-template <int kCount, class T>
-__device__ __forceinline__ Numbers<kCount> load_numbers(const T* from, int64_t left) {
+// Loads kCount numbers from each of N addresses, of which only the first `left` exist; the others are 0. Where all
+// addresses are aligned, all loads are issued before the first use of a result, so that they are in flight together.
+template <int kCount, int N, class T>
+__device__ __forceinline__ void load_numbers(Numbers<kCount> (&x)[N], const T* const (&from)[N], int64_t left) {
   static_assert(kCount % kVector<T> == 0);
-  Numbers<kCount> x{};
-  if (left >= kCount && is_aligned<uint4>(from)) {
+  constexpr int kLoads = kCount / kVector<T>;
+  uintptr_t addresses = 0;
 #pragma unroll
-    for (int k = 0; k < kCount; k += kVector<T>) {
-      const uint4 words = *(const uint4*)(from + k);
-      unpack(T{}, Bytes16{{words.x, words.y, words.z, words.w}}, x.at + k);
+  for (int n = 0; n < N; n++) addresses |= (uintptr_t)from[n];
+  if (left >= kCount && addresses % sizeof(uint4) == 0) {
+    uint4 words[N][kLoads];
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+      for (int k = 0; k < kLoads; k++) words[n][k] = ((const uint4*)from[n])[k];
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+      for (int k = 0; k < kLoads; k++) {
+        const uint4& bytes = words[n][k];
+        unpack(T{}, Bytes16{{bytes.x, bytes.y, bytes.z, bytes.w}}, x[n].at + k * kVector<T>);
+      }
     }
   } else {
 #pragma unroll
-    for (int k = 0; k < kCount; k++) {
-      if (k < left) x.at[k] = load(from + k);
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+      for (int k = 0; k < kCount; k++) x[n].at[k] = k < left ? load(from[n] + k) : 0;
     }
   }
-  return x;
+}
+
+template <int kCount, class T>
+__device__ __forceinline__ Numbers<kCount> load_numbers(const T* from, int64_t left) {
+  Numbers<kCount> x[1];
+  load_numbers(x, {from}, left);
+  return x[0];
 }
 
 template <class T, int kCount>

@@ -45,8 +45,8 @@ __device__ __forceinline__ Moments merge_moments(const Part* parts, int64_t tile
 // Writes the moments of this block's tile. Returns true in the last block of the launch.
 __device__ __forceinline__ bool write_moments(const float* x, const uint8_t* live, int64_t count,
                                               TileParts<Part> parts) {
-  const ThreadTokens tokens(live, count);
-  const Moments moments = tile_moments(tokens.load(x), tokens.live);
+  const ThreadTokens tokens(live, count, {x});
+  const Moments moments = tile_moments(tokens.of[0], tokens.live);
   if (threadIdx.x == 0) parts.at[blockIdx.x] = {(float)moments.count, (float)moments.deviation, moments.mean};
   return is_last(parts.ticket);
 }
@@ -84,21 +84,20 @@ __global__ void __launch_bounds__(kThreads) find_statistics(MaskedWhiten a, Tile
   Statistics(merge_moments(parts.at, gridDim.x), a.unbiased, a.statistics);
 }
 
-__device__ __forceinline__ void write_whitened(const MaskedWhiten& a, const ThreadTokens& tokens, const Values4& x,
+__device__ __forceinline__ void write_whitened(const MaskedWhiten& a, const ThreadTokens<1>& tokens,
                                                const Statistics& statistics) {
+  const Values4& x = tokens.of[0];
   const float scale = (float)statistics.scale, shift = a.shift_mean ? 0 : (float)statistics.mean;
   tokens.store(a.whitened, [&](int k) { return statistics.deviation(x.at[k]) * scale + shift; });
 }
 
 __global__ void __launch_bounds__(kThreads) whiten(MaskedWhiten a) {
-  const ThreadTokens tokens(a.live, a.elements);
-  write_whitened(a, tokens, tokens.load(a.x), Statistics(a.statistics));
+  write_whitened(a, ThreadTokens(a.live, a.elements, {a.x}), Statistics(a.statistics));
 }
 
 __global__ void __launch_bounds__(kThreads) whiten_one_tile(MaskedWhiten a) {
-  const ThreadTokens tokens(a.live, a.elements);
-  const Values4 x = tokens.load(a.x);
-  write_whitened(a, tokens, x, Statistics(tile_moments(x, tokens.live), a.unbiased, a.statistics));
+  const ThreadTokens tokens(a.live, a.elements, {a.x});
+  write_whitened(a, tokens, Statistics(tile_moments(tokens.of[0], tokens.live), a.unbiased, a.statistics));
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -110,8 +109,13 @@ struct alignas(16) GradientSums {
   double grad, product;
 };
 
-__device__ __forceinline__ GradientSums tile_sums(const Values4& grad, const Values4& x, const ThreadTokens& tokens,
-                                                  const Statistics& statistics) {
+// The tokens of a backward pass: the upstream gradient, and x.
+__device__ __forceinline__ ThreadTokens<2> tokens_of(const MaskedWhitenBackward& a) {
+  return {a.live, a.elements, {a.grad_whitened, a.x}};
+}
+
+__device__ __forceinline__ GradientSums tile_sums(const ThreadTokens<2>& tokens, const Statistics& statistics) {
+  const Values4 &grad = tokens.of[0], &x = tokens.of[1];
   float sums[2] = {0, 0};
 #pragma unroll
   for (int k = 0; k < 4; k++) {
@@ -122,9 +126,9 @@ __device__ __forceinline__ GradientSums tile_sums(const Values4& grad, const Val
   return {sums[0], sums[1]};
 }
 
-__device__ __forceinline__ void write_gradient(const MaskedWhitenBackward& a, const ThreadTokens& tokens,
-                                               const Values4& grad, const Values4& x, const Statistics& statistics,
-                                               const GradientSums& sums) {
+__device__ __forceinline__ void write_gradient(const MaskedWhitenBackward& a, const ThreadTokens<2>& tokens,
+                                               const Statistics& statistics, const GradientSums& sums) {
+  const Values4 &grad = tokens.of[0], &x = tokens.of[1];
   const double scale = statistics.scale, mean = sums.grad / at_least_1(statistics.count);
   const double slope = -scale * scale * scale * sums.product / at_least_1(statistics.count - a.unbiased);
   const float near = (float)mean, off = (float)(mean - near), shift = a.shift_mean ? 0 : near;
@@ -135,9 +139,7 @@ __device__ __forceinline__ void write_gradient(const MaskedWhitenBackward& a, co
 
 // The last block replaces the first tile's part by the sums of all tiles.
 __global__ void __launch_bounds__(kThreads, 4) measure_backward(MaskedWhitenBackward a, TileParts<GradientSums> parts) {
-  const ThreadTokens tokens(a.live, a.elements);
-  const Values4 grad = tokens.load(a.grad_whitened), x = tokens.load(a.x);
-  const GradientSums own = tile_sums(grad, x, tokens, Statistics(a.statistics));
+  const GradientSums own = tile_sums(tokens_of(a), Statistics(a.statistics));
   if (threadIdx.x == 0) parts.at[blockIdx.x] = own;
   if (!is_last(parts.ticket)) return;
   double sums[2] = {0, 0};
@@ -151,15 +153,13 @@ __global__ void __launch_bounds__(kThreads, 4) measure_backward(MaskedWhitenBack
 }
 
 __global__ void __launch_bounds__(kThreads) whiten_backward(MaskedWhitenBackward a, const GradientSums* sums) {
-  const ThreadTokens tokens(a.live, a.elements);
-  write_gradient(a, tokens, tokens.load(a.grad_whitened), tokens.load(a.x), Statistics(a.statistics), *sums);
+  write_gradient(a, tokens_of(a), Statistics(a.statistics), *sums);
 }
 
 __global__ void __launch_bounds__(kThreads) whiten_backward_one_tile(MaskedWhitenBackward a) {
-  const ThreadTokens tokens(a.live, a.elements);
-  const Values4 grad = tokens.load(a.grad_whitened), x = tokens.load(a.x);
+  const ThreadTokens<2> tokens = tokens_of(a);
   const Statistics statistics(a.statistics);
-  write_gradient(a, tokens, grad, x, statistics, tile_sums(grad, x, tokens, statistics));
+  write_gradient(a, tokens, statistics, tile_sums(tokens, statistics));
 }
 
 }  // namespace

@@ -148,22 +148,15 @@ template <bool kHasPolicy, bool kHasValue>
 __global__ void __launch_bounds__(kThreads)
     evaluate(PpoLoss a, Divisor divisor, const Sequence* sequences, TileParts<Part> parts) {
   constexpr bool kJoint = kHasPolicy && kHasValue;  // the clipped policy loss alone has neither KL nor entropy
-  // 1. All loads first, so that they are in flight together.
-  const ThreadTokens tokens(a.live, a.sequences * a.length);
+  // 1. The tokens. An array that the kernel does not have is absent at compile time.
+  const auto policy = [](const float* array) { return kHasPolicy ? array : nullptr; };
+  const auto critic = [](const float* array) { return kHasValue ? array : nullptr; };
+  const auto joint = [](const float* array) { return kJoint ? array : nullptr; };
+  const ThreadTokens tokens(a.live, a.sequences * a.length,
+                            {policy(a.logprobs), policy(a.old_logprobs), policy(a.advantages), critic(a.values),
+                             critic(a.old_values), critic(a.returns), joint(a.ref_logprobs), joint(a.entropy)});
+  const auto& [logprob, old_logprob, advantage, value, old_value, target, ref_logprob, entropy] = tokens.of;
   const unsigned live = tokens.live;
-  Values4 logprob{}, old_logprob{}, advantage{}, ref_logprob{}, entropy{}, value{}, old_value{}, target{};
-  if (kHasPolicy) {
-    logprob = tokens.load(a.logprobs);
-    old_logprob = tokens.load(a.old_logprobs);
-    advantage = tokens.load(a.advantages);
-  }
-  if (kHasValue) {
-    value = tokens.load(a.values);
-    old_value = tokens.load(a.old_values);
-    target = tokens.load(a.returns);
-  }
-  if (kJoint && a.ref_logprobs) ref_logprob = tokens.load(a.ref_logprobs);
-  if (kJoint && a.entropy) entropy = tokens.load(a.entropy);
 
   // 2. The weight and the ratio of each token's sequence.
   Values4 weight{{1, 1, 1, 1}}, ratio{};

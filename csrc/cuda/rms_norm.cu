@@ -59,8 +59,9 @@ __global__ void __launch_bounds__(kThreads) differentiate(RmsNormBackward a) {
   const float scale = a.scale[blockIdx.x];
   float product[1] = {0};
   over_columns<T>(a.width, [&](int64_t i, int64_t left) {
-    const Numbers<kVector<T>> x = load_numbers<kVector<T>>(row + i, left);
-    Numbers<kVector<T>> p = load_numbers<kVector<T>>(grad + i, left);
+    Numbers<kVector<T>> loaded[2];
+    load_numbers(loaded, {row + i, grad + i}, left);
+    auto& [x, p] = loaded;
     multiply(p, a.weight, i, left);
 #pragma unroll
     for (int k = 0; k < kVector<T>; k++) product[0] += p.at[k] * x.at[k];
@@ -69,8 +70,9 @@ __global__ void __launch_bounds__(kThreads) differentiate(RmsNormBackward a) {
   const float pull = scale * (product[0] * scale / a.width);
   T* to = row_of<T>(a.grad_hidden, blockIdx.x);
   over_columns<T>(a.width, [&](int64_t i, int64_t left) {
-    const Numbers<kVector<T>> x = load_numbers<kVector<T>>(row + i, left);
-    Numbers<kVector<T>> p = load_numbers<kVector<T>>(grad + i, left);
+    Numbers<kVector<T>> loaded[2];
+    load_numbers(loaded, {row + i, grad + i}, left);
+    auto& [x, p] = loaded;
     multiply(p, a.weight, i, left);
 #pragma unroll
     for (int k = 0; k < kVector<T>; k++) p.at[k] = p.at[k] * scale - (x.at[k] * scale) * pull;
@@ -86,8 +88,9 @@ __global__ void __launch_bounds__(kThreads) sum_rows(RmsNormBackward a, int64_t 
   if (left <= 0) return;
   Numbers<kVector<T>> sum{};
   for (int64_t row = part * rows; row < smaller((part + 1) * rows, a.tokens); row++) {
-    const Numbers<kVector<T>> x = load_numbers<kVector<T>>(row_of<T>(a.hidden, row) + i, left);
-    const Numbers<kVector<T>> grad = load_numbers<kVector<T>>(row_of<T>(a.grad_normed, row) + i, left);
+    Numbers<kVector<T>> loaded[2];
+    load_numbers(loaded, {row_of<const T>(a.hidden, row) + i, row_of<const T>(a.grad_normed, row) + i}, left);
+    const auto& [x, grad] = loaded;
     const float scale = a.scale[row];
 #pragma unroll
     for (int k = 0; k < kVector<T>; k++) sum.at[k] += grad.at[k] * (x.at[k] * scale);

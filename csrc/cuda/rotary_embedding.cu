@@ -35,12 +35,11 @@ __global__ void __launch_bounds__(kThreads) turn(RotaryEmbedding a) {
     T* out = to + head * a.out.head_stride;
     if (of_head < turning) {
       const int64_t j = of_head * kCount, left = half - j;
-      const Numbers<kCount> x_first = load_numbers<kCount>(x + j, left);
-      const Numbers<kCount> x_second = load_numbers<kCount>(x + half + j, left);
-      const Numbers<kCount> first_cos = load_numbers<kCount>(cos + j, left);
-      const Numbers<kCount> second_cos = load_numbers<kCount>(cos + half + j, left);
-      const Numbers<kCount> first_sin = load_numbers<kCount>(sin_of_first + j, left);
-      const Numbers<kCount> second_sin = load_numbers<kCount>(sin_of_second + j, left);
+      Numbers<kCount> halves[2], angles[4];
+      load_numbers(halves, {x + j, x + half + j}, left);
+      load_numbers(angles, {cos + j, cos + half + j, sin_of_first + j, sin_of_second + j}, left);
+      const auto& [x_first, x_second] = halves;
+      const auto& [first_cos, second_cos, first_sin, second_sin] = angles;
       Numbers<kCount> first, second;
 #pragma unroll
       for (int k = 0; k < kCount; k++) {

@@ -11,14 +11,14 @@ namespace rlhf_fast::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) evaluate(TokenKl a) {
-  const ThreadTokens tokens(a.live, a.tokens);
-  const Values4 x = tokens.load(a.logprobs), y = tokens.load(a.ref_logprobs);
+  const ThreadTokens tokens(a.live, a.tokens, {a.logprobs, a.ref_logprobs});
+  const Values4 &x = tokens.of[0], &y = tokens.of[1];
   tokens.store(a.kl, [&](int k) { return kl_value(a.estimator, x.at[k] - y.at[k]); });
 }
 
 __global__ void __launch_bounds__(kThreads) differentiate(TokenKlBackward a) {
-  const ThreadTokens tokens(a.live, a.tokens);
-  const Values4 x = tokens.load(a.logprobs), y = tokens.load(a.ref_logprobs), upstream = tokens.load(a.grad_kl);
+  const ThreadTokens tokens(a.live, a.tokens, {a.logprobs, a.ref_logprobs, a.grad_kl});
+  const Values4 &x = tokens.of[0], &y = tokens.of[1], &upstream = tokens.of[2];
   tokens.store(a.grad, [&](int k) { return upstream.at[k] * kl_slope(a.slope, x.at[k] - y.at[k]); });
 }
 

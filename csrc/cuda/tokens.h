@@ -15,73 +15,52 @@ inline int64_t tiles_of(int64_t count) { return larger(ceil_div(count, kTile), (
 
 RLHF_FAST_INLINE double at_least_1(double x) { return x > 1 ? x : 1; }
 
-// ---- 4 tokens: one instruction if all 4 exist and are aligned, else one per token ------------------------------------
+// ---- the 4 tokens of a thread -----------------------------------------------------------------------------------------
 
 struct Values4 {
   float at[4];
 };
 
-// Loads 4 values, of which only the first `left` exist; the others are 0.
-__device__ __forceinline__ Values4 load4(const float* from, int64_t left) {
-  Values4 x{};
-  if (left >= 4 && is_aligned<float4>(from)) {
-    const float4 whole = __ldcg((const float4*)from);
-    x = {{whole.x, whole.y, whole.z, whole.w}};
-  } else {
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      if (k < left) x.at[k] = from[k];
-    }
-  }
-  return x;
-}
-
-__device__ __forceinline__ void store4(float* to, const Values4& x, int64_t left) {
-  if (left >= 4 && is_aligned<float4>(to)) {
-    __stcg((float4*)to, make_float4(x.at[0], x.at[1], x.at[2], x.at[3]));
-  } else {
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      if (k < left) to[k] = x.at[k];
-    }
-  }
-}
-
-// Bit k is set if token i + k exists and counts.
-__device__ __forceinline__ unsigned live4(const uint8_t* live, int64_t i, int64_t left) {
-  unsigned found = left >= 4 ? 0xf : left > 0 ? (1u << left) - 1 : 0;
-  if (!live) return found;
-  if (left >= 4 && is_aligned<unsigned>(live + i)) {
-    const unsigned bytes = __ldcg((const unsigned*)(live + i));
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      if (!(bytes >> 8 * k & 0xff)) found &= ~(1u << k);
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      if (k < left && !live[i + k]) found &= ~(1u << k);
-    }
-  }
-  return found;
-}
-
 // x if token k counts, else 0.
 __device__ __forceinline__ float kept(unsigned live, int k, float x) { return live >> k & 1 ? x : 0; }
 
-// The 4 tokens of this thread.
+// 4 tokens and their values in N arrays. Where all arrays are aligned, each is one load, and all loads are issued
+// before the first use of a result, so that they are in flight together.
+template <int N>
 struct ThreadTokens {
-  int64_t i, left;  // the index of the first one, and the number of tokens from it to the end
-  unsigned live;    // bit k: token i + k counts
+  int64_t i, left;  // the index of the first token, and the number of tokens from it to the end
+  unsigned live;    // bit k: token i + k exists and counts
+  Values4 of[N];    // of each array: 0 for a token that does not count, and if the array is absent
 
-  __device__ __forceinline__ ThreadTokens(const uint8_t* mask, int64_t count)
-      : i((int64_t)blockIdx.x * kTile + 4 * threadIdx.x), left(count - i), live(live4(mask, i, left)) {}
-
-  __device__ __forceinline__ Values4 load(const float* from) const {
-    Values4 x = load4(from + i, left);
+  // `mask` is absent if all tokens count.
+  __device__ __forceinline__ ThreadTokens(const uint8_t* mask, int64_t count, const float* const (&arrays)[N])
+      : i((int64_t)blockIdx.x * kTile + 4 * threadIdx.x), left(count - i), live(0), of{} {
+    uintptr_t addresses = (uintptr_t)mask * 4;  // 4 bytes of the mask are one load
 #pragma unroll
-    for (int k = 0; k < 4; k++) x.at[k] = kept(live, k, x.at[k]);
-    return x;
+    for (int n = 0; n < N; n++) addresses |= (uintptr_t)arrays[n];
+    if (left >= 4 && addresses % sizeof(float4) == 0) {
+      const unsigned bytes = mask ? __ldcg((const unsigned*)(mask + i)) : 0x01010101;
+      float4 whole[N];
+#pragma unroll
+      for (int n = 0; n < N; n++) whole[n] = arrays[n] ? __ldcg((const float4*)(arrays[n] + i)) : float4{};
+#pragma unroll
+      for (int k = 0; k < 4; k++) live |= (bytes >> 8 * k & 0xff ? 1u : 0u) << k;
+#pragma unroll
+      for (int n = 0; n < N; n++) of[n] = {{whole[n].x, whole[n].y, whole[n].z, whole[n].w}};
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        if (k >= left) continue;
+        live |= (!mask || mask[i + k] ? 1u : 0u) << k;
+#pragma unroll
+        for (int n = 0; n < N; n++) of[n].at[k] = arrays[n] ? arrays[n][i + k] : 0;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) of[n].at[k] = kept(live, k, of[n].at[k]);
+    }
   }
 
   // Stores value(k), or 0 if token k does not count.
@@ -90,7 +69,14 @@ struct ThreadTokens {
     Values4 x;
 #pragma unroll
     for (int k = 0; k < 4; k++) x.at[k] = kept(live, k, value(k));
-    store4(to + i, x, left);
+    if (left >= 4 && is_aligned<float4>(to)) {
+      __stcg((float4*)(to + i), make_float4(x.at[0], x.at[1], x.at[2], x.at[3]));
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        if (k < left) to[i + k] = x.at[k];
+      }
+    }
   }
 };
 

@@ -3,9 +3,11 @@
     python tests/cuda/compiled.py 90         -> one line of JSON a kernel, compiled for that architecture
     python tests/cuda/compiled.py --renew    -> budget.json anew
 
-    registers    at most so many a thread
-    shared       at most so many bytes, besides what a launch asks for
-    load, store  the widest access of global memory is at least so many bits
+    registers     at most so many a thread
+    shared        at most so many bytes, besides what a launch asks for
+    instructions  at most so many on the path of an aligned thread (sass.py); a loop counts once
+    load, store   the widest access of global memory is at least so many bits
+    flight        at least so many bytes of a thread are loaded before the first of them is used
 
 Nothing may spill or have a stack.
 """
@@ -20,13 +22,14 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import sass
+
 SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").glob("*.cu"))
 FILE = Path(__file__).with_name("budget.json")
 ARCHITECTURES = ("80", "90", "100", "120")
 MOST_REGISTERS = 255
 OUR_NAMESPACES = r"rlhf_fast::cuda::|\(anonymous namespace\)::"
-AT_MOST = ("registers", "shared")
-AT_LEAST = ("load", "store")
+AT_LEAST = ("load", "store", "flight")
 
 Report = dict[str, int]
 Reports = dict[str, Report]  # file.kernel -> what it uses
@@ -62,10 +65,8 @@ def compile_file(source: Path, architecture: str, folder: Path) -> Reports:
     found = {
         name: resources(text) for name, text in re.findall(r"entry function '(\w+)'((?:.*\n)+?.*registers.*)", said)
     }
-    for name, text in re.findall(
-        r"Function : (\w+)\n((?:(?!\s*Function :).*\n)*)", run([cuobjdump(), "-sass", cubin]).stdout
-    ):
-        found[name] |= accesses(text)
+    for name, code in sass.kernels(run([cuobjdump(), "-sass", cubin]).stdout).items():
+        found[name] |= accesses(code)
     names = run(["c++filt", "-p", *found]).stdout.split("\n")
     return {
         f"{source.stem}.{re.sub(OUR_NAMESPACES, '', name).removeprefix('void ')}": report
@@ -95,14 +96,14 @@ def resources(said: str) -> Report:
     }
 
 
-def accesses(sass: str) -> Report:
-    """Bits of the widest load and store of global memory."""
+def accesses(code: list[tuple[int, sass.Instruction]]) -> Report:
+    """Bits of the widest load and store of global memory, and what sass.py says of the path."""
     found = {}
-    for column, instruction in (("load", "LDG"), ("store", "STG")):
-        widths = re.findall(rf"\b{instruction}\.([\w.]+)", sass)
-        bits = [next((int(part) for part in width.split(".") if part in ("64", "128", "256")), 32) for width in widths]
-        found[column] = max(bits, default=0)
-    return found
+    for column, kind in (("load", "LDG"), ("store", "STG")):
+        widths = [sass.width(step.name) for _, step in code if step.name.startswith(kind)]
+        found[column] = 8 * max(widths, default=0)
+    way = sass.path(code)
+    return found | (way._asdict() if way else dict.fromkeys(sass.Path._fields, 0))
 
 
 def read_budget() -> Budget:
@@ -110,11 +111,14 @@ def read_budget() -> Budget:
 
 
 def budget_of(reports: Reports) -> Reports:
-    """What allows for these reports: registers with an eighth more, in the steps of 8 that they are handed out in."""
+    """What allows for these reports: registers and instructions with an eighth more, registers in the steps of 8 that
+    they are handed out in."""
     return {
         kernel: {
             "registers": min(-(-report["registers"] * 9 // 64) * 8, MOST_REGISTERS),
-            **{column: report[column] for column in ("shared", *AT_LEAST)},
+            "shared": report["shared"],
+            "instructions": report["instructions"] * 9 // 8,
+            **{column: report[column] for column in AT_LEAST},
         }
         for kernel, report in sorted(reports.items())
     }

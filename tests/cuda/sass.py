@@ -1,0 +1,146 @@
+"""A kernel's machine code: the path that an aligned thread takes through it, and what limits that path.
+
+The path is the shortest one from the entry over the widest load and the widest store of global memory to an exit: the
+branches for unaligned rows, single elements and masked rows are longer. A loop counts once.
+"""
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ALU = ("FMNMX", "FSETP", "FSEL", "SEL", "ISETP", "IADD3", "LOP3", "SHF", "LEA", "PRMT", "IMNMX", "VIADD", "P2R", "R2P")
+END = -1  # the node behind every EXIT
+
+
+class Instruction(NamedTuple):
+    name: str  # such as LDG.E.128
+    goes_on: bool  # may be followed by the next instruction although it branches or exits
+    registers: list[int]  # in the order of the operands; of a load, the first is where it goes
+    target: int | None  # the address that it may branch to
+
+
+class Path(NamedTuple):
+    instructions: int  # of a warp
+    alu: int  # of them, those of the integer and comparison pipe, which takes a warp in two clocks
+    special: int  # MUFU: exponentials, logarithms, reciprocals
+    loaded: int  # bytes of a thread, by loads of the widest kind
+    stored: int
+    flight: int  # bytes of the widest batch of loads that are issued before the first of them is used
+
+
+def kernels(text: str) -> dict[str, list[tuple[int, Instruction]]]:
+    """Of the output of ``cuobjdump -sass``: each kernel's instructions with their addresses, by its mangled name."""
+    functions = re.findall(r"Function : (\S+)\n((?:(?!\s*Function :).*\n)*)", text)
+    line = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)\s*(.*?);")
+    return {
+        name: [
+            (int(address, 16), _instruction(opcode, predicate, operands))
+            for address, predicate, opcode, operands in line.findall(body)
+        ]
+        for name, body in functions
+    }
+
+
+def _instruction(name: str, predicate: str, operands: str) -> Instruction:
+    branches = name.startswith(("BRA", "CALL.REL")) and ".DIV" not in name
+    address = re.search(r"0x([0-9a-f]+)\s*$", operands) if branches else None
+    # what is called returns to the next instruction
+    goes_on = bool(predicate) or name.startswith("CALL") or (branches and bool(re.search(r"!?U?P\d", operands)))
+    registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+    return Instruction(name, goes_on, registers, int(address[1], 16) if address else None)
+
+
+def width(name: str) -> int:
+    """Bytes of a load or store."""
+    bits = re.search(r"\.(256|128|64|[US]?16|[US]8)\b", name)
+    return 4 if bits is None else int(bits[1].lstrip("US")) // 8
+
+
+def path(code: Sequence[tuple[int, Instruction]]) -> Path | None:
+    """None for a kernel that loads or stores nothing in global memory."""
+    steps = [instruction for _, instruction in code]
+    route = _route(code)
+    if route is None:
+        return None
+    taken = [steps[i] for i in route]
+    loads, stores = ([width(step.name) for step in taken if step.name.startswith(kind)] for kind in ("LDG", "STG"))
+    return Path(
+        instructions=len(taken),
+        alu=sum(step.name.split(".")[0] in ALU for step in taken),
+        special=sum(step.name.startswith("MUFU") for step in taken),
+        loaded=max(loads) * loads.count(max(loads)),
+        stored=max(stores) * stores.count(max(stores)),
+        flight=_flight(taken),
+    )
+
+
+def _route(code: Sequence[tuple[int, Instruction]]) -> list[int] | None:
+    steps, next_of = [step for _, step in code], _successors(code)
+    loads, stores = ([i for i, step in enumerate(steps) if step.name.startswith(kind)] for kind in ("LDG", "STG"))
+    if not loads or not stores:
+        return None
+    widest = [max(width(steps[i].name) for i in each) for each in (loads, stores)]
+    loads, stores = (
+        [i for i in each if width(steps[i].name) == most] for each, most in zip((loads, stores), widest, strict=True)
+    )
+    before = _reached(next_of, 0)
+    found = []
+    for load in loads:
+        after = _reached(next_of, load)
+        for store in stores:
+            last = _reached(next_of, store)
+            if load in before and store in after and END in last:
+                route = _back(before, load) + _back(after, store)[1:] + _back(last, END)[1:-1]
+                found.append(route)
+    return min(found, key=len, default=None)
+
+
+def _successors(code: Sequence[tuple[int, Instruction]]) -> list[list[int]]:
+    places = {address: i for i, (address, _) in enumerate(code)}
+    found = []
+    for i, (_, step) in enumerate(code):
+        after = [places[step.target]] if step.target is not None and step.target in places else []
+        if step.name == "EXIT":
+            after = [END]
+        if (step.goes_on or not after) and i + 1 < len(code):
+            after.append(i + 1)
+        found.append(after)
+    return found
+
+
+def _reached(next_of: Sequence[list[int]], start: int) -> dict[int, int]:
+    """For each place that can be reached from ``start``, the place before it on a shortest way."""
+    before, queue = {start: start}, deque([start])
+    while queue:
+        place = queue.popleft()
+        if place == END:
+            continue
+        for after in next_of[place]:
+            if after not in before:
+                before[after] = place
+                queue.append(after)
+    return before
+
+
+def _back(before: dict[int, int], place: int) -> list[int]:
+    found = [place]
+    while before[place] != place:
+        place = before[place]
+        found.append(place)
+    return found[::-1]
+
+
+def _flight(taken: Sequence[Instruction]) -> int:
+    most = now = 0
+    waiting: set[int] = set()
+    for step in taken:
+        load = step.name.startswith("LDG")
+        used = step.registers[1:] if load else step.registers
+        if waiting & set(used):
+            now, waiting = 0, set()
+        if load:
+            now += width(step.name)
+            waiting |= {step.registers[0] + k for k in range(-(-width(step.name) // 4))}
+            most = max(most, now)
+    return most
