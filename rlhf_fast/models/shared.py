@@ -6,7 +6,7 @@ role changes which adapter is active, never which parameters train.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,16 +19,14 @@ from rlhf_fast import lora_layers
 from rlhf_fast.config import ALL_LINEAR, StageConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import (
-    attention,
-    elementwise,
     identity,
     layers,
     measure,
-    recomputing,
     targets,
     tokens,
     vocabulary,
 )
+from rlhf_fast.models.forward import Again, Forward
 from rlhf_fast.models.heads import ScoreHead
 from rlhf_fast.models.lora import Adaptable, differences
 from rlhf_fast.models.merged import Merged, why_not_merge
@@ -69,21 +67,19 @@ class SharedBase:
         self._role: str | None = None  # inside ``role``
         self._dropping: str | None = None  # inside ``dropout``
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
-        self.decoder = layers.find_decoder(model)
-        self._layers = self.decoder.layers
+        self._forward = Forward(model, config, self._as_now)
+        self.decoder = self._forward.decoder
         self.probe = measure.probe(tokenizer, self.rows, self.device)
-        self._exchanged: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         with measure.own_code(model):
             self._softcap, self._scale = self._measure_logits()
-        elementwise.exchange(self.decoder.body)
+        self._forward.exchange()
         lora_layers.exchange_plain(model)
-        self._exchanged = elementwise.Rotary(self.decoder.body).exchanged
         self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, self.vocabulary.weight.shape[0])
         found = targets.find_targets(self.decoder)  # before adapters add their own linear modules
         with targets.noting_calls(found) as called, measure.own_code(model):
-            measure.check_context(model, self._run, self.probe, self.pad_id)
-        self._configs = attention.configs_of(self.decoder.body)
-        reason = measure.why_not_pack(self._run, self._run_packed, model.get_input_embeddings(), self.probe)
+            measure.check_context(model, self._forward.padded, self.probe, self.pad_id)
+        embedding = model.get_input_embeddings()
+        reason = measure.why_not_pack(self._forward.padded, self._forward.packed, embedding, self.probe)
         self.packs = reason is None
         if reason is not None:
             self.notes.append(
@@ -94,7 +90,6 @@ class SharedBase:
         self._adaptable = Adaptable(model, self.decoder, found, targets.left_out(model, found, called))
         # a mixture sorts tokens by expert: with another role's tokens, the rows of its products would be others
         self._mixture = bool(found.fused)
-        self._linear_names = self._adaptable.names  # what all-linear means for this model
         self._splits: dict[int, bool] = {}
         self._linear = targets.inside(self.decoder, found.linear)
         self.fingerprint = identity.fingerprint(self._linear)
@@ -259,23 +254,15 @@ class SharedBase:
 
     @property
     def first_adapted_layer(self) -> int:
-        """The index of the lowest decoder layer with an adapter of any role; the number of layers if there is none; 0
-        with an adapter on the token embedding, which changes the input of every layer."""
-        if isinstance(self.model.get_input_embeddings(), LoraLayer):
-            return 0
-        adapted = [
-            index
-            for index, layer in enumerate(self._layers)
-            if any(isinstance(module, LoraLayer) for module in layer.modules())
-        ]
-        return min(adapted, default=len(self._layers))
+        """See ``Forward``."""
+        return self._forward.first_adapted_layer
 
     @torch.no_grad()
     def trunk(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
         """The hidden states (B, T, H) that enter the lowest adapted layer, which are the same for every role. None if
         that is the first layer, so that there is nothing to share, or if the model cannot start there."""
         first = self.first_adapted_layer
-        if first == 0 or first == len(self._layers) or not self._splits[first]:
+        if first == 0 or first == len(self.decoder.layers) or not self._splits[first]:
             return None
         caught: list[torch.Tensor] = []
         with layers.stopping_at(self.decoder, first, caught):
@@ -344,7 +331,7 @@ class SharedBase:
     ) -> torch.Tensor:
         """The last hidden states under each of ``roles``, (R, B, T, H); without roles, under the active adapter,
         (1, B, T, H). ``caught``: a list to which the pass appends other states, which are then returned instead."""
-        run, size = self._run_packed if self.packs else self._run, input_ids.shape
+        run, size = self._forward.packed if self.packs else self._forward.padded, input_ids.shape
         if not roles:
             return run(input_ids, attention_mask, trunk, caught)[None]
         rows = int(attention_mask.sum()) if self.packs else attention_mask.numel()
@@ -353,81 +340,22 @@ class SharedBase:
         with lora_layers.roles([(role, rows) for role in roles]):
             return run(input_ids, attention_mask, trunk, caught).view(len(roles), *size, -1)
 
-    def _run(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        trunk: torch.Tensor | None = None,
-        caught: list[torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """(B, T, H), computed on the padded batch."""
-        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        return self._through_body(input_ids, attention_mask, positions, trunk, caught)
-
-    def _run_packed(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        trunk: torch.Tensor | None = None,
-        caught: list[torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Like ``_run``, but computes only live tokens; the states of padding are 0."""
-        index = attention_mask.reshape(-1).nonzero().squeeze(1)
-        positions = (attention_mask.long().cumsum(dim=1) - 1).reshape(-1)[index]
-        ids = input_ids.reshape(-1)[index][None]
-        if trunk is not None:
-            trunk = trunk.reshape(-1, trunk.shape[-1])[index][None]
-        layout = attention.Layout(attention_mask.sum(dim=1).tolist(), input_ids.device)
-        states = self._through_body(ids, torch.ones_like(ids), positions[None], trunk, caught, layout)[0]
-        padded = states.new_zeros(attention_mask.numel(), states.shape[1]).index_copy(0, index, states)
-        return padded.view(*attention_mask.shape, -1)
-
-    def _through_body(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        trunk: torch.Tensor | None,
-        caught: list[torch.Tensor] | None,
-        layout: attention.Layout | None = None,
-    ) -> torch.Tensor:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._computing(layout))
-            if trunk is not None:
-                stack.enter_context(layers.starting_from(self.decoder, self.first_adapted_layer, trunk))
-            if torch.is_grad_enabled() and self.config.gradient_checkpointing:
-                adapted = list(self._layers)[self.first_adapted_layer :]
-                draws = self._dropping is not None
-                stack.enter_context(recomputing.layers_again(adapted, self._as_now(layout), draws))
-            elif torch.is_grad_enabled():
-                stack.enter_context(recomputing.cheap_outputs_again())
-            output = self.decoder.body(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            )
-        return output.last_hidden_state if caught is None else caught[0]
-
-    @contextlib.contextmanager
-    def _computing(self, layout: attention.Layout | None) -> Iterator[None]:
-        with self._exchanged(), contextlib.nullcontext() if layout is None else attention.packed(self._configs, layout):
-            yield
-
-    def _as_now(self, layout: attention.Layout | None) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """A context manager under which a layer's recomputation in the backward gives the same as this forward."""
+    def _as_now(self) -> Again:
+        """Enters the roles, or the role, and the dropout of now."""
         roles, role, dropping = lora_layers.given_roles(), self._role, self._dropping
 
         @contextlib.contextmanager
-        def again() -> Iterator[None]:
+        def context() -> Iterator[None]:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(self._computing(layout))
                 stack.enter_context(self.role(role) if roles is None else lora_layers.roles(roles))
                 if dropping is not None:
                     stack.enter_context(self.dropout(dropping))
                 yield
 
-        return again
+        return Again(context, draws=dropping is not None)
 
     def _logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.vocabulary.logits(self._run(input_ids, attention_mask))
+        return self.vocabulary.logits(self._forward.padded(input_ids, attention_mask))
 
     # ---- private -----------------------------------------------------------------------------------------------
 
@@ -463,15 +391,15 @@ class SharedBase:
         }
         left = lora_layers.fuse(found)
         fused = {name: layer for name, layer in found.items() if name not in left}
-        calls = lora_layers.group(fused, lambda: self._run(self.probe, torch.ones_like(self.probe)))
+        calls = lora_layers.group(fused, lambda: self._forward.padded(self.probe, torch.ones_like(self.probe)))
         self.one_pass = not (left or self._mixture) and calls.sizes <= {self.probe.numel()}
 
     def _check_split(self) -> None:
         """Tries once per starting layer whether the model can be run from the first adapted layer on."""
         first = self.first_adapted_layer
-        if 0 < first < len(self._layers) and first not in self._splits:
+        if 0 < first < len(self.decoder.layers) and first not in self._splits:
             with self.role(None):
-                reason = measure.why_not_split(self.decoder, self._run, self.probe, first)
+                reason = measure.why_not_split(self.decoder, self._forward.padded, self.probe, first)
             self._splits[first] = reason is None
             if reason is not None:
                 self.notes.append(
@@ -523,7 +451,7 @@ class SharedBase:
                 f"NaN or infinity: {', '.join(broken[:3]) or 'none, so try --dtype float32 or bfloat16'}"
             )
         head = self.model.get_output_embeddings()
-        raw = nn.functional.linear(self._run(ids, mask), head.weight, getattr(head, "bias", None))
+        raw = nn.functional.linear(self._forward.padded(ids, mask), head.weight, getattr(head, "bias", None))
         return vocabulary.measure(self.model, raw, logits)
 
 

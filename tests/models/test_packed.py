@@ -22,7 +22,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=(
 def padded_hidden(base: SharedBase, role: str | None, input_ids: Tensor, mask: Tensor) -> Tensor:
     """With padding, one role, and the model's own attention."""
     with base.role(role):
-        return base._run(input_ids, mask)
+        return base._forward.padded(input_ids, mask)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
