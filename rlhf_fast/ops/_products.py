@@ -24,17 +24,21 @@ CHUNK_BYTES = 48 << 20
 # CPU: columns of one product. In float32, tiles that stay in the cache are a tenth faster than the whole width at once.
 # Bias and adapter are then added to a tile that is still in the cache.
 TILE = 2048
-# GPU: rows of a chunk. With this many rows the product is compute-bound (an H100 does about 250 multiplications in the
-# time that it takes to read one bfloat16 number).
-GPU_ROWS = 512
-# GPU: a chunk's logits take at most this share of the total memory. The free memory plays no part, so the same call
-# always has the same chunks.
+# GPU: bytes of a chunk's logits, 1024 rows of 131072. With fewer rows the products, which read the weight once a chunk,
+# would be bound by memory.
+GPU_BYTES = 512 << 20
+# GPU: but at most this share of the total memory. The free memory plays no part, so the same call always has the same
+# chunks.
 GPU_SHARE = 1 / 32
+# GPU: launches of the kernel for a chunk. Fewer take more memory (see empty_logits), more take more time on the host.
+GPU_LAUNCHES = 8
 # GPU: columns of one product whose weight is cast, or to which a bias or an adapter is added while the tile is in L2.
 GPU_TILE = 8192
 # Floats of a 64-byte cache line. The buffer's leading dimension is an odd number of lines: with a power of two between
 # rows (vocabulary sizes are often multiples of one), equal columns of all rows would map to the same cache sets.
 LINE = 16
+# GPU: the leading dimension is a multiple of this, so that a row of a 16-bit gradient starts on 128 bytes.
+GPU_LINE = 64
 # CPU: the K block of AMX. Where K is no multiple of it, oneDNN reads a whole block, past the end of the left row, and
 # multiplies the surplus by 0; but NaN * 0 is NaN (oneDNN's issue 5717).
 BLOCK = 32
@@ -46,7 +50,7 @@ class Plan(NamedTuple):
     """Chunk and tile sizes for N rows of V logits."""
 
     rows: int  # of a chunk: its logits fill the buffer
-    fold: int  # rows of one kernel launch (a "fold", see _sweep.py), few enough that its second read hits L2
+    fold: int  # rows of one kernel launch (a "fold", see _sweep.py)
     columns: int  # of one product
     behind: bool  # the kernel writes all columns of several rows at once: see empty_logits
 
@@ -56,22 +60,18 @@ def plan(rows: int, vocab: int, matrices: int, device: torch.device, in_one: boo
 
     ``in_one``: the logits are one product, without a bias, an adapter or a cast of the weight.
     """
-    row = 4 * vocab
-    if device.type == "cuda":
-        memory, cache = _gpu(device)
-        most, fold = min(GPU_ROWS, int(memory * GPU_SHARE) // row), cache // 2 // (matrices * row)
-        columns = vocab if in_one else GPU_TILE
-    else:
-        most, fold, columns = CHUNK_BYTES // row, rows, TILE
-    chunks = max(1, math.ceil(rows / max(1, most)))
-    return Plan(max(1, math.ceil(rows / chunks)), max(1, fold), columns, behind=device.type == "cuda")
+    gpu = device.type == "cuda"
+    size, columns = CHUNK_BYTES, TILE
+    if gpu:
+        size, columns = min(GPU_BYTES, int(_memory(device) * GPU_SHARE)) // matrices, vocab if in_one else GPU_TILE
+    chunks = max(1, math.ceil(rows / max(1, size // (4 * vocab))))
+    chunk = max(1, math.ceil(rows / chunks))
+    return Plan(chunk, math.ceil(chunk / GPU_LAUNCHES) if gpu else chunk, columns, behind=gpu)
 
 
 @functools.cache
-def _gpu(device: torch.device) -> tuple[int, int]:
-    """Bytes of memory and of L2 cache."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.total_memory, properties.L2_cache_size
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def empty_logits(cut: Plan, vocab: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def empty_logits(cut: Plan, vocab: int, dtype: torch.dtype, device: torch.device
     must not write to logits of the same launch. The gradient buffer therefore starts fold / 2 rows before the logits:
     the gradient of a launch ends where its logits begin, or before.
     """
-    width = LINE * (math.ceil(vocab / LINE) | 1)
+    width = GPU_LINE * math.ceil(vocab / GPU_LINE) if cut.behind else LINE * (math.ceil(vocab / LINE) | 1)
     ahead = math.ceil(min(cut.fold, cut.rows) / 2) if cut.behind and dtype != torch.float32 else 0
     memory = torch.empty(ahead + cut.rows, width, dtype=torch.float32, device=device)
     logits = memory[ahead:, :vocab]

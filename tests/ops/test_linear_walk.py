@@ -11,7 +11,7 @@ from devices import GPU_BACKENDS
 from op_table import OPS, Case, Op, make, outputs_and_grads
 
 from rlhf_fast.ops import _products, _sweep
-from rlhf_fast.ops._products import Plan, plan, product
+from rlhf_fast.ops._products import Plan, empty_logits, plan, product
 
 head_op = pytest.mark.parametrize("op", [op for op in OPS if op.shared], ids=lambda op: op.name)
 
@@ -49,16 +49,26 @@ def test_every_row_is_taken_into_a_graph(op: Op, backend: str, monkeypatch: pyte
 
 
 def test_the_cut_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 GB and 50 MB of cache: 512 rows at once of 131072 logits, 50 of which fit in half the cache; 8 GB: fewer."""
+    """80 GB: 512 MB of logits at once, 1024 rows of 131072, whatever the number of rows. 8 GB: a 32nd of them."""
     gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(_products, "_gpu", lambda device: (80_000_000_000, 50 << 20))
-    assert plan(8192, 131072, 1, gpu, in_one=True) == Plan(512, 50, 131072, behind=True)
-    assert plan(8192, 131072, 2, gpu, in_one=True).fold == 25
+    monkeypatch.setattr(_products, "_memory", lambda device: 80_000_000_000)
+    assert plan(8192, 131072, 1, gpu, in_one=True) == Plan(1024, 128, 131072, behind=True)
+    assert plan(8192, 131072, 2, gpu, in_one=True).rows == 512
     assert plan(8192, 131072, 1, gpu, in_one=False).columns == 8192
-    assert plan(600, 131072, 1, gpu, in_one=True).rows == 300
-    assert plan(0, 131072, 1, gpu, in_one=True).rows == 1
-    monkeypatch.setattr(_products, "_gpu", lambda device: (8 << 30, 4 << 20))
-    assert plan(4096, 262144, 1, gpu, in_one=True) == Plan(256, 2, 262144, behind=True)
+    assert plan(1200, 131072, 1, gpu, in_one=True).rows == 600
+    assert plan(0, 131072, 1, gpu, in_one=True) == Plan(1, 1, 131072, behind=True)
+    monkeypatch.setattr(_products, "_memory", lambda device: 8 << 30)
+    assert plan(4096, 262144, 1, gpu, in_one=True) == Plan(256, 32, 262144, behind=True)
+
+
+@pytest.mark.parametrize("vocab", [131072, 151936, 32000])
+def test_memory_of_a_heads_logits_on_a_gpu(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 600 MB, with a 16-bit gradient beside them, whose rows start on 128 bytes."""
+    monkeypatch.setattr(_products, "_memory", lambda device: 80_000_000_000)
+    cut = plan(10**6, vocab, 1, torch.device("cuda", 0), in_one=True)
+    logits, grad = empty_logits(cut, vocab, torch.bfloat16, torch.device("meta"))
+    assert logits.untyped_storage().nbytes() <= 600e6
+    assert grad.stride(0) * grad.element_size() % 128 == 0
 
 
 @pytest.mark.parametrize("gap", [0, 64])
