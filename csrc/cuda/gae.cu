@@ -11,7 +11,8 @@
 //
 //   formula         A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, over the live tokens
 //   bytes a token   8 read, 1 more with a mask; 8 written
-//   passes          one; a sequence that is split among blocks is read twice; whitening follows
+//   passes          one; of a sequence that is split among blocks, all tiles but the first are read twice; whitening
+//                   follows
 //   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
@@ -155,15 +156,54 @@ __device__ __forceinline__ Affine share_chunks(const Affine (&joined)[kChunks], 
   return lane_index() < warps_of_block() * kChunks ? shared[lane_index()] : Affine{1, 0};
 }
 
-// Writes the map of each tile of padded sequences, one block per tile.
-__global__ void __launch_bounds__(kMostThreads) measure_tiles(Gae a, Rates rates, int64_t tiles, Affine* of_tile) {
+// The tile of a block, where blocks share a sequence.
+struct Tile {
+  Sequence sequence;
+  int64_t at, count;  // its number, and the number of tiles of the sequence
+
+  __device__ __forceinline__ bool exists() const { return at >= 0 && at < count; }  // else the block has no work
+};
+
+// Packed sequence i has the blocks from this number on, at least as many as it has tiles, whatever its length.
+__device__ __forceinline__ int64_t first_block_of(const Gae& a, int64_t i) {
+  return sequence_of(a, i).start / kSpanOfBlock + i;
+}
+
+inline int64_t blocks_of_tiles(const Gae& a) {
+  return a.cu_seqlens ? a.length / kSpanOfBlock + a.sequences : a.sequences * ceil_div(a.length, kSpanOfBlock);
+}
+
+// The packed sequence of a block: the last whose blocks begin there or before. The lanes of a warp compare 32 sequences
+// at a time, so that few loads wait for each other.
+__device__ __forceinline__ int64_t packed_sequence_of(const Gae& a, int64_t block) {
+  int64_t first = 0, count = a.sequences;
+  while (count > 1) {
+    const int64_t step = ceil_div(count, kWarp), i = first + lane_index() * step;
+    const bool begun = i < first + count && first_block_of(a, i) <= block;
+    const int64_t last = larger(__popc(__ballot_sync(kAllLanes, begun)), 1) - 1;
+    first += last * step;
+    count = smaller(step, count - last * step);
+  }
+  return first;
+}
+
+__device__ __forceinline__ Tile tile_of_block(const Gae& a) {
+  const int64_t block = blockIdx.x, tiles = ceil_div(a.length, kSpanOfBlock);
+  const int64_t i = a.cu_seqlens ? packed_sequence_of(a, block) : block / tiles;
+  const Sequence sequence = sequence_of(a, i);
+  return {sequence, block - (a.cu_seqlens ? first_block_of(a, i) : i * tiles), ceil_div(sequence.size, kSpanOfBlock)};
+}
+
+// Writes the map of each tile, one block per tile. No block needs that of a first tile.
+__global__ void __launch_bounds__(kMostThreads) measure_tiles(Gae a, Rates rates, Affine* of_tile) {
   __shared__ Affine shared[kWarp];
-  const Sequence sequence = sequence_of(a, blockIdx.x / tiles);
-  const Tokens tokens(a, sequence, blockIdx.x % tiles * kSpanOfBlock + warp_index() * kSpan);
+  const Tile tile = tile_of_block(a);
+  if (!tile.exists() || tile.at == 0) return;
+  const Tokens tokens(a, tile.sequence, tile.at * kSpanOfBlock + warp_index() * kSpan);
   Affine joined[kChunks];
   scan_chunks(tokens, rates, joined);
-  const Affine tile = scan_from_end(share_chunks(joined, shared));
-  if (threadIdx.x == 0) of_tile[blockIdx.x] = tile;
+  const Affine map = scan_from_end(share_chunks(joined, shared));
+  if (threadIdx.x == 0) of_tile[blockIdx.x] = map;
 }
 
 // Writes NaN to tokens that belong to no sequence because cu_seqlens is wrong.
@@ -171,41 +211,53 @@ __device__ void write_nan(const Gae& a, int64_t start, int64_t stop) {
   for (int64_t i = start + threadIdx.x; i < stop; i += blockDim.x) a.advantages[i] = a.returns[i] = NAN;
 }
 
-// g after `tile`, from the maps of the later tiles. Each thread loads one map; then every thread applies all of them in
-// sequence, as a block with the whole sequence does.
-__device__ __forceinline__ float carry_into(int64_t tile, int64_t tiles, const Affine* of_tile) {
+// g after the tile of the block, from the maps of the later tiles. Each thread loads one map; then every thread applies
+// all of them in sequence, as a block with the whole sequence does.
+__device__ __forceinline__ float carry_into(const Tile& tile, const Affine* of_tile) {
   __shared__ Affine shared[kMostThreads];
+  const Affine* of_sequence = of_tile + (blockIdx.x - tile.at);
   float carry = 0;
-  for (int64_t stop = tiles; stop > tile + 1; stop -= kMostThreads) {
-    const int64_t start = larger(stop - kMostThreads, tile + 1);
+  for (int64_t stop = tile.count; stop > tile.at + 1; stop -= kMostThreads) {
+    const int64_t start = larger(stop - kMostThreads, tile.at + 1);
     __syncthreads();
-    if (threadIdx.x < stop - start) shared[threadIdx.x] = of_tile[start + threadIdx.x];
+    if (threadIdx.x < stop - start) shared[threadIdx.x] = of_sequence[start + threadIdx.x];
     __syncthreads();
     for (int64_t i = stop - start - 1; i >= 0; i--) carry = apply(shared[i], carry);
   }
   return carry;
 }
 
-// Writes the results: one block per sequence or, given the maps of all tiles, one per tile.
-__global__ void __launch_bounds__(kMostThreads) sweep(Gae a, Rates rates, int64_t tiles, const Affine* of_tile) {
+// Writes the results, one block per tile, from the maps of all tiles.
+__global__ void __launch_bounds__(kMostThreads) sweep_tiles(Gae a, Rates rates, const Affine* of_tile) {
+  __shared__ Affine shared[kWarp];
+  if (a.cu_seqlens && blockIdx.x == 0) write_nan(a, 0, sequence_of(a, 0).start);
+  if (a.cu_seqlens && blockIdx.x == gridDim.x - 1) {
+    const Sequence last = sequence_of(a, a.sequences - 1);
+    write_nan(a, last.start + last.size, a.length);
+  }
+  const Tile tile = tile_of_block(a);
+  if (!tile.exists()) return;
+  const int64_t first = tile.at * kSpanOfBlock + warp_index() * kSpan;
+  const Tokens tokens(a, tile.sequence, first);  // loads start before the barriers of carry_into
+  const float carry = carry_into(tile, of_tile);
+  Affine joined[kChunks];
+  scan_chunks(tokens, rates, joined);
+  const Affine of_chunk = share_chunks(joined, shared);
+  write_tile(a, tile.sequence, first, tokens, joined, of_chunk, warp_index() * kChunks, carry);
+}
+
+// Writes the results, one block per padded sequence.
+__global__ void __launch_bounds__(kMostThreads) sweep(Gae a, Rates rates) {
   // Double buffer: a warp may write the next tile's maps while another still reads these, so one barrier per tile is
   // enough.
   __shared__ Affine shared[2][kWarp];
-  const int64_t i = of_tile ? blockIdx.x / tiles : blockIdx.x;
-  const Sequence sequence = sequence_of(a, i);
-  if (a.cu_seqlens) {
-    if (i == 0) write_nan(a, 0, sequence.start);
-    if (i == a.sequences - 1) write_nan(a, sequence.start + sequence.size, a.length);
-  }
-  const int64_t only = blockIdx.x % tiles;
-  const int64_t first_tile = of_tile ? only : 0, end_tile = of_tile ? only + 1 : ceil_div(sequence.size, kSpanOfBlock);
-  if (first_tile == end_tile) return;
-  const int64_t own = warp_index() * kSpan;
-  Tokens next(a, sequence, (end_tile - 1) * kSpanOfBlock + own);  // loads start before the barriers of carry_into
-  float carry = of_tile ? carry_into(only, tiles, of_tile + i * tiles) : 0;
-  for (int64_t tile = end_tile - 1; tile >= first_tile; tile--) {
+  const Sequence sequence = sequence_of(a, blockIdx.x);
+  const int64_t tiles = ceil_div(sequence.size, kSpanOfBlock), own = warp_index() * kSpan;
+  Tokens next(a, sequence, (tiles - 1) * kSpanOfBlock + own);
+  float carry = 0;
+  for (int64_t tile = tiles - 1; tile >= 0; tile--) {
     const Tokens tokens = next;
-    if (tile > first_tile) next = Tokens(a, sequence, (tile - 1) * kSpanOfBlock + own);  // prefetch
+    if (tile > 0) next = Tokens(a, sequence, (tile - 1) * kSpanOfBlock + own);  // prefetch
     Affine joined[kChunks];
     scan_chunks(tokens, rates, joined);
     const Affine of_chunk = share_chunks(joined, shared[tile % 2]);
@@ -215,7 +267,7 @@ __global__ void __launch_bounds__(kMostThreads) sweep(Gae a, Rates rates, int64_
 
 __global__ void __launch_bounds__(kMostThreads) without_sequences(Gae a) { write_nan(a, 0, a.length); }
 
-const char* run(const Gae& a, Affine* of_tile, int64_t tiles, void* stream) {
+const char* run(const Gae& a, Affine* of_tile, void* stream) {
   const double gamma_lam = a.gamma * a.lam;
   const Rates rates = {(float)gamma_lam, (float)(a.gamma - gamma_lam)};
   if (!a.cu_seqlens && a.length <= kSpan) {
@@ -224,26 +276,26 @@ const char* run(const Gae& a, Affine* of_tile, int64_t tiles, void* stream) {
   }
   if (a.sequences == 0) return launch(without_sequences, 1, kMostThreads, 0, stream, a);  // wrong cu_seqlens
   if (of_tile) {
-    const char* error = launch(measure_tiles, a.sequences * tiles, kMostThreads, 0, stream, a, rates, tiles, of_tile);
-    return error ? error : launch(sweep, a.sequences * tiles, kMostThreads, 0, stream, a, rates, tiles, of_tile);
+    const int64_t blocks = blocks_of_tiles(a);
+    const char* error = launch(measure_tiles, blocks, kMostThreads, 0, stream, a, rates, of_tile);
+    return error ? error : launch(sweep_tiles, blocks, kMostThreads, 0, stream, a, rates, of_tile);
   }
-  const int threads =
-      a.cu_seqlens ? kMostThreads : (int)ceil_div(smaller(a.length, (int64_t)kSpanOfBlock), kSpan) * kWarp;
-  return launch(sweep, a.sequences, threads, 0, stream, a, rates, (int64_t)1, of_tile);
+  const int threads = (int)ceil_div(smaller(a.length, (int64_t)kSpanOfBlock), kSpan) * kWarp;
+  return launch(sweep, a.sequences, threads, 0, stream, a, rates);
 }
 
 }  // namespace
 
 const char* gae(const Gae& a, Scratch& scratch, void* stream) {
-  const int64_t tokens = a.cu_seqlens ? a.length : a.sequences * a.length, tiles = ceil_div(a.length, kSpanOfBlock);
+  const int64_t tokens = a.cu_seqlens ? a.length : a.sequences * a.length;
   if (tokens == 0) return nullptr;
-  const bool split = !a.cu_seqlens && tiles > 1 && a.sequences < kFillsGpu;
+  const bool split = a.cu_seqlens || (a.length > kSpanOfBlock && a.sequences < kFillsGpu);
   // The whitening runs after the last read of the maps, so it reuses their memory.
   constexpr size_t kStatistics = 32;
-  scratch.needed = larger(split ? a.sequences * tiles * sizeof(Affine) : 0,
+  scratch.needed = larger(split ? blocks_of_tiles(a) * sizeof(Affine) : 0,
                           a.whiten ? kStatistics + masked_whiten_scratch(tokens) : 0);
   if (scratch.size < scratch.needed) return nullptr;
-  const char* error = run(a, split ? (Affine*)scratch.data : nullptr, tiles, stream);
+  const char* error = run(a, split ? (Affine*)scratch.data : nullptr, stream);
   if (error || !a.whiten) return error;
   Scratch rest{(char*)scratch.data + kStatistics, scratch.size - kStatistics, 0};
   return masked_whiten({tokens, a.advantages, a.live, true, true, false, (double*)scratch.data, a.advantages}, rest,

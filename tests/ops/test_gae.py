@@ -163,8 +163,8 @@ def test_long_sequences_against_a_loop(
     assert torch.equal(packed, torch.cat([row[:length] for row, length in zip(from_padded, lengths, strict=True)]))
 
 
-def test_packed_past_a_block_and_beside_an_empty_sequence() -> None:
-    lengths = [3, 0, 1500, 1]
+@pytest.mark.parametrize("lengths", [[3, 0, 1500, 1], [0, 0, *[1, 1100, 0, 5] * 9, 2048, 0]], ids=["few", "many"])
+def test_packed_past_a_block_and_beside_an_empty_sequence(lengths: list[int]) -> None:
     rewards, values, mask = sample(5, sum(lengths))
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     packed = gae(rewards, values, mask, gamma=0.9, lam=0.8, cu_seqlens=bounds)
