@@ -24,8 +24,9 @@ LATENCY = 700e-9  # seconds of a load under load, assumed for all
 COPY = 0.9  # share of the data sheet's bandwidth that a copy reaches, assumed for all
 # Kernels whose stores are one result a block; their bytes are those that they load.
 REDUCES = ("sum_", "measure", "find_statistics")
-# Kernels of a row or a block, whose time is that of a launch; and one whose shortest path is not its usual one.
-LEFT_OUT = ("finish_rows", "add_parts", "without_sequences", "measure_sequences", "turn")
+# Kernels of a row or a block, whose time is that of a launch; those of gae and rotary_embedding, whose widest loads or
+# shortest path are not those of the tokens.
+LEFT_OUT = ("finish_rows", "add_parts", "without_sequences", "measure_sequences", "sweep", "measure_tiles", "turn")
 
 
 class Gpu(NamedTuple):
