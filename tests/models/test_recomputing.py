@@ -71,8 +71,8 @@ def test_dropout_drops_the_same_again(full_base: MakeBase) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("f32", "bf16"))
 def test_only_adapted_layers_are_computed_again(full_base: MakeBase, dtype: torch.dtype) -> None:
     base = full_base("llama", dtype, lora_layers=1, gradient_checkpointing=True)
-    calls = [0] * len(base._layers)
-    for place, layer in enumerate(base._layers):
+    calls = [0] * len(base.decoder.layers)
+    for place, layer in enumerate(base.decoder.layers):
 
         def count(*_: Any, place: int = place) -> None:
             calls[place] += 1
@@ -107,7 +107,7 @@ def test_cheap_outputs_are_not_kept(full_base: MakeBase, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(recomputing, "_pack", packed)
     base.hidden("policy", *batch([9, 3, 7], "left"))
-    layers = len(base._layers)
+    layers = len(base.decoder.layers)
     assert len(again) == 3 * layers - 1  # both norms and the product; the first norm's input needs no gradient
     assert kept
 
