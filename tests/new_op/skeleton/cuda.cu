@@ -11,14 +11,14 @@ namespace rlhf_fast::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) evaluate(SampleOp a) {
-  const ThreadTokens tokens(a.live, a.tokens);
-  const Values4 x = tokens.load(a.x);
+  const ThreadTokens tokens(a.live, a.tokens, {a.x});
+  const Values4& x = tokens.of[0];
   tokens.store(a.y, [&](int k) { return sample_op_value(x.at[k], a.scale); });
 }
 
 __global__ void __launch_bounds__(kThreads) differentiate(SampleOpBackward a) {
-  const ThreadTokens tokens(a.live, a.tokens);
-  const Values4 x = tokens.load(a.x), upstream = tokens.load(a.grad_y);
+  const ThreadTokens tokens(a.live, a.tokens, {a.x, a.grad_y});
+  const Values4 &x = tokens.of[0], &upstream = tokens.of[1];
   tokens.store(a.grad, [&](int k) { return upstream.at[k] * sample_op_slope(x.at[k], a.scale); });
 }
 
