@@ -64,12 +64,12 @@ def sample(seed: int, rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor
     return logits.to(dtype).masked_fill(~mask[:, None], torch.nan), targets, mask, list(numbers)
 
 
-def close(ours: list[Tensor], truth: list[Tensor]) -> None:
-    """The last is a gradient."""
+def close(ours: list[Tensor], truth: list[Tensor], largest: float = 1.0) -> None:
+    """The last is a gradient. ``largest``: the size of the terms whose differences it is made of, if above 1."""
     for mine, true in zip(ours[:-1], truth[:-1], strict=True):
         torch.testing.assert_close(mine.double(), true, rtol=2e-6, atol=4e-6)
     eps = torch.finfo(ours[-1].dtype).eps
-    torch.testing.assert_close(ours[-1].double(), truth[-1], rtol=eps + 2e-5, atol=3e-6)
+    torch.testing.assert_close(ours[-1].double(), truth[-1], rtol=eps + 2e-5, atol=3e-6 * max(largest, 1.0))
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -106,6 +106,7 @@ def test_masked_logprobs(
 @some_examples
 @given(seeds, row_counts, vocabularies, dtypes, leads, gaps, leads, gaps, temperatures)
 @example(2, 1, MANY, torch.bfloat16, 1, 0, 2, 0, 1.0)
+@example(285, 1, 16384, torch.float32, 0, 0, 0, 0, 0.7)  # one column has most of the probability, and the KL is large
 def test_exact_kl(
     seed: int, rows: int, vocab: int, dtype: torch.dtype, lead: int, gap: int, ref_lead: int, ref_gap: int,
     temperature: float,
@@ -120,7 +121,8 @@ def test_exact_kl(
 
     ref_logits = torch.where(mask[:, None], ref_logits.nan_to_num(), torch.nan)
     got = run(logits, ref_logits)
-    close(got, run(logits.double(), ref_logits.double()))
+    truth = run(logits.double(), ref_logits.double())
+    close(got, truth, largest=truth[0].max().item())
     same(run(placed(logits, lead, gap), placed(ref_logits, ref_lead, ref_gap)), got)
     assert (run(logits, logits)[0] == 0).all()
 
