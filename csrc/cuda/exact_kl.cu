@@ -26,9 +26,8 @@ struct Finish {
 
   // A row with only -inf has no softmax. Its shift of -inf makes every later result NaN. log(tops + rest) is computed
   // as log1p(tops + rest - 1), which is accurate where a single column has nearly all the probability.
-  __device__ Normalisers normalisers(int64_t row, float inverse_temperature) const {
-    const float rate = kLog2E * inverse_temperature;
-    const RowSums p = join_segments(swept, row, rate), r = join_segments(swept, a.rows.length + row, rate);
+  __device__ Normalisers normalisers(int64_t row, float) const {
+    const RowSums p = swept.sums[row], r = swept.sums[a.rows.length + row];
     return {p.shift, 1 / (p.tops + p.rest), r.shift, 1 / (r.tops + r.rest),
             log1pf(p.tops - 1 + p.rest) - log1pf(r.tops - 1 + r.rest)};
   }

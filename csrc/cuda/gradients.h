@@ -40,9 +40,9 @@ __device__ inline RowSlopes row_slopes(const RowStatistics& s, float inverse_tem
 // where `writes` is true it may also write the outputs of the row, which saves a launch.
 //
 // The launch bounds are blocks per multiprocessor: with 3 x 256 threads each has 80 registers, with 2 x 256, for a pair
-// of rows, 128.
-template <class In, class Out, bool kPair, class Op>
-__global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
+// of rows or 128 bytes of loads a thread, 128.
+template <class In, class Out, bool kPair, bool kCapped, class Op>
+__global__ void __launch_bounds__(kThreads, kPair || sizeof(In) == 4 ? 2 : 3)
     write_segments(Rows rows, Logits logits, Logits ref_logits, Logits grads, int columns, int segments, Op op) {
   const auto [row, segment] = segment_of_block(segments);
   Out* grad = row_of<Out>(grads, row);
@@ -63,12 +63,12 @@ __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
   load_columns(row_of<const In>(logits, row), vocab, start, x);
   if constexpr (kPair) load_columns(row_of<const In>(ref_logits, row), vocab, start, ref_x);
   const RowSlopes s = op(row, inverse_temperature, writes);
-  cap(x, rows.softcap);
-  if constexpr (kPair) cap(ref_x, rows.softcap);
+  cap<kCapped>(x, rows.softcap);
+  if constexpr (kPair) cap<kCapped>(ref_x, rows.softcap);
   // 2. The gradient replaces x in the registers. `mixed` is uniform over the block; most blocks compare no columns.
   const int target = target_of(rows, row);
   const bool mixed = is_mixed(start, vocab, target);
-  const float inverse_softcap = rows.softcap == 0 ? 0 : 1 / rows.softcap;
+  const float inverse_softcap = kCapped ? 1 / rows.softcap : 0;
 #pragma unroll
   for (int i = 0; i < kColumns; i++) {
     const float gap = x[i] - s.shift;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kPair ? 2 : 3)
     }
     const int column = column_of<In>(start, i);
     float g = mixed && column == target ? s.at_target : e * factor;
-    if (rows.softcap != 0) g *= 1 - (x[i] * inverse_softcap) * (x[i] * inverse_softcap);
+    if (kCapped) g *= 1 - (x[i] * inverse_softcap) * (x[i] * inverse_softcap);
     x[i] = mixed && column >= vocab ? 0 : g;
   }
   // 3. In place is safe: the block has read all the columns that it writes, and no other block reads them.
@@ -93,8 +93,10 @@ template <class In, class Out, bool kPair, class Op>
 const char* write_gradient(const Rows& rows, const Logits& logits, const Logits& ref_logits, const Logits& grad,
                            int64_t columns, const Op& op, void* stream) {
   const int64_t segments = segments_of(columns + kVector<In> - 1);
-  return launch(write_segments<In, Out, kPair, Op>, rows.length * segments, kThreads, 0, stream, rows, logits,
-                ref_logits, grad, (int)columns, (int)segments, op);
+  const auto kernel =
+      rows.softcap == 0 ? write_segments<In, Out, kPair, false, Op> : write_segments<In, Out, kPair, true, Op>;
+  return launch(kernel, rows.length * segments, kThreads, 0, stream, rows, logits, ref_logits, grad, (int)columns,
+                (int)segments, op);
 }
 
 // The last launch of a fold (rlhf_fast/ops/_sweep.py), on float32 logits. Writes the outputs of the rows and, if it is

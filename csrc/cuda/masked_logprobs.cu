@@ -13,12 +13,12 @@ namespace {
 
 struct Finish {
   MaskedLogprobs a;
-  SegmentSums swept;
 
-  __device__ void operator()(int64_t row, float inverse_temperature, bool writes) const {
-    RowResult result = finish_row(a.rows, swept, row, 0, inverse_temperature);
+  __device__ void operator()(int64_t row, int64_t, float inverse_temperature, const RowSums& sums,
+                             float target_logit) const {
+    RowResult result = finish_row(sums, target_logit, inverse_temperature);
     result.statistics.log_norm = at_most(result.statistics.log_norm, kFar);
-    if (writes) write(row, result);
+    write(row, result);
   }
 
   __device__ void skip(int64_t row) const { write(row, {}); }
@@ -44,12 +44,12 @@ struct Gradient {
 }  // namespace
 
 const char* masked_logprobs(const MaskedLogprobs& a, Scratch& scratch, void* stream) {
-  const SegmentSums swept = take_segment_sums(scratch, a.rows, 1);
+  // until a row is finished, its log-prob's place holds the target's logit
+  const SegmentSums swept = take_segment_sums(scratch, a.rows, 1, a.logprobs);
   if (scratch.size < scratch.needed) return nullptr;
-  const char* error = typed(a.logits.dtype, [&](auto kind) {
-    return sum<decltype(kind)>(a.rows, 1, a.logits, {}, swept, a.entropy, stream);
+  return typed(a.logits.dtype, [&](auto kind) {
+    return sum<decltype(kind)>(a.rows, 1, a.logits, {}, swept, a.entropy, Finish{a}, stream);
   });
-  return error ? error : finish(a.rows, Finish{a, swept}, stream);
 }
 
 const char* masked_logprobs_backward(const MaskedLogprobsBackward& a, Scratch&, void* stream) {

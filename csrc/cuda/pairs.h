@@ -21,7 +21,7 @@ __device__ __forceinline__ float kl_term(float p, float ratio, float r) {
 
 // Writes the sum of the KL terms of each segment of each live row. op.normalisers(row, inverse_temperature) returns the
 // row's Normalisers. Two blocks per multiprocessor: each of 2 x 256 threads has 128 registers, 64 of them for columns.
-template <class T, class Op>
+template <class T, bool kCapped, class Op>
 __global__ void __launch_bounds__(kThreads, 2)
     sum_terms(Rows rows, Logits logits, Logits ref_logits, float* terms, int segments, Op op) {
   const auto [row, segment] = segment_of_block(segments);
@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   load_columns(row_of<const T>(ref_logits, row), vocab, start, ref_x);
   const float inverse_temperature = inverse_temperature_of(rows, row), rate = kLog2E * inverse_temperature;
   const Normalisers n = op.normalisers(row, inverse_temperature);
-  cap(x, rows.softcap);
-  cap(ref_x, rows.softcap);
+  cap<kCapped>(x, rows.softcap);
+  cap<kCapped>(ref_x, rows.softcap);
   // 2. One sum per thread, in a register, then one reduction over the block.
   const int target = target_of(rows, row);
   const bool mixed = is_mixed(start, vocab, target);
@@ -63,8 +63,8 @@ __device__ inline float join_terms(const float* terms, int segments, int64_t row
 template <class T, class Op>
 const char* sum_kl(const Rows& rows, const Logits& logits, const Logits& ref_logits, float* terms, int segments,
                    const Op& op, void* stream) {
-  return launch(sum_terms<T, Op>, rows.length * segments, kThreads, 0, stream, rows, logits, ref_logits, terms,
-                segments, op);
+  const auto kernel = rows.softcap == 0 ? sum_terms<T, false, Op> : sum_terms<T, true, Op>;
+  return launch(kernel, rows.length * segments, kThreads, 0, stream, rows, logits, ref_logits, terms, segments, op);
 }
 
 }  // namespace rlhf_fast::cuda

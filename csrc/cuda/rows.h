@@ -31,27 +31,16 @@ __device__ __forceinline__ RowSegment segment_of_block(int segments) {
   return {row, (int)(blockIdx.x - row * segments)};
 }
 
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 // The column of this thread's x[i] in the segment at `start`. In each step a warp reads 512 consecutive bytes.
 template <class T>
 __device__ __forceinline__ int column_of(int start, int i) {
   constexpr int kWidth = kVector<T>;
   return start + i / kWidth * (kThreads * kWidth) + (int)threadIdx.x * kWidth + i % kWidth;
-}
-
-// The 16 bytes at `offset` in the 32 bytes of `low` and `high`. Shifts by 8 bytes, by 4, then by less, because an index
-// known only at run time would put `word` into local memory.
-__device__ __forceinline__ Bytes16 shifted(const Bytes16& low, const Bytes16& high, unsigned offset) {
-  uint32_t word[8];
-#pragma unroll
-  for (int k = 0; k < 4; k++) word[k] = low.word[k], word[k + 4] = high.word[k];
-#pragma unroll
-  for (int k = 0; k < 6; k++) word[k] = offset & 8 ? word[k + 2] : word[k];
-#pragma unroll
-  for (int k = 0; k < 5; k++) word[k] = offset & 4 ? word[k + 1] : word[k];
-  Bytes16 bytes;
-#pragma unroll
-  for (int k = 0; k < 4; k++) bytes.word[k] = (uint32_t)(((uint64_t)word[k + 1] << 32 | word[k]) >> (offset % 4 * 8));
-  return bytes;
 }
 
 // The 16 aligned bytes that start at `column`, or 0 if none of them lies in the row. They may extend past the row's
@@ -66,28 +55,100 @@ __device__ __forceinline__ Bytes16 load_bytes(const T* row, int column, int colu
   return bytes;
 }
 
-// This thread's columns of the segment at `start`, which may lie before the row. Columns outside the row are arbitrary.
+// A thread's columns of a segment as they lie in memory: the aligned 16 bytes in which each vector begins.
 template <class T>
-__device__ __forceinline__ void load_columns(const T* row, int columns, int start, float (&x)[kColumns]) {
-  // All loads are issued before the first use of their results, so that they are in flight together.
-  constexpr int kSteps = kColumns / kVector<T>;
-  const unsigned offset = (uintptr_t)(row + start) % 16;
+struct Loaded {
+  static constexpr int kSteps = kColumns / kVector<T>;
   Bytes16 bytes[kSteps];
-  if (offset == 0) {
+};
+
+// The bytes by which the segment at `start` lies behind an address that is aligned to 16 bytes.
+template <class T>
+__device__ __forceinline__ unsigned offset_of(const T* row, int start) {
+  return (uintptr_t)(row + start) % 16;
+}
+
+// Issues the loads of this thread's columns of the segment at `start`, which may lie before the row. Nothing waits for
+// them here, so that they are in flight together.
+template <class T>
+__device__ __forceinline__ Loaded<T> issue_loads(const T* row, int columns, int start) {
+  Loaded<T> loaded;
+  const int before = start - (int)(offset_of(row, start) / sizeof(T));
 #pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-      bytes[step] = load_bytes(row, column_of<T>(start, step * kVector<T>), columns);
-    }
-  } else {
-    const int before = start - (int)(offset / sizeof(T));
+  for (int step = 0; step < Loaded<T>::kSteps; step++) {
+    loaded.bytes[step] = load_bytes(row, column_of<T>(before, step * kVector<T>), columns);
+  }
+  return loaded;
+}
+
+// The 16 bytes that begin kWords words and kBits bits after the beginning of `low`, and end in `high`.
+template <int kWords, int kBits>
+__device__ __forceinline__ Bytes16 shifted(const Bytes16& low, const Bytes16& high) {
+  uint32_t word[8];
 #pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-      const int column = column_of<T>(before, step * kVector<T>);
-      bytes[step] = shifted(load_bytes(row, column, columns), load_bytes(row, column + kVector<T>, columns), offset);
+  for (int k = 0; k < 4; k++) word[k] = low.word[k], word[k + 4] = high.word[k];
+  Bytes16 bytes;
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    bytes.word[k] = (uint32_t)(((uint64_t)word[kWords + k + (kBits > 0)] << 32 | word[kWords + k]) >> kBits);
+  }
+  return bytes;
+}
+
+// The columns of the segment at `start`, whose vectors begin 4 * kWords + kBits / 8 bytes behind an aligned address.
+// low(step) are the aligned 16 bytes in which the vector of a step begins.
+template <int kWords, int kBits, class T, class Low>
+__device__ __forceinline__ void unpack_shifted(const Low& low, const T* row, int columns, int start,
+                                               float (&x)[kColumns]) {
+  const int after = start - (4 * kWords + kBits / 8) / (int)sizeof(T) + kVector<T>;
+#pragma unroll
+  for (int step = 0; step < Loaded<T>::kSteps; step++) {
+    const Bytes16 high = load_bytes(row, column_of<T>(after, step * kVector<T>), columns);
+    unpack(T{}, shifted<kWords, kBits>(low(step), high), x + step * kVector<T>);
+  }
+}
+
+// The offset is the same in all threads of the block, so one case runs.
+template <class T, class Low>
+__device__ __forceinline__ void unpack_unaligned(const Low& low, const T* row, int columns, int start,
+                                                 float (&x)[kColumns]) {
+  const unsigned offset = offset_of(row, start);
+  const auto shift = [&](auto words, auto bits) {
+    unpack_shifted<words.value, bits.value>(low, row, columns, start, x);
+  };
+  if (sizeof(T) == 2 && offset % 4 == 2) {
+    constexpr Constant<sizeof(T) == 2 ? 16 : 0> half;
+    switch (offset / 4) {
+      case 0: return shift(Constant<0>{}, half);
+      case 1: return shift(Constant<1>{}, half);
+      case 2: return shift(Constant<2>{}, half);
+      default: return shift(Constant<3>{}, half);
     }
   }
+  switch (offset / 4) {
+    case 1: return shift(Constant<1>{}, Constant<0>{});
+    case 2: return shift(Constant<2>{}, Constant<0>{});
+    default: return shift(Constant<3>{}, Constant<0>{});
+  }
+}
+
+// The columns of issue_loads(row, columns, start). Columns outside the row are arbitrary.
+template <class T>
+__device__ __forceinline__ void unpack_columns(const Loaded<T>& loaded, const T* row, int columns, int start,
+                                               float (&x)[kColumns]) {
+  const auto low = [&](int step) { return loaded.bytes[step]; };
+  if (offset_of(row, start) != 0) return unpack_unaligned(low, row, columns, start, x);
 #pragma unroll
-  for (int step = 0; step < kSteps; step++) unpack(T{}, bytes[step], x + step * kVector<T>);
+  for (int step = 0; step < Loaded<T>::kSteps; step++) unpack(T{}, low(step), x + step * kVector<T>);
+}
+
+template <class T>
+__device__ __forceinline__ void load_columns(const T* row, int columns, int start, float (&x)[kColumns]) {
+  const unsigned offset = offset_of(row, start);
+  if (offset == 0) return unpack_columns(issue_loads(row, columns, start), row, columns, start, x);
+  const int before = start - (int)(offset / sizeof(T));
+  const auto low = [&](int step) { return load_bytes(row, column_of<T>(before, step * kVector<T>), columns); };
+  unpack_unaligned(low, row, columns, start, x);
 }
 
 // The number of columns by which the segments are shifted to the left, so that `store_columns` stores aligned vectors.
@@ -119,10 +180,13 @@ __device__ __forceinline__ bool is_mixed(int start, int vocab, int target) {
   return start + kSegment > vocab || (target >= start && target < start + kSegment);
 }
 
+// kCapped: whether there is a softcap. Its tanh would triple the code of the kernels that have none.
+template <bool kCapped>
 __device__ __forceinline__ void cap(float (&x)[kColumns], float softcap) {
-  if (softcap == 0) return;
+  if constexpr (kCapped) {
 #pragma unroll
-  for (int i = 0; i < kColumns; i++) x[i] = softcap * tanhf(x[i] / softcap);
+    for (int i = 0; i < kColumns; i++) x[i] = softcap * tanhf(x[i] / softcap);
+  }
 }
 
 // ---- numbers of a row -----------------------------------------------------------------------------------------------

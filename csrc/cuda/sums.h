@@ -1,9 +1,10 @@
 // The first sweep (pass over the logits): the log-sum-exp of rows (online softmax), and from it log-prob and entropy.
 // The formulas are those of csrc/cpu/rows.h.
 //
-// Each block reduces one segment of a row, so that a thousand rows and a single row of 151936 columns both fill the
-// GPU. Every kernel that needs the sums of a row combines those of its segments itself, in order. So the result of a
-// row depends neither on its position nor on the other rows.
+// A block walks through a row, a segment at a time, and loads the next segment while it sums this one. Each thread adds
+// the sums of its columns over the segments, and at the end the threads are joined. Of few rows, each segment has a
+// block, which would else leave most multiprocessors idle; the sums of all its threads are stored, and added in the
+// same order. So the result of a row depends neither on its position nor on the other rows, nor on their number.
 #pragma once
 
 #include "rows.h"
@@ -47,28 +48,34 @@ struct alignas(16) RowSums {
 
 __device__ inline RowSums no_columns() { return {-INFINITY, 0, 0, 0}; }
 
-// The sums of all lanes of a warp; every lane gets them.
-__device__ inline RowSums warp_join(RowSums sums, float rate) {
-  sums.rescale(warp_max(sums.shift), rate);
-  sums.tops = warp_sum(sums.tops);
-  sums.rest = warp_sum(sums.rest);
-  sums.weighted = warp_sum(sums.weighted);
-  return sums;
+// The sums of the block's threads, which have one shift. Only the first thread gets them.
+__device__ inline RowSums block_join(RowSums sums) {
+  __shared__ float of_warps[kWarps][3];
+  float parts[3] = {warp_sum(sums.tops), warp_sum(sums.rest), warp_sum(sums.weighted)};
+  if (lane_index() == 0) {
+#pragma unroll
+    for (int k = 0; k < 3; k++) of_warps[warp_index()][k] = parts[k];
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return sums;
+#pragma unroll
+  for (int warp = 1; warp < kWarps; warp++) {
+#pragma unroll
+    for (int k = 0; k < 3; k++) parts[k] += of_warps[warp][k];
+  }
+  return {sums.shift, parts[0], parts[1], parts[2]};
 }
 
-// The sums of a thread's columns. They are in registers, so the maximum is found first without a second read. Then no
-// exponential exceeds 1.
-template <bool kWeighted>
-__device__ RowSums thread_sums(const float (&x)[kColumns], float rate) {
-  RowSums sums = no_columns();
-#pragma unroll
-  for (int i = 0; i < kColumns; i++) sums.shift = fmaxf(sums.shift, x[i]);
-  const float shift = sums.shift == -INFINITY ? 0 : sums.shift;
+// The sums of this thread's columns, relative to `shift`, which is their upper bound. kTop: some may be equal to it.
+template <bool kWeighted, bool kTop>
+__device__ __forceinline__ RowSums thread_sums(const float (&x)[kColumns], float shift, float rate) {
+  RowSums sums{shift, 0, 0, 0};
+  if (shift == -INFINITY) shift = 0;  // all columns are -inf: avoids inf - inf
 #pragma unroll
   for (int i = 0; i < kColumns; i++) {
     const float gap = x[i] - shift;
     const float e = exp2_flushed(gap * rate);
-    if (gap == 0) {
+    if (kTop && gap == 0) {
       sums.tops += 1;
     } else {
       sums.rest += e;
@@ -78,56 +85,129 @@ __device__ RowSums thread_sums(const float (&x)[kColumns], float rate) {
   return sums;
 }
 
-// The sums of all threads of a block. Only the first warp gets them.
-__device__ inline RowSums block_join(RowSums sums, float rate) {
-  __shared__ RowSums of_warp[kWarps];
-  sums = warp_join(sums, rate);
-  if (lane_index() == 0) of_warp[warp_index()] = sums;
-  __syncthreads();
-  if (warp_index() > 0) return sums;
-  return warp_join(lane_index() < kWarps ? of_warp[lane_index()] : no_columns(), rate);
-}
-
-// The output of the first sweep. A set is one tensor of logits: the policy's and, if there is one, the reference's.
+// The output of the first sweep. A set is one tensor of logits: the policy's and, if there is one, the reference's. A
+// row's place is its index in (sets, count).
 struct SegmentSums {
-  int segments;
-  RowSums* sums;         // (sets, count, segments)
+  int segments;          // of a row
+  RowSums* sums;         // (sets, count); those of dead rows are not written
   float* target_logits;  // (sets, count), after the softcap; not written if the target is out of range
+  RowSums* parts;        // (sets, count, segments, kThreads), or nullptr: a block walks through the row
 };
 
-// Writes the sums of each segment of each live row of all sets. 4 blocks per multiprocessor: 64 registers per thread.
-template <class T, bool kWeighted>
-__global__ void __launch_bounds__(kThreads, 4)
-    sum_segments(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept) {
-  const auto [place, segment] = segment_of_block(swept.segments);  // place: index in (sets, count)
-  const bool first = place < rows.length;
-  const int64_t row = first ? place : place - rows.length;
-  if (!is_live(rows, row)) return;
-  const int start = segment * kSegment, vocab = (int)rows.vocab;
-  float x[kColumns];
-  load_columns(first ? row_of<const T>(logits, row) : row_of<const T>(ref_logits, row), vocab, start, x);
-  const int target = target_of(rows, row);
-  cap(x, rows.softcap);
-  // The target and the columns past the vocabulary become -inf, whose exponential is 0.
-  if (is_mixed(start, vocab, target)) {
-#pragma unroll
-    for (int i = 0; i < kColumns; i++) {
-      const int column = column_of<T>(start, i);
-      if (column == target) swept.target_logits[place] = x[i];
-      if (column == target || column >= vocab) x[i] = -INFINITY;
-    }
+// A row of one of the sets, as a block reads it.
+template <class T>
+struct WalkedRow {
+  int64_t row, place;
+  const T* data;
+  int vocab, target;
+  float softcap, inverse_temperature, rate;
+
+  __device__ WalkedRow(const Rows& rows, const Logits& logits, const Logits& ref_logits, int64_t place)
+      : row(place < rows.length ? place : place - rows.length), place(place) {
+    data = place < rows.length ? row_of<const T>(logits, row) : row_of<const T>(ref_logits, row);
+    vocab = (int)rows.vocab, softcap = rows.softcap;
+    if (!is_live(rows, row)) return;
+    target = target_of(rows, row);
+    inverse_temperature = inverse_temperature_of(rows, row);
+    rate = kLog2E * inverse_temperature;
   }
-  const float rate = kLog2E * inverse_temperature_of(rows, row);
-  const RowSums sums = block_join(thread_sums<kWeighted>(x, rate), rate);
-  if (threadIdx.x == 0) swept.sums[blockIdx.x] = sums;
+
+  __device__ Loaded<T> load(int segment) const { return issue_loads(data, vocab, segment * kSegment); }
+
+  // The sums of this thread's columns of a segment, relative to the segment's maximum. Then no exponential exceeds 1.
+  template <bool kWeighted, bool kCapped>
+  __device__ __forceinline__ RowSums sums_of(const Loaded<T>& loaded, int segment, float* target_logits) const {
+    // of this segment and of the one before, which a slower thread may still read
+    __shared__ float largest[2][kWarps];
+    const int start = segment * kSegment;
+    float x[kColumns];
+    unpack_columns(loaded, data, vocab, start, x);
+    cap<kCapped>(x, softcap);
+    // The target and the columns past the vocabulary become -inf, whose exponential is 0.
+    if (is_mixed(start, vocab, target)) {
+#pragma unroll
+      for (int i = 0; i < kColumns; i++) {
+        const int column = column_of<T>(start, i);
+        if (column == target) target_logits[place] = x[i];
+        if (column == target || column >= vocab) x[i] = -INFINITY;
+      }
+    }
+    float of_warp = x[0];
+#pragma unroll
+    for (int i = 1; i < kColumns; i++) of_warp = fmaxf(of_warp, x[i]);
+    of_warp = warp_max(of_warp);
+    if (lane_index() == 0) largest[segment % 2][warp_index()] = of_warp;
+    __syncthreads();
+    float shift = largest[segment % 2][0];
+#pragma unroll
+    for (int warp = 1; warp < kWarps; warp++) shift = fmaxf(shift, largest[segment % 2][warp]);
+    // Only the warp with the maximum counts how often it occurs.
+    return of_warp == shift ? thread_sums<kWeighted, true>(x, shift, rate)
+                            : thread_sums<kWeighted, false>(x, shift, rate);
+  }
+};
+
+// The threads have the sums of their columns of the whole row. op(row, place, inverse_temperature, sums, target_logit)
+// gets those of the row, in one thread; a row without a target has NaN.
+template <class T, class Op>
+__device__ __forceinline__ void finish_walk(const WalkedRow<T>& row, const RowSums& of_thread,
+                                            const float* target_logits, const Op& op) {
+  const RowSums sums = block_join(of_thread);  // its barrier is behind the store of the target's logit
+  if (threadIdx.x > 0) return;
+  const float target_logit = row.target < 0 ? NAN : *(volatile const float*)(target_logits + row.place);
+  op(row.row, row.place, row.inverse_temperature, sums, target_logit);
 }
 
-// Combines the sums of all segments of the row at `place`. A whole warp calls it, and every lane gets the result.
-__device__ inline RowSums join_segments(const SegmentSums& swept, int64_t place, float rate) {
-  const RowSums* segments = swept.sums + place * swept.segments;
+// Blocks per multiprocessor: with 3 x 256 threads each has 80 registers, with 2 x 256, for loads of 128 bytes a thread
+// or a tanh per column, 128.
+template <class T, bool kCapped>
+constexpr int kWalkers = sizeof(T) == 2 && !kCapped ? 3 : 2;
+
+// One block a row. op.skip(row) for a dead row.
+template <class T, bool kWeighted, bool kCapped, class Op>
+__global__ void __launch_bounds__(kThreads, kWalkers<T, kCapped>)
+    walk_rows(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept, Op op) {
+  const WalkedRow<T> row(rows, logits, ref_logits, blockIdx.x);
+  if (!is_live(rows, row.row)) {
+    if (threadIdx.x == 0) op.skip(row.row);
+    return;
+  }
   RowSums sums = no_columns();
-  for (int i = lane_index(); i < swept.segments; i += kWarp) sums.add(segments[i], rate);
-  return warp_join(sums, rate);
+  Loaded<T> next = row.load(0);
+#pragma unroll 1
+  for (int segment = 0; segment < swept.segments; segment++) {
+    const Loaded<T> loaded = next;
+    next = row.load(segment + 1);  // past the end it loads nothing
+    sums.add(row.template sums_of<kWeighted, kCapped>(loaded, segment, swept.target_logits), row.rate);
+  }
+  finish_walk(row, sums, swept.target_logits, op);
+}
+
+// Few rows: one block a segment.
+template <class T, bool kWeighted, bool kCapped>
+__global__ void __launch_bounds__(kThreads, kWalkers<T, kCapped>)
+    sum_segments(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept) {
+  const auto [place, segment] = segment_of_block(swept.segments);
+  const WalkedRow<T> row(rows, logits, ref_logits, place);
+  if (!is_live(rows, row.row)) return;
+  swept.parts[(int64_t)blockIdx.x * kThreads + threadIdx.x] =
+      row.template sums_of<kWeighted, kCapped>(row.load(segment), segment, swept.target_logits);
+}
+
+// Few rows: one block a row, which adds up the segments.
+template <class T, class Op>
+__global__ void __launch_bounds__(kThreads)
+    add_segments(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept, Op op) {
+  const WalkedRow<T> row(rows, logits, ref_logits, blockIdx.x);
+  if (!is_live(rows, row.row)) {
+    if (threadIdx.x == 0) op.skip(row.row);
+    return;
+  }
+  const RowSums* parts = swept.parts + row.place * swept.segments * kThreads + threadIdx.x;
+  RowSums sums = no_columns();
+#pragma unroll 4
+  for (int segment = 0; segment < swept.segments; segment++) sums.add(parts[segment * kThreads], row.rate);
+  finish_walk(row, sums, swept.target_logits, op);
 }
 
 struct RowResult {
@@ -164,12 +244,12 @@ __device__ inline RowResult finish_row(const RowSums& sums, float target_logit, 
   return result;
 }
 
-// The result of row `row` of set `set`, from the output of the first sweep. A whole warp calls it.
+// The result of row `row` of set `set`, from the output of the first sweep.
 __device__ inline RowResult finish_row(const Rows& rows, const SegmentSums& swept, int64_t row, int set,
                                        float inverse_temperature) {
   const int64_t place = set * rows.length + row;
   const float target_logit = target_of(rows, row) < 0 ? NAN : swept.target_logits[place];
-  return finish_row(join_segments(swept, place, kLog2E * inverse_temperature), target_logit, inverse_temperature);
+  return finish_row(swept.sums[place], target_logit, inverse_temperature);
 }
 
 // One warp per row. Calls op(row, inverse_temperature, writes) for a live row, where `writes` is true in the one lane
@@ -191,18 +271,54 @@ const char* finish(const Rows& rows, const Op& op, void* stream) {
   return launch(finish_rows<Op>, ceil_div(rows.length, kWarps), kThreads, 0, stream, rows, op);
 }
 
-inline SegmentSums take_segment_sums(Scratch& scratch, const Rows& rows, int sets) {
-  const int64_t segments = segments_of(rows.vocab);
-  return {(int)segments, take<RowSums>(scratch, sets * rows.length * segments),
-          take<float>(scratch, sets * rows.length)};
+// Rows below this number leave multiprocessors idle if each has one block, and their parts take little memory.
+constexpr int64_t kFewRows = 128;
+
+// The scratch of `sum`. The target's logits go to `target_logits`, or to scratch too.
+inline SegmentSums take_segment_sums(Scratch& scratch, const Rows& rows, int sets, float* target_logits = nullptr) {
+  const int64_t places = sets * rows.length, segments = segments_of(rows.vocab);
+  SegmentSums swept{(int)segments, nullptr, target_logits, nullptr};
+  if (places < kFewRows) swept.parts = take<RowSums>(scratch, places * segments * kThreads);
+  if (!target_logits) swept.sums = take<RowSums>(scratch, places), swept.target_logits = take<float>(scratch, places);
+  return swept;
 }
 
-// Launches the first sweep over one or two sets of logits of type T. The entropy needs `weighted`.
+// Keeps the sums for a later launch.
+struct KeepSums {
+  RowSums* sums;
+
+  __device__ void operator()(int64_t, int64_t place, float, const RowSums& found, float) const { sums[place] = found; }
+  __device__ void skip(int64_t) const {}
+};
+
+template <class T, bool kWeighted, bool kCapped, class Op>
+const char* sum_all(const Rows& rows, int sets, const Logits& logits, const Logits& ref_logits,
+                    const SegmentSums& swept, const Op& op, void* stream) {
+  const int64_t places = sets * rows.length;
+  if (!swept.parts) {
+    return launch(walk_rows<T, kWeighted, kCapped, Op>, places, kThreads, 0, stream, rows, logits, ref_logits, swept,
+                  op);
+  }
+  const char* error = launch(sum_segments<T, kWeighted, kCapped>, places * swept.segments, kThreads, 0, stream, rows,
+                             logits, ref_logits, swept);
+  return error ? error : launch(add_segments<T, Op>, places, kThreads, 0, stream, rows, logits, ref_logits, swept, op);
+}
+
+// Launches the first sweep over one or two sets of logits of type T. The entropy needs `weighted`. `op` finishes the
+// rows: see finish_walk.
+template <class T, class Op>
+const char* sum(const Rows& rows, int sets, const Logits& logits, const Logits& ref_logits, const SegmentSums& swept,
+                bool weighted, const Op& op, void* stream) {
+  const auto run = rows.softcap == 0 ? weighted ? sum_all<T, true, false, Op> : sum_all<T, false, false, Op>
+                   : weighted        ? sum_all<T, true, true, Op>
+                                     : sum_all<T, false, true, Op>;
+  return run(rows, sets, logits, ref_logits, swept, op, stream);
+}
+
 template <class T>
 const char* sum(const Rows& rows, int sets, const Logits& logits, const Logits& ref_logits, const SegmentSums& swept,
                 bool weighted, void* stream) {
-  return launch(weighted ? sum_segments<T, true> : sum_segments<T, false>, sets * rows.length * swept.segments,
-                kThreads, 0, stream, rows, logits, ref_logits, swept);
+  return sum<T>(rows, sets, logits, ref_logits, swept, weighted, KeepSums{swept.sums}, stream);
 }
 
 }  // namespace rlhf_fast::cuda

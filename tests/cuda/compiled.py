@@ -66,7 +66,7 @@ def compile_file(source: Path, architecture: str, folder: Path) -> Reports:
         name: resources(text) for name, text in re.findall(r"entry function '(\w+)'((?:.*\n)+?.*registers.*)", said)
     }
     for name, code in sass.kernels(run([cuobjdump(), "-sass", cubin]).stdout).items():
-        found[name] |= accesses(code)
+        found[name] |= accesses(code, walks="walk_" in name)
     names = run(["c++filt", "-p", *found]).stdout.split("\n")
     return {
         f"{source.stem}.{re.sub(OUR_NAMESPACES, '', name).removeprefix('void ')}": report
@@ -96,13 +96,13 @@ def resources(said: str) -> Report:
     }
 
 
-def accesses(code: list[tuple[int, sass.Instruction]]) -> Report:
+def accesses(code: list[tuple[int, sass.Instruction]], *, walks: bool) -> Report:
     """Bits of the widest load and store of global memory, and what sass.py says of the path."""
     found = {}
     for column, kind in (("load", "LDG"), ("store", "STG")):
         widths = [sass.width(step.name) for _, step in code if step.name.startswith(kind)]
         found[column] = 8 * max(widths, default=0)
-    way = sass.path(code)
+    way = sass.path(code, walks=walks)
     return found | (way._asdict() if way else dict.fromkeys(sass.Path._fields, 0))
 
 

@@ -1,7 +1,8 @@
 """A kernel's machine code: the path that an aligned thread takes through it, and what limits that path.
 
 The path is the shortest one from the entry over the widest load and the widest store of global memory to an exit: the
-branches for unaligned rows, single elements and masked rows are longer. A loop counts once.
+branches for unaligned rows, single elements and masked rows are longer. A loop counts once. Of a kernel that walks
+through its data, the path is that of one round.
 """
 
 import re
@@ -57,22 +58,41 @@ def width(name: str) -> int:
     return 4 if bits is None else int(bits[1].lstrip("US")) // 8
 
 
-def path(code: Sequence[tuple[int, Instruction]]) -> Path | None:
-    """None for a kernel that loads or stores nothing in global memory."""
+def path(code: Sequence[tuple[int, Instruction]], *, walks: bool = False) -> Path | None:
+    """None for a kernel that loads or stores nothing in global memory.
+
+    ``walks``: the shortest round of a loop with the widest loads. What such a loop loads is used in the next round, so
+    that a round's loads are all in flight.
+    """
     steps = [instruction for _, instruction in code]
-    route = _route(code)
+    route = _round(code) if walks else _route(code)
     if route is None:
         return None
     taken = [steps[i] for i in route]
     loads, stores = ([width(step.name) for step in taken if step.name.startswith(kind)] for kind in ("LDG", "STG"))
+    loaded = max(loads) * loads.count(max(loads))
     return Path(
         instructions=len(taken),
         alu=sum(step.name.split(".")[0] in ALU for step in taken),
         special=sum(step.name.startswith("MUFU") for step in taken),
-        loaded=max(loads) * loads.count(max(loads)),
-        stored=max(stores) * stores.count(max(stores)),
-        flight=_flight(taken),
+        loaded=loaded,
+        stored=max(stores) * stores.count(max(stores)) if stores else 0,
+        flight=loaded if walks else _flight(taken),
     )
+
+
+def _round(code: Sequence[tuple[int, Instruction]]) -> list[int] | None:
+    steps, next_of = [step for _, step in code], _successors(code)
+    loads = [i for i, step in enumerate(steps) if step.name.startswith("LDG")]
+    most = max((width(steps[i].name) for i in loads), default=0)
+    found = []
+    for load in loads:
+        if width(steps[load].name) == most:
+            for after in next_of[load]:
+                reached = _reached(next_of, after) if after != END else {}
+                if load in reached:
+                    found.append(_back(reached, load))
+    return min(found, key=len, default=None)
 
 
 def _route(code: Sequence[tuple[int, Instruction]]) -> list[int] | None:

@@ -208,3 +208,17 @@ def test_a_target_that_nobody_has_checked_is_nan_in_its_row(launcher: str, wrong
     found = fold(launcher, logits, logits, targets, mask, numbers, torch.empty_like(logits))
     assert found[0].isnan().tolist() == found[-1].isnan().all(dim=1).tolist() == [False, True, False]
     same([x[::2] for x in found], [x[::2] for x in right])
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_row_of_many_is_a_row_of_few(softcap: float | None) -> None:
+    """One block walks through each of many rows; of few rows, each segment has a block. The bits are the same."""
+    rows, few = 130, slice(60, 63)
+    logits, targets, mask, _ = sample(1, rows, 2 * 8192 + 100, torch.bfloat16)
+    options: Any = {"softcap": softcap, "temperature": 0.8, "return_entropy": True}
+    of_many = ops.masked_logprobs(logits, targets, mask, **options)
+    of_few = ops.masked_logprobs(logits[few], targets[few], mask[few], **options)
+    same([each[few] for each in of_many], list(of_few))
+    of_many = ops.exact_kl(logits, logits.flip(0).nan_to_num(), mask)
+    of_few = ops.exact_kl(logits[few], logits.flip(0).nan_to_num()[few], mask[few])
+    same([of_many[few]], [of_few])
