@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <tuple>
 
-#define RLHF_FAST_RECORDS "66f4c2817108b911"
+#define RLHF_FAST_RECORDS "4f51b341804c35cb"
 
 namespace rlhf_fast {
 
@@ -25,21 +25,25 @@ struct Rows {
   int64_t vocab;               // columns in the softmax
   const int64_t* targets;      // (length,); in [0, vocab) where live
   const uint8_t* live;         // (length,)
+  int64_t ignore_index;        // a row with this target does not count either
   const float* temperatures;   // (length,); None = all rows have ``temperature``
   int64_t temperature_stride;  // stride of temperatures
   float temperature;
   float softcap;  // 0 = none
 };
 inline auto fields(Rows& a) {
-  return std::tie(a.length, a.vocab, a.targets, a.live, a.temperatures, a.temperature_stride, a.temperature, a.softcap);
+  return std::tie(a.length, a.vocab, a.targets, a.live, a.ignore_index, a.temperatures, a.temperature_stride,
+                  a.temperature, a.softcap);
 }
 
 struct Logits {
   void* data;  // None = not wanted
   DType dtype;
   int64_t row_stride;
+  int64_t batch_rows;
+  int64_t batch_stride;
 };
-inline auto fields(Logits& a) { return std::tie(a.data, a.dtype, a.row_stride); }
+inline auto fields(Logits& a) { return std::tie(a.data, a.dtype, a.row_stride, a.batch_rows, a.batch_stride); }
 
 struct MaskedLogprobs {
   Rows rows;

@@ -17,6 +17,7 @@ from .pairs import Normalisers, empty_normalisers, join_terms, kl_parts, store_n
 from .records import ExactKl, ExactKlBackward
 from .rows import (
     GENERAL,
+    by_batch,
     grid_of_rows,
     inverse_temperatures,
     lanes_of_program,
@@ -61,6 +62,7 @@ def _finish(length, live, terms, segments, kl):
     store_rows(kl, lanes, join_terms(lanes, terms, segments))
 
 
+@by_batch
 def exact_kl(a: ExactKl) -> None:
     rows, segments = a.rows, segments_of(a.rows)
     normalisers = empty_normalisers(rows, a.kl.device)
@@ -111,6 +113,7 @@ def _prepare(length, live, temperature, temperature_stride, statistics, kl, grad
     )
 
 
+@by_batch
 def exact_kl_backward(a: ExactKlBackward) -> None:
     rows = a.rows
     slopes = empty_slopes(rows, a.kl.device)

@@ -14,6 +14,7 @@ from .numbers import FAR, at_most
 from .records import MaskedLogprobs, MaskedLogprobsBackward
 from .rows import (
     GENERAL,
+    by_batch,
     grid_of_rows,
     inverse_temperatures,
     lanes_of_program,
@@ -45,6 +46,7 @@ def _finish(
     store_rows(statistics + 3, lanes, at_most(result.log_norm, FAR), STRIDE=4)
 
 
+@by_batch
 def masked_logprobs(a: MaskedLogprobs) -> None:
     rows, logits = a.rows, a.logits
     launch(
@@ -88,6 +90,7 @@ def _prepare(
     )
 
 
+@by_batch
 def masked_logprobs_backward(a: MaskedLogprobsBackward) -> None:
     rows, logits = a.rows, a.logits
     slopes = empty_slopes(rows, a.logprobs.device)

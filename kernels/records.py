@@ -63,6 +63,7 @@ Doubles = Annotated[Tensor, "const double*"]
 OutDoubles = Annotated[Tensor, "double*"]
 Given = Annotated[Tensor, "or None"]  # an input of an op that may be None where the op does not read it
 
+NO_INDEX = -(2**63)  # an ignore_index that no target has
 STATISTICS = 4  # floats per row that the vocabulary-level launchers save for their backward
 
 
@@ -74,6 +75,7 @@ class Rows(NamedTuple):
     vocab: Size  # columns in the softmax
     targets: Ids | None  # (length,); in [0, vocab) where live
     live: Live | None  # (length,)
+    ignore_index: Size  # a row with this target does not count either
     temperatures: In | None  # (length,); None = all rows have ``temperature``
     temperature_stride: Size  # stride of temperatures
     temperature: Number
@@ -81,11 +83,13 @@ class Rows(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """Rows of logits, or of their gradient; the column stride is 1."""
+    """Rows of logits, or of their gradient, ``batch_rows`` of them in each batch; the column stride is 1."""
 
     data: Data | None  # None = not wanted
     dtype: DTypeCode
     row_stride: Size
+    batch_rows: Size
+    batch_stride: Size
 
 
 class MaskedLogprobs(NamedTuple):

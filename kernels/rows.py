@@ -7,13 +7,16 @@ There are two kinds of kernels:
   per lane (thread).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .numbers import tanh
-from .records import Logits, Rows
+from .records import NO_INDEX, Logits, Rows
 
 # Columns of a program in a sweep: enough to amortise its launch, and few enough that 16 rows of a large vocabulary fill
 # the 132 multiprocessors of an H100.
@@ -48,6 +51,45 @@ class Lanes(NamedTuple):
     row: tl.tensor
     alive: tl.tensor  # row < length, and the row is live
     length: tl.tensor  # rows of the launch
+
+
+def by_batch(launcher: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Decorator of a launcher on rows: its kernels know neither batches of rows nor ``ignore_index``.
+
+    Each batch of rows gets launches of its own.
+    """
+
+    @functools.wraps(launcher)
+    def run(a: Any) -> None:
+        rows, data = a.rows, a.logits.data
+        if rows.ignore_index != NO_INDEX:
+            others = rows.targets != rows.ignore_index
+            live = others if rows.live is None else rows.live & others
+            a = a._replace(rows=rows._replace(live=live, ignore_index=NO_INDEX))
+        if data.dim() == 2:
+            return launcher(a)
+        for batch in range(data.shape[0]):
+            launcher(_batch_of(a, batch))
+
+    return run
+
+
+def _batch_of(a: Any, batch: int) -> Any:
+    """The record of one of the batches."""
+    size = a.logits.batch_rows
+
+    def part(value: Any) -> Any:
+        if isinstance(value, Logits):
+            return value if value.data is None else value._replace(data=value.data[batch])
+        if isinstance(value, Rows):
+            return value._replace(length=size, **{name: part(each) for name, each in _tensors(value).items()})
+        return value[batch * size : (batch + 1) * size] if isinstance(value, Tensor) else value
+
+    return type(a)(*map(part, a))
+
+
+def _tensors(rows: Rows) -> dict[str, Tensor]:
+    return {name: value for name, value in rows._asdict().items() if isinstance(value, Tensor)}
 
 
 def row_arguments(rows: Rows) -> dict[str, Any]:

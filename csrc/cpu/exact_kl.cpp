@@ -17,11 +17,6 @@ struct Statistics {
 };
 static_assert(sizeof(Statistics) == kStatistics * sizeof(float));
 
-template <class T>
-Row<T> row_of(const Rows& rows, const Logits& logits, const T* data, int64_t i) {
-  return {data + i * logits.row_stride, rows.vocab, -1, 0};
-}
-
 // A row with only -inf has no softmax. Its shift of -inf makes every later result NaN.
 Normaliser normaliser_of(const RowSums& sums) { return {sums.shift, (float)(1 / sums.total())}; }
 
@@ -29,14 +24,14 @@ Normaliser normaliser_of(const RowSums& sums) { return {sums.shift, (float)(1 / 
 
 void exact_kl(const ExactKl& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
-    auto* ref_logits = (decltype(logits))a.ref_logits.data;
+    using T = std::remove_pointer_t<decltype(logits)>;
     parallel_for(a.rows.length, 2 * a.rows.vocab, threads, [&](int64_t i) {
       float kl = 0;
       Statistics s{};
       if (is_live(a.rows, i)) {
         const float inverse_temperature = inverse_temperature_of(a.rows, i);
-        const auto policy = row_of(a.rows, a.logits, logits, i);
-        const auto reference = row_of(a.rows, a.ref_logits, ref_logits, i);
+        const Row policy(row_of<T>(a.logits, i), a.rows.vocab, -1, 0);
+        const Row reference(row_of<T>(a.ref_logits, i), a.rows.vocab, -1, 0);
         // The normalisers of both rows, then the terms of the KL.
         const RowSums sums = sum_row<false>(policy, inverse_temperature);
         const RowSums ref_sums = sum_row<false>(reference, inverse_temperature);
@@ -53,15 +48,14 @@ void exact_kl(const ExactKl& a, int threads) {
 // d KL / d x_j = p_j (log p_j - log r_j - KL) / temperature
 void exact_kl_backward(const ExactKlBackward& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
-    auto* ref_logits = (decltype(logits))a.ref_logits.data;
-    auto* grads = (decltype(logits))a.grad.data;
-    if (grads != logits) write_in_huge_pages(grads, a.rows.length * a.grad.row_stride);
+    using T = std::remove_pointer_t<decltype(logits)>;
+    if (a.grad.data != a.logits.data) write_in_huge_pages((T*)a.grad.data, a.rows.length * a.grad.row_stride);
     parallel_for(a.rows.length, 2 * a.rows.vocab, threads, [&](int64_t i) {
-      auto* grad = grads + i * a.grad.row_stride;
+      T* grad = row_of<T>(a.grad, i);
       if (!is_live(a.rows, i)) return zero(grad, a.rows.vocab);
       const float inverse_temperature = inverse_temperature_of(a.rows, i);
-      const auto policy = row_of(a.rows, a.logits, logits, i);
-      const auto reference = row_of(a.rows, a.ref_logits, ref_logits, i);
+      const Row policy(row_of<T>(a.logits, i), a.rows.vocab, -1, 0);
+      const Row reference(row_of<T>(a.ref_logits, i), a.rows.vocab, -1, 0);
       Statistics s;
       memcpy(&s, a.statistics + i * kStatistics, sizeof(s));
       const float slope = a.grad_kl[i] * inverse_temperature;

@@ -11,10 +11,11 @@ namespace rlhf_fast::RLHF_FAST_PATH {
 
 void masked_logprobs(const MaskedLogprobs& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
+    using T = std::remove_pointer_t<decltype(logits)>;
     parallel_for(a.rows.length, a.rows.vocab, threads, [&](int64_t i) {
       RowResult result{};  // a dead row is not read, and gives 0
       if (is_live(a.rows, i)) {
-        const Row row(logits + i * a.logits.row_stride, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
+        const Row row(row_of<T>(a.logits, i), a.rows.vocab, a.rows.targets[i], a.rows.softcap);
         result = evaluate_row(row, inverse_temperature_of(a.rows, i), a.entropy);
       }
       a.logprobs[i] = result.logprob;
@@ -26,13 +27,13 @@ void masked_logprobs(const MaskedLogprobs& a, int threads) {
 
 void masked_logprobs_backward(const MaskedLogprobsBackward& a, int threads) {
   typed(a.logits.data, a.logits.dtype, [&](auto* logits) {
-    auto* grads = (decltype(logits))a.grad.data;
-    if (grads != logits) write_in_huge_pages(grads, a.rows.length * a.grad.row_stride);
+    using T = std::remove_pointer_t<decltype(logits)>;
+    if (a.grad.data != a.logits.data) write_in_huge_pages((T*)a.grad.data, a.rows.length * a.grad.row_stride);
     parallel_for(a.rows.length, a.columns, threads, [&](int64_t i) {
-      auto* grad = grads + i * a.grad.row_stride;
+      T* grad = row_of<T>(a.grad, i);
       if (!is_live(a.rows, i)) return zero(grad, a.columns);
       zero(grad + a.rows.vocab, a.columns - a.rows.vocab);
-      const Row row(logits + i * a.logits.row_stride, a.rows.vocab, a.rows.targets[i], a.rows.softcap);
+      const Row row(row_of<T>(a.logits, i), a.rows.vocab, a.rows.targets[i], a.rows.softcap);
       RowStatistics statistics;
       memcpy(&statistics, a.statistics + i * kStatistics, sizeof(RowStatistics));
       write_row_gradient(row, a.rows.targets[i], row.target_logit(), statistics, inverse_temperature_of(a.rows, i),

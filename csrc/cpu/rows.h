@@ -257,7 +257,8 @@ RLHF_FAST_INLINE void zero(T* to, int64_t count) {
 
 template <class T>
 RLHF_FAST_INLINE T* row_of(const Logits& logits, int64_t i) {
-  return (T*)logits.data + i * logits.row_stride;
+  const int64_t batch = i / logits.batch_rows;
+  return (T*)logits.data + batch * logits.batch_stride + (i - batch * logits.batch_rows) * logits.row_stride;
 }
 
 // New memory costs a page fault per 4 KB, which can take as long as the kernel that writes it; 2 MB pages make that 512
@@ -277,6 +278,8 @@ RLHF_FAST_INLINE float inverse_temperature_of(const Rows& rows, int64_t i) {
   return 1 / (rows.temperatures ? rows.temperatures[i * rows.temperature_stride] : rows.temperature);
 }
 
-RLHF_FAST_INLINE bool is_live(const Rows& rows, int64_t i) { return !rows.live || rows.live[i]; }
+RLHF_FAST_INLINE bool is_live(const Rows& rows, int64_t i) {
+  return (!rows.live || rows.live[i]) && (!rows.targets || rows.targets[i] != rows.ignore_index);
+}
 
 }  // namespace rlhf_fast::RLHF_FAST_PATH

@@ -191,12 +191,16 @@ __device__ __forceinline__ void cap(float (&x)[kColumns], float softcap) {
 
 // ---- numbers of a row -----------------------------------------------------------------------------------------------
 
+// A launch has fewer than 2^31 rows, and a 64-bit division would be slow.
 template <class T>
 __device__ __forceinline__ T* row_of(const Logits& logits, int64_t row) {
-  return (T*)logits.data + row * logits.row_stride;
+  const unsigned batch = (unsigned)row / (unsigned)logits.batch_rows;
+  return (T*)logits.data + batch * logits.batch_stride + (row - batch * logits.batch_rows) * logits.row_stride;
 }
 
-__device__ __forceinline__ bool is_live(const Rows& rows, int64_t row) { return !rows.live || rows.live[row]; }
+__device__ __forceinline__ bool is_live(const Rows& rows, int64_t row) {
+  return (!rows.live || rows.live[row]) && (!rows.targets || rows.targets[row] != rows.ignore_index);
+}
 
 __device__ __forceinline__ float inverse_temperature_of(const Rows& rows, int64_t row) {
   return 1 / (rows.temperatures ? rows.temperatures[row * rows.temperature_stride] : rows.temperature);

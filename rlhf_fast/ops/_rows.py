@@ -25,9 +25,24 @@ class Tokens(NamedTuple):
     live: Tensor | None  # (N,) bool, True = counts: mask and targets != ignore_index; None = all count
     temperatures: Tensor | None  # (N,) in the accumulation dtype, NaN where out of range; None = ``temperature``
     temperature: float = 1.0  # of all rows, if temperatures is None
+    ignore_index: int = records.NO_INDEX  # a row with this target does not count either
 
 
-def flat_tokens(
+def flat_tokens(op: str, data: Tensor, targets: Tensor, mask: Tensor | None, **options: Any) -> Tokens:
+    """``tokens_for_kernel``, with ``ignore_index`` in ``live``."""
+    return counted(tokens_for_kernel(op, data, targets, mask, **options))
+
+
+def counted(tokens: Tokens) -> Tokens:
+    """The same tokens, with ``ignore_index`` in ``live``."""
+    if tokens.ignore_index == records.NO_INDEX:
+        return tokens
+    others = tokens.targets != tokens.ignore_index
+    live = others if tokens.live is None else tokens.live & others
+    return tokens._replace(live=live, ignore_index=records.NO_INDEX)
+
+
+def tokens_for_kernel(
     op: str,
     data: Tensor,
     targets: Tensor,
@@ -39,6 +54,8 @@ def flat_tokens(
     targets_name: str = "targets",
 ) -> Tokens:
     """Checks targets, mask and temperature of ``data`` (..., features), and flattens them.
+
+    Where the targets cannot be read, as on a GPU, the kernel compares them with ``ignore_index``, which saves launches.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.
@@ -53,11 +70,13 @@ def flat_tokens(
         targets = targets.to(torch.int64)
     live = _checks.live_mask(op, mask, shape, data.device)
     targets = _checks.constant(targets)
-    if not _all_in_vocabulary(targets, vocab) or 0 <= ignore_index < vocab:
-        live = targets != ignore_index if live is None else live & (targets != ignore_index)
-        _check_range(op, targets_name, targets, live, vocab)
+    if _checks.at_hand(targets):
+        if not _all_in_vocabulary(targets, vocab) or 0 <= ignore_index < vocab:
+            live = targets != ignore_index if live is None else live & (targets != ignore_index)
+            _check_range(op, targets_name, targets, live, vocab)
+        ignore_index = records.NO_INDEX
     temperatures, number = flat_temperature(op, temperature, data)
-    return Tokens(flat(targets), None if live is None else flat(live), temperatures, number)
+    return Tokens(flat(targets), None if live is None else flat(live), temperatures, number, ignore_index)
 
 
 def flat(tokens: Tensor) -> Tensor:
@@ -68,6 +87,34 @@ def flat(tokens: Tensor) -> Tensor:
 def as_rows(data: Tensor) -> Tensor:
     """(..., features) -> (N, features)."""
     return data if data.dim() == 2 else data.reshape(data.shape[:-1].numel(), data.shape[-1])
+
+
+def in_batches(*logits: Tensor, inplace: bool = False) -> tuple[Tensor, ...]:
+    """Logits (..., V) of one shape, as (N, V), or as (B, T, V) where N rows have no common stride: logits[:, 1:].
+
+    ``inplace``: the first will be written to, and is copied if its rows share memory.
+    """
+    first = logits[0]
+    if inplace and not _apart(first):
+        logits = (first.contiguous(), *logits[1:])
+    if first.dim() == 3 and min(first.shape[:2]) > 1 and any(x.stride(0) != x.shape[1] * x.stride(1) for x in logits):
+        return tuple(unit_columns(x) for x in logits)
+    return tuple(as_rows(x) for x in logits)
+
+
+def rows_in(logits: Tensor) -> int:
+    """N of logits (N, V) or (B, T, V)."""
+    return logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[1]
+
+
+def _apart(logits: Tensor) -> bool:
+    """Whether no two rows of (..., V) share memory."""
+    reach = 1
+    for size, stride in zip(reversed(logits.shape), reversed(logits.stride()), strict=True):
+        if size > 1 and stride < reach:
+            return False
+        reach += (size - 1) * stride
+    return True
 
 
 def unflat(tokens: Tensor, shape: torch.Size) -> Tensor:
@@ -109,19 +156,17 @@ def vocabulary(op: str, columns: int, vocab_size: int | None) -> int:
 
 
 def _all_in_vocabulary(targets: Tensor, vocab: int) -> bool:
-    """Whether all targets are known to be in [0, vocab); False where the values cannot be read, as on a GPU.
+    """Whether all targets are in [0, vocab).
 
     Comparing only the lowest and the highest takes a third of the time.
     """
-    if not _checks.at_hand(targets) or targets.numel() == 0:
+    if targets.numel() == 0:
         return False
     lowest, highest = torch.aminmax(targets)
     return lowest.item() >= 0 and highest.item() < vocab
 
 
 def _check_range(op: str, name: str, targets: Tensor, live: Tensor, vocab: int) -> None:
-    if not _checks.at_hand(targets):
-        return
     wrong = live & ((targets < 0) | (targets >= vocab))
     if bool(wrong.any()):
         position = tuple(wrong.nonzero()[0].tolist())
@@ -153,7 +198,7 @@ def gradient_memory(ctx: Any, logits: Tensor) -> Tensor:
 # ---- parts of records ----------------------------------------------------------------------------------------------
 
 _DTYPES = {dtype: code for code, dtype in enumerate(records.DTYPES)}
-NOTHING = records.Logits(data=None, dtype=0, row_stride=0)
+NOTHING = records.Logits(data=None, dtype=0, row_stride=0, batch_rows=1, batch_stride=0)
 
 
 def rows_of(
@@ -162,6 +207,7 @@ def rows_of(
     live: Tensor | None,
     temperatures: Tensor | None,
     temperature: float,
+    ignore_index: int = records.NO_INDEX,
     *,
     vocab: int,
     softcap: float,
@@ -171,6 +217,7 @@ def rows_of(
         vocab=vocab,
         targets=None if targets is None else targets.contiguous(),
         live=None if live is None else live.contiguous(),
+        ignore_index=ignore_index,
         temperatures=temperatures,
         temperature_stride=0 if temperatures is None else temperatures.stride(0),
         temperature=temperature,
@@ -179,13 +226,15 @@ def rows_of(
 
 
 def logits_of(logits: Tensor) -> records.Logits:
-    """The record of logits (N, V), or of their gradient, with contiguous columns."""
-    return records.Logits(logits, dtype_code(logits), logits.stride(0))
+    """The record of logits (N, V) or (B, T, V), or of their gradient, with contiguous columns."""
+    if logits.dim() == 2:
+        return records.Logits(logits, dtype_code(logits), logits.stride(0), max(logits.shape[0], 1), 0)
+    return records.Logits(logits, dtype_code(logits), logits.stride(1), logits.shape[1], logits.stride(0))
 
 
 def unit_columns(logits: Tensor) -> Tensor:
-    """Logits (N, V) with contiguous columns, copied if they have none; rows may have any stride."""
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+    """Logits (..., V) with contiguous columns, copied if they have none; rows may have any stride."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
 def dtype_code(data: Tensor) -> int:

@@ -18,8 +18,10 @@ from ._rows import (
     flat,
     flat_temperature,
     gradient_memory,
+    in_batches,
     logits_of,
     refuse_spent,
+    rows_in,
     rows_of,
     unflat,
     unit_columns,
@@ -42,13 +44,14 @@ def exact_kl(
     terms are never negative. So the result is never negative, and it stays accurate where the two are close.
 
     Args:
-        logits: (..., V), the policy's; float64, float32, bfloat16 or float16.
+        logits: (..., V), the policy's; float64, float32, bfloat16 or float16. A slice such as
+            ``logits[:, start:stop]`` is read where it lies.
         ref_logits: (..., V), the reference's. If the dtypes differ, both are cast to their torch.promote_types.
         mask: (...), bool or 0/1, 1 = counts. The data of a masked row is never used, NaN or inf included.
             A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         temperature: divides both; a number > 0, or a tensor () or (...) with one per row. It receives no gradient.
         inplace_backward: the backward overwrites the logits with their gradient instead of allocating memory (logits
-            that are not contiguous, or not of the common dtype, are copied first).
+            whose columns are not contiguous, or not of the common dtype, are copied first).
 
     Returns:
         (...), float32 (float64 when an input is). A column at -inf in both adds nothing. A column at -inf only in the
@@ -76,13 +79,13 @@ def exact_kl(
         live = flat(live)
     shared = (live, *flat_temperature(op, temperature, logits))
     ref_logits = _checks.constant(ref_logits)
-    rows = logits.contiguous() if inplace_backward else logits
-    inputs = Inputs(as_rows(rows), as_rows(ref_logits), *shared, inplace_backward)
+    rows, ref_rows = in_batches(logits, ref_logits, inplace=inplace_backward)
+    inputs = Inputs(rows, ref_rows, *shared, inplace_backward)
     return unflat(implementation(op, logits)(inputs), shape)
 
 
 class Inputs(NamedTuple):
-    logits: Tensor  # (N, V), any strides
+    logits: Tensor  # (N, V), any strides, or (B, T, V) with contiguous columns
     ref_logits: Tensor
     live: Tensor | None  # this, temperatures and temperature are as in Tokens
     temperatures: Tensor | None
@@ -98,6 +101,7 @@ def reference(inputs: Inputs) -> Tensor:
     """-> (N,)."""
     _checks.differentiated_once("exact_kl")
     logits, ref_logits, live, temperatures, temperature, inplace_backward = inputs
+    logits, ref_logits = as_rows(logits), as_rows(ref_logits)
     of_rows = expanded(logits, live, temperatures, temperature)
     return _ExactKL.apply(logits, ref_logits, *of_rows, inplace_backward)
 
@@ -196,17 +200,16 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _rows(logits: Tensor, live: Tensor | None, temperatures: Tensor | None, temperature: float) -> records.Rows:
-    length, vocab = logits.shape
-    return rows_of(length, None, live, temperatures, temperature, vocab=vocab, softcap=0.0)
+    return rows_of(rows_in(logits), None, live, temperatures, temperature, vocab=logits.shape[-1], softcap=0.0)
 
 
 def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    rows, empty = inputs.logits.shape[0], inputs.logits.new_empty
+    rows, empty = rows_in(inputs.logits), inputs.logits.new_empty
     return empty(rows, dtype=torch.float32), empty(rows, records.STATISTICS, dtype=torch.float32)
 
 
 class _Backward(NamedTuple):
-    grad: Tensor  # (N, V); holds the logits if ``logits`` is None, and is overwritten in place
+    grad: Tensor  # like the logits; holds the logits if ``logits`` is None, and is overwritten in place
     logits: Tensor | None
     ref_logits: Tensor
     live: Tensor | None

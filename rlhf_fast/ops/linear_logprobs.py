@@ -108,7 +108,7 @@ def reference(inputs: Inputs, return_entropy: bool) -> tuple[Tensor, Tensor | No
     """-> logprobs (N,), entropy (N,)."""
     head = in_full_precision(inputs.head, accumulation_dtype(inputs.hidden.dtype))
     targets = inputs.tokens.targets
-    live, temperature = expanded(inputs.hidden, *inputs.tokens[1:])
+    live, temperature = expanded(inputs.hidden, *inputs.tokens[1:4])
 
     def chunk(hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
         logits = project(hidden, head, inputs.softcap or None)
@@ -221,7 +221,7 @@ def _save(ctx: Any, given: _Forward, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     # if the entropy gets a gradient, the backward recomputes the logits
     again = ctx.return_entropy or not ctx.ahead
-    targets, live, temperatures, ctx.temperature = tokens
+    targets, live, temperatures, ctx.temperature, _ = tokens
     saved = (hidden, *head[:4], targets, temperatures) if again else ()
     ctx.save_for_backward(live, output[2], *saved)
 

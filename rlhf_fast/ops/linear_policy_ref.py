@@ -92,7 +92,7 @@ def _torch(inputs: Inputs) -> tuple[Tensor, ...]:
     """-> the fields of PolicyRef, each (N,)."""
     head = in_full_precision(Head(inputs.weight, inputs.bias), accumulation_dtype(inputs.hidden.dtype))
     targets = inputs.tokens.targets
-    live, temperature = expanded(inputs.hidden, *inputs.tokens[1:])
+    live, temperature = expanded(inputs.hidden, *inputs.tokens[1:4])
     softcap = inputs.softcap or None
 
     def chunk(hidden: Tensor, ref_hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:

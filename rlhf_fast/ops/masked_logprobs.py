@@ -16,12 +16,14 @@ from ._rows import (
     Tokens,
     accumulation_dtype,
     as_rows,
+    counted,
     expanded,
-    flat_tokens,
     gradient_memory,
+    in_batches,
     logits_of,
     refuse_spent,
     rows_of,
+    tokens_for_kernel,
     unflat,
     unit_columns,
     vocabulary,
@@ -83,7 +85,8 @@ def masked_logprobs(
     precision, in its log-probability and in its gradient.
 
     Args:
-        logits: (..., V), float64, float32, bfloat16 or float16.
+        logits: (..., V), float64, float32, bfloat16 or float16. A slice such as ``logits[:, start:stop]`` is read
+            where it lies.
         targets: (...), integer token ids, not shifted by this function: row t holds the logits that predict target t.
         mask: (...), bool or 0/1, 1 = counts. The data of a masked row is never used, NaN or inf included.
             A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
@@ -94,7 +97,7 @@ def masked_logprobs(
         ignore_index: a target with this value is masked.
         return_entropy: also return the entropy of each live row in nats, which has a gradient too.
         inplace_backward: the backward overwrites the logits with their gradient instead of allocating memory (logits
-            that are not contiguous are copied first).
+            whose columns are not contiguous are copied first).
 
     Returns:
         logprobs (...) or (logprobs, entropy), float32 (float64 for float64 logits), 0 where masked. A target at -inf
@@ -112,17 +115,19 @@ def masked_logprobs(
         raise ValueError(f"{op}: logits must have shape (..., V); got a tensor without dimensions")
     _checks.positive(op, softcap=softcap)
     vocab = vocabulary(op, logits.shape[-1], vocab_size)
-    tokens = flat_tokens(op, logits, targets, mask, temperature=temperature, vocab=vocab, ignore_index=ignore_index)
+    tokens = tokens_for_kernel(
+        op, logits, targets, mask, temperature=temperature, vocab=vocab, ignore_index=ignore_index
+    )
     shape = logits.shape[:-1]
-    rows = logits.contiguous() if inplace_backward else logits
+    (rows,) = in_batches(logits, inplace=inplace_backward)
     logprobs, entropy = implementation(op, logits)(
-        Inputs(as_rows(rows), tokens, softcap or 0.0, vocab, return_entropy, inplace_backward)
+        Inputs(rows, tokens, softcap or 0.0, vocab, return_entropy, inplace_backward)
     )
     return (unflat(logprobs, shape), unflat(entropy, shape)) if return_entropy else unflat(logprobs, shape)
 
 
 class Inputs(NamedTuple):
-    logits: Tensor  # (N, V), any strides
+    logits: Tensor  # (N, V), any strides, or (B, T, V) with contiguous columns
     tokens: Tokens
     softcap: float  # 0 = none
     vocab_size: int
@@ -138,7 +143,8 @@ def reference(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     """-> logprobs (N,), entropy (N,)."""
     _checks.differentiated_once("masked_logprobs")
     logits, tokens, softcap, *options = inputs
-    live, temperature = expanded(logits, *tokens[1:])
+    logits, tokens = as_rows(logits), counted(tokens)
+    live, temperature = expanded(logits, *tokens[1:4])
     logprobs, entropy, *_ = _MaskedLogprobs.apply(logits, tokens.targets, live, temperature, softcap or None, *options)
     return logprobs, entropy
 
@@ -262,12 +268,12 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor]:
-    rows, empty = inputs.logits.shape[0], functools.partial(inputs.logits.new_empty, dtype=torch.float32)
+    rows, empty = inputs.tokens.targets.shape[0], functools.partial(inputs.logits.new_empty, dtype=torch.float32)
     return empty(rows), empty(rows) if inputs.return_entropy else None, empty(rows, records.STATISTICS)
 
 
 class _Backward(NamedTuple):
-    grad: Tensor  # (N, V); holds the logits if ``logits`` is None, and is overwritten in place
+    grad: Tensor  # like the logits; holds the logits if ``logits`` is None, and is overwritten in place
     logits: Tensor | None
     tokens: Tokens
     softcap: float
@@ -284,9 +290,9 @@ def _backward_kernel(inputs: _Backward) -> None:
     grad_logprobs, grad_entropy = inputs.grad_logprobs, inputs.grad_entropy
     launch(
         records.MaskedLogprobsBackward(
-            rows=rows_of(inputs.grad.shape[0], *inputs.tokens, vocab=inputs.vocab_size, softcap=inputs.softcap),
+            rows=rows_of(inputs.logprobs.shape[0], *inputs.tokens, vocab=inputs.vocab_size, softcap=inputs.softcap),
             logits=logits_of(inputs.grad if inputs.logits is None else inputs.logits),
-            columns=inputs.grad.shape[1],
+            columns=inputs.grad.shape[-1],
             statistics=inputs.statistics,
             logprobs=inputs.logprobs,
             entropy=inputs.entropy,
@@ -306,7 +312,7 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.spent = False
-    *tensors, ctx.temperature = tokens
+    *tensors, ctx.temperature, ctx.ignore_index = tokens
     ctx.save_for_backward(logits, *tensors, *output)
 
 
@@ -322,7 +328,7 @@ def _gradient(
         _Backward(
             grad=grad,
             logits=None if ctx.inplace_backward else logits,
-            tokens=Tokens(targets, live, temperatures, ctx.temperature),
+            tokens=Tokens(targets, live, temperatures, ctx.temperature, ctx.ignore_index),
             softcap=ctx.softcap,
             vocab_size=ctx.vocab_size,
             statistics=statistics,

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.kernels import records
 from rlhf_fast.ops._dispatch import launch
-from rlhf_fast.ops._rows import NOTHING, logits_of
+from rlhf_fast.ops._rows import NOTHING, logits_of, rows_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,7 +97,7 @@ def test_masked_logprobs(
     got = run(logits)
     close(got, run(logits.double()))
     same(run(placed(logits, lead, gap)), got)
-    memory = placed(logits, lead, 0)  # with a gap between its rows it would be copied
+    memory = placed(logits, lead, gap)
     same(run(memory, inplace=True), got)
     same([memory], got[-1:])
     assert around(memory).isnan().all()
@@ -137,9 +137,7 @@ def fold(
     """What the launcher makes of each row, and the gradient."""
     rows, vocab = logits.shape
     shared = {
-        "rows": records.Rows(
-            rows, vocab, targets, mask, temperatures=None, temperature_stride=0, temperature=0.9, softcap=5.0
-        ),
+        "rows": rows_of(rows, targets, mask, None, 0.9, vocab=vocab, softcap=5.0),
         "logits": logits_of(logits),
         "grad": NOTHING if grad is None else logits_of(grad),
     }
