@@ -102,3 +102,4 @@ def test_what_the_sanitizer_watches(capsys: pytest.CaptureFixture[str]) -> None:
     each_op_once.main(torch.device("cpu"), ("native",))
     told = capsys.readouterr().out
     assert "linear_policy_loss, 64 x 32 x 1000 bf16" in told and "gae, 4 x 64 packed native" in told
+    assert "exact_kl in place, 8 x 9001 torch.bfloat16 native" in told
