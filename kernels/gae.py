@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .formulas import gae_gain
-from .launch import launch
+from .launch import kernel, launch
 from .masked_whiten import masked_whiten
 from .records import Gae, MaskedWhiten
 from .tokens import live_at, load_kept
@@ -83,7 +83,7 @@ def _first(x):
     return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :] == 0, x, 0.0), 1)
 
 
-@triton.jit
+@kernel(general=("blocks", "block_rates", "block_gains"))
 def _measure(
     rewards, values, live, length, blocks, gamma_lam, gamma_rest, block_rates, block_gains, BLOCK: tl.constexpr
 ):
@@ -107,7 +107,7 @@ def _measure(
     tl.store(block_gains + place, _first(gain))
 
 
-@triton.jit
+@kernel(general=("cu_seqlens", "sequences", "tokens", "wrong"))
 def _check_bounds(cu_seqlens, sequences, tokens, wrong, BLOCK: tl.constexpr):
     """Writes 1 if cu_seqlens does not start at 0, decreases or does not end at ``tokens``, else 0."""
     found = tl.zeros((BLOCK,), tl.int32)
@@ -129,7 +129,7 @@ def _write_nan(advantages, returns, start, stop, BLOCK: tl.constexpr):
         tl.store(returns + index, nan, mask=index < stop)
 
 
-@triton.jit
+@kernel(general=("cu_seqlens", "wrong", "sequences", "tokens", "blocks", "block_rates", "block_gains"))
 def _sweep(
     rewards,
     values,

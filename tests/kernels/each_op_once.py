@@ -56,7 +56,7 @@ def several_blocks(device: torch.device) -> Iterator[tuple[str, Call]]:
 
 
 def unaligned_rows(device: torch.device) -> Iterator[tuple[str, Call]]:
-    """Rows of two segments, whose ends share 16 aligned bytes with the next row, and whose gradient takes their place."""
+    """Rows of two segments, whose ends share 16 aligned bytes with the next row. Their gradient takes their place."""
     rows, vocab = 8, 9001
     targets = torch.arange(rows, device=device)
     for dtype in (torch.bfloat16, torch.float32):
