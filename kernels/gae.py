@@ -161,12 +161,14 @@ def _sweep(
         bound = cu_seqlens + tl.program_id(0)
         start = tl.load(bound)
         size = tl.load(bound + 1) - start
-        # Wrong bounds: no sequence has tokens, and each program writes NaN to its share of all of them.
-        if tl.load(wrong) != 0:
-            size = size * 0
-            share = tl.cdiv(tokens, sequences).to(tl.int64)
-            first_nan = tl.program_id(0) * share
-            _write_nan(advantages, returns, first_nan, tl.minimum(first_nan + share, tokens), BLOCK)
+        # Wrong bounds: no sequence has tokens, and each program writes NaN to its share of all of them. A branch around
+        # this would take twice the registers.
+        is_wrong = tl.load(wrong) != 0
+        size = tl.where(is_wrong, 0, size)
+        share = tl.cdiv(tokens, sequences).to(tl.int64)
+        first_nan = tl.program_id(0) * share
+        stop = tl.where(is_wrong, tl.minimum(first_nan + share, tokens), first_nan)
+        _write_nan(advantages, returns, first_nan, stop, BLOCK)
     # 2. The blocks of this program, and the carry into the last of them.
     if block_rates is None:
         first = 0
