@@ -115,7 +115,7 @@ bench-learning: $(VENV)/model .venv-trl/installed
 # On this machine's GPU, with $(PYTHON) and what it has, since a GPU's torch is the machine's own; without a network. Each
 # step is bounded in seconds, all of them by eight minutes. One that fails is told, and the others run. The cheapest proof
 # comes first; the bench gets the time that is left, and keeps what it has measured.
-GPU_STEPS := gpu-build gpu-each-op gpu-tests gpu-sanitizer gpu-bench
+GPU_STEPS := gpu-build gpu-each-op gpu-tests gpu-sanitizer gpu-bench gpu-roofline
 BUILD_SECONDS ?= 115
 EACH_OP_SECONDS ?= 40
 TESTS_SECONDS ?= 190
@@ -124,7 +124,7 @@ GPU_SECONDS ?= 470
 # $(call within,SECONDS) COMMAND $(told): interrupted as by Ctrl-C when its time is up, and 8 seconds later ended.
 within = echo "== $@"; timeout --signal=INT --kill-after=8 $(1)
 told = 2>&1 | tee build/gpu/$@.log || { \
-	code=$$?; echo "FAILED: $@, exit code $$code (124: its time was up)" | tee -a build/gpu/$@.log; exit $$code; }
+	code=$$?; echo "FAILED: $@, exit code $$code (124 or 137: its time was up)" | tee -a build/gpu/$@.log; exit $$code; }
 gpu: SHELL := bash -o pipefail
 gpu-%: SHELL := bash -o pipefail
 .PHONY: gpu $(GPU_STEPS) gpu-memcheck gpu-racecheck gpu-initcheck
@@ -137,7 +137,8 @@ gpu:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH"; \
 	$(PYTHON) -c 'import hypothesis' 2> /dev/null || PYTHONPATH="$$PYTHONPATH:$(CURDIR)/tests/stand_ins"; \
 	export RLHF_FAST_CUDA_ARCHS PATH PYTHONPATH RLHF_FAST_CUDA=1 GPU_END=$$(($$(date +%s) + $(GPU_SECONDS))); \
-	$(MAKE) --keep-going --no-print-directory $(GPU_STEPS); code=$$?; tail -n 2 build/gpu/*.log; exit $$code
+	$(MAKE) --keep-going --no-print-directory $(GPU_STEPS); code=$$?; tail -n 2 build/gpu/*.log; \
+	cat build/gpu/gpu-roofline.log; exit $$code
 
 # Not through pip, so that whatever versions of it and of setuptools are there will do.
 gpu-build:
@@ -166,6 +167,11 @@ gpu-sanitizer:
 gpu-bench: export TRITON_CACHE_DIR = build/gpu/triton
 gpu-bench:
 	@$(call within,$$((GPU_END - $$(date +%s)))) $(PYTHON) -m rlhf_fast.cli bench --device cuda --json bench/results $(told)
+
+# What this run has measured, beside docs/roofline.md.
+gpu-roofline:
+	@$(call within,10) $(PYTHON) tests/cuda/measured.py \
+	$$(find bench/results -name 'gpu-*.json' -newer build/gpu/gpu-build.log) $(told)
 
 # dist/*.whl, installed without a compiler into an environment of its own and tested there, away from the checkout.
 wheel: $(VENV)/installed

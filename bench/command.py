@@ -19,6 +19,7 @@ from rlhf_fast.bench import chart, harness, peers, report, results
 from rlhf_fast.bench import device as gpu
 from rlhf_fast.bench.workload import Workload
 from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.files import write_atomic
 
 BENCHES = (
     "masked_logprobs",
@@ -165,7 +166,7 @@ def rounded(value: Any) -> Any:
 
 
 WRITERS: dict[str, Callable[[Path, dict[str, Any]], object]] = {
-    "json": lambda path, measured: path.write_text(json.dumps(measured, indent=1) + "\n"),
+    "json": lambda path, measured: write_atomic(path, json.dumps(measured, indent=1) + "\n"),
     "markdown": lambda path, measured: path.write_text(report.details(measured)),
     "chart": lambda path, measured: chart.draw(measured, path),
 }

@@ -8,10 +8,8 @@ The forward reads both rows once for their normalisers and once more for the ter
     error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
-import triton
-
 from .gradients import empty_slopes, store_pair_slopes, store_slopes, write_gradient
-from .launch import launch
+from .launch import kernel, launch
 from .numbers import log1p
 from .pairs import Normalisers, empty_normalisers, join_terms, kl_parts, store_normalisers
 from .records import ExactKl, ExactKlBackward
@@ -29,7 +27,7 @@ from .rows import (
 from .sums import join_segments, sum_rows
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def _normalise(
     length, live, temperature, temperature_stride, parts, ref_parts, segments, normalisers, statistics
 ):  # fmt: skip
@@ -56,7 +54,7 @@ def _normalise(
     store_rows(statistics + 3, lanes, of_row.offset, STRIDE=4)
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def _finish(length, live, terms, segments, kl):
     lanes = lanes_of_program(length, live)
     store_rows(kl, lanes, join_terms(lanes, terms, segments))
@@ -90,7 +88,7 @@ def exact_kl(a: ExactKl) -> None:
     )
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def _prepare(length, live, temperature, temperature_stride, statistics, kl, grad_kl, slopes):
     """The slopes of d KL / d x_j = p_j (log p_j - log r_j - KL) / temperature, times grad_kl."""
     lanes = lanes_of_program(length, live)

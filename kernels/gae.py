@@ -11,7 +11,8 @@ blocks of a sequence depend only on its own length.
 
     formula         A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, over the live tokens
     bytes a token   8 read, 1 more with a mask; 8 written
-    passes          one; a sequence that is split among programs is read twice; whitening follows
+    passes          one; a sequence that is split among programs is read twice; whitening follows; bounds of packed
+                    sequences are checked by a launch before
     error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .formulas import gae_gain
-from .launch import launch
+from .launch import kernel, launch
 from .masked_whiten import masked_whiten
 from .records import Gae, MaskedWhiten
 from .tokens import live_at, load_kept
@@ -82,7 +83,7 @@ def _first(x):
     return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :] == 0, x, 0.0), 1)
 
 
-@triton.jit
+@kernel(general=("blocks", "block_rates", "block_gains"))
 def _measure(
     rewards, values, live, length, blocks, gamma_lam, gamma_rest, block_rates, block_gains, BLOCK: tl.constexpr
 ):
@@ -106,9 +107,21 @@ def _measure(
     tl.store(block_gains + place, _first(gain))
 
 
+@kernel(general=("cu_seqlens", "sequences", "tokens", "wrong"))
+def _check_bounds(cu_seqlens, sequences, tokens, wrong, BLOCK: tl.constexpr):
+    """Writes 1 if cu_seqlens does not start at 0, decreases or does not end at ``tokens``, else 0."""
+    found = tl.zeros((BLOCK,), tl.int32)
+    for at in range(0, sequences, BLOCK):
+        i = tl.minimum(at + tl.arange(0, BLOCK), sequences - 1)
+        start = tl.load(cu_seqlens + i)
+        stop = tl.load(cu_seqlens + i + 1)
+        bad = (start > stop) | ((i == 0) & (start != 0)) | ((i == sequences - 1) & (stop != tokens))
+        found |= bad.to(tl.int32)
+    tl.store(wrong, tl.max(found))
+
+
 @triton.jit
 def _write_nan(advantages, returns, start, stop, BLOCK: tl.constexpr):
-    """Writes NaN to tokens that belong to no sequence because cu_seqlens is wrong."""
     for at in range(start, stop, BLOCK):
         index = at + tl.arange(0, BLOCK)
         nan = tl.full((BLOCK,), float("nan"), tl.float32)
@@ -116,12 +129,13 @@ def _write_nan(advantages, returns, start, stop, BLOCK: tl.constexpr):
         tl.store(returns + index, nan, mask=index < stop)
 
 
-@triton.jit
+@kernel(general=("cu_seqlens", "wrong", "sequences", "tokens", "blocks", "block_rates", "block_gains"))
 def _sweep(
     rewards,
     values,
     live,
     cu_seqlens,
+    wrong,
     sequences,
     length,
     tokens,
@@ -144,14 +158,17 @@ def _sweep(
         start = sequence * length
         size = length
     else:
-        # Clamped, so that wrong bounds cause no access outside the tensors.
         bound = cu_seqlens + tl.program_id(0)
-        start = tl.minimum(tl.maximum(tl.load(bound), 0), tokens)
-        size = tl.minimum(tl.maximum(tl.load(bound + 1), start), tokens) - start
-        if tl.program_id(0) == 0:
-            _write_nan(advantages, returns, start * 0, start, BLOCK)
-        if tl.program_id(0) == sequences - 1:
-            _write_nan(advantages, returns, start + size, tokens, BLOCK)
+        start = tl.load(bound)
+        size = tl.load(bound + 1) - start
+        # Wrong bounds: no sequence has tokens, and each program writes NaN to its share of all of them. A branch around
+        # this would take twice the registers.
+        is_wrong = tl.load(wrong) != 0
+        size = tl.where(is_wrong, 0, size)
+        share = tl.cdiv(tokens, sequences).to(tl.int64)
+        first_nan = tl.program_id(0) * share
+        stop = tl.where(is_wrong, tl.minimum(first_nan + share, tokens), first_nan)
+        _write_nan(advantages, returns, first_nan, stop, BLOCK)
     # 2. The blocks of this program, and the carry into the last of them.
     if block_rates is None:
         first = 0
@@ -205,7 +222,19 @@ def gae(a: Gae) -> None:
     rows = BLOCK // block
     gamma_lam, gamma_rest = a.gamma * a.lam, a.gamma - a.gamma * a.lam
     blocks = triton.cdiv(a.length, BLOCK) if a.cu_seqlens is None and a.length > SPLIT else 1
-    rates = gains = None
+    wrong = rates = gains = None
+    if a.cu_seqlens is not None:
+        wrong = torch.empty((), dtype=torch.int32, device=a.rewards.device)
+        launch(
+            _check_bounds,
+            (1,),
+            cu_seqlens=a.cu_seqlens,
+            sequences=a.sequences,
+            tokens=tokens,
+            wrong=wrong,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
     if blocks > 1:
         rates, gains = torch.empty((2, a.sequences, blocks), dtype=torch.float32, device=a.rewards.device)
         launch(
@@ -230,6 +259,7 @@ def gae(a: Gae) -> None:
         values=a.values,
         live=a.live,
         cu_seqlens=a.cu_seqlens,
+        wrong=wrong,
         sequences=a.sequences,
         length=a.length,
         tokens=tokens,

@@ -11,11 +11,11 @@ import triton.language as tl
 
 from .formulas import activate
 from .hidden import BLOCK, WARPS, load_floats, store_rounded
-from .launch import launch
+from .launch import kernel, launch
 from .records import GatedActivation, GatedActivationBackward
 
 
-@triton.jit
+@kernel()
 def _multiply(
     gate, gate_stride, up, up_stride, product, product_stride, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -27,7 +27,7 @@ def _multiply(
     store_rounded(product + row * product_stride, column, value, inside)
 
 
-@triton.jit
+@kernel()
 def _differentiate(
     gate, gate_stride, up, up_stride, upstream, upstream_stride, grad_gate, grad_gate_stride, grad_up, grad_up_stride,
     width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formulas import exponential
-from .launch import launch
+from .launch import kernel, launch
 from .numbers import FAR, LOG2E, at_most, rounded
 from .records import Logits, Rows
 from .rows import (
@@ -138,7 +138,7 @@ def block_gradient(row, ref_row, at, columns, rate, slopes, SLOPED: tl.constexpr
     return g
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def write_segments(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, ref_logits,
     ref_stride, slopes, grad, grad_stride, columns, VECTOR: tl.constexpr, SLOPED: tl.constexpr,

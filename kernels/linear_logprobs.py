@@ -8,11 +8,10 @@ Computes the log-probs of the rows, then overwrites their logits with the gradie
     error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
-import triton
 import triton.language as tl
 
 from .gradients import empty_slopes, store_row_slopes, write_gradient
-from .launch import launch
+from .launch import kernel, launch
 from .records import LinearLogprobs
 from .rows import (
     GENERAL,
@@ -29,7 +28,7 @@ from .rows import (
 from .sums import finish_rows, join_segments, sum_rows
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def _finish(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts, segments,
     logprobs, entropy, grad_logprobs, grad_entropy, slopes,

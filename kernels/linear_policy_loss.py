@@ -9,11 +9,9 @@ to the reference and entropy bonus together.
     error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
-import triton
-
 from .formulas import bounded_log_ratio, exponential, kernel_terms, kl_slope, policy_token
 from .gradients import empty_slopes, store_row_slopes, write_gradient
-from .launch import launch
+from .launch import kernel, launch
 from .records import LinearPolicyLoss
 from .rows import (
     GENERAL,
@@ -29,7 +27,7 @@ from .rows import (
 from .sums import finish_rows, join_segments, sum_rows
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def _finish(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts, segments,
     old_logprobs, advantages, ref_logprobs, share, terms, logprobs, entropy, slopes,

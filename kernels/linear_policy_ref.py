@@ -10,12 +10,11 @@ their weighted sum.
     error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
-import triton
 import triton.language as tl
 
 from .formulas import exponential
 from .gradients import empty_slopes, store_pair_slopes, store_row_slopes, write_gradient
-from .launch import launch
+from .launch import kernel, launch
 from .pairs import Normalisers, empty_normalisers, join_terms, kl_parts, kl_terms, store_normalisers
 from .records import LinearPolicyRef
 from .rows import (
@@ -34,7 +33,7 @@ from .rows import (
 from .sums import finish_rows, join_segments, sum_rows
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def _normalise(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, ref_logits,
     ref_stride, parts, ref_parts, segments, logprobs, ref_logprobs, entropy, grad_logprobs, grad_entropy, normalisers,
@@ -67,7 +66,7 @@ def _normalise(
         )
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def _finish(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, terms, segments,
     logprobs, ref_logprobs, kl, grad_kl, normalisers, slopes,

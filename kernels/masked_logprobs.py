@@ -6,10 +6,8 @@ passes          one each way
 error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
-import triton
-
 from .gradients import empty_slopes, store_row_slopes, write_gradient
-from .launch import launch
+from .launch import kernel, launch
 from .numbers import FAR, at_most
 from .records import MaskedLogprobs, MaskedLogprobsBackward
 from .rows import (
@@ -27,7 +25,7 @@ from .rows import (
 from .sums import RowResult, finish_rows, join_segments, sum_rows
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def _finish(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts, segments,
     logprobs, entropy, statistics,
@@ -63,7 +61,7 @@ def masked_logprobs(a: MaskedLogprobs) -> None:
     )
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def _prepare(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, statistics, logprobs,
     entropy, grad_logprobs, grad_entropy, slopes,

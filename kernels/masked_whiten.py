@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import kernel, launch
 from .records import MaskedMoments, MaskedWhiten, MaskedWhitenBackward
 from .tokens import (
     PARTS,
@@ -48,7 +48,7 @@ def _deviations(x, mean, counted):
     return tl.where(counted, (x - near) - (mean - near).to(tl.float32), 0.0)
 
 
-@triton.jit
+@kernel(general=("parts",))
 def _measure(x, live, count, parts, TILE: tl.constexpr):
     """parts (4, tiles): count, the two floats of the mean, and the sum of squared deviations of each tile."""
     _, _, counted, x = _load_tile(x, live, count, TILE)
@@ -75,7 +75,7 @@ def _all_moments(parts, tiles):
     return count, mean, deviation
 
 
-@triton.jit
+@kernel(general=("parts", "tiles", "given_mean", "moments"))
 def _add_moments(parts, tiles, given_mean, moments):
     """Writes count and, without a given mean, the sum; with one, the sum of squared deviations from it."""
     count, mean, deviation = _all_moments(parts, tiles)
@@ -98,13 +98,13 @@ def _store_statistics(count, mean, deviation, statistics, UNBIASED: tl.constexpr
     return scale
 
 
-@triton.jit
+@kernel(general=("parts", "tiles", "statistics"))
 def _add_statistics(parts, tiles, statistics, UNBIASED: tl.constexpr):
     count, mean, deviation = _all_moments(parts, tiles)
     _store_statistics(count, mean, deviation, statistics, UNBIASED)
 
 
-@triton.jit
+@kernel(general=("statistics",))
 def _whiten(
     x,
     live,
@@ -131,7 +131,7 @@ def _whiten(
     tl.store(whitened + index, result, mask=inside)
 
 
-@triton.jit
+@kernel(general=("statistics", "parts"))
 def _measure_backward(x, live, count, statistics, grad_whitened, parts, TILE: tl.constexpr):
     """parts (2, tiles): sum(grad) and sum(grad * d) of each tile."""
     index, inside, counted, x = _load_tile(x, live, count, TILE)
@@ -144,7 +144,7 @@ def _measure_backward(x, live, count, statistics, grad_whitened, parts, TILE: tl
 
 # With d = x - mean and variance = sum(d^2) / k:
 # d loss / d x = scale * (grad - mean(grad)) - d * scale^3 * sum(grad * d) / k, and + mean(grad) without shift_mean.
-@triton.jit
+@kernel(general=("statistics", "parts", "tiles"))
 def _whiten_backward(
     x,
     live,

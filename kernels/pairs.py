@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formulas import k3
-from .launch import launch
+from .launch import kernel, launch
 from .numbers import LOG2E
 from .records import Logits, Rows
 from .rows import (
@@ -92,7 +92,7 @@ def block_terms(row, ref_row, at, columns, rate, normalisers, PLAIN: tl.constexp
     return thread_sum(kl_terms(p, ratio, r))
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def sum_terms(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, ref_logits,
     ref_stride, normalisers, terms, VECTOR: tl.constexpr,

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .formulas import bounded_log_ratio, exponential, kernel_terms, kl_value, policy_token, value_token
 from .formulas import kl_slope as slope_of_kl
-from .launch import launch
+from .launch import kernel, launch
 from .records import PpoLoss
 from .tokens import (
     TILE,
@@ -45,7 +45,7 @@ COUNT, POLICY, CLIPPED, SQUARED, PEAK, MEAN, DEVIATION, KL, ENTROPY, VALUE, VALU
 ROWS = 11
 
 
-@triton.jit(do_not_specialize=["length", "sequences"])
+@kernel(general=("length", "sequences", "ratios", "lengths", "items", "loss", "statistics", "parts", "ticket"))
 def _evaluate(
     tokens, sequences, length, logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs,
     live, ratios, terms, value_terms, lengths, items, norm, loss, statistics, grad_logprobs, grad_values, grad_entropy,
@@ -198,7 +198,7 @@ def _term(coef, value):
     return tl.where(coef != 0.0, coef * value, 0.0)
 
 
-@triton.jit
+@kernel(general=("ratios",))
 def _sequence_ratio(logprobs, old_logprobs, live, ratios, length, TILE: tl.constexpr):
     """exp of the mean log ratio over the live tokens of a sequence, one sequence per program."""
     sequence = tl.program_id(0).to(tl.int64)

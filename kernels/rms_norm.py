@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .hidden import BLOCK, WARPS, load_floats, store_rounded
-from .launch import launch
+from .launch import kernel, launch
 from .records import RmsNorm, RmsNormBackward
 
 # The weight's gradient is a sum over rows. A program adds a part of the rows, at least LEAST_ROWS of them.
@@ -28,7 +28,7 @@ def _weighted(x, weight, column, inside):
     return x
 
 
-@triton.jit
+@kernel(general=("scale",))
 def _normalise(hidden, hidden_stride, weight, width, eps, normed, normed_stride, scale, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     x_row = hidden + row * hidden_stride
@@ -48,7 +48,7 @@ def _normalise(hidden, hidden_stride, weight, width, eps, normed, normed_stride,
 
 # With xhat = x * scale and p = grad * weight:
 # d loss / d x = scale * (p - xhat * mean(p * xhat)), and the row's part of d loss / d weight = grad * xhat.
-@triton.jit
+@kernel(general=("scale",))
 def _differentiate(
     hidden, hidden_stride, weight, width, scale, upstream, upstream_stride, grad, grad_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def _differentiate(
         store_rounded(grad + row * grad_stride, column, p * factor - xhat * pull, inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows"])
+@kernel(general=("tokens", "rows", "scale"))
 def _sum_rows(
     hidden, hidden_stride, tokens, width, scale, upstream, upstream_stride, rows, parts, COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def _sum_rows(
     tl.store(parts + part * width + column, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(general=("count",))
 def _add_parts(parts, count, width, grad_weight, COLUMNS: tl.constexpr):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 
 from .hidden import BLOCK, WARPS, load_floats, store_rounded
-from .launch import launch
+from .launch import kernel, launch
 from .records import RotaryEmbedding
 
 
-@triton.jit(do_not_specialize=["length", "heads"])
+@kernel(general=("length", "heads"))
 def _turn(
     x, x_sequence, x_head, x_token, cos, sin, angle_sequence, angle_token, out, out_sequence, out_head, out_token,
     heads, length, width, half, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BACKWARD: tl.constexpr,

@@ -28,7 +28,7 @@ WARPS = THREADS.value // 32
 # Rows of a program in a kernel per row.
 ROWS: tl.constexpr = tl.constexpr(128)
 
-# Arguments that Triton must not specialise on, so that another number of rows does not compile a kernel again.
+# Arguments of any number and address: another number of rows does not compile a kernel again.
 GENERAL = (
     "length vocab targets live temperature temperature_stride softcap logits_stride ref_stride grad_stride columns "
     "segments parts ref_parts terms normalisers slopes statistics logprobs ref_logprobs entropy kl grad_logprobs "

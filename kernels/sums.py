@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formulas import exponential
-from .launch import launch
+from .launch import kernel, launch
 from .numbers import FAR, LOG2E, at_most, log1p
 from .records import Logits, Rows
 from .rows import (
@@ -109,7 +109,7 @@ def add_block(sums, x, rate, WEIGHTED: tl.constexpr):
     return RowSums(sums.shift, sums.tops + tops, sums.rest + rest, weighted)
 
 
-@triton.jit(do_not_specialize=GENERAL)
+@kernel(general=GENERAL)
 def sum_segments(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts,
     VECTOR: tl.constexpr, WEIGHTED: tl.constexpr,

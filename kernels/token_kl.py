@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .formulas import kl_slope, kl_value
-from .launch import launch
+from .launch import kernel, launch
 from .records import TokenKl, TokenKlBackward
 from .tokens import TILE, WARPS, live_at, tile_of_tokens
 
 
-@triton.jit
+@kernel()
 def _sweep(logprobs, ref_logprobs, live, grad_kl, out, tokens, ESTIMATOR: tl.constexpr, TILE: tl.constexpr):
     """The estimates or, with grad_kl, the gradient; both are 0 for a token that does not count."""
     index = tile_of_tokens(TILE)

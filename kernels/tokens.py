@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import kernel, launch
 from .records import AGGREGATIONS, LossDivisor
 
 TILE = 1024
@@ -118,7 +118,7 @@ def merge_moments(count, mean, deviation, counts, means, deviations):
 # ---- the divisors of rlhf_fast/ops/_aggregate.py ---------------------------------------------------------------------
 
 
-@triton.jit
+@kernel(general=("lengths",))
 def _count_live(live, lengths, length, TILE: tl.constexpr):
     """The number of live tokens of each sequence, one sequence per program."""
     sequence = tl.program_id(0).to(tl.int64)

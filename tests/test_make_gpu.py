@@ -11,7 +11,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-STEPS = ["build", "each-op", "tests", "memcheck", "racecheck", "initcheck", "bench"]
+STEPS = ["build", "each-op", "tests", "memcheck", "racecheck", "initcheck", "bench", "roofline"]
 PYTHON = """#!/bin/sh
 case "$*" in
   *get_device_capability*) [ -z "$NO_GPU" ] || { echo "RuntimeError: no GPU" >&2; exit 1; }; echo 90 ;;
@@ -63,6 +63,7 @@ def test_every_step_runs_in_turn_and_keeps_its_output(gpu: Gpu) -> None:
     assert gpu.log("each-op") == "asked: tests/kernels/each_op_once.py, archs 90\n"
     assert gpu.log("tests").startswith("asked: -m pytest -m gpu tests/ops tests/kernels ")
     assert gpu.log("bench").startswith("asked: -m rlhf_fast.cli bench --device cuda --json bench/results,")
+    assert gpu.log("roofline").startswith("asked: tests/cuda/measured.py")
     summary = done.stdout[done.stdout.index("==> build/gpu/") :]
     assert all(f"==> build/gpu/gpu-{step}.log <==" in summary for step in STEPS)
 
@@ -85,7 +86,9 @@ def test_a_step_that_takes_too_long_is_interrupted_and_the_rest_runs(gpu: Gpu) -
     done = gpu.make("TESTS_SECONDS=5", TESTS="import time; print('begun', flush=True); time.sleep(600)")
     assert done.returncode == 2
     assert "begun" in gpu.log("tests") and "KeyboardInterrupt" in gpu.log("tests")  # as by Ctrl-C: pytest sums up
-    assert "FAILED: gpu-tests, exit code 124 (124: its time was up)" in gpu.log("tests") and "asked" in gpu.log("bench")
+    assert "FAILED: gpu-tests, exit code 124 (124 or 137: its time was up)" in gpu.log("tests") and "asked" in gpu.log(
+        "bench"
+    )
 
 
 def test_a_machine_without_the_sanitizer(gpu: Gpu) -> None:
@@ -102,3 +105,4 @@ def test_what_the_sanitizer_watches(capsys: pytest.CaptureFixture[str]) -> None:
     each_op_once.main(torch.device("cpu"), ("native",))
     told = capsys.readouterr().out
     assert "linear_policy_loss, 64 x 32 x 1000 bf16" in told and "gae, 4 x 64 packed native" in told
+    assert "exact_kl in place, 8 x 9001 torch.bfloat16 native" in told

@@ -67,7 +67,7 @@ struct Sequence {
 
 __device__ __forceinline__ Sequence sequence_of(const Gae& a, int64_t i) {
   if (!a.cu_seqlens) return {i * a.length, a.length};
-  // Clamped, so that wrong bounds cause no access outside the tensors.
+  // Clamped, because measure_tiles reads tokens before it is known whether the bounds are wrong.
   const int64_t start = smaller(larger(a.cu_seqlens[i], (int64_t)0), a.length);
   return {start, smaller(larger(a.cu_seqlens[i + 1], start), a.length) - start};
 }
@@ -194,9 +194,36 @@ __device__ __forceinline__ Tile tile_of_block(const Gae& a) {
   return {sequence, block - (a.cu_seqlens ? first_block_of(a, i) : i * tiles), ceil_div(sequence.size, kSpanOfBlock)};
 }
 
+constexpr int kChecked = 8 * kWarp;  // sequences whose bounds a warp checks
+
+inline int64_t checks_of(const Gae& a) { return a.cu_seqlens ? ceil_div(a.sequences, kChecked) : 0; }
+
+// Writes whether the bounds of a block's sequences are wrong; the first blocks have some. The sweep reads all of it.
+__device__ __forceinline__ void check_bounds(const Gae& a, bool* wrong) {
+  const int64_t first = (int64_t)blockIdx.x * kChecked;
+  if (first >= a.sequences || warp_index() > 0) return;
+  bool found = false;
+#pragma unroll
+  for (int k = 0; k < kChecked; k += kWarp) {
+    const int64_t i = smaller(first + k + lane_index(), a.sequences - 1), start = a.cu_seqlens[i];
+    const int64_t stop = a.cu_seqlens[i + 1];
+    found |= start > stop || (i == 0 && start != 0) || (i == a.sequences - 1 && stop != a.length);
+  }
+  found = __any_sync(kAllLanes, found);
+  if (lane_index() == 0) wrong[blockIdx.x] = found;
+}
+
+// Whether any bound is wrong. All lanes of a warp must call this.
+__device__ __forceinline__ bool any_wrong(const Gae& a, const bool* wrong) {
+  bool found = false;
+  for (int64_t i = lane_index(); i < ceil_div(a.sequences, kChecked); i += kWarp) found |= wrong[i];
+  return __any_sync(kAllLanes, found);
+}
+
 // Writes the map of each tile, one block per tile. No block needs that of a first tile.
-__global__ void __launch_bounds__(kMostThreads) measure_tiles(Gae a, Rates rates, Affine* of_tile) {
+__global__ void __launch_bounds__(kMostThreads) measure_tiles(Gae a, Rates rates, Affine* of_tile, bool* wrong) {
   __shared__ Affine shared[kWarp];
+  if (a.cu_seqlens) check_bounds(a, wrong);
   const Tile tile = tile_of_block(a);
   if (!tile.exists() || tile.at == 0) return;
   const Tokens tokens(a, tile.sequence, tile.at * kSpanOfBlock + warp_index() * kSpan);
@@ -206,7 +233,7 @@ __global__ void __launch_bounds__(kMostThreads) measure_tiles(Gae a, Rates rates
   if (threadIdx.x == 0) of_tile[blockIdx.x] = map;
 }
 
-// Writes NaN to tokens that belong to no sequence because cu_seqlens is wrong.
+// For wrong cu_seqlens.
 __device__ void write_nan(const Gae& a, int64_t start, int64_t stop) {
   for (int64_t i = start + threadIdx.x; i < stop; i += blockDim.x) a.advantages[i] = a.returns[i] = NAN;
 }
@@ -228,12 +255,12 @@ __device__ __forceinline__ float carry_into(const Tile& tile, const Affine* of_t
 }
 
 // Writes the results, one block per tile, from the maps of all tiles.
-__global__ void __launch_bounds__(kMostThreads) sweep_tiles(Gae a, Rates rates, const Affine* of_tile) {
+__global__ void __launch_bounds__(kMostThreads)
+    sweep_tiles(Gae a, Rates rates, const Affine* of_tile, const bool* wrong) {
   __shared__ Affine shared[kWarp];
-  if (a.cu_seqlens && blockIdx.x == 0) write_nan(a, 0, sequence_of(a, 0).start);
-  if (a.cu_seqlens && blockIdx.x == gridDim.x - 1) {
-    const Sequence last = sequence_of(a, a.sequences - 1);
-    write_nan(a, last.start + last.size, a.length);
+  if (a.cu_seqlens && any_wrong(a, wrong)) {
+    const int64_t start = (int64_t)blockIdx.x * kSpanOfBlock;
+    return write_nan(a, start, smaller(start + kSpanOfBlock, a.length));
   }
   const Tile tile = tile_of_block(a);
   if (!tile.exists()) return;
@@ -277,8 +304,9 @@ const char* run(const Gae& a, Affine* of_tile, void* stream) {
   if (a.sequences == 0) return launch(without_sequences, 1, kMostThreads, 0, stream, a);  // wrong cu_seqlens
   if (of_tile) {
     const int64_t blocks = blocks_of_tiles(a);
-    const char* error = launch(measure_tiles, blocks, kMostThreads, 0, stream, a, rates, of_tile);
-    return error ? error : launch(sweep_tiles, blocks, kMostThreads, 0, stream, a, rates, of_tile);
+    bool* wrong = (bool*)(of_tile + blocks);
+    const char* error = launch(measure_tiles, blocks, kMostThreads, 0, stream, a, rates, of_tile, wrong);
+    return error ? error : launch(sweep_tiles, blocks, kMostThreads, 0, stream, a, rates, of_tile, wrong);
   }
   const int threads = (int)ceil_div(smaller(a.length, (int64_t)kSpanOfBlock), kSpan) * kWarp;
   return launch(sweep, a.sequences, threads, 0, stream, a, rates);
@@ -292,7 +320,7 @@ const char* gae(const Gae& a, Scratch& scratch, void* stream) {
   const bool split = a.cu_seqlens || (a.length > kSpanOfBlock && a.sequences < kFillsGpu);
   // The whitening runs after the last read of the maps, so it reuses their memory.
   constexpr size_t kStatistics = 32;
-  scratch.needed = larger(split ? blocks_of_tiles(a) * sizeof(Affine) : 0,
+  scratch.needed = larger(split ? blocks_of_tiles(a) * sizeof(Affine) + checks_of(a) : 0,
                           a.whiten ? kStatistics + masked_whiten_scratch(tokens) : 0);
   if (scratch.size < scratch.needed) return nullptr;
   const char* error = run(a, split ? (Affine*)scratch.data : nullptr, stream);

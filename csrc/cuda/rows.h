@@ -3,6 +3,8 @@
 // The assignment of columns to threads does not depend on the address of the row, so a sum does not either. A row of
 // 50257 bfloat16 columns may start at any even address. A thread's 16 bytes then span two aligned groups of 16 bytes.
 // The thread loads both, the second mostly from L1 because the next thread loads it too, and shifts the bytes together.
+// Where a gradient takes the place of its logits, another block may write the neighbour's half of such a group. So
+// nothing here may be loaded by __ldg, through `const __restrict__` or by TMA, which take memory for unchanging.
 #pragma once
 
 #include "halves.h"

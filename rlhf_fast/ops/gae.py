@@ -41,8 +41,8 @@ def gae(
         gamma: discount per token, in [0, 1].
         lam: the lambda of GAE, in [0, 1].
         cu_seqlens: (B + 1,) integers, the bounds of packed sequences: 0 first, N last, never decreasing; sequence b
-            is tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1. Its values are checked on the CPU only: reading them from
-            a GPU would synchronise.
+            is tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1. Other values are an error on the CPU; on a GPU, where
+            reading them would synchronise, they make all results NaN (masked advantages are 0 after whitening).
         whiten: scale the advantages to mean 0 and variance 1 over all live tokens of this call. (To whiten across
             ranks, call ``masked_whiten`` with its ``group``.) Returns use the advantages before whitening.
 
@@ -174,7 +174,7 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor]:
     if cu_seqlens is None:
         sequences, length = rewards.shape
     else:
-        if not cu_seqlens.is_cuda:  # on a GPU the check would synchronise; the GPU kernels clamp the bounds instead
+        if not cu_seqlens.is_cuda:  # on a GPU the check would synchronise: the kernels check instead
             check_bounds(cu_seqlens, rewards.shape[0])
         sequences, length = cu_seqlens.shape[0] - 1, rewards.shape[0]
     advantages, returns = _outputs(inputs)

@@ -11,12 +11,11 @@ A prediction: no GPU takes part. For each kernel the shortest of these limits co
 """
 
 import re
-from pathlib import Path
 from typing import NamedTuple
 
+import launches
 from compiled import Report, Reports, compile_all
 
-PAGE = Path(__file__).parents[2] / "docs" / "roofline.md"
 THREADS = 256  # of a block, in every kernel here
 WARP = 32
 REGISTERS, MOST_THREADS = 65536, 2048  # of a multiprocessor
@@ -96,6 +95,5 @@ def table(reports: dict[str, Reports]) -> str:
 
 if __name__ == "__main__":
     compiled = {architecture: compile_all(architecture) for architecture in {gpu.architecture for gpu in GPUS}}
-    text = PAGE.read_text()
-    start, end = text.index("<!-- roofline -->"), text.index("<!-- end -->")
-    PAGE.write_text(f"{text[:start]}<!-- roofline -->\n{table(compiled)}\n{text[end:]}")
+    launches.renew("roofline", table(compiled))
+    launches.renew("launches", launches.table())

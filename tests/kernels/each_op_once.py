@@ -1,8 +1,9 @@
 """What compute-sanitizer watches, on each of a GPU's backends: every op forward and backward at its bench's small
-sizes, and the ops of a number a token at sizes of several blocks, whose parts are joined.
+sizes, the ops of a number a token at sizes of several blocks, whose parts are joined, and rows of logits that begin at
+any address.
 
-Rows of logits are a multiple of 16 bytes here. Other rows are read by whole aligned vectors, of which the last may lie
-partly past the tensor: nobody's memory to the sanitizer, and harmless.
+All rows of logits together are a multiple of 16 bytes here. Others are read by whole aligned vectors, of which the last
+may lie partly past the tensor: nobody's memory to the sanitizer, and harmless.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,8 +55,30 @@ def several_blocks(device: torch.device) -> Iterator[tuple[str, Call]]:
     yield "gae, packed", lambda: rlhf_fast.gae(packed, packed, cu_seqlens=bounds, whiten=True)
 
 
+def unaligned_rows(device: torch.device) -> Iterator[tuple[str, Call]]:
+    """Rows of two segments, whose ends share 16 aligned bytes with the next row. Their gradient takes their place."""
+    rows, vocab = 8, 9001
+    targets = torch.arange(rows, device=device)
+    for dtype in (torch.bfloat16, torch.float32):
+        ref_logits = torch.rand(rows, vocab, device=device).to(dtype)
+
+        def logits(like: torch.Tensor = ref_logits) -> torch.Tensor:
+            return like.clone().requires_grad_()
+
+        yield (
+            f"masked_logprobs in place, {rows} x {vocab} {dtype}",
+            lambda logits=logits: rlhf_fast.masked_logprobs(logits(), targets, inplace_backward=True).sum().backward(),
+        )
+        yield (
+            f"exact_kl in place, {rows} x {vocab} {dtype}",
+            lambda logits=logits, ref=ref_logits: (
+                rlhf_fast.exact_kl(logits(), ref, inplace_backward=True).sum().backward()
+            ),
+        )
+
+
 def main(device: torch.device, kernels: tuple[str, ...]) -> None:
-    for calls in (small_workloads, several_blocks):
+    for calls in (small_workloads, several_blocks, unaligned_rows):
         for name, call in calls(device):
             for backend in kernels:
                 with use_backend(backend):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from budget import TARGETS, breaches, extended, read_budget
@@ -19,14 +20,25 @@ PACKAGE = Path(rlhf_fast.__file__).parent
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_keep_to_their_budget(target: str, tmp_path: Path) -> None:
+    reports = lines_of(tmp_path, "compile_ahead.py", target)
+    assert not (found := breaches(read_budget(), reports, target)), "\n".join(found)
+
+
+def lines_of(cache: Path, script: str, *arguments: str) -> list[dict[str, Any]]:
+    """What a script of this folder says, in a process where Triton does not interpret the kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
-    environment.setdefault("TRITON_CACHE_DIR", str(tmp_path))  # keep one to compile only what has changed
-    command = [sys.executable, HERE / "compile_ahead.py", target]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment.setdefault("TRITON_CACHE_DIR", str(cache))  # keep one to compile only what has changed
+    run = subprocess.run([sys.executable, HERE / script, *arguments], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    reports = [json.loads(line) for line in run.stdout.splitlines()]
-    assert not (found := breaches(read_budget(), reports, target)), "\n".join(found)
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_sizes_and_addresses_compile_a_kernel_twice_at_most(tmp_path: Path) -> None:
+    """Once for multiples of 16 and once for any."""
+    forms = lines_of(tmp_path, "forms.py")
+    assert {form["kernel"] for form in forms} >= {"gae._sweep", "ppo_loss._evaluate", "sums.sum_segments"}
+    assert not (often := [form for form in forms if form["forms"] > 2]), often
 
 
 def test_the_numbers_of_a_loss_compile_no_kernel_again() -> None:

@@ -96,11 +96,23 @@ def test_gae_of_many_long_rows_goes_by_the_row() -> None:
     same(tuple(x[:2] for x in whole), few)
 
 
-@given(bounds=st.lists(st.integers(-5, 300), min_size=1, max_size=5))
+@given(inner=st.lists(st.integers(-5, 2300), max_size=5), whole=st.booleans())
 @settings(some_examples, max_examples=40)
-def test_gae_keeps_within_the_tokens_of_wrong_bounds(bounds: list[int]) -> None:
-    """GPU kernels with unchecked bounds."""
-    count, guard = 200, 64
+def test_gae_of_wrong_bounds_is_nan_everywhere(inner: list[int], whole: bool) -> None:
+    """GPU kernels with unchecked bounds: they decrease, leave gaps, overlap or lie outside of the tokens."""
+    wrong_bounds_give_nan([0, *inner, 2200] if whole else [*inner, 2200])
+
+
+@pytest.mark.parametrize("wrong", [299, 300, 301, 598, 599], ids=str)
+def test_gae_finds_a_wrong_bound_among_many(wrong: int) -> None:
+    bounds = list(range(600)) + [2200]
+    wrong_bounds_give_nan(bounds)
+    bounds[wrong] = 0
+    wrong_bounds_give_nan(bounds)
+
+
+def wrong_bounds_give_nan(bounds: list[int]) -> None:
+    count, guard = 2200, 64
     memory = torch.full((4, count + 2 * guard), 7.0)
     rewards, values, advantages, returns = (row[guard:-guard] for row in memory)
     at = torch.tensor(bounds)
@@ -121,11 +133,9 @@ def test_gae_keeps_within_the_tokens_of_wrong_bounds(bounds: list[int]) -> None:
         rewards,
     )
     assert (memory[:, :guard] == 7).all() and (memory[:, -guard:] == 7).all()
-    if bounds == sorted(bounds):
-        first, last = (min(max(bound, 0), count) for bound in (bounds[0], bounds[-1]))
-        covered = torch.zeros(count, dtype=torch.bool)
-        covered[first:last] = True
-        assert torch.equal(advantages.isnan(), ~covered) and torch.equal(returns.isnan(), ~covered)
+    right = bounds[0] == 0 and bounds[-1] == count and bounds == sorted(bounds) and len(bounds) > 1
+    for result in (advantages, returns):
+        assert (result.isfinite() if right else result.isnan()).all()
 
 
 @some_examples

@@ -1,6 +1,8 @@
+import sys
+
 import pytest
 import torch
-from devices import device_of, seeded
+from devices import GPU_BACKENDS, seeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -290,15 +292,14 @@ def test_bad_arguments() -> None:
                 gae(REWARDS, VALUES, **{name: number})
 
 
-@pytest.mark.parametrize("bounds", [[1, 3], [0, 2], [0, 4], [0, 2, 1, 3], [0, 5, 3]])
+@pytest.mark.parametrize("bounds", [[1, 3], [0, 2], [0, 4], [0, 2, 1, 3], [0, 5, 3], [-1, 3], [3, 0]])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_bad_bounds(bounds: list[int], compiled: bool, backend: str) -> None:
-    """On the CPU alone; on a GPU no token without a sequence comes out as if it had one."""
+def test_bad_bounds(bounds: list[int], compiled: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function = torch.compile(gae, fullgraph=True, backend="aot_eager") if compiled else gae
-    if device_of(backend) == "cuda":
-        advantages, _ = function(torch.zeros(3), torch.zeros(3), cu_seqlens=torch.tensor(bounds))
-        uncovered = [*range(bounds[0]), *range(bounds[-1], 3)]
-        assert advantages[uncovered].isnan().all()
+    if backend in GPU_BACKENDS:
+        monkeypatch.setattr(sys.modules["rlhf_fast.ops.gae"], "check_bounds", lambda *_: None)  # of CPU tensors
+        results = function(torch.zeros(3), torch.zeros(3), cu_seqlens=torch.tensor(bounds))
+        assert all(result.isnan().all() for result in results)
         return
     with pytest.raises(ValueError, match="must start at 0, never decrease and end at the number of tokens, 3"):
         function(torch.zeros(3), torch.zeros(3), cu_seqlens=torch.tensor(bounds))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import kernel, launch
 from .records import SampleOp, SampleOpBackward
 from .tokens import TILE, WARPS, live_at, load_kept, tile_of_tokens
 
@@ -25,7 +25,7 @@ def sample_op_slope(x, scale):
     return scale
 
 
-@triton.jit
+@kernel()
 def _sweep(x, live, scale, grad_y, out, tokens, TILE: tl.constexpr):
     """The values or, with grad_y, the gradient."""
     index = tile_of_tokens(TILE)
