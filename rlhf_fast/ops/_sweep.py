@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels import records
 
-from ._linear import Head, without_autocast
+from ._linear import Head, without_adapter, without_autocast
 from ._products import (
     TILE,
     add_product_,
@@ -135,7 +135,8 @@ def sweep(head: Head, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]
 
     ``fold(rows, logits, grad)`` gets a slice of the rows and their float32 logits, one (n, V) for each of ``hiddens``.
     Where gradients are wanted it writes d loss / d logits of the first of ``hiddens`` into ``grad`` (n, V), which may
-    share the memory of those logits, row by row. The second of ``hiddens`` gets no gradient.
+    share the memory of those logits, row by row. The second of ``hiddens``, the reference's, is projected without the
+    head's adapter and gets no gradient.
     """
     hidden, device = hiddens[0], head.weight.device
     rows, vocab = hidden.shape[0], head.weight.shape[0]
@@ -146,13 +147,14 @@ def sweep(head: Head, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]
     buffers = [empty_logits(cut, vocab, dtype, device) for _ in hiddens]
     grads = buffers[0][1]
     sums = _Sums(hidden, head, wants, dtype)
+    heads = (head, without_adapter(head))
     with without_autocast(hidden):  # autocast would round the products
         for start in range(0, rows, cut.rows):
             stop = min(start + cut.rows, rows)
             inputs = [states[start:stop].to(dtype) for states in hiddens]
             logits = [buffer[: stop - start] for buffer, _ in buffers]
-            for states, out in zip(inputs, logits, strict=True):
-                _project(states, head, columns, out)
+            for states, own_head, out in zip(inputs, heads, logits, strict=False):
+                _project(states, own_head, columns, out)
             for first in range(0, stop - start, cut.fold):
                 part = slice(first, min(first + cut.fold, stop - start))
                 grad = grads[part] if any(wants) else None
