@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import linear_policy_ref
-from rlhf_fast.bench.heads import GPU_SIZES, PRODUCTS, QUICK, SIZES, first_rows, products, random_head, work
+from rlhf_fast.bench.heads import GPU_SIZES, PRODUCTS, QUICK, SIZES, first_rows, random_head, three_products, work
 from rlhf_fast.bench.workload import COMPILED, EAGER, OURS, Contest, Results, Sizes, Workload, compiled
 
 KL_COEF, ENTROPY_COEF = 0.05, 0.01
@@ -17,7 +17,6 @@ def build(dtype: torch.dtype, sizes: Sizes, device: torch.device) -> Contest:
     hidden, weight, targets, upstream = head
     ref_hidden = (hidden + 0.1 * torch.randn_like(hidden)).detach()
     fast = compiled(naive)
-    both, reference_product = products(hidden, weight), hidden.new_empty(len(hidden), len(weight))
 
     def gradient(outputs: tuple[Tensor, ...], hidden: Tensor, upstream: Tensor) -> Results:
         logprobs, _, entropy, kl = outputs
@@ -29,17 +28,13 @@ def build(dtype: torch.dtype, sizes: Sizes, device: torch.device) -> Contest:
         first.requires_grad_()
         return gradient(naive(first, reference, weight.double(), labels), first, grads)
 
-    def three_products() -> Results:
-        torch.mm(ref_hidden, weight.T, out=reference_product)
-        return both()
-
     inputs = (hidden, ref_hidden, weight, targets)
     return Contest(
         {
             OURS: lambda: gradient(linear_policy_ref(*inputs), hidden, upstream),
             EAGER: lambda: gradient(naive(*inputs), hidden, upstream),
             COMPILED: lambda: gradient(fast(*inputs), hidden, upstream),
-            PRODUCTS: three_products,
+            PRODUCTS: three_products(hidden, ref_hidden, weight),
         },
         names=("logprobs", "ref_logprobs", "entropy", "exact_kl", "gradient"),
         truth=truth,

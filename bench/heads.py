@@ -50,6 +50,17 @@ def products(hidden: Tensor, weight: Tensor, *, trained: bool = False) -> Run:
     return run
 
 
+def three_products(hidden: Tensor, ref_hidden: Tensor, weight: Tensor) -> Run:
+    """``products`` of a frozen head, and the logits of the reference."""
+    both, reference = products(hidden, weight), hidden.new_empty(hidden.shape[0], weight.shape[0])
+
+    def run() -> Results:
+        torch.mm(ref_hidden, weight.T, out=reference)
+        return both()
+
+    return run
+
+
 def work(head: Head, *, tokens: int | None = None, count: int = 2) -> Work:
     """``count`` matrix products over ``tokens`` (all of them when None)."""
     flops = 2.0 * count * (len(head.hidden) if tokens is None else tokens) * head.weight.numel()

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <tuple>
 
-#define RLHF_FAST_RECORDS "4f51b341804c35cb"
+#define RLHF_FAST_RECORDS "b5b0b4e0842a0fd6"
 
 namespace rlhf_fast {
 
@@ -121,18 +121,20 @@ inline auto fields(PolicyTerms& a) {
 struct LinearPolicyLoss {
   Rows rows;
   Logits logits;
+  Logits ref_logits;
   const float* old_logprobs;
   const float* advantages;
-  const float* ref_logprobs;  // None = no KL
+  const float* ref_logprobs;  // needed for an estimate with kl_coef
   const float* share;         // (length,) the weight of the token in the loss
   PolicyTerms terms;
   Logits grad;
   float* logprobs;
   float* entropy;
+  float* kl;  // the exact KL; needed with ref_logits
 };
 inline auto fields(LinearPolicyLoss& a) {
-  return std::tie(a.rows, a.logits, a.old_logprobs, a.advantages, a.ref_logprobs, a.share, a.terms, a.grad, a.logprobs,
-                  a.entropy);
+  return std::tie(a.rows, a.logits, a.ref_logits, a.old_logprobs, a.advantages, a.ref_logprobs, a.share, a.terms,
+                  a.grad, a.logprobs, a.entropy, a.kl);
 }
 
 struct LinearPolicyRef {

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import k3
+from .formulas import exponential, k3
+from .gradients import store_pair_slopes, write_gradient
 from .launch import kernel, launch
 from .numbers import LOG2E
 from .records import Logits, Rows
@@ -24,18 +25,25 @@ from .rows import (
     WARPS,
     Row,
     block_columns,
+    cap_slope,
     field_of,
+    grid_of_rows,
+    inverse_temperatures,
     is_plain,
+    lanes_of_program,
     load_block,
+    load_rows,
     row_and_segment,
     row_arguments,
     row_target,
     segments_of,
     store_rows,
+    target_logits,
     temperature_of_row,
     thread_sum,
     vector,
 )
+from .sums import finish_rows, join_segments
 
 
 class Normalisers(NamedTuple):
@@ -154,3 +162,105 @@ def join_terms(lanes, terms, segments):
 
 def empty_normalisers(rows: Rows, device: torch.device) -> Tensor:
     return torch.empty(len(Normalisers._fields), rows.length, dtype=torch.float32, device=device)
+
+
+# ---- a fold of two chunks of float32 logits --------------------------------------------------------------------------
+#
+# A kernel per row, the op's own, calls normalise_pair and writes the slopes of log-prob and entropy. Then finish_pairs
+# launches the second sweep and a kernel that adds the KL.
+
+
+@triton.jit
+def normalise_pair(
+    lanes, vocab, targets, softcap, logits, logits_stride, ref_logits, ref_stride, parts, ref_parts, segments,
+    inverse_temperature, logprobs, ref_logprobs, entropy, normalisers,
+):  # fmt: skip
+    """Writes the results of each pair of rows except the KL, and the normalisers. -> the policy's RowResult"""
+    target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
+    ref_target_logit = target_logits(lanes, targets, vocab, ref_logits, ref_stride, softcap)
+    sums = join_segments(lanes, parts, segments, inverse_temperature, True)
+    ref_sums = join_segments(lanes, ref_parts, segments, inverse_temperature, False)
+    p = finish_rows(sums, target_logit, inverse_temperature)
+    r = finish_rows(ref_sums, ref_target_logit, inverse_temperature)
+    store_rows(logprobs, lanes, p.logprob)
+    store_rows(ref_logprobs, lanes, r.logprob)
+    store_rows(entropy, lanes, p.entropy)
+    of_row = Normalisers(p.shift, p.scale, r.shift, r.scale, p.log_norm - r.log_norm)
+    store_normalisers(normalisers, lanes, of_row)
+    return p
+
+
+@kernel(general=GENERAL)
+def add_kl(
+    length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, terms, segments,
+    logprobs, ref_logprobs, kl, grad_kl, kl_coef, normalisers, slopes,
+):  # fmt: skip
+    """After the second sweep: the KL, and its part of the slopes, grad_kl * kl_coef times
+    d KL / d x_j = p_j (log p_j - log r_j - KL).
+    """
+    lanes = lanes_of_program(length, live)
+    # 1. The KL: the target's term plus those of the other columns.
+    logprob = load_rows(logprobs, lanes)
+    ref_logprob = load_rows(ref_logprobs, lanes)
+    p = exponential(logprob)
+    target_term = kl_terms(p, ref_logprob - logprob, exponential(ref_logprob))
+    divergence = target_term + join_terms(lanes, terms, segments)
+    store_rows(kl, lanes, divergence)
+    if slopes is not None:
+        # 2. The slopes of the other columns. An infinite KL with a gradient of 0 must add 0, not NaN.
+        inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
+        scaled_grad = load_rows(grad_kl, lanes) * kl_coef * inverse_temperature
+        ratio_slope = scaled_grad * load_rows(field_of(normalisers, 1, length), lanes)
+        constants = field_of(slopes, 1, length)
+        by_kl = tl.where(scaled_grad == 0.0, 0.0, ratio_slope * divergence)
+        store_rows(constants, lanes, load_rows(constants, lanes) - by_kl)
+        # 3. The target's column. Its term is 0 if its probability is 0, because 0 * log 0 = 0.
+        target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
+        by_target = scaled_grad * p * (logprob - ref_logprob - divergence) * cap_slope(target_logit, softcap)
+        at_target = field_of(slopes, 3, length)
+        slope = load_rows(at_target, lanes)
+        slope += tl.where((scaled_grad == 0.0) | (p == 0.0), 0.0, by_target)
+        store_rows(at_target, lanes, slope)
+        # 4. The slopes that only a pair of rows has.
+        store_pair_slopes(
+            slopes,
+            lanes,
+            ref_shift=load_rows(field_of(normalisers, 2, length), lanes),
+            offset=load_rows(field_of(normalisers, 4, length), lanes),
+            ratio_slope=-ratio_slope,
+        )
+
+
+def finish_pairs(
+    rows: Rows,
+    logits: Logits,
+    ref_logits: Logits,
+    grad: Logits,
+    *,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    kl: Tensor,
+    grad_kl: Tensor | None,
+    kl_coef: float,
+    normalisers: Tensor,
+    slopes: Tensor | None,
+) -> None:
+    """Writes the KL and, with ``slopes``, the gradient: that of the slopes and grad_kl * kl_coef times the KL's."""
+    launch(
+        add_kl,
+        grid_of_rows(rows),
+        **row_arguments(rows),
+        logits=logits.data,
+        logits_stride=logits.row_stride,
+        terms=kl_parts(rows, logits, ref_logits, normalisers),
+        segments=segments_of(rows),
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        kl=kl,
+        grad_kl=grad_kl,
+        kl_coef=kl_coef,
+        normalisers=normalisers,
+        slopes=slopes,
+    )
+    if slopes is not None:
+        write_gradient(rows, logits, slopes, grad, rows.vocab, sloped=True, reference=ref_logits)

@@ -168,18 +168,23 @@ class ValueTerms(NamedTuple):
 
 
 class LinearPolicyLoss(NamedTuple):
-    """Like LinearLogprobs, with the gradient of share * (policy loss + kl_coef * KL - entropy_coef * entropy)."""
+    """Like LinearLogprobs, with the gradient of share * (policy loss + kl_coef * KL - entropy_coef * entropy).
+
+    The KL is the exact one of ``ref_logits`` or the estimate from ``ref_logprobs``; without both there is none.
+    """
 
     rows: Rows
     logits: Logits
+    ref_logits: Logits
     old_logprobs: In
     advantages: In
-    ref_logprobs: In | None  # None = no KL
+    ref_logprobs: In | None  # needed for an estimate with kl_coef
     share: In  # (length,) the weight of the token in the loss
     terms: PolicyTerms
     grad: Logits
     logprobs: Out
     entropy: Out
+    kl: Out | None  # the exact KL; needed with ref_logits
 
 
 class LinearPolicyRef(NamedTuple):

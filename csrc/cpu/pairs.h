@@ -93,4 +93,66 @@ class Pair {
   float inverse_temperature_, rate_, offset_;
 };
 
+// ---- a fold of two chunks of float32 logits -------------------------------------------------------------------------
+
+RLHF_FAST_INLINE Normaliser normaliser_of(const RowResult& result) {
+  return {result.statistics.shift, result.statistics.scale};
+}
+
+// The target's term of the KL, p log(p / r) - p + r, in double. kl_terms computes those of the other columns.
+RLHF_FAST_INLINE double kl_at_target(double log_p, double log_r) {
+  const double p = std::exp(log_p), r = std::exp(log_r), ratio = log_r - log_p;
+  if (p == 0) return r;
+  return ratio <= 1 ? p * (std::expm1(ratio) - ratio) : r - p - p * ratio;
+}
+
+// d KL / d target's logit, before softcap and temperature.
+RLHF_FAST_INLINE float kl_slope_at_target(float log_p, float log_r, float kl) {
+  const float p = std::exp(log_p);
+  return p == 0 ? 0 : p * (log_p - log_r - kl);
+}
+
+// The upstream gradients of a row's results.
+struct PairSlopes {
+  float logprob, entropy, kl;
+};
+
+// Computes the results of row i, passes them to write(policy, reference, kl), which returns the PairSlopes, and writes
+// the gradient to `grad` if it is wanted, which may be the policy's logits.
+template <class Write>
+RLHF_FAST_INLINE void fold_pair(const Rows& rows, const Logits& logits, const Logits& ref_logits, const Logits& grad,
+                                int64_t i, const Write& write) {
+  float* data = row_of<float>(logits, i);
+  const int64_t target = rows.targets[i];
+  const Row policy(data, rows.vocab, target, rows.softcap);
+  const Row reference(row_of<float>(ref_logits, i), rows.vocab, target, rows.softcap);
+  const float inverse_temperature = inverse_temperature_of(rows, i);
+  // 1. Both softmaxes. The target's logit is read first, because the gradient may overwrite it.
+  const float target_logit = policy.target_logit();
+  const RowResult p = evaluate_row(policy, inverse_temperature, true);
+  const RowResult r = evaluate_row(reference, inverse_temperature, false);
+  // 2. The KL: the target's term plus those of the other columns.
+  const Pair pair(policy, reference, normaliser_of(p), normaliser_of(r), (float)(p.log_norm - r.log_norm),
+                  inverse_temperature);
+  const float kl = (float)(kl_at_target(p.logprob, r.logprob) + pair.kl());
+  const PairSlopes slopes = write(p, r, kl);
+  // 3. The gradient. If the KL has none, the reference is not read again.
+  if (!grad.data) return;
+  typed(grad.data, grad.dtype, [&](auto* grads) {
+    auto* out = grads + i * grad.row_stride;
+    if (slopes.kl == 0) {
+      return write_row_gradient(policy, target, target_logit, p.statistics, inverse_temperature, p.logprob, p.entropy,
+                                slopes.logprob, slopes.entropy, out);
+    }
+    // p_j times (-slopes.logprob - slopes.entropy (log p_j + entropy) + slopes.kl (log p_j - log r_j - KL))
+    const float constant = slopes.entropy * (p.statistics.log_norm - p.entropy) - slopes.logprob - slopes.kl * kl;
+    pair.write_gradient(inverse_temperature * constant, -inverse_temperature * slopes.entropy,
+                        -inverse_temperature * slopes.kl, out);
+    write_target_gradient(policy, target, target_logit, inverse_temperature,
+                          target_slope(p.statistics, p.logprob, p.entropy, slopes.logprob, slopes.entropy) +
+                              slopes.kl * kl_slope_at_target(p.logprob, r.logprob, kl),
+                          out);
+  });
+}
+
 }  // namespace rlhf_fast::RLHF_FAST_PATH

@@ -5,7 +5,6 @@
 //   bytes a row     of V columns of b bytes: forward 4 V b read, 20 written; backward 2 V b read, V b written
 //   passes          forward two, backward one
 //   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
-#include "gradients.h"
 #include "pairs.h"
 
 namespace rlhf_fast::cuda {

@@ -2,7 +2,7 @@
 // those of csrc/cpu/pairs.h, over all columns except the target.
 #pragma once
 
-#include "sums.h"
+#include "gradients.h"
 
 namespace rlhf_fast::cuda {
 
@@ -65,6 +65,76 @@ const char* sum_kl(const Rows& rows, const Logits& logits, const Logits& ref_log
                    const Op& op, void* stream) {
   const auto kernel = rows.softcap == 0 ? sum_terms<T, false, Op> : sum_terms<T, true, Op>;
   return launch(kernel, rows.length * segments, kThreads, 0, stream, rows, logits, ref_logits, terms, segments, op);
+}
+
+// ---- a fold of two sets of float32 logits ---------------------------------------------------------------------------
+
+// The upstream gradients of a row's results.
+struct PairSlopes {
+  float logprob, entropy, kl;
+};
+
+// The results of a pair of rows and the slopes of their gradient. op.slopes(row, logprob) returns the PairSlopes;
+// op.write(row, policy, reference, kl) writes the results.
+template <class Op>
+struct TilePair {
+  Rows rows;
+  SegmentSums swept;
+  const float* terms;
+  Op op;
+
+  // Recomputed by each launch that needs them: a few loads per block instead of one more launch.
+  struct Results {
+    RowResult p, r;
+    Normalisers normalisers;
+  };
+
+  __device__ Results results(int64_t row, float inverse_temperature) const {
+    const RowResult p = finish_row(rows, swept, row, 0, inverse_temperature);
+    const RowResult r = finish_row(rows, swept, row, 1, inverse_temperature);
+    const float offset = p.statistics.log_norm - r.statistics.log_norm;
+    return {p, r, {p.statistics.shift, p.statistics.scale, r.statistics.shift, r.statistics.scale, offset}};
+  }
+
+  __device__ Normalisers normalisers(int64_t row, float inverse_temperature) const {
+    return results(row, inverse_temperature).normalisers;
+  }
+
+  __device__ RowSlopes operator()(int64_t row, float inverse_temperature, bool writes) const {
+    const auto [p, r, n] = results(row, inverse_temperature);
+    // 1. The KL: the target's term plus those of the other columns.
+    const float p_target = expf(p.logprob);
+    const float kl = kl_term(p_target, r.logprob - p.logprob, expf(r.logprob)) + join_terms(terms, swept.segments, row);
+    if (writes) op.write(row, p, r, kl);
+    // 2. The slopes. An infinite KL with a gradient of 0 must add 0, not NaN; and 0 * log 0 = 0.
+    const PairSlopes given = op.slopes(row, p.logprob);
+    RowSlopes slopes =
+        row_slopes(p.statistics, inverse_temperature, p.logprob, p.entropy, given.logprob, given.entropy);
+    const float scaled_grad = given.kl * inverse_temperature;
+    slopes.ref_shift = n.ref_shift;
+    slopes.offset = n.offset;
+    slopes.ratio_slope = -scaled_grad * n.scale;
+    if (scaled_grad != 0) {
+      slopes.constant += slopes.ratio_slope * kl;
+      if (p_target != 0) slopes.at_target += scaled_grad * p_target * (p.logprob - r.logprob - kl);
+    }
+    return slopes;
+  }
+
+  __device__ void skip(int64_t row) const { op.write(row, {}, {}, 0); }
+};
+
+// Three launches: the sums of both rows, the terms of the KL, and the results with the gradient, if it is wanted.
+template <class Op>
+const char* fold_pairs(const Rows& rows, const Logits& logits, const Logits& ref_logits, const Logits& grad,
+                       const Op& op, Scratch& scratch, void* stream) {
+  const SegmentSums swept = take_segment_sums(scratch, rows, 2);
+  float* terms = take<float>(scratch, rows.length * swept.segments);
+  if (scratch.size < scratch.needed) return nullptr;
+  const TilePair<Op> tile{rows, swept, terms, op};
+  const char* error = sum<float>(rows, 2, logits, ref_logits, swept, true, stream);
+  if (!error) error = sum_kl<float>(rows, logits, ref_logits, terms, swept.segments, tile, stream);
+  return error ? error : finish_tile<true>(rows, logits, ref_logits, grad, tile, stream);
 }
 
 }  // namespace rlhf_fast::cuda

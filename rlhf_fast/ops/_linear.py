@@ -32,6 +32,10 @@ class Head(NamedTuple):
     scale: float = 0.0
 
 
+def without_adapter(head: Head) -> Head:
+    return Head(head.weight, head.bias)
+
+
 class Inputs(NamedTuple):
     """The checked inputs of the ops with one hidden state per token."""
 

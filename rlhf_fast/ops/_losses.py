@@ -18,6 +18,7 @@ from ._op import empty_contiguous, fused_op
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 JOINT_STATISTICS = 11  # the number of ppo_loss's statistics: 4 terms, 5 of the policy, 1 of the value, the scale
+KL = 2  # the place of the KL term among them
 ABSENT = cast(Tensor, None)
 
 

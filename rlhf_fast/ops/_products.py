@@ -30,6 +30,10 @@ GPU_BYTES = 512 << 20
 # GPU: but at most this share of the total memory. The free memory plays no part, so the same call always has the same
 # chunks.
 GPU_SHARE = 1 / 32
+# GPU: rows of a product with which the gradient of a trained weight is summed. Each such product reads and writes the
+# whole gradient, 8 bytes an entry: with 2048 rows it takes twice as long to multiply (see "Notes for GPUs" in
+# docs/operations.md).
+GPU_GROUP = 2048
 # GPU: launches of the kernel for a chunk. Fewer take more memory (see empty_logits), more take more time on the host.
 GPU_LAUNCHES = 8
 # GPU: columns of one product whose weight is cast, or to which a bias or an adapter is added while the tile is in L2.
@@ -49,24 +53,30 @@ WHOLE = (8, 16, 24)
 class Plan(NamedTuple):
     """Chunk and tile sizes for N rows of V logits."""
 
-    rows: int  # of a chunk: its logits fill the buffer
+    rows: int  # of a chunk at most: its logits fill the buffer
     fold: int  # rows of one kernel launch (a "fold", see _sweep.py)
     columns: int  # of one product
     behind: bool  # the kernel writes all columns of several rows at once: see empty_logits
+    group: int  # rows whose gradients are multiplied together: those of a chunk, or of several (see chunks)
 
 
-def plan(rows: int, vocab: int, matrices: int, device: torch.device, in_one: bool) -> Plan:
+def plan(rows: int, vocab: int, matrices: int, device: torch.device, in_one: bool, keeps: bool) -> Plan:
     """Sizes for ``matrices`` logits matrices (rows, vocab) that one kernel reads together.
 
-    ``in_one``: the logits are one product, without a bias, an adapter or a cast of the weight.
+    Args:
+        in_one: the logits are one product, without a bias, an adapter or a cast of the weight.
+        keeps: the weight is trained and the gradient of the logits has 16 bits, so that a GPU may keep several chunks'.
     """
     gpu = device.type == "cuda"
     size, columns = CHUNK_BYTES, TILE
     if gpu:
         size, columns = min(GPU_BYTES, int(_memory(device) * GPU_SHARE)) // matrices, vocab if in_one else GPU_TILE
-    chunks = max(1, math.ceil(rows / max(1, size // (4 * vocab))))
-    chunk = max(1, math.ceil(rows / chunks))
-    return Plan(chunk, math.ceil(chunk / GPU_LAUNCHES) if gpu else chunk, columns, behind=gpu)
+    chunk = group = max(1, size // (4 * vocab))
+    if gpu and keeps and chunk < GPU_GROUP:
+        group = min(2 * chunk, GPU_GROUP)
+    group = max(1, math.ceil(rows / max(1, math.ceil(rows / group))))
+    chunk = min(chunk, group)
+    return Plan(chunk, math.ceil(chunk / GPU_LAUNCHES) if gpu else chunk, columns, gpu, group)
 
 
 @functools.cache
@@ -74,21 +84,53 @@ def _memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
+class Chunk(NamedTuple):
+    rows: slice  # of its group
+    place: int  # the row of the buffer where its logits begin
+
+
+def chunks(cut: Plan, rows: int, dtype: torch.dtype) -> list[Chunk]:
+    """The chunks of a group of ``rows`` rows, whose gradient has ``dtype``.
+
+    A group of several chunks keeps their gradients at the beginning of the buffer, in 16 bits. Each chunk takes what is
+    left, so that one has about half the rows of the one before.
+    """
+    found: list[Chunk] = []
+    start, buffer = 0, cut.rows + _ahead(cut, dtype)
+    while start < rows:
+        place = math.ceil((start + min(cut.fold, rows - start)) / 2) if _overlaid(cut, dtype) else 0
+        stop = min(start + min(cut.rows, buffer - place), rows)
+        found.append(Chunk(slice(start, stop), place))
+        start = stop
+    return found
+
+
+def _overlaid(cut: Plan, dtype: torch.dtype) -> bool:
+    """Whether the gradient rows lie closer together than those of the logits."""
+    return cut.behind and dtype != torch.float32
+
+
+def _ahead(cut: Plan, dtype: torch.dtype) -> int:
+    """Rows of the buffer beside those of a chunk. Half of them again shorten the tail of small chunks of a group."""
+    fold = min(cut.fold, cut.rows)
+    return math.ceil(fold / 2 if cut.group <= cut.rows else fold * 3 / 4) if _overlaid(cut, dtype) else 0
+
+
 def empty_logits(cut: Plan, vocab: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """One buffer, uninitialised: a chunk's logits in float32 and their gradient in ``dtype``, both (rows, V).
+    """One buffer, uninitialised: room for a chunk's logits in float32 (rows, V), and for the gradients of its group in
+    ``dtype`` (group, V).
 
     The gradient overwrites the logits in place. A 16-bit gradient row takes half the bytes of its logits row. On a CPU
     it lies over the first half of it. A GPU kernel works on all columns of ``cut.fold`` rows in parallel, so there it
-    must not write to logits of the same launch. The gradient buffer therefore starts fold / 2 rows before the logits:
-    the gradient of a launch ends where its logits begin, or before.
+    must not write to logits of the same launch. A chunk's logits therefore begin (``Chunk.place``) where the gradients
+    of its first launch end, or later: those of the launch after it end no later than its logits begin, and so on.
     """
     width = GPU_LINE * math.ceil(vocab / GPU_LINE) if cut.behind else LINE * (math.ceil(vocab / LINE) | 1)
-    ahead = math.ceil(min(cut.fold, cut.rows) / 2) if cut.behind and dtype != torch.float32 else 0
-    memory = torch.empty(ahead + cut.rows, width, dtype=torch.float32, device=device)
-    logits = memory[ahead:, :vocab]
-    if ahead:
-        return logits, memory.view(dtype).view(-1, width)[: cut.rows, :vocab]
-    return logits, logits.view(dtype)[:, :vocab]
+    rows = cut.rows + _ahead(cut, dtype)
+    memory = torch.empty(rows, width, dtype=torch.float32, device=device)
+    if _overlaid(cut, dtype):
+        return memory[:, :vocab], memory.view(dtype).view(-1, width)[: cut.group, :vocab]
+    return memory[:, :vocab], memory.view(dtype)[:, :vocab]
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
@@ -217,6 +259,19 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     rest = -left.shape[1] % BLOCK
     ends = pad(left[:, whole:], (0, rest)) @ pad(right[whole:], (0, 0, 0, rest))
     return torch.addmm(ends, left[:, :whole], right[:whole]).float()
+
+
+def add_over_rows_(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """float32 sums (k, m) += left (N, k)^T x right (N, m), both of ``product_dtype``."""
+    if left.is_cuda and left.dtype != torch.float32:
+        batch = sums[None]  # of the products with 16-bit factors and a float32 result, only batched ones add in float32
+        torch.baddbmm(batch, left.T[None], right[None], out_dtype=torch.float32, out=batch)
+        return
+    for tile in tiles(left.shape[1], TILE):
+        if left.dtype == torch.float32:
+            add_product_(sums[tile], left[:, tile].T, right, 1.0)
+        else:
+            sums[tile] += product(left[:, tile].T, right)
 
 
 def summed_over_rows(left: Tensor, right: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ The live rows are gathered first. Then, for each chunk of them:
 
 1. Project: matrix products write the chunk's float32 logits into one buffer.
 2. Fold: a kernel reduces each row of logits to its results and overwrites it in place with its gradient.
-3. Accumulate: products with that gradient give the gradients of hidden states and head.
+3. Accumulate: products with that gradient give the gradients of hidden states and head. With a trained head on a GPU
+   this is done once for a group of several chunks, whose gradients lie in the buffer together.
 
 The next chunk uses the same buffer. With a frozen head this takes two matrix products in all.
 """
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from rlhf_fast.kernels import records
 
-from ._linear import Head, without_autocast
+from ._linear import Head, without_adapter, without_autocast
 from ._products import (
     TILE,
+    add_over_rows_,
     add_product_,
+    chunks,
     empty_logits,
     logits_product,
     matmul,
@@ -135,30 +138,33 @@ def sweep(head: Head, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]
 
     ``fold(rows, logits, grad)`` gets a slice of the rows and their float32 logits, one (n, V) for each of ``hiddens``.
     Where gradients are wanted it writes d loss / d logits of the first of ``hiddens`` into ``grad`` (n, V), which may
-    share the memory of those logits, row by row. The second of ``hiddens`` gets no gradient.
+    share the memory of those logits, row by row. The second of ``hiddens``, the reference's, is projected without the
+    head's adapter and gets no gradient.
     """
     hidden, device = hiddens[0], head.weight.device
     rows, vocab = hidden.shape[0], head.weight.shape[0]
     dtype = product_dtype(hidden)
     in_one = head.weight.dtype == dtype and head.bias is None and head.down is None
-    cut = plan(rows, vocab, len(hiddens), device, in_one)
+    cut = plan(rows, vocab, len(hiddens), device, in_one, wants[1] and dtype != torch.float32)
     columns = tiles(vocab, cut.columns)
     buffers = [empty_logits(cut, vocab, dtype, device) for _ in hiddens]
-    grads = buffers[0][1]
     sums = _Sums(hidden, head, wants, dtype)
+    heads = (head, without_adapter(head))
     with without_autocast(hidden):  # autocast would round the products
-        for start in range(0, rows, cut.rows):
-            stop = min(start + cut.rows, rows)
-            inputs = [states[start:stop].to(dtype) for states in hiddens]
-            logits = [buffer[: stop - start] for buffer, _ in buffers]
-            for states, out in zip(inputs, logits, strict=True):
-                _project(states, head, columns, out)
-            for first in range(0, stop - start, cut.fold):
-                part = slice(first, min(first + cut.fold, stop - start))
-                grad = grads[part] if any(wants) else None
-                fold(slice(start + part.start, start + part.stop), tuple(each[part] for each in logits), grad)
+        for start in range(0, rows, cut.group):
+            group = slice(start, min(start + cut.group, rows))
+            inputs = [states[group].to(dtype) for states in hiddens]
+            grads = buffers[0][1][: group.stop - start]
+            for own, place in chunks(cut, group.stop - start, dtype):
+                logits = [buffer[place : place + own.stop - own.start] for buffer, _ in buffers]
+                for states, own_head, out in zip(inputs, heads, logits, strict=False):
+                    _project(states[own], own_head, columns, out)
+                for first in range(own.start, own.stop, cut.fold):
+                    part = slice(first, min(first + cut.fold, own.stop))
+                    given = tuple(each[part.start - own.start : part.stop - own.start] for each in logits)
+                    fold(slice(start + part.start, start + part.stop), given, grads[part] if any(wants) else None)
             if any(wants):
-                sums.add(slice(start, stop), inputs[0], grads[: stop - start])
+                sums.add(group, inputs[0], grads)
     return sums.grads
 
 
@@ -199,11 +205,7 @@ class _Sums:
         if grads.hidden is not None:
             grads.hidden[rows] = self._of_hidden(grad, inner)
         if grads.weight is not None:
-            for tile in tiles(grad.shape[1], TILE):
-                if dtype == torch.float32:
-                    add_product_(grads.weight[tile], grad[:, tile].T, hidden, 1.0)
-                else:
-                    grads.weight[tile] += product(grad[:, tile].T, hidden)
+            add_over_rows_(grads.weight, grad, hidden)
         if grads.bias is not None:
             grads.bias.add_(product(grad.new_ones(1, grad.shape[0]), grad)[0])
         if grads.down is not None and inner is not None:

@@ -8,17 +8,32 @@ from torch import Tensor
 from rlhf_fast.kernels import records
 
 from . import _checks
-from ._aggregate import check_aggregation, scalar_tensor, token_weights
+from ._aggregate import aggregate, check_aggregation, scalar_tensor, token_weights
 from ._dispatch import implementation, implements, launch
 from ._linear import Inputs, LoRA, checked_head
-from ._losses import JOINT_STATISTICS, LossInputs, check_ratio_level, check_reference, policy_terms, with_measures
+from ._losses import (
+    ESTIMATORS,
+    JOINT_STATISTICS,
+    KL,
+    LossInputs,
+    check_ratio_level,
+    check_reference,
+    policy_terms,
+    with_measures,
+)
 from ._op import fused_op, not_differentiable
 from ._rows import NOTHING, accumulation_dtype, as_rows, flat, flat_tokens, logits_of, unflat
 from ._sweep import TRAINED, LiveRows, empty_gradients, scaled, sweep, wanted, wanted_dtypes
 from .clipped_policy_loss import policy_loss
 from .linear_logprobs import fused as linear_logprobs_fused
 from .linear_logprobs import reference as linear_logprobs_reference
+from .linear_policy_ref import Inputs as PairInputs
+from .linear_policy_ref import checked_reference
+from .linear_policy_ref import fused as linear_policy_ref_fused
+from .linear_policy_ref import reference as linear_policy_ref_reference
 from .ppo_loss import with_terms
+
+EXACT = "exact"  # the KL over the whole vocabulary, not an estimate from the log-probs of the tokens
 
 
 class LinearPolicyLoss(NamedTuple):
@@ -26,7 +41,7 @@ class LinearPolicyLoss(NamedTuple):
 
     loss: Tensor  # policy_loss + kl_coef * kl - entropy_coef * entropy
     policy_loss: Tensor
-    kl: Tensor  # aggregated like the loss; 0 without ref_logprobs
+    kl: Tensor  # aggregated like the loss; 0 without a reference
     entropy: Tensor  # aggregated like the loss, nats
     clip_fraction: Tensor  # this and the rest as in PolicyLoss
     approx_kl: Tensor
@@ -44,6 +59,7 @@ def linear_policy_loss(
     mask: Tensor | None = None,
     *,
     ref_logprobs: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
@@ -72,9 +88,13 @@ def linear_policy_loss(
         advantages: (...), positive for tokens that were better than expected; a constant.
         mask: (...), bool or 0/1, 1 = counts. Masked tokens are not computed, and their data is never used.
             A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
-        ref_logprobs: (...), log-probs of the reference, for the KL term; a constant. Without it there is no KL term.
+        ref_logprobs: (...), log-probs of the reference, for the KL term; a constant. Without it or ref_hidden there is
+            no KL term.
+        ref_hidden: (..., H), dtype of hidden, with kl_estimator "exact": the reference's hidden states under the same
+            head without ``lora``; a constant.
         kl_coef: weight of the KL term, >= 0.
-        kl_estimator: see ``token_kl`` for the estimators and their gradients.
+        kl_estimator: see ``token_kl`` for the estimators from ref_logprobs and their gradients. "exact" is
+            KL(policy || reference) over the whole vocabulary with its exact gradient, as in ``linear_policy_ref``.
         entropy_coef: weight of the entropy bonus, >= 0.
         bias, lora, temperature, softcap, vocab_size, ignore_index: as in ``linear_logprobs``.
         clip_low, clip_high, dual_clip, ratio_level, aggregation, num_items: as in ``clipped_policy_loss``.
@@ -89,25 +109,35 @@ def linear_policy_loss(
     op = "linear_policy_loss"
     hidden, head = checked_head(op, hidden, weight, bias, lora, vocab_size)
     _checks.positive(op, softcap=softcap)
+    _checks.one_of(op, "kl_estimator", kl_estimator, (*ESTIMATORS, EXACT))
+    exact = kl_estimator == EXACT
     terms = policy_terms(
-        op, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef, kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef,
+        op, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef,
+        kl_estimator="k1" if exact else kl_estimator, entropy_coef=entropy_coef,
     )  # fmt: skip
-    check_reference(op, ref_logprobs, kl_coef)
+    if exact != (ref_hidden is not None) or (exact and ref_logprobs is not None):
+        given = [name for name, ref in (("ref_hidden", ref_hidden), ("ref_logprobs", ref_logprobs)) if ref is not None]
+        raise ValueError(
+            f"{op}: kl_estimator 'exact' needs ref_hidden and no ref_logprobs, and no other takes ref_hidden; "
+            f"got {kl_estimator!r} with {' and '.join(given) or 'no reference'}"
+        )
+    if not exact:
+        check_reference(op, ref_logprobs, kl_coef)
+    reference = None if ref_hidden is None else checked_reference(op, hidden, ref_hidden)
     shape = hidden.shape[:-1]
-    given = {"old_logprobs": old_logprobs, "advantages": advantages}
+    numbers = {"old_logprobs": old_logprobs, "advantages": advantages}
     if ref_logprobs is not None:
-        given["ref_logprobs"] = ref_logprobs
-    _checks.floating(op, **given)
-    _checks.shaped(op, shape, "the leading shape of hidden", **given)
-    _checks.same_device(op, hidden=hidden, **given)
+        numbers["ref_logprobs"] = ref_logprobs
+    _checks.floating(op, **numbers)
+    _checks.shaped(op, shape, "the leading shape of hidden", **numbers)
+    _checks.same_device(op, hidden=hidden, **numbers)
     check_ratio_level(op, old_logprobs, ratio_level)
     check_aggregation(op, old_logprobs, aggregation, num_items)
     dtype = accumulation_dtype(hidden.dtype)
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
     )
-    constants: Any = {name: _checks.constant(tensor).to(dtype) for name, tensor in given.items()}
+    constants: Any = {name: _checks.constant(tensor).to(dtype) for name, tensor in numbers.items()}
     loss = LossInputs(
         **constants,
         live=None if tokens.live is None else unflat(tokens.live, shape),
@@ -117,22 +147,31 @@ def linear_policy_loss(
         num_items=scalar_tensor(num_items, hidden.device),
     )
     inputs = Inputs(as_rows(hidden), head, tokens, softcap or 0.0)
-    total, statistics = implementation(op, hidden)(inputs, loss)
+    total, statistics = implementation(op, hidden)(inputs, loss, reference)
     return LinearPolicyLoss(total, *statistics)
 
 
-def _from_logprobs(loss: LossInputs, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """-> the loss and the other fields of LinearPolicyLoss, of logprobs and entropy (N,)."""
+def _from_logprobs(
+    loss: LossInputs, logprobs: Tensor, entropy: Tensor | None, exact_kl: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-> the loss and the other fields of LinearPolicyLoss, of logprobs, entropy and exact KL (N,)."""
     assert entropy is not None  # return_entropy was True
     shape = loss.old_logprobs.shape
     loss = loss._replace(logprobs=unflat(logprobs, shape), entropy=unflat(entropy, shape))
     policy, *statistics = policy_loss(loss._replace(entropy=None, ref_logprobs=None))
-    return with_terms(loss, policy, tuple(statistics))
+    return with_terms(loss, policy, tuple(statistics), None if exact_kl is None else unflat(exact_kl, shape))
+
+
+def _pair(inputs: Inputs, ref_hidden: Tensor) -> PairInputs:
+    return PairInputs(inputs.hidden, ref_hidden, inputs.head, inputs.tokens, inputs.softcap)
 
 
 @implements("linear_policy_loss", "torch")
-def _torch(inputs: Inputs, loss: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return _from_logprobs(loss, *linear_logprobs_reference(inputs, True))
+def _torch(inputs: Inputs, loss: LossInputs, ref_hidden: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if ref_hidden is None:
+        return _from_logprobs(loss, *linear_logprobs_reference(inputs, True))
+    logprobs, _, entropy, kl = linear_policy_ref_reference(_pair(inputs, ref_hidden))
+    return _from_logprobs(loss, logprobs, entropy, kl)
 
 
 # ---- on the engines -------------------------------------------------------------------------------------------------
@@ -142,12 +181,16 @@ def _torch(inputs: Inputs, loss: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]
 
 
 @implements("linear_policy_loss", "fused")
-def _fused(inputs: Inputs, loss: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _fused(inputs: Inputs, loss: LossInputs, ref_hidden: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     if loss.sequence_level:  # d loss / d logprob depends on all log-probs of the sequence
-        ahead = loss.terms.entropy_coef == 0
-        return _from_logprobs(loss, *linear_logprobs_fused(inputs, True, ahead=ahead))
+        if ref_hidden is None:
+            ahead = loss.terms.entropy_coef == 0
+            return _from_logprobs(loss, *linear_logprobs_fused(inputs, True, ahead=ahead))
+        logprobs, _, entropy, kl = linear_policy_ref_fused(_pair(inputs, ref_hidden))
+        return _from_logprobs(loss, logprobs, entropy, kl)
     wants = wanted(inputs.hidden, inputs.head)
-    total, statistics, *_ = _forward(_Forward(inputs, _Loss(*[getattr(loss, name) for name in _Loss._fields]), wants))
+    own = _Loss(*[getattr(loss, name) for name in _Loss._fields])
+    total, statistics, *_ = _forward(_Forward(inputs, ref_hidden, own, wants))
     policy, _, *others, _, _ = statistics.unbind()  # without the statistics of the value loss, and the scale
     return total, (policy, *others)
 
@@ -165,6 +208,7 @@ class _Loss(NamedTuple):
 
 class _Forward(NamedTuple):
     inputs: Inputs
+    ref_hidden: Tensor | None
     loss: _Loss
     wants: list[bool]  # in the order of HeadGradients
 
@@ -173,7 +217,7 @@ def _kernel(
     given: _Forward,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """-> the loss (), the statistics of ppo_loss, and the loss's gradients as in HeadGradients."""
-    (hidden, head, tokens, softcap), loss, wants = given
+    (hidden, head, tokens, softcap), ref_hidden, loss, wants = given
     rows = LiveRows(tokens, softcap)
     live = None if tokens.live is None else unflat(tokens.live, loss.old_logprobs.shape)
     weights = token_weights(loss.old_logprobs, live, aggregation=loss.aggregation, num_items=loss.num_items)
@@ -187,12 +231,17 @@ def _kernel(
     if loss.ref_logprobs is not None and loss.terms.kl_coef > 0:
         ref_logprobs = of_rows(loss.ref_logprobs)
     logprobs, entropy = torch.empty_like(old_logprobs), torch.empty_like(old_logprobs)
+    hiddens, exact_kl = [rows.take(hidden)], None
+    if ref_hidden is not None:
+        hiddens.append(rows.take(ref_hidden))
+        exact_kl = torch.empty_like(old_logprobs)
 
     def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
         launch(
             records.LinearPolicyLoss(
                 rows=rows.part(part, logits[0]),
                 logits=logits_of(logits[0]),
+                ref_logits=NOTHING if exact_kl is None else logits_of(logits[1]),
                 old_logprobs=old_logprobs[part],
                 advantages=advantages[part],
                 ref_logprobs=None if ref_logprobs is None else ref_logprobs[part],
@@ -201,14 +250,24 @@ def _kernel(
                 grad=NOTHING if grad is None else logits_of(grad),
                 logprobs=logprobs[part],
                 entropy=entropy[part],
+                kl=None if exact_kl is None else exact_kl[part],
             ),
             logprobs,
         )
 
-    grads = sweep(head, (rows.take(hidden),), fold, wants)
+    grads = sweep(head, tuple(hiddens), fold, wants)
     shape = loss.old_logprobs.shape
     logprobs, entropy = (unflat(rows.put(result), shape) for result in (logprobs, entropy))
-    total, statistics = with_measures(LossInputs(**loss._asdict(), live=live, logprobs=logprobs, entropy=entropy))
+    measured = LossInputs(**loss._asdict(), live=live, logprobs=logprobs, entropy=entropy)
+    if exact_kl is None:
+        total, statistics = with_measures(measured)
+    else:
+        total, statistics = with_measures(measured._replace(terms=loss.terms._replace(kl_coef=0.0)))
+        kl = unflat(rows.put(exact_kl), shape)
+        kl = aggregate(kl, live, aggregation=loss.aggregation, num_items=loss.num_items)
+        statistics[KL] = kl
+        if loss.terms.kl_coef > 0:
+            total = total + loss.terms.kl_coef * kl
     return total, statistics, rows.put(grads.hidden), *grads[1:]
 
 

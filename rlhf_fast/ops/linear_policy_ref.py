@@ -9,10 +9,10 @@ from rlhf_fast.kernels import records
 
 from . import _checks
 from ._dispatch import implementation, implements, launch
-from ._linear import Head, autocasted, checked_head, in_full_precision, over_live_rows, project
+from ._linear import Head, autocasted, checked_head, in_full_precision, over_live_rows, project, without_adapter
 from ._op import fused_op
 from ._rows import NOTHING, Tokens, accumulation_dtype, as_rows, expanded, flat_tokens, logits_of, unflat
-from ._sweep import HeadGradients, LiveRows, empty_gradients, sweep, wanted_dtypes
+from ._sweep import TRAINED, HeadGradients, LiveRows, empty_gradients, sweep, wanted_dtypes
 from .exact_kl import Inputs as KlInputs
 from .exact_kl import reference as exact_kl_reference
 from .masked_logprobs import reference_of_rows
@@ -60,26 +60,30 @@ def linear_policy_ref(
     """
     op = "linear_policy_ref"
     hidden, head = checked_head(op, hidden, weight, bias, None, vocab_size)
+    reference = checked_reference(op, hidden, ref_hidden)
+    _checks.positive(op, softcap=softcap)
+    tokens = flat_tokens(
+        op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
+    )
+    inputs = Inputs(as_rows(hidden), reference, head, tokens, softcap or 0.0)
+    return PolicyRef(*(unflat(result, hidden.shape[:-1]) for result in implementation(op, hidden)(inputs)))
+
+
+def checked_reference(op: str, hidden: Tensor, ref_hidden: Tensor) -> Tensor:
+    """Checks ref_hidden against hidden (..., H) of ``checked_head``. Returns it as a constant (N, H)."""
     _checks.floating(op, ref_hidden=ref_hidden)
     ref_hidden = autocasted(ref_hidden)
     if ref_hidden.dtype != hidden.dtype:
         raise TypeError(f"{op}: ref_hidden must be {hidden.dtype} like hidden; got {ref_hidden.dtype}")
     _checks.shaped(op, hidden.shape, "that of hidden", ref_hidden=ref_hidden)
     _checks.same_device(op, hidden=hidden, ref_hidden=ref_hidden)
-    _checks.positive(op, softcap=softcap)
-    tokens = flat_tokens(
-        op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
-    )
-    reference = as_rows(_checks.constant(ref_hidden))
-    inputs = Inputs(as_rows(hidden), reference, head.weight, head.bias, tokens, softcap or 0.0)
-    return PolicyRef(*(unflat(result, hidden.shape[:-1]) for result in implementation(op, hidden)(inputs)))
+    return as_rows(_checks.constant(ref_hidden))
 
 
 class Inputs(NamedTuple):
     hidden: Tensor  # (N, H)
     ref_hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    head: Head  # the reference's too, but for the adapter
     tokens: Tokens
     softcap: float  # 0 = none
 
@@ -88,9 +92,9 @@ class Inputs(NamedTuple):
 
 
 @implements("linear_policy_ref", "torch")
-def _torch(inputs: Inputs) -> tuple[Tensor, ...]:
+def reference(inputs: Inputs) -> tuple[Tensor, ...]:
     """-> the fields of PolicyRef, each (N,)."""
-    head = in_full_precision(Head(inputs.weight, inputs.bias), accumulation_dtype(inputs.hidden.dtype))
+    head = in_full_precision(inputs.head, accumulation_dtype(inputs.hidden.dtype))
     targets = inputs.tokens.targets
     live, temperature = expanded(inputs.hidden, *inputs.tokens[1:4])
     softcap = inputs.softcap or None
@@ -98,7 +102,7 @@ def _torch(inputs: Inputs) -> tuple[Tensor, ...]:
     def chunk(hidden: Tensor, ref_hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
         logits = project(hidden, head, softcap)
         with torch.no_grad():
-            ref_logits = project(ref_hidden, head, softcap)
+            ref_logits = project(ref_hidden, without_adapter(head), softcap)
             ref_logprobs, _ = reference_of_rows(ref_logits, targets, temperature, False)
         logprobs, entropy = reference_of_rows(logits, targets, temperature, True)
         assert entropy is not None  # return_entropy is True
@@ -115,7 +119,7 @@ def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> the fields of PolicyRef, each (N,)."""
     rows = LiveRows(inputs.tokens, inputs.softcap)
     results = PolicyRef(*[inputs.hidden.new_empty(rows.count, dtype=torch.float32) for _ in PolicyRef._fields])
-    _fold_all(rows, inputs, results, (None, None, None), [False] * 5)
+    _fold_all(rows, inputs, results, (None, None, None), [False] * len(TRAINED))
     logprobs, ref_logprobs, entropy, kl = map(rows.put, results)
     return logprobs, ref_logprobs, entropy, kl
 
@@ -145,7 +149,7 @@ def _fold_all(
         )
 
     hiddens = (rows.take(inputs.hidden), rows.take(inputs.ref_hidden))
-    return sweep(Head(inputs.weight, inputs.bias), hiddens, fold, wants)
+    return sweep(inputs.head, hiddens, fold, wants)
 
 
 def _fake(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -158,46 +162,40 @@ class _Backward(NamedTuple):
     grad_logprobs: Tensor
     grad_entropy: Tensor
     grad_kl: Tensor
-    wants: list[bool]  # of hidden, weight and bias
+    wants: list[bool]
 
 
-def _backward_kernel(given: _Backward) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """-> the gradients of hidden, weight and bias. Recomputes the logits."""
+def _backward_kernel(given: _Backward) -> HeadGradients:
+    """Recomputes the logits."""
     inputs, *slopes, wants = given
     rows = LiveRows(inputs.tokens, inputs.softcap)
     unused = PolicyRef(*inputs.hidden.new_empty(4, rows.count, dtype=torch.float32).unbind())
-    grads = _fold_all(rows, inputs, unused, tuple(map(rows.take, slopes)), [*wants, False, False])
-    return rows.put(grads.hidden), grads.weight, grads.bias
+    grads = _fold_all(rows, inputs, unused, tuple(map(rows.take, slopes)), wants)
+    return grads._replace(hidden=rows.put(grads.hidden))
 
 
-def _backward_fake(given: _Backward) -> tuple[Tensor | None, ...]:
-    hidden, _, weight, bias, *_ = given.inputs
-    return empty_gradients(hidden, Head(weight, bias), [*given.wants, False, False])[:3]
+def _backward_fake(given: _Backward) -> HeadGradients:
+    return empty_gradients(given.inputs.hidden, given.inputs.head, given.wants)
 
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
-    *tensors, tokens, ctx.softcap = inputs
-    *of_tokens, ctx.temperature = tokens
+    hidden, ref_hidden, head, (*of_tokens, ctx.temperature), ctx.softcap = inputs
+    ctx.scale = head.scale
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *of_tokens)
+    ctx.save_for_backward(hidden, ref_hidden, *head[:4], *of_tokens)
 
 
 def _gradient(
     ctx: Any, grad_logprobs: Tensor, grad_ref: Tensor, grad_entropy: Tensor, grad_kl: Tensor
 ) -> tuple[Tensor | None, ...]:
-    hidden, ref_hidden, weight, bias, targets, live, temperatures = ctx.saved_tensors
-    tokens = Tokens(targets, live, temperatures, ctx.temperature)
-    inputs = Inputs(hidden, ref_hidden, weight, bias, tokens, ctx.softcap)
-    wants = list(ctx.needs)
-    found = _backward(_Backward(inputs, grad_logprobs, grad_entropy, grad_kl, wants))
-    dtypes = wanted_dtypes(hidden, Head(weight, bias), [*wants, False, False])
-    return tuple(None if dtype is None else grad.to(dtype) for grad, dtype in zip(found, dtypes, strict=False))
+    hidden, ref_hidden, weight, bias, down, up, targets, live, temperatures = ctx.saved_tensors
+    head, tokens = Head(weight, bias, down, up, ctx.scale), Tokens(targets, live, temperatures, ctx.temperature)
+    inputs, wants = Inputs(hidden, ref_hidden, head, tokens, ctx.softcap), list(ctx.needs)
+    grads = _backward(_Backward(inputs, grad_logprobs, grad_entropy, grad_kl, wants))
+    dtypes = wanted_dtypes(hidden, head, wants)
+    return tuple(None if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
 
 
 _backward = fused_op("linear_policy_ref_backward", _Backward, _backward_kernel, _backward_fake)
-implements("linear_policy_ref", "fused")(
-    fused_op(
-        "linear_policy_ref", Inputs, _kernel, _fake, trained=("hidden", "weight", "bias"), save=_save,
-        gradient=_gradient,
-    )
-)  # fmt: skip
+fused = fused_op("linear_policy_ref", Inputs, _kernel, _fake, trained=TRAINED, save=_save, gradient=_gradient)
+implements("linear_policy_ref", "fused")(fused)

@@ -129,10 +129,13 @@ def _torch(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     return loss, (policy, value.detach(), kl, entropy, *of_policy, *of_value)
 
 
-def with_terms(inputs: LossInputs, policy: Tensor, of_policy: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+def with_terms(
+    inputs: LossInputs, policy: Tensor, of_policy: tuple[Tensor, ...], exact_kl: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A policy loss with its KL and entropy terms -> the loss, and policy_loss, kl, entropy and ``of_policy``.
 
-    A term of weight 0 is not in the graph, so the backward does not compute it.
+    The KL is ``exact_kl``, of each token, or the estimate from ``inputs.ref_logprobs``. A term of weight 0 is not in
+    the graph, so the backward does not compute it.
     """
     terms, logprobs, live = inputs.terms, inputs.logprobs, inputs.live
     loss, entropy = policy, torch.zeros_like(of_policy[0])
@@ -145,7 +148,9 @@ def with_terms(inputs: LossInputs, policy: Tensor, of_policy: tuple[Tensor, ...]
         entropy = aggregated(inputs.entropy)
     if terms.entropy_coef > 0:
         loss = loss - terms.entropy_coef * entropy
-    if inputs.ref_logprobs is not None:
+    if exact_kl is not None:
+        kl = aggregated(exact_kl)
+    elif inputs.ref_logprobs is not None:
         kl = aggregated(estimates(logprobs, inputs.ref_logprobs, live, terms.kl, terms.kl_slope))
     if terms.kl_coef > 0:
         loss = loss + terms.kl_coef * kl

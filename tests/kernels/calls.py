@@ -95,6 +95,8 @@ def linear_ops() -> Iterator[Call]:
     options = {"ref_logprobs": tokens[2], "kl_coef": 0.1, "entropy_coef": 0.1}
     # its statistics come of a clipped policy loss without a gradient to store
     yield Call(partial(ops.linear_policy_loss, hidden, weight, targets, *tokens[:2], **options), wide=False)
+    options = {"ref_hidden": hidden.detach(), "kl_estimator": "exact", "kl_coef": 0.1, "entropy_coef": 0.1}
+    yield Call(partial(ops.linear_policy_loss, hidden, weight, targets, *tokens[:2], **options), wide=False)
 
 
 def token_kl() -> Iterator[Call]:

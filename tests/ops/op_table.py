@@ -150,6 +150,22 @@ def _run_policy_loss(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[
     return result.loss, result.kl, result.ratio_mean
 
 
+def _naive_policy_loss_exact(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    reference = {name: tensor for name, tensor in x.items() if name not in ("A", "B")}
+    log_p, log_r = _logits(x).log_softmax(-1), _logits(reference, "ref_hidden").detach().log_softmax(-1)
+    policy, _, ratio_mean = _naive_ppo(_pick(log_p, targets), x, mask)
+    kl = _mean(_naive_kl(log_p, log_r, None), mask)
+    return policy + 0.3 * kl - 0.1 * _mean(_entropy(log_p), mask), kl.detach(), ratio_mean
+
+
+def _run_policy_loss_exact(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    result = ops.linear_policy_loss(
+        x["hidden"], x["weight"], targets, x["old_logprobs"], x["advantages"], mask, ref_hidden=x["ref_hidden"],
+        kl_coef=0.3, kl_estimator="exact", entropy_coef=0.1, bias=x["bias"], lora=_lora(x),
+    )  # fmt: skip
+    return result.loss, result.kl, result.ratio_mean
+
+
 def _run_ppo(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
     result = ops.clipped_policy_loss(x["logprobs"], x["old_logprobs"], x["advantages"], mask)
     return result.loss, result.approx_kl, result.ratio_mean
@@ -263,6 +279,17 @@ OPS = [
         HEAD | LORA,
         has_targets=True,
         per_token=False,
+    ),
+    Op(
+        "linear_policy_loss",
+        _run_policy_loss_exact,
+        _naive_policy_loss_exact,
+        {"hidden": (H,), "ref_hidden": (H,), "old_logprobs": (), "advantages": ()},
+        ("hidden", "weight", "bias", "A", "B"),
+        HEAD | LORA,
+        has_targets=True,
+        per_token=False,
+        constants=("weight", "bias"),
     ),
     Op(
         "token_kl",

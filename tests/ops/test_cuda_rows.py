@@ -127,7 +127,9 @@ def test_exact_kl(
     assert (run(logits, logits)[0] == 0).all()
 
 
-FOLDS = ("linear_logprobs", "linear_policy_loss", "linear_policy_ref")
+# the launchers, and after a space what makes a variant
+FOLDS = ("linear_logprobs", "linear_policy_loss", "linear_policy_loss exact", "linear_policy_ref")
+RESULTS = {"linear_policy_loss exact": 3, "linear_policy_ref": 4}  # the others have 2
 
 
 def fold(
@@ -141,18 +143,19 @@ def fold(
         "logits": logits_of(logits),
         "grad": NOTHING if grad is None else logits_of(grad),
     }
-    outputs = [torch.full((rows,), torch.nan) for _ in range(4 if launcher == "linear_policy_ref" else 2)]
+    outputs = [torch.full((rows,), torch.nan) for _ in range(RESULTS.get(launcher, 2))]
     if launcher == "linear_logprobs":
         names = ("grad_logprobs", "grad_entropy")
         record: Any = records.LinearLogprobs(
             **shared, **dict(zip(names, numbers[:2], strict=True)), logprobs=outputs[0], entropy=outputs[1]
         )
-    elif launcher == "linear_policy_loss":
-        names = ("old_logprobs", "advantages", "ref_logprobs")
+    elif launcher.startswith("linear_policy_loss"):
+        exact = launcher.endswith("exact")
         terms = records.PolicyTerms(clip_low=0.2, clip_high=0.2, kl_coef=0.1, entropy_coef=0.01, kl=2, kl_slope=2)
         record = records.LinearPolicyLoss(
-            **shared, **dict(zip(names, numbers, strict=True)), share=torch.full((rows,), 0.5), terms=terms,
-            logprobs=outputs[0], entropy=outputs[1],
+            **shared, ref_logits=logits_of(ref_logits) if exact else NOTHING, old_logprobs=numbers[0],
+            advantages=numbers[1], ref_logprobs=None if exact else numbers[2], share=torch.full((rows,), 0.5),
+            terms=terms, logprobs=outputs[0], entropy=outputs[1], kl=outputs[2] if exact else None,
         )  # fmt: skip
     else:
         names = ("logprobs", "ref_logprobs", "entropy", "kl", "grad_logprobs", "grad_entropy", "grad_kl")
