@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <tuple>
 
-#define RLHF_FAST_RECORDS "66f4c2817108b911"
+#define RLHF_FAST_RECORDS "b62517b28f991bdb"
 
 namespace rlhf_fast {
 
@@ -270,6 +270,13 @@ inline auto fields(PpoLoss& a) {
                   a.divisor, a.loss, a.statistics, a.grad_logprobs, a.grad_values, a.grad_entropy);
 }
 
+struct PpoLossBackward {
+  int64_t elements;
+  const float* grad_loss;  // 1
+  float* grads;
+};
+inline auto fields(PpoLossBackward& a) { return std::tie(a.elements, a.grad_loss, a.grads); }
+
 struct Hidden {
   void* data;  // None = not wanted
   int64_t row_stride;
@@ -384,6 +391,7 @@ inline auto fields(RotaryEmbedding& a) {
   X(masked_whiten, MaskedWhiten)                        \
   X(masked_whiten_backward, MaskedWhitenBackward)       \
   X(ppo_loss, PpoLoss)                                  \
+  X(ppo_loss_backward, PpoLossBackward)                 \
   X(rms_norm, RmsNorm)                                  \
   X(rms_norm_backward, RmsNormBackward)                 \
   X(gated_activation, GatedActivation)                  \

@@ -114,7 +114,7 @@ def linear_policy_loss(
         terms=terms,
         sequence_level=ratio_level == "sequence",
         aggregation=aggregation,
-        num_items=scalar_tensor(num_items, hidden.device),
+        num_items=scalar_tensor(num_items),
     )
     inputs = Inputs(as_rows(hidden), head, tokens, softcap or 0.0)
     total, statistics = implementation(op, hidden)(inputs, loss)
@@ -148,7 +148,7 @@ def _fused(inputs: Inputs, loss: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]
         return _from_logprobs(loss, *linear_logprobs_fused(inputs, True, ahead=ahead))
     wants = wanted(inputs.hidden, inputs.head)
     total, statistics, *_ = _forward(_Forward(inputs, _Loss(*[getattr(loss, name) for name in _Loss._fields]), wants))
-    policy, _, *others, _, _ = statistics.unbind()  # without the statistics of the value loss, and the scale
+    policy, _, *others, _ = statistics.unbind()  # without the statistics of the value loss
     return total, (policy, *others)
 
 

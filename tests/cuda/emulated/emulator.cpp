@@ -221,7 +221,11 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? last_error.c_str() : "invalid configuration argument";
 }
 
+extern "C" __attribute__((visibility("default"))) unsigned emulated_launches;
+unsigned emulated_launches = 0;
+
 cudaError_t emulated_launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
+  emulated_launches++;
   const dim3 blocks = config.gridDim, threads = config.blockDim;
   if (threads.x == 0 || threads.x > 1024 || blocks.x == 0 || config.dynamicSmemBytes > rlhf_fast::cuda::kSharedBytes) {
     return cudaErrorInvalidConfiguration;
