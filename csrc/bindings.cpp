@@ -186,9 +186,9 @@ auto size_of(const Arguments& a) -> decltype(a.elements, std::string()) {
 // The Python function returns 0 if it has launched, else the bytes of scratch that the launch needs.
 template <class Arguments>
 void on_cuda(py::module_& m, const char* name, const char* (*launcher)(const Arguments&, Scratch&, void*)) {
-  m.def(name, [=](const py::handle& record, Address scratch_data, size_t scratch_size, Address stream) -> size_t {
+  m.def(name, [=](const py::handle& record, Address data, size_t size, Address ticket, Address stream) -> size_t {
     const Arguments arguments = arguments_of<Arguments>(record);
-    Scratch scratch{(void*)scratch_data, scratch_size, 0};
+    Scratch scratch{(void*)data, size, 0, (unsigned*)ticket};
     // The GIL is kept: a launch takes 5 us, and getting the GIL back from another thread up to its interval of 5 ms.
     if (const char* error = launcher(arguments, scratch, (void*)stream)) {
       throw std::runtime_error(std::string(name) + ": CUDA: " + error + " (" + size_of(arguments) + ")");

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <tuple>
 
-#define RLHF_FAST_RECORDS "b5b0b4e0842a0fd6"
+#define RLHF_FAST_RECORDS "6f2142e26b816a2a"
 
 namespace rlhf_fast {
 
@@ -276,6 +276,13 @@ inline auto fields(PpoLoss& a) {
                   a.divisor, a.loss, a.statistics, a.grad_logprobs, a.grad_values, a.grad_entropy);
 }
 
+struct PpoLossBackward {
+  int64_t elements;
+  const float* grad_loss;  // 1
+  float* grads;
+};
+inline auto fields(PpoLossBackward& a) { return std::tie(a.elements, a.grad_loss, a.grads); }
+
 struct Hidden {
   void* data;  // None = not wanted
   int64_t row_stride;
@@ -390,6 +397,7 @@ inline auto fields(RotaryEmbedding& a) {
   X(masked_whiten, MaskedWhiten)                        \
   X(masked_whiten_backward, MaskedWhitenBackward)       \
   X(ppo_loss, PpoLoss)                                  \
+  X(ppo_loss_backward, PpoLossBackward)                 \
   X(rms_norm, RmsNorm)                                  \
   X(rms_norm_backward, RmsNormBackward)                 \
   X(gated_activation, GatedActivation)                  \

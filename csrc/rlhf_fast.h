@@ -132,6 +132,7 @@ struct Scratch {
   void* data;
   size_t size;
   size_t needed;
+  unsigned* ticket;  // for launches whose last block adds the parts of all blocks; 0 before and after each launch
 };
 
 namespace cuda {

@@ -10,7 +10,6 @@ their weighted sum.
     error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
-
 from .gradients import empty_slopes, store_row_slopes
 from .launch import kernel, launch
 from .pairs import empty_normalisers, finish_pairs, normalise_pair

@@ -1,13 +1,14 @@
 """PPO's joint loss, its gradients and its statistics in one launch. Without values it is the clipped policy loss, and
 without log-probs the clipped value loss.
 
-A program reads each input of its tile once. It writes the gradients as if the divisor of the loss were 1, because only
-the last program knows how many tokens count. The last program adds the parts of the loss and writes 1 / divisor, by
-which the caller multiplies the gradients. Ratios per sequence, and divisors that count sequences, need a launch before.
+A program reads each input of its tile once and writes the gradients; the last program adds the parts of the loss. A
+launch before counts the tokens or sequences, if the divisor of the loss is neither given nor the same for every mask;
+another one computes ratios per sequence.
 
     formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
-    bytes a token   4 read of each given tensor, 1 of a mask; 4 written of each gradient
-    passes          one; one more before it for ratios per sequence or a count of sequences
+    bytes a token   4 read of each given tensor, 1 of a mask; 4 written of each gradient. Backward: 8 of each gradient
+                    where the gradient of the loss is not 1
+    passes          one; one more before it for a count, and one for ratios per sequence; one in the backward
     error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
@@ -18,7 +19,8 @@ import triton.language as tl
 from .formulas import bounded_log_ratio, exponential, kernel_terms, kl_value, policy_token, value_token
 from .formulas import kl_slope as slope_of_kl
 from .launch import kernel, launch
-from .records import PpoLoss
+from .records import PpoLoss, PpoLossBackward
+from .ticket import ticket_of
 from .tokens import (
     TILE,
     WARPS,
@@ -27,15 +29,13 @@ from .tokens import (
     live_at,
     load_kept,
     load_part,
-    loss_scale,
     reciprocal,
     sequence_at,
     store_part,
-    ticket_of,
     tile_moments,
     tile_of,
     tile_of_tokens,
-    token_weight,
+    token_share,
 )
 
 # Parts per load of the last program: few, because it keeps about ten numbers of each part in registers.
@@ -45,17 +45,17 @@ COUNT, POLICY, CLIPPED, SQUARED, PEAK, MEAN, DEVIATION, KL, ENTROPY, VALUE, VALU
 ROWS = 11
 
 
-@kernel(general=("length", "sequences", "ratios", "lengths", "items", "loss", "statistics", "parts", "ticket"))
+@kernel(general=("length", "ratios", "lengths", "items", "loss", "statistics", "parts", "ticket"))
 def _evaluate(
-    tokens, sequences, length, logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs,
+    tokens, length, logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs,
     live, ratios, terms, value_terms, lengths, items, norm, loss, statistics, grad_logprobs, grad_values, grad_entropy,
-    parts, ticket, ITEMS: tl.constexpr, DIFFER: tl.constexpr, TILE: tl.constexpr,
+    parts, ticket, TILE: tl.constexpr,
 ):  # fmt: skip
     """The gradients and the parts of one tile; in the last program the loss and the statistics too."""
     index = tile_of_tokens(TILE)
     inside = index < tokens
     counted = live_at(live, index, inside)
-    weight = token_weight(lengths, index, tokens, length, inside, DIFFER)
+    weight = token_share(items, norm, lengths, index, tokens, length, inside)
     # 1. All loads, before the first sum: a sum contains a barrier, for which later loads would wait.
     if logprobs is not None:
         logprob = load_kept(logprobs, index, inside, counted)
@@ -118,20 +118,14 @@ def _evaluate(
             ref_logprobs=ref_logprobs,
             terms=terms,
             value_terms=value_terms,
-            lengths=lengths,
-            sequences=sequences,
-            items=items,
-            norm=norm,
             loss=loss,
             statistics=statistics,
-            ITEMS=ITEMS,
         )
 
 
 @triton.jit
 def _finish(
-    parts, logprobs, values, entropy, ref_logprobs, terms, value_terms, lengths, sequences, items, norm, loss,
-    statistics, ITEMS: tl.constexpr,
+    parts, logprobs, values, entropy, ref_logprobs, terms, value_terms, loss, statistics,
 ):  # fmt: skip
     """Adds the parts, and writes loss and statistics. The tensors are used only to test whether they are None."""
     # 1. Sums per lane: lane i adds the tiles i, i + PARTS, ... in order.
@@ -162,10 +156,9 @@ def _finish(
 
     # 2. Sums over the lanes. float64 is accurate enough for E[x^2] - E[x]^2.
     live_tokens = tl.sum(count)
-    scale = loss_scale(lengths, sequences, items, norm, live_tokens, ITEMS)
     inverse = reciprocal(tl.maximum(live_tokens, 1.0))
-    policy_loss, value_loss = tl.sum(policy) * scale, tl.sum(value) * scale
-    kl_loss, entropy_loss = tl.sum(kl) * scale, tl.sum(spread) * scale
+    policy_loss, value_loss = tl.sum(policy), tl.sum(value)
+    kl_loss, entropy_loss = tl.sum(kl), tl.sum(spread)
     mean = tl.sum(total) * inverse
     variance = tl.sum(squares) * inverse - mean * mean
 
@@ -188,8 +181,6 @@ def _finish(
         statistics += 5
     if values is not None:
         tl.store(statistics, (tl.sum(value_clipped) * inverse).to(tl.float32))
-        statistics += 1
-    tl.store(statistics, scale.to(tl.float32))
 
 
 @triton.jit
@@ -236,7 +227,6 @@ def ppo_loss(a: PpoLoss) -> None:
         _evaluate,
         (tiles,),
         tokens=tokens,
-        sequences=a.sequences,
         length=max(a.length, 1),
         logprobs=a.logprobs,
         old_logprobs=a.old_logprobs,
@@ -260,8 +250,27 @@ def ppo_loss(a: PpoLoss) -> None:
         grad_entropy=a.grad_entropy,
         parts=parts,
         ticket=ticket_of(device),
-        ITEMS=divisor.ITEMS,
-        DIFFER=divisor.differ,
+        TILE=TILE,
+        num_warps=WARPS,
+    )
+
+
+@kernel(general=("grad_loss",))
+def _scale(elements, grad_loss, grads, TILE: tl.constexpr):
+    scale = tl.load(grad_loss)
+    if scale != 1.0:
+        index = tile_of_tokens(TILE)
+        inside = index < elements
+        tl.store(grads + index, tl.load(grads + index, mask=inside) * scale, mask=inside)
+
+
+def ppo_loss_backward(a: PpoLossBackward) -> None:
+    launch(
+        _scale,
+        (triton.cdiv(a.elements, TILE),),
+        elements=a.elements,
+        grad_loss=a.grad_loss,
+        grads=a.grads,
         TILE=TILE,
         num_warps=WARPS,
     )

@@ -289,8 +289,7 @@ class PpoLoss(NamedTuple):
     The statistics, in this order:
     - with policy and value, the terms: policy, value, KL, entropy;
     - with policy: clip_fraction, approx_kl, ratio_mean, ratio_max, ratio_var;
-    - with value: clip_fraction;
-    - always: the scale by which the caller must multiply the gradients.
+    - with value: clip_fraction.
     """
 
     policy: Flag  # whether the loss has a policy term; if not, its data is not read
@@ -315,6 +314,14 @@ class PpoLoss(NamedTuple):
     grad_logprobs: Out | None  # the three gradients of the loss: (sequences, length); None = not wanted
     grad_values: Out | None
     grad_entropy: Out | None
+
+
+class PpoLossBackward(NamedTuple):
+    """Multiplies the gradients by that of the loss, in place; where it is 1 they are left as they are."""
+
+    elements: Size
+    grad_loss: In  # 1
+    grads: Out
 
 
 # ---- layers of a transformer: operations between its matrix products ------------------------------------------------
@@ -425,6 +432,7 @@ Record = (
     | MaskedWhiten
     | MaskedWhitenBackward
     | PpoLoss
+    | PpoLossBackward
     | RmsNorm
     | RmsNormBackward
     | GatedActivation
@@ -447,6 +455,7 @@ LAUNCHERS: dict[str, type[Record]] = {
     "masked_whiten": MaskedWhiten,
     "masked_whiten_backward": MaskedWhitenBackward,
     "ppo_loss": PpoLoss,
+    "ppo_loss_backward": PpoLossBackward,
     "rms_norm": RmsNorm,
     "rms_norm_backward": RmsNormBackward,
     "gated_activation": GatedActivation,

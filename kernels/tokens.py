@@ -5,8 +5,6 @@ a scratch table, with one row per sum and one column per tile. Then a single pro
 the tiles, so that the result is the same on every run. Sums are float32 within a tile and float64 over tiles.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -14,10 +12,12 @@ from torch import Tensor
 
 from .launch import kernel, launch
 from .records import AGGREGATIONS, LossDivisor
+from .ticket import ticket_of
 
 TILE = 1024
 # 4 tokens per thread: one 16-byte load of floats and one 4-byte load of the mask.
 WARPS = 8
+SPAN = 4 * TILE  # tokens of a program that counts live tokens
 PARTS = tl.constexpr(1024)  # parts per load of the program that adds them
 
 
@@ -71,22 +71,6 @@ def is_last(ticket):
     return last
 
 
-def ticket_of(device: torch.device) -> Tensor:
-    """The counter of ``is_last``, 0 before and after each launch.
-
-    There is one counter per stream, because launches on a stream do not overlap. A captured graph may run on any
-    stream, so it gets its own counter.
-    """
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros((), dtype=torch.int32, device=device)
-    return _ticket(device, torch.cuda.current_stream(device).cuda_stream)
-
-
-@functools.cache
-def _ticket(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros((), dtype=torch.int32, device=device)
-
-
 # ---- moments: count, mean and sum of squared deviations from the mean ------------------------------------------------
 
 
@@ -118,49 +102,48 @@ def merge_moments(count, mean, deviation, counts, means, deviations):
 # ---- the divisors of rlhf_fast/ops/_aggregate.py ---------------------------------------------------------------------
 
 
-@kernel(general=("lengths",))
-def _count_live(live, lengths, length, TILE: tl.constexpr):
-    """The number of live tokens of each sequence, one sequence per program."""
-    sequence = tl.program_id(0).to(tl.int64)
+@kernel(general=("counts", "items", "tokens", "span", "ticket"))
+def _count_live(live, counts, items, tokens, span, ticket, BY_TOKEN: tl.constexpr, TILE: tl.constexpr):
+    """The number of live tokens of each span, one span per program. If ``items`` is wanted, the last program counts the
+    live tokens of all spans or, without BY_TOKEN, the spans with a live token.
+    """
+    first = tl.program_id(0).to(tl.int64) * span
     count = tl.zeros((), tl.int64)
-    for start in range(0, length, TILE):
+    for start in range(0, span, TILE):
         offset = start + tl.arange(0, TILE)
-        count += tl.sum(live_at(live, sequence * length + offset, offset < length).to(tl.int32))
-    tl.store(lengths + sequence, count)
+        inside = (offset < span) & (first + offset < tokens)
+        count += tl.sum(live_at(live, first + offset, inside).to(tl.int32))
+    tl.store(counts + tl.program_id(0), count)
+    if items is not None:
+        if is_last(ticket):
+            found = tl.zeros((), tl.int64)
+            spans = tl.num_programs(0)
+            for start in range(0, spans, PARTS):
+                place = start + tl.arange(0, PARTS)
+                part = tl.load(counts + place, mask=place < spans, other=0, cache_modifier=".cg")
+                if not BY_TOKEN:
+                    part = (part > 0).to(tl.int64)
+                found += tl.sum(part)
+            tl.store(items, found.to(tl.float64))
 
 
 @triton.jit
-def token_weight(lengths, index, tokens, length, inside, DIFFER: tl.constexpr):
-    """The weight of a token before the division by the divisor: 1 or, with DIFFER, 1 / live tokens of its sequence."""
-    weight = 1.0
-    if DIFFER:
+def token_share(items, norm, lengths, index, tokens, length, inside):
+    """The weight of each token, 1 / divisor. Divisor has ``items``, ``norm`` and ``lengths``."""
+    share = 1.0 / norm
+    if items is not None:
+        count = tl.load(items).to(tl.float32)
+        share = 1.0 / (tl.where(count > 0.0, count, 1.0) * norm)
+    if lengths is not None:
         live_tokens = tl.load(lengths + sequence_at(index, tokens, length), mask=inside, other=1)
-        weight = 1.0 / tl.maximum(live_tokens.to(tl.float32), 1.0)
-    return weight
+        share = share / tl.maximum(live_tokens.to(tl.float32), 1.0)
+    return share
 
 
 @triton.jit
 def sequence_at(index, tokens, length):
     """The sequence of each token. Divides in 32 bits if the number of tokens fits, which is several times faster."""
     return index.to((tokens + length).dtype) // length
-
-
-@triton.jit
-def loss_scale(lengths, sequences, items, norm, count, ITEMS: tl.constexpr):
-    """1 / divisor in float64. ``count`` is the number of live tokens; Divisor has the other arguments."""
-    if ITEMS == "tokens":
-        found = count
-    elif ITEMS == "sequences":
-        found = tl.zeros((), tl.float64)
-        for start in range(0, sequences, PARTS):
-            sequence = start + tl.arange(0, PARTS)
-            live_tokens = tl.load(lengths + sequence, mask=sequence < sequences, other=0)
-            found += tl.sum((live_tokens > 0).to(tl.float64))
-    elif ITEMS == "given":
-        found = tl.load(items).to(tl.float64)
-    else:
-        found = tl.full((), 1.0, tl.float64)
-    return reciprocal(tl.where(found > 0.0, found, 1.0) * norm)
 
 
 @triton.jit
@@ -174,45 +157,45 @@ def reciprocal(x):
 
 
 class Divisor:
-    """The divisor of a loss over (sequences, length) tokens: ``norm`` times a number that ITEMS selects.
-
-    ITEMS is "tokens" (the number of live tokens), "sequences" (the number of sequences with a live token), "given" (the
-    number in the tensor ``items``) or None (1). ``lengths`` is the number of live tokens of each sequence, counted by a
-    launch if the divisor needs it.
+    """The divisor of a loss over (sequences, length) tokens: ``norm``, times the number in the tensor ``items``, times
+    the live tokens of the token's sequence in ``lengths``, where these are not None. One launch counts both.
     """
 
     def __init__(
         self, sequences: int, length: int, live: Tensor | None, given: LossDivisor, device: torch.device
     ) -> None:
-        aggregation = AGGREGATIONS[given.aggregation]
-        by_length = aggregation == "seq-mean-token-mean"
-        self.differ = by_length and live is not None
-        normed = aggregation == "seq-mean-token-sum-norm" or (by_length and live is None)
+        aggregation, tokens = AGGREGATIONS[given.aggregation], sequences * length
+        by_token, by_length = aggregation == "token-mean", aggregation == "seq-mean-token-mean"
+        masked = live is not None and sequences > 0
+        normed = aggregation == "seq-mean-token-sum-norm" or (by_length and not masked)
         self.norm = float(max(length, 1)) if normed else 1.0
-        self.items = given.items
-        self.ITEMS: str | None = None
-        if given.items is not None:
-            self.ITEMS = "given"
-        elif given.number >= 0:
-            self.norm *= given.number or 1.0
-        elif aggregation == "token-mean":
-            self.ITEMS = "tokens"
-        elif live is None:
-            self.norm *= max(sequences, 1)
-        else:
-            self.ITEMS = "sequences"
-        self.lengths: Tensor | None = None
-        if self.differ or self.ITEMS == "sequences":
-            self.lengths = torch.empty(sequences, dtype=torch.int64, device=device)
-            if sequences:
-                launch(
-                    _count_live,
-                    (sequences,),
-                    live=live,
-                    lengths=self.lengths,
-                    length=length,
-                    TILE=tile_of(length),
-                )
+        self.items, self.lengths = given.items, None
+        counts_items = given.items is None and given.number < 0 and masked
+        if given.items is None and given.number > 0:
+            self.norm *= given.number
+        elif given.items is None and given.number < 0 and not masked:
+            self.norm *= max(tokens if by_token else sequences, 1)
+        if not counts_items and not (by_length and masked):
+            return
+        span = SPAN if by_token else length
+        spans = max(triton.cdiv(tokens, SPAN), 1) if by_token else sequences
+        counts = torch.empty(spans, dtype=torch.int64, device=device)
+        if counts_items:
+            self.items = torch.empty((), dtype=torch.float64, device=device)
+        launch(
+            _count_live,
+            (spans,),
+            live=live,
+            counts=counts,
+            items=self.items if counts_items else None,
+            tokens=tokens,
+            span=span,
+            ticket=ticket_of(device),
+            BY_TOKEN=by_token,
+            TILE=tile_of(span),
+        )
+        if by_length:
+            self.lengths = counts
 
 
 def tile_of(length: int) -> int:

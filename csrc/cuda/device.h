@@ -33,6 +33,14 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
 
 RLHF_FAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Reserves `count` elements of the scratch. The pointer is valid only if scratch.size >= scratch.needed.
+template <class T>
+T* take(Scratch& scratch, int64_t count) {
+  T* part = (T*)((char*)scratch.data + scratch.needed);
+  scratch.needed += ceil_div(count * sizeof(T), 16) * 16;
+  return part;
+}
+
 template <class T>
 RLHF_FAST_INLINE T smaller(T a, T b) {
   return a < b ? a : b;
@@ -105,14 +113,14 @@ __device__ __forceinline__ float block_max(float x) {
 // ---- parts of a result, one per block, added by the last block of the launch -----------------------------------------
 
 // Whether this block is the last of the launch to call this. If so, it sees the stores of all other blocks, if it reads
-// them with __ldcg. `ticket` is 0 before the launch. Which block is last differs from run to run, so it decides only
-// which block adds the parts, never a result.
+// them with __ldcg. `ticket` is 0 before the launch, and after it too: atomicInc wraps to 0 at the last block. Which
+// block is last differs from run to run, so it decides only which block adds the parts, never a result.
 __device__ __forceinline__ bool is_last(unsigned* ticket) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();  // makes the stores of the whole block visible; the barrier ordered them before this
-    last = gridDim.x == 1 || atomicAdd(ticket, 1u) == gridDim.x - 1;
+    last = gridDim.x == 1 || atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
     __threadfence();  // orders the last block's loads after all other blocks' stores
   }
   __syncthreads();

@@ -325,7 +325,7 @@ const char* gae(const Gae& a, Scratch& scratch, void* stream) {
   if (scratch.size < scratch.needed) return nullptr;
   const char* error = run(a, split ? (Affine*)scratch.data : nullptr, stream);
   if (error || !a.whiten) return error;
-  Scratch rest{(char*)scratch.data + kStatistics, scratch.size - kStatistics, 0};
+  Scratch rest{(char*)scratch.data + kStatistics, scratch.size - kStatistics, 0, scratch.ticket};
   return masked_whiten({tokens, a.advantages, a.live, true, true, false, (double*)scratch.data, a.advantages}, rest,
                        stream);
 }

@@ -166,24 +166,23 @@ __global__ void __launch_bounds__(kThreads) whiten_backward_one_tile(MaskedWhite
 
 const char* masked_moments(const MaskedMoments& a, Scratch& scratch, void* stream) {
   const int64_t tiles = tiles_of(a.elements);
-  scratch.needed = TileParts<Part>::bytes(tiles);
+  const TileParts<Part> parts(scratch, tiles);
   if (scratch.size < scratch.needed) return nullptr;
-  return launch_parts(measure, tiles, TileParts<Part>(scratch.data), stream, a);
+  return launch(measure, tiles, kThreads, 0, stream, a, parts);
 }
 
 size_t masked_whiten_scratch(int64_t count) {
   const int64_t tiles = tiles_of(count);
-  return tiles > 1 ? TileParts<Part>::bytes(tiles) : 0;
+  return tiles > 1 ? tiles * sizeof(Part) : 0;
 }
 
 const char* masked_whiten(const MaskedWhiten& a, Scratch& scratch, void* stream) {
   const int64_t tiles = tiles_of(a.elements);
   if (tiles == 1 && !a.given) return launch(whiten_one_tile, 1, kThreads, 0, stream, a);
   if (!a.given) {
-    scratch.needed = masked_whiten_scratch(a.elements);
+    const TileParts<Part> parts(scratch, tiles);
     if (scratch.size < scratch.needed) return nullptr;
-    const char* error = launch_parts(find_statistics, tiles, TileParts<Part>(scratch.data), stream, a);
-    if (error) return error;
+    if (const char* error = launch(find_statistics, tiles, kThreads, 0, stream, a, parts)) return error;
   }
   return launch(whiten, tiles, kThreads, 0, stream, a);
 }
@@ -191,10 +190,9 @@ const char* masked_whiten(const MaskedWhiten& a, Scratch& scratch, void* stream)
 const char* masked_whiten_backward(const MaskedWhitenBackward& a, Scratch& scratch, void* stream) {
   const int64_t tiles = tiles_of(a.elements);
   if (tiles == 1) return launch(whiten_backward_one_tile, 1, kThreads, 0, stream, a);
-  scratch.needed = TileParts<GradientSums>::bytes(tiles);
+  const TileParts<GradientSums> parts(scratch, tiles);
   if (scratch.size < scratch.needed) return nullptr;
-  const TileParts<GradientSums> parts(scratch.data);
-  const char* error = launch_parts(measure_backward, tiles, parts, stream, a);
+  const char* error = launch(measure_backward, tiles, kThreads, 0, stream, a, parts);
   return error ? error : launch(whiten_backward, tiles, kThreads, 0, stream, a, (const GradientSums*)parts.at);
 }
 

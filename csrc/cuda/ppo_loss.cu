@@ -1,14 +1,14 @@
 // PPO's joint loss, its gradients and its statistics in one launch. Without values it is the clipped policy loss, and
 // without log-probs the clipped value loss.
 //
-// A block reads each input of its tile once. It writes the gradients as if the divisor of the loss were 1, because only
-// the last block knows how many tokens count. The last block adds the parts of the loss and writes 1 / divisor, by
-// which the caller multiplies the gradients. Ratios per sequence, and divisors that count sequences, need a launch
-// before.
+// A block reads each input of its tile once and writes the gradients; the last block adds the parts of the loss. A
+// launch before counts the tokens or sequences, if the divisor of the loss is neither given nor the same for every
+// mask, and computes ratios per sequence.
 //
 //   formula         max(-A r, -A clip(r)) + value_coef (v - R)^2 / 2, clipped, + kl_coef KL - entropy_coef H
-//   bytes a token   4 read of each given tensor, 1 of a mask; 4 written of each gradient
-//   passes          one; one more before it for ratios per sequence or a count of sequences
+//   bytes a token   4 read of each given tensor, 1 of a mask; 4 written of each gradient. Backward: 8 of each gradient
+//                   where the gradient of the loss is not 1
+//   passes          one; one more before it for ratios per sequence or a count; one in the backward
 //   error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 #include "tokens.h"
 
@@ -16,12 +16,13 @@ namespace rlhf_fast::cuda {
 
 namespace {
 
-struct Sequence {
-  double live;  // number of tokens that count
-  float ratio;
+struct alignas(16) Sequence {
+  float live;   // number of tokens that count
+  float share;  // 1 / live
+  float ratio;  // exp of the mean log ratio
 };
 
-// The sums over the live tokens of a tile. The terms of the loss are weighted as Divisor::by_length says.
+// The sums over the live tokens of a tile. The terms of the loss are weighted by the shares of the tokens.
 enum Sum { kPolicy, kKl, kEntropy, kValue, kClipped, kValueClipped, kSquaredLogRatio, kSums };
 
 struct alignas(16) Part {
@@ -29,11 +30,12 @@ struct alignas(16) Part {
   float ratio_deviation, ratio_max, count, sums[kSums];
 };
 
-// The divisor of the loss: `norm` times a number that `items` selects.
+// The divisor of the loss: `norm` times *items.
 struct Divisor {
-  enum Items { known, on_device, tokens, sequences } items;
   double norm;
-  bool by_length;  // each token's loss is also divided by the number of live tokens of its sequence
+  const double* items;  // in device memory; nullptr = 1
+  bool by_length;       // each token's loss is also divided by the number of live tokens of its sequence
+  bool counts_tokens, counts_sequences;  // what *items must count
 
   explicit Divisor(const PpoLoss& a) {
     const bool by_token = a.divisor.aggregation == Aggregation::token_mean;
@@ -41,24 +43,45 @@ struct Divisor {
     const bool mean = a.divisor.aggregation == Aggregation::seq_mean_token_mean;
     by_length = mean && a.live;
     norm = normed || (mean && !a.live) ? at_least_1((double)a.length) : 1;
-    items = a.divisor.items ? on_device : tokens;
-    if (a.divisor.items) return;
-    if (a.divisor.number >= 0) {
-      items = known;
-      norm *= a.divisor.number > 0 ? a.divisor.number : 1;
-    } else if (!by_token && !a.live) {
-      items = known;
-      norm *= at_least_1((double)a.sequences);
-    } else if (!by_token) {
-      items = sequences;
-    }
+    items = a.divisor.items;
+    const bool given = items || a.divisor.number >= 0;
+    const bool counts = !given && a.live && a.sequences > 0;
+    counts_tokens = counts && by_token;
+    counts_sequences = counts && !by_token;
+    if (!items && a.divisor.number > 0) norm *= a.divisor.number;
+    if (!given && !counts) norm *= at_least_1((double)(by_token ? a.sequences * a.length : a.sequences));
   }
 
-  bool counts_sequences() const { return by_length || items == sequences; }
+  // The weight of a token, 1 / divisor.
+  __device__ __forceinline__ float share() const {
+    const float count = items ? (float)*items : 1;
+    return 1 / ((count > 0 ? count : 1) * (float)norm);
+  }
 };
 
-// The number of live tokens of each sequence, and exp of their mean log ratio; one block per sequence.
-__global__ void __launch_bounds__(kThreads) measure_sequences(PpoLoss a, Sequence* found) {
+// Adds one number of each block, in the last block that calls this. `sum` is written there.
+template <class Number>
+__device__ __forceinline__ void add_in_last(unsigned* ticket, const Number& number, double* sum) {
+  if (!is_last(ticket)) return;
+  double total[1] = {0};
+  for (int64_t i = threadIdx.x; i < gridDim.x; i += kThreads) total[0] += number(i);
+  block_sum(total);
+  if (threadIdx.x == 0) *sum = total[0];
+}
+
+// The number of live tokens.
+__global__ void __launch_bounds__(kThreads)
+    count_tokens(const uint8_t* live, int64_t count, TileParts<Part> parts, double* items) {
+  const ThreadTokens<1> tokens(live, count, {nullptr});
+  float sums[1] = {(float)__popc(tokens.live)};
+  block_sum(sums);
+  if (threadIdx.x == 0) parts.at[blockIdx.x].count = sums[0];
+  add_in_last(parts.ticket, [&](int64_t i) { return __ldcg(&parts.at[i].count); }, items);
+}
+
+// The numbers of each sequence, one block per sequence; and `items` as the divisor counts them.
+__global__ void __launch_bounds__(kThreads)
+    measure_sequences(PpoLoss a, Divisor divisor, Sequence* found, unsigned* ticket, double* items) {
   const int64_t start = blockIdx.x * a.length;
   double sums[2] = {0, 0};
   for (int64_t t = threadIdx.x; t < a.length; t += kThreads) {
@@ -68,7 +91,16 @@ __global__ void __launch_bounds__(kThreads) measure_sequences(PpoLoss a, Sequenc
     if (a.sequence_level) sums[1] += bounded_log_ratio(a.logprobs[i] - a.old_logprobs[i]);
   }
   block_sum(sums);
-  if (threadIdx.x == 0) found[blockIdx.x] = {sums[0], expf((float)(sums[1] / at_least_1(sums[0])))};
+  const double tokens = at_least_1(sums[0]);
+  if (threadIdx.x == 0) found[blockIdx.x] = {(float)sums[0], (float)(1 / tokens), expf((float)(sums[1] / tokens))};
+  if (!divisor.counts_tokens && !divisor.counts_sequences) return;
+  add_in_last(
+      ticket,
+      [&](int64_t i) {
+        const float live = __ldcg(&found[i].live);
+        return divisor.counts_tokens ? live : live > 0 ? 1.0f : 0.0f;
+      },
+      items);
 }
 
 // Iterates over the sequences of a thread's consecutive tokens, with a single division.
@@ -89,59 +121,39 @@ __device__ __forceinline__ double term(double coef, double value) { return coef 
 
 // Called by the last block: adds the parts, and writes loss and statistics.
 template <bool kHasPolicy, bool kHasValue>
-__device__ void finish(const PpoLoss& a, const Divisor& divisor, const Sequence* sequences, const Part* parts) {
+__device__ void finish(const PpoLoss& a, const Part* parts) {
   // 1. All sums. Thread i takes the parts i, i + 256, ...; block_sum adds the threads in a fixed order.
-  double sums[kSums + 2] = {};  // the last two: the number of live tokens, and the sum of their ratios
-  double &count = sums[kSums], &ratio_mean = sums[kSums + 1];
+  double sums[kSums + 3] = {};  // the last three: the number of live tokens, and sum and sum of squares of their ratios
+  double &count = sums[kSums], &ratios = sums[kSums + 1], &squares = sums[kSums + 2];
   float ratio_max = 0;
   for (int64_t i = threadIdx.x; i < gridDim.x; i += kThreads) {
     const Part part = load_part(parts + i);
 #pragma unroll
     for (int k = 0; k < kSums; k++) sums[k] += part.sums[k];
     count += part.count;
-    ratio_mean += part.count * part.ratio_mean;
+    ratios += part.count * part.ratio_mean;
+    squares += part.count * part.ratio_mean * part.ratio_mean + part.ratio_deviation;
     ratio_max = larger(part.ratio_max, ratio_max);
   }
   block_sum(sums);
   ratio_max = block_max(ratio_max);
-  const double tokens = at_least_1(count);
-  ratio_mean /= tokens;
-
-  // 2. Squared deviations from the mean ratio and, in the same reduction, the number of sequences with a live token.
-  double rest[2] = {0, 0};
-  if (kHasPolicy) {
-    for (int64_t i = threadIdx.x; i < gridDim.x; i += kThreads) {
-      const Part part = load_part(parts + i);
-      const double step = part.ratio_mean - ratio_mean;
-      rest[0] += part.ratio_deviation + part.count * step * step;
-    }
-  }
-  if (divisor.items == Divisor::sequences) {
-    for (int64_t i = threadIdx.x; i < a.sequences; i += kThreads) rest[1] += sequences[i].live > 0;
-  }
-  block_sum(rest);
   if (threadIdx.x != 0) return;
 
-  // 3. The loss, and the statistics in the order of PpoLoss in kernels/records.py.
-  double items = 1;
-  if (divisor.items == Divisor::on_device) items = *a.divisor.items;
-  if (divisor.items == Divisor::tokens) items = count;
-  if (divisor.items == Divisor::sequences) items = rest[1];
-  const double scale = 1 / ((items > 0 ? items : 1) * divisor.norm);
-  const double policy = sums[kPolicy] * scale, value = sums[kValue] * scale;
-  const double kl = sums[kKl] * scale, entropy = sums[kEntropy] * scale;
-  const double loss = policy + term(a.value_terms.coef, value) + term(a.terms.kl_coef, kl);
-  *a.loss = (float)(loss - term(a.terms.entropy_coef, entropy));
+  // 2. The loss, and the statistics in the order of PpoLoss in kernels/records.py.
+  const double tokens = at_least_1(count);
+  const double loss = sums[kPolicy] + term(a.value_terms.coef, sums[kValue]) + term(a.terms.kl_coef, sums[kKl]);
+  *a.loss = (float)(loss - term(a.terms.entropy_coef, sums[kEntropy]));
   float* out = a.statistics;
   const auto put = [&](double statistic) { *out++ = (float)statistic; };
-  if (kHasPolicy && kHasValue) put(policy), put(value), put(kl), put(entropy);
+  if (kHasPolicy && kHasValue) put(sums[kPolicy]), put(sums[kValue]), put(sums[kKl]), put(sums[kEntropy]);
   if (kHasPolicy) {
+    // double is accurate enough for E[x^2] - E[x]^2
+    const double ratio_mean = ratios / tokens, variance = squares / tokens - ratio_mean * ratio_mean;
     put(sums[kClipped] / tokens), put(0.5 * sums[kSquaredLogRatio] / tokens);
     // the maximum ignores NaN; the mean does not
-    put(ratio_mean), put(ratio_mean == ratio_mean ? ratio_max : ratio_mean), put(rest[0] / tokens);
+    put(ratio_mean), put(ratio_mean == ratio_mean ? ratio_max : ratio_mean), put(variance < 0 ? 0 : variance);
   }
   if (kHasValue) put(sums[kValueClipped] / tokens);
-  put(scale);
 }
 
 template <bool kHasPolicy, bool kHasValue>
@@ -158,13 +170,14 @@ __global__ void __launch_bounds__(kThreads)
   const auto& [logprob, old_logprob, advantage, value, old_value, target, ref_logprob, entropy] = tokens.of;
   const unsigned live = tokens.live;
 
-  // 2. The weight and the ratio of each token's sequence.
-  Values4 weight{{1, 1, 1, 1}}, ratio{};
+  // 2. The weight of each token, and the ratio of its sequence.
+  const float share = divisor.share();
+  Values4 weight{{share, share, share, share}}, ratio{};
   if (sequences && tokens.left > 0) {
     Sequences of_token(sequences, a.length, tokens.i);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      if (k < tokens.left && divisor.by_length) weight.at[k] = (float)(1 / at_least_1(of_token.at->live));
+      if (k < tokens.left && divisor.by_length) weight.at[k] *= of_token.at->share;
       if (k < tokens.left && a.sequence_level) ratio.at[k] = of_token.at->ratio;
       of_token.advance();
     }
@@ -219,27 +232,41 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < kSums; k++) part.sums[k] = sums[k];
     parts.at[blockIdx.x] = part;
   }
-  if (is_last(parts.ticket)) finish<kHasPolicy, kHasValue>(a, divisor, sequences, parts.at);
+  if (is_last(parts.ticket)) finish<kHasPolicy, kHasValue>(a, parts.at);
+}
+
+// Multiplies the gradients by that of the loss, unless it is 1.
+__global__ void __launch_bounds__(kThreads) scale_gradients(PpoLossBackward a) {
+  const float scale = *a.grad_loss;
+  if (scale == 1) return;
+  const ThreadTokens<1> tokens(nullptr, a.elements, {a.grads});
+  tokens.store(a.grads, [&](int k) { return tokens.of[0].at[k] * scale; });
 }
 
 }  // namespace
 
 const char* ppo_loss(const PpoLoss& a, Scratch& scratch, void* stream) {
-  const int64_t tiles = tiles_of(a.sequences * a.length);
-  const Divisor divisor(a);
-  const bool by_sequence = a.sequence_level || divisor.counts_sequences();
-  const size_t parts_bytes = TileParts<Part>::bytes(tiles);
-  scratch.needed = parts_bytes + (by_sequence ? a.sequences * sizeof(Sequence) : 0);
+  const int64_t count = a.sequences * a.length, tiles = tiles_of(count);
+  Divisor divisor(a);
+  const bool by_sequence = a.sequence_level || divisor.by_length || divisor.counts_sequences;
+  const TileParts<Part> parts(scratch, tiles);
+  Sequence* sequences = by_sequence ? take<Sequence>(scratch, a.sequences) : nullptr;
+  double* items = divisor.counts_tokens || divisor.counts_sequences ? take<double>(scratch, 1) : nullptr;
   if (scratch.size < scratch.needed) return nullptr;
-  const TileParts<Part> parts(scratch.data);
-  Sequence* sequences = nullptr;
+  const char* error = nullptr;
   if (by_sequence) {
-    sequences = (Sequence*)((char*)scratch.data + parts_bytes);
-    if (const char* error = launch(measure_sequences, a.sequences, kThreads, 0, stream, a, sequences)) return error;
+    error = launch(measure_sequences, a.sequences, kThreads, 0, stream, a, divisor, sequences, parts.ticket, items);
+  } else if (divisor.counts_tokens) {
+    error = launch(count_tokens, tiles, kThreads, 0, stream, a.live, count, parts, items);
   }
-  if (const char* error = parts.reset(tiles, stream)) return error;
+  if (error) return error;
+  if (items) divisor.items = items;
   const auto kernel = !a.value ? evaluate<true, false> : !a.policy ? evaluate<false, true> : evaluate<true, true>;
   return launch(kernel, tiles, kThreads, 0, stream, a, divisor, (const Sequence*)sequences, parts);
+}
+
+const char* ppo_loss_backward(const PpoLossBackward& a, Scratch&, void* stream) {
+  return launch(scale_gradients, ceil_div(a.elements, kTile), kThreads, 0, stream, a);
 }
 
 }  // namespace rlhf_fast::cuda

@@ -221,14 +221,6 @@ __device__ __forceinline__ float number_or_0(const float* numbers, int64_t row) 
 
 inline int64_t segments_of(int64_t columns) { return ceil_div(columns, kSegment); }
 
-// Reserves `count` elements of the scratch. The pointer is valid only if scratch.size >= scratch.needed.
-template <class T>
-T* take(Scratch& scratch, int64_t count) {
-  T* part = (T*)((char*)scratch.data + scratch.needed);
-  scratch.needed += ceil_div(count * sizeof(T), 16) * 16;
-  return part;
-}
-
 // Calls `body` with a value of the type that `dtype` names.
 template <class Body>
 const char* typed(DType dtype, const Body& body) {

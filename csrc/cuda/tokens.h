@@ -82,30 +82,14 @@ struct ThreadTokens {
 
 // ---- the parts of a sum ----------------------------------------------------------------------------------------------
 
-// The scratch of a launch: the ticket of `is_last` and the parts, one per tile.
+// The parts of a launch, one per tile, and the ticket of `is_last`.
 template <class Part>
 struct TileParts {
-  unsigned* ticket;
   Part* at;
+  unsigned* ticket;
 
-  static constexpr size_t kTicket = 16;
-  static size_t bytes(int64_t tiles) { return kTicket + tiles * sizeof(Part); }
-
-  explicit TileParts(void* scratch) : ticket((unsigned*)scratch), at((Part*)((char*)scratch + kTicket)) {}
-
-  // Sets the ticket to 0, before a launch of `tiles` blocks. A single block takes no ticket.
-  const char* reset(int64_t tiles, void* stream) const {
-    return tiles > 1 ? text(cudaMemsetAsync(ticket, 0, sizeof(*ticket), (cudaStream_t)stream)) : nullptr;
-  }
+  TileParts(Scratch& scratch, int64_t tiles) : at(take<Part>(scratch, tiles)), ticket(scratch.ticket) {}
 };
-
-// Launches a kernel whose blocks write parts.
-template <class Part, class Arguments>
-const char* launch_parts(void (*kernel)(Arguments, TileParts<Part>), int64_t tiles, const TileParts<Part>& parts,
-                         void* stream, const Arguments& a) {
-  const char* error = parts.reset(tiles, stream);
-  return error ? error : launch(kernel, tiles, kThreads, 0, stream, a, parts);
-}
 
 // ---- moments ---------------------------------------------------------------------------------------------------------
 

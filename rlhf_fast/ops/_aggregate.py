@@ -81,11 +81,12 @@ def token_weights(
     return _divide(weights, (lengths > 0).sum() if num_items is None else num_items)
 
 
-def scalar_tensor(num_items: float | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """``num_items`` as a tensor () on ``device``, as the custom ops take it; None stays None."""
+def scalar_tensor(num_items: float | torch.Tensor | None) -> torch.Tensor | None:
+    """``num_items`` as a tensor (), as the custom ops take it; None stays None. A number stays on the CPU, where a
+    launcher can read it without waiting for a GPU.
+    """
     if isinstance(num_items, (int, float)):
-        # full, because tensor() would synchronise with the GPU to copy the number
-        return torch.full((), float(num_items), dtype=torch.float64, device=device)
+        return torch.full((), float(num_items), dtype=torch.float64, device="cpu")
     return num_items
 
 

@@ -116,9 +116,14 @@ def has_values(tensor: torch.Tensor) -> bool:
     )
 
 
+def is_eager(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has real values, and no dispatch mode or tracer is active."""
+    return has_values(tensor) and not torch._C._len_torch_dispatch_stack()
+
+
 def at_hand(tensor: torch.Tensor) -> bool:
     """Whether the values can be read here: on a GPU that would synchronise, and under a tracer it would fail."""
-    return tensor.is_cpu and has_values(tensor) and not torch._C._len_torch_dispatch_stack()
+    return tensor.is_cpu and is_eager(tensor)
 
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from rlhf_fast.kernels.records import Record
+from rlhf_fast.kernels.ticket import ticket_of
 
 from . import _native
 
@@ -29,21 +30,24 @@ class Cuda:
 
         Called without scratch memory, a launcher launches if it needs none, else it returns the bytes that it needs.
         Scratch comes from torch's caching allocator, which orders its reuse by stream, so it may be freed right after
-        the launch.
+        the launch. Every launcher that needs the ticket needs scratch.
 
         Raises RuntimeError with the launcher's name, its sizes and CUDA's message.
         """
         function, stream = getattr(self.launchers, launcher), self.stream()
-        needed = function(record, 0, 0, stream)
+        needed = function(record, 0, 0, 0, stream)
         if needed:
-            scratch = self.scratch(needed)
-            function(record, scratch.data_ptr(), needed, stream)
+            scratch, ticket = self.scratch(needed), self.ticket()
+            function(record, scratch.data_ptr(), needed, ticket.data_ptr(), stream)
 
     def stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
 
     def scratch(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    def ticket(self) -> torch.Tensor:
+        return ticket_of(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _why_not_there(engine: Cuda, index: int) -> str | None:

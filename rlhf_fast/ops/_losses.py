@@ -1,8 +1,7 @@
 """Shared by clipped_policy_loss, clipped_value_loss and ppo_loss: checks of scalars, and the fused implementation.
 
-All three use the same launcher, which computes loss, gradients and statistics in one pass. The last of the statistics
-is the scale by which the gradients still must be multiplied: a GPU kernel writes the gradients before it knows the
-divisor of the loss.
+All three use the same launcher, which computes loss, gradients and statistics in one pass. The backward multiplies the
+gradients by that of the loss, which is mostly 1.
 """
 
 from typing import Any, NamedTuple, cast
@@ -14,10 +13,10 @@ from rlhf_fast.kernels import records
 
 from . import _checks
 from ._dispatch import implements, launch
-from ._op import empty_contiguous, fused_op
+from ._op import empty_contiguous, fused_op, graph_is_kept
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
-JOINT_STATISTICS = 11  # the number of ppo_loss's statistics: 4 terms, 5 of the policy, 1 of the value, the scale
+JOINT_STATISTICS = 10  # the number of ppo_loss's statistics: 4 terms, 5 of the policy, 1 of the value
 KL = 2  # the place of the KL term among them
 ABSENT = cast(Tensor, None)
 
@@ -91,7 +90,7 @@ class _Forward(NamedTuple):
 
 
 def _fused(name: str) -> Any:
-    """Registers the fused op of this name. It returns the loss and its statistics without the scale."""
+    """Registers the fused op of this name. It returns the loss and its statistics."""
     forward = fused_op(name, _Forward, _kernel, _outputs, trained=_TRAINED, save=_save, gradient=_gradient)
 
     def run(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -100,7 +99,7 @@ def _fused(name: str) -> Any:
             trained = (inputs.logprobs, inputs.values, inputs.entropy)
             wants = [data is not None and data.requires_grad for data in trained]
         loss, statistics, _ = forward(_Forward(inputs, wants))
-        return loss, statistics.unbind()[:-1]
+        return loss, statistics.unbind()
 
     return implements(name, "fused")(run)
 
@@ -171,7 +170,7 @@ def _divisor(aggregation: str, num_items: Tensor | None) -> records.LossDivisor:
 def _outputs(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
     policy, value = given.inputs.logprobs, given.inputs.values
     data = value if policy is None else policy
-    count = 6 if value is None else 2 if policy is None else JOINT_STATISTICS  # as in records.PpoLoss
+    count = 5 if value is None else 1 if policy is None else JOINT_STATISTICS  # as in records.PpoLoss
     wanted = given.wants.count(True)
     grads = empty_contiguous(data) if wanted == 1 else data.new_empty((wanted, *data.shape))
     return data.new_empty(()), data.new_empty(count), grads
@@ -180,20 +179,21 @@ def _outputs(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
 def _save(ctx: Any, given: _Forward, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    _, statistics, grads = output
-    # Not the output itself: the backward may return these, and must not give them away while the graph is kept.
-    ctx.save_for_backward(statistics, *(grads.unbind() if given.wants.count(True) > 1 else (grads.detach(),)))
+    ctx.wants = given.wants
+    ctx.save_for_backward(output[2].detach())
 
 
 def _gradient(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * len(_TRAINED)
-    statistics, *grads = ctx.saved_tensors
-    scale = grad_loss * statistics[-1]
-    if not (_checks.at_hand(scale) and scale == 1):
-        grads = [grad * scale for grad in grads]
-    slots = iter(grads)
-    return tuple([next(slots) if need else None for need in ctx.needs])
+    (grads,) = ctx.saved_tensors
+    if _checks.is_eager(grad_loss) and not graph_is_kept():
+        grads = grads.contiguous()  # a hook of saved tensors may have changed it
+        launch(records.PpoLossBackward(grads.numel(), grad_loss, grads), grads)
+    else:  # out of place: a kept graph needs the gradients again
+        grads = grads * grad_loss
+    slots = iter(grads.unbind() if ctx.wants.count(True) > 1 else (grads,))
+    return tuple([next(slots) if want else None for want in ctx.wants])
 
 
 _TRAINED = ("inputs.logprobs", "inputs.values", "inputs.entropy")

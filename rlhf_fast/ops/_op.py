@@ -154,6 +154,11 @@ def _bumping(kernel: Callable[..., Any], mutates: str) -> Callable[..., Any]:
     return call
 
 
+def graph_is_kept() -> bool:
+    """In a backward: whether its graph is kept (retain_graph), so that what it saved may be needed again."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def not_differentiable(ctx: Any, outputs: Sequence[Tensor | None]) -> None:
     ctx.mark_non_differentiable(*[output for output in outputs if output is not None])
 

@@ -81,7 +81,7 @@ def clipped_policy_loss(
             terms=terms,
             sequence_level=ratio_level == "sequence",
             aggregation=aggregation,
-            num_items=scalar_tensor(num_items, logprobs.device),
+            num_items=scalar_tensor(num_items),
         )
     )
 

@@ -64,7 +64,7 @@ def clipped_value_loss(
             live=live,
             value_terms=terms,
             aggregation=aggregation,
-            num_items=scalar_tensor(num_items, values.device),
+            num_items=scalar_tensor(num_items),
         )
     )
     return ValueLoss(loss, clip_fraction)

@@ -144,7 +144,7 @@ def linear_policy_loss(
         terms=terms,
         sequence_level=ratio_level == "sequence",
         aggregation=aggregation,
-        num_items=scalar_tensor(num_items, hidden.device),
+        num_items=scalar_tensor(num_items),
     )
     inputs = Inputs(as_rows(hidden), head, tokens, softcap or 0.0)
     total, statistics = implementation(op, hidden)(inputs, loss, reference)
@@ -191,7 +191,7 @@ def _fused(inputs: Inputs, loss: LossInputs, ref_hidden: Tensor | None) -> tuple
     wants = wanted(inputs.hidden, inputs.head)
     own = _Loss(*[getattr(loss, name) for name in _Loss._fields])
     total, statistics, *_ = _forward(_Forward(inputs, ref_hidden, own, wants))
-    policy, _, *others, _, _ = statistics.unbind()  # without the statistics of the value loss, and the scale
+    policy, _, *others, _ = statistics.unbind()  # without the statistics of the value loss
     return total, (policy, *others)
 
 

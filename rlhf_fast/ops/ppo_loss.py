@@ -113,7 +113,7 @@ def ppo_loss(
             terms=terms,
             value_terms=of_value,
             aggregation=aggregation,
-            num_items=scalar_tensor(num_items, logprobs.device),
+            num_items=scalar_tensor(num_items),
         )
     )
     return PPOLoss(loss, *statistics)

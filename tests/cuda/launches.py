@@ -5,7 +5,6 @@ and the operations of torch that would each be at least one kernel. These are th
 """
 
 import contextlib
-import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -108,14 +107,12 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def counted() -> dict[str, list[tuple[int, int]]]:
     """Name -> (launches of the engine, operations of torch) of the forward, and of the backward if there is one."""
-    emulation.module()
-    launches = ctypes.c_int.in_dll(ctypes.CDLL(str(emulation.compiled())), "emulated_launches")
 
     def count(run: Callable[[], Any]) -> tuple[Any, tuple[int, int]]:
-        before = launches.value
+        before = emulation.launches()
         with Operations() as operations:
             result = run()
-        return result, (launches.value - before, operations.count)
+        return result, (emulation.launches() - before, operations.count)
 
     found = {}
     with as_on_a_gpu():

@@ -18,6 +18,7 @@ REPORT: Report = {
 WIDE = (
     "token_kl.",
     "ppo_loss.evaluate",
+    "ppo_loss.scale_gradients",
     "masked_whiten.whiten",
     "masked_logprobs.write_segments",
     "exact_kl.write_segments",

@@ -2,6 +2,7 @@
 "cuda" where there is no GPU.
 """
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -79,7 +80,9 @@ def tried() -> Path | Exception:
 
 
 class Emulated(Cuda):
-    """The launchers of csrc/cuda on CPU memory."""
+    """The launchers of csrc/cuda on CPU memory. One ticket for all launches: each must leave it at 0."""
+
+    _ticket = torch.zeros((), dtype=torch.int32)
 
     def why_not(self, device: torch.device) -> str | None:
         return None
@@ -90,10 +93,18 @@ class Emulated(Cuda):
     def scratch(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
+    def ticket(self) -> torch.Tensor:
+        return self._ticket
+
 
 @functools.cache
 def engine() -> Emulated:
     return Emulated(module(), None)
+
+
+def launches() -> int:
+    """How many kernels have been launched so far."""
+    return ctypes.c_uint.in_dll(ctypes.CDLL(module().__file__), "emulated_launches").value
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 They run emulated where there is no GPU. The edge contract runs on them too, at small sizes.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -181,7 +182,7 @@ def test_num_items_on_the_device() -> None:
     (x, old, advantages), _ = tokens(5, 3, 2, 700)
     results = []
     for items in (torch.tensor(11.0, dtype=torch.float64), 11.0, torch.tensor(0.0, dtype=torch.float64), 1.0):
-        loss, statistics = torch.empty(()), torch.empty(6)
+        loss, statistics = torch.empty(()), torch.empty(5)
         known = isinstance(items, float)
         policy = dict.fromkeys(records.PpoLoss._fields) | {"logprobs": x, "old_logprobs": old, "advantages": advantages}
         options = {
@@ -194,6 +195,38 @@ def test_num_items_on_the_device() -> None:
         results.append((loss, statistics))
     same(results[0], results[1])
     same(results[2], results[3])
+
+
+@pytest.mark.skipif(GPU, reason="the emulation counts launches")
+def test_launches() -> None:
+    """One each way; one more before the forward where the mask must be counted, or ratios are per sequence."""
+    (x, *data), mask = tokens(6, 6, 3, 700)
+    x.requires_grad_()
+
+    def launched(call: Callable[[], Tensor], upstream: float) -> tuple[int, int]:
+        before = emulation.launches()
+        loss = call()
+        between = emulation.launches()
+        loss.backward(torch.tensor(upstream))
+        return between - before, emulation.launches() - between
+
+    by_length = {"aggregation": "seq-mean-token-mean"}
+    for options, forward in (
+        ({"num_items": 5}, 1),
+        ({"num_items": torch.tensor(5.0)}, 1),
+        ({"mask": None}, 1),
+        ({"mask": None, **by_length}, 1),
+        ({}, 2),
+        (by_length, 2),
+        ({"num_items": 5, **by_length}, 2),
+    ):
+        given = {"mask": mask, **options}
+        assert launched(lambda given=given: ops.ppo_loss(x, *data, **given).loss, 3.0) == (forward, 1)
+    level = {"ratio_level": "sequence", **by_length}
+    assert launched(lambda: ops.clipped_policy_loss(x, *data[:2], mask, **level).loss, 1.0) == (2, 1)
+    whitened = emulation.launches()
+    ops.masked_whiten(x, mask)
+    assert emulation.launches() - whitened == 2
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,10 +247,10 @@ def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_names_the_op_its_sizes_and_what_cuda_says() -> None:
     if GPU:
         pytest.skip("an error of this kind ends the process's use of the GPU")
-    scratch, x = torch.empty(1 << 10), torch.randn(3000)
+    scratch, x, ticket = torch.empty(1 << 10), torch.randn(3000), torch.zeros((), dtype=torch.int32)
     moments = records.MaskedMoments(3000, x, None, None, torch.empty(2, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=r"^masked_moments: CUDA: .*device.h:\d+: .*16 bytes.* \(3000 elements\)$"):
-        emulation.module().cuda.masked_moments(moments, scratch.data_ptr() + 4, 4096, 0)
+        emulation.module().cuda.masked_moments(moments, scratch.data_ptr() + 4, 4096, ticket.data_ptr(), 0)
     many = records.TokenKl(1 << 45, x, x, None, 0, x)
     with pytest.raises(RuntimeError, match=r"^token_kl: CUDA: invalid configuration argument \(\d+ tokens\)$"):
-        emulation.module().cuda.token_kl(many, 0, 0, 0)
+        emulation.module().cuda.token_kl(many, 0, 0, 0, 0)

@@ -221,7 +221,8 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? last_error.c_str() : "invalid configuration argument";
 }
 
-int emulated_launches = 0;
+extern "C" __attribute__((visibility("default"))) unsigned emulated_launches;
+unsigned emulated_launches = 0;
 
 cudaError_t emulated_launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
   emulated_launches++;
