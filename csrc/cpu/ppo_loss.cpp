@@ -47,18 +47,30 @@ float sequence_ratio(const PpoLoss& a, int64_t start, int64_t end) {
   return exp(all((float)(total / (count > 0 ? count : 1))))[0];
 }
 
-// The sums of the tokens [start, end), and their gradients. kPolicy and kValue: whether the loss has these terms.
-template <bool kPolicy, bool kValue>
-Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end, const Shares& shares,
+// A number near the ratios of the block that begins at `start`: the mean of its first vector.
+float near_ratio(const PpoLoss& a, int64_t start, int64_t end) {
+  const int lanes = (int)smaller(end - start, kLanes);
+  const LogRatios log_ratios(a, start, lanes);
+  const float count = sum(kept(log_ratios.live, all(1)));
+  return count > 0 ? sum(kept(log_ratios.live, exp(log_ratios.bounded))) / count : 1;
+}
+
+// The sums of the tokens [start, end), and their gradients. kPolicy and kValue: whether the loss has these terms;
+// kKl: the estimate of the KL, if there is a reference.
+template <bool kPolicy, bool kValue, bool kReference, Kl kKl>
+Sums evaluate_block(const PpoLoss& given, int64_t length, int64_t start, int64_t end, const Shares& shares,
                     const Array<float>& sequence_ratios) {
   constexpr bool kJoint = kPolicy && kValue;  // the clipped policy loss alone has neither KL nor entropy
-  // The ratios of the block, for their variance. The last vector of a sequence may be stored past its end.
-  alignas(64) float ratios[kBlock + kLanes];
-  F32 counts{}, policy{}, kl{}, entropy{}, value{}, clipped{}, value_clipped{}, squared{}, totals{}, peaks{};
+  const PpoLoss a = given;                    // a copy, which no store can change, stays in registers
+  float near = 0;
+  if (kPolicy) near = a.sequence_level ? sequence_ratios[start / length] : near_ratio(a, start, end);
+  F32 counts{}, policy{}, kl{}, entropy{}, value{}, clipped{}, value_clipped{}, squared{}, peaks{};
+  F32 deviations{}, squared_deviations{};
   over_sequences(length, start, end, [&](int64_t sequence, int64_t from, int64_t to) {
     const float share = shares.of(sequence);
     const F32 shared_ratio = all(a.sequence_level ? sequence_ratios[sequence] : 0);
-    over_vectors(from, to, [&](int64_t i, int lanes) {
+    // inlined by force: GCC would call it for each vector, with the sums in memory
+    over_vectors(from, to, [&](int64_t i, int lanes) __attribute__((always_inline)) {
       const I32 live = live_lanes(a.live, i, lanes);
       const auto at = [&](const float* data) { return kept(live, load(data + i, lanes)); };
       counts += kept(live, all(1));
@@ -69,14 +81,16 @@ Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end
         policy += token.loss * share;
         clipped += token.clipped;
         squared += log_ratios.bounded * log_ratios.bounded;
-        totals += ratio;
         peaks = larger(ratio, peaks);
-        store(ratios + (i - start), ratio);
+        const F32 deviation = kept(live, ratio - near);
+        deviations += deviation;
+        squared_deviations += deviation * deviation;
         F32 slope = token.slope;
-        if (kJoint && a.ref_logprobs) {
+        if (kReference) {
           const F32 d = kept(live, load(a.logprobs + i, lanes) - load(a.ref_logprobs + i, lanes));
-          kl += kl_value(a.terms.kl, d) * share;
-          if (a.terms.kl_coef != 0) slope += a.terms.kl_coef * kl_slope(a.terms.kl_slope, d);
+          kl += kl_value(kKl, d) * share;
+          // the slope is that of the estimate itself or, for a "+" estimate, that of k2
+          if (a.terms.kl_coef != 0) slope += a.terms.kl_coef * kl_slope(a.terms.kl_slope == kKl ? kKl : Kl::k2, d);
         }
         if (a.grad_logprobs) store(a.grad_logprobs + i, kept(live, slope * share), lanes);
       }
@@ -103,23 +117,28 @@ Sums evaluate_block(const PpoLoss& a, int64_t length, int64_t start, int64_t end
   sums.value_clipped = sum(value_clipped);
   sums.squared_log_ratio = sum(squared);
   sums.ratio_max = largest(peaks);
-  if (kPolicy) {
-    // The variance of the ratios, from deviations, because a sum of squares would cancel for ratios near 1. The mean of
-    // the deviations is the rounding error of near_mean.
-    const double divisor = sums.count > 0 ? sums.count : 1;
-    const float near_mean = (float)(sum(totals) / divisor);
-    F32 deviations{}, squared_deviations{};
-    over_vectors(start, end, [&](int64_t i, int lanes) {
-      const F32 deviation = kept(live_lanes(a.live, i, lanes), load(ratios + (i - start)) - near_mean);
-      deviations += deviation;
-      squared_deviations += deviation * deviation;
-    });
-    const double off = sum(deviations) / divisor;
+  if (kPolicy && sums.count > 0) {
+    // From deviations, because a sum of squares would cancel for ratios near 1.
+    const double off = sum(deviations) / sums.count;
     const double deviation = sum(squared_deviations) - sums.count * off * off;
-    sums.ratio_mean = near_mean + off;
+    sums.ratio_mean = near + off;
     sums.ratio_deviation = deviation < 0 ? 0 : deviation;
   }
   return sums;
+}
+
+// The loop for these terms.
+auto evaluation_of(const PpoLoss& a) {
+  if (!a.value) return evaluate_block<true, false, false, Kl::k1>;
+  if (!a.policy) return evaluate_block<false, true, false, Kl::k1>;
+  if (!a.ref_logprobs) return evaluate_block<true, true, false, Kl::k1>;
+  switch (a.terms.kl) {
+    case Kl::k1: return evaluate_block<true, true, true, Kl::k1>;
+    case Kl::k2: return evaluate_block<true, true, true, Kl::k2>;
+    case Kl::k3: return evaluate_block<true, true, true, Kl::k3>;
+    case Kl::abs: break;
+  }
+  return evaluate_block<true, true, true, Kl::abs>;
 }
 
 // Adds a block to the sums so far. Means and squared deviations are merged by Chan's formula.
@@ -157,9 +176,7 @@ void ppo_loss(const PpoLoss& a, int threads) {
   //    the tokens are treated as one long sequence.
   const int64_t tokens = a.sequences * a.length;
   const int64_t length = shares.differ || a.sequence_level ? a.length : tokens;
-  const auto evaluate = !a.value    ? evaluate_block<true, false>
-                        : !a.policy ? evaluate_block<false, true>
-                                    : evaluate_block<true, true>;
+  const auto evaluate = evaluation_of(a);
   const Array<Sums> blocks(blocks_of(tokens));
   parallel_for(blocks_of(tokens), kBlock, threads, [&](int64_t i) {
     blocks[i] = evaluate(a, length, i * kBlock, smaller((i + 1) * kBlock, tokens), shares, sequence_ratios);

@@ -278,3 +278,19 @@ def test_bad_arguments() -> None:
         clipped_policy_loss(x, x.long(), x)
     with pytest.raises(ValueError, match="one device"):
         clipped_policy_loss(x, x, x.to("meta"))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_variance_of_close_ratios_keeps_its_digits(level: str) -> None:
+    """Their squares differ in the last digits of a float32 alone."""
+    noise = 1e-3 * torch.randn(3, 700, generator=seeded(11))
+    noise[:, ::2] *= 0.01
+    mask = torch.ones(3, 700)
+    mask[1, 300:400] = 0  # the first tokens of a block
+    old_logprobs = torch.zeros(3, 700)
+    logprobs = 0.5 + noise + 1e-3 * torch.arange(3)[:, None]
+    got, true = (
+        clipped_policy_loss(logprobs.to(dtype), old_logprobs, old_logprobs, mask, ratio_level=level).ratio_var
+        for dtype in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(got.double(), true, rtol=1e-3, atol=0)
