@@ -179,7 +179,7 @@ def _backward_fake(given: _Backward) -> HeadGradients:
 
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
-    hidden, ref_hidden, head, (*of_tokens, ctx.temperature), ctx.softcap = inputs
+    hidden, ref_hidden, head, (*of_tokens, ctx.temperature, _), ctx.softcap = inputs
     ctx.scale = head.scale
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(hidden, ref_hidden, *head[:4], *of_tokens)

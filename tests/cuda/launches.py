@@ -26,6 +26,7 @@ from rlhf_fast.ops._dispatch import ENGINES
 PAGE = Path(__file__).parents[2] / "docs" / "roofline.md"
 TOKENS, SEQUENCES = 5000, 4  # several tiles
 ROWS, VOCAB, HIDDEN = 16, 9000, 32  # two segments
+MANY_ROWS = 128
 NO_KERNEL = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view"),
     *("_reshape_alias", "_local_scalar_dense", "lift_fresh"),
@@ -61,6 +62,10 @@ def calls() -> dict[str, tuple[list[Tensor], Callable[..., Any]]]:
     bounds = torch.tensor([0, 1000, 3000, TOKENS])
     by_length = {"aggregation": "seq-mean-token-mean"}
     return {
+        "masked_logprobs, 128 rows": (
+            [floats(MANY_ROWS, VOCAB, dtype=torch.bfloat16)],
+            lambda x: ops.masked_logprobs(x, targets.repeat(MANY_ROWS // ROWS)),
+        ),
         "masked_logprobs": ([logits], lambda x: ops.masked_logprobs(x, targets, row_mask)),
         "masked_logprobs, entropy": (
             [logits],
@@ -90,8 +95,8 @@ def calls() -> dict[str, tuple[list[Tensor], Callable[..., Any]]]:
 def as_on_a_gpu() -> Iterator[None]:
     """Inside, CPU tensors go the way of CUDA's, past the checks of values, to the emulated engine."""
 
-    def plan(rows: int, vocab: int, matrices: int, device: torch.device, in_one: bool) -> Any:
-        return _products.plan(rows, vocab, matrices, torch.device("cuda"), in_one)
+    def plan(rows: int, vocab: int, matrices: int, device: torch.device, *options: bool) -> Any:
+        return _products.plan(rows, vocab, matrices, torch.device("cuda"), *options)
 
     with (
         patch.dict(ENGINES["cpu"], cuda=emulation.engine()),
