@@ -37,8 +37,8 @@ def _normalise(
     """
     lanes = lanes_of_program(length, live)
     inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
-    p = join_segments(lanes, parts, segments, inverse_temperature, False)
-    r = join_segments(lanes, ref_parts, segments, inverse_temperature, False)
+    p = join_segments(lanes, parts, segments, inverse_temperature)
+    r = join_segments(lanes, ref_parts, segments, inverse_temperature)
     of_row = Normalisers(
         shift=p.shift,
         scale=1.0 / (p.tops + p.rest),
@@ -70,8 +70,8 @@ def exact_kl(a: ExactKl) -> None:
         length=rows.length,
         live=rows.live,
         **temperature_arguments(rows),
-        parts=sum_rows(rows, a.logits, weighted=False),
-        ref_parts=sum_rows(rows, a.ref_logits, weighted=False),
+        parts=sum_rows(rows, a.logits),
+        ref_parts=sum_rows(rows, a.ref_logits),
         segments=segments,
         normalisers=normalisers,
         statistics=a.statistics,
@@ -126,4 +126,4 @@ def exact_kl_backward(a: ExactKlBackward) -> None:
         grad_kl=a.grad_kl,
         slopes=slopes,
     )
-    write_gradient(rows, a.logits, slopes, a.grad, rows.vocab, sloped=False, reference=a.ref_logits)
+    write_gradient(rows, a.logits, slopes, a.grad, rows.vocab, reference=a.ref_logits)

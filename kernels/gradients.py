@@ -30,7 +30,6 @@ from .rows import (
     block_columns,
     cap_slope,
     field_of,
-    is_plain,
     load_block,
     row_and_segment,
     row_arguments,
@@ -117,31 +116,27 @@ def load_slopes(slopes, index, length):
 
 
 @triton.jit
-def block_gradient(row, ref_row, at, columns, rate, slopes, SLOPED: tl.constexpr, PLAIN: tl.constexpr):
+def block_gradient(row, ref_row, at, columns, rate, slopes):
     """The gradient of the block at ``at``. ``ref_row`` is None without a reference."""
-    x = load_block(row, at, columns, PLAIN)
+    x = load_block(row, at, columns)
     gap = x - slopes.shift
     e = tl.exp2(gap * rate)
-    factor = slopes.constant
-    if SLOPED:
-        # A gap of -inf has e = 0, and 0 * -inf must be 0. A NaN in the slopes still reaches the gradient.
-        factor += slopes.slope * tl.where(e == 0.0, 0.0, gap)
+    # A gap of -inf has e = 0, and 0 * -inf must be 0. A NaN in the slopes still reaches the gradient.
+    factor = slopes.constant + slopes.slope * tl.where(e == 0.0, 0.0, gap)
     if ref_row is not None:
-        ref_x = load_block(ref_row, at, columns, PLAIN)
+        ref_x = load_block(ref_row, at, columns)
         # subtract the gaps first and divide by the temperature afterwards, so that equal rows give exactly 0
         ratio = ((ref_x - slopes.ref_shift) - gap) * (rate / LOG2E) + slopes.offset
         factor += slopes.ratio_slope * tl.where(e * slopes.ratio_slope == 0.0, 0.0, ratio)
     g = e * factor * cap_slope(x, row.softcap)
-    if not PLAIN:
-        g = tl.where(at + columns == row.target, slopes.at_target, g)
-        g = tl.where(at + columns < row.vocab, g, 0.0)
-    return g
+    g = tl.where(at + columns == row.target, slopes.at_target, g)
+    return tl.where(at + columns < row.vocab, g, 0.0)
 
 
 @kernel(general=GENERAL)
 def write_segments(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, ref_logits,
-    ref_stride, slopes, grad, grad_stride, columns, VECTOR: tl.constexpr, SLOPED: tl.constexpr,
+    ref_stride, slopes, grad, grad_stride, columns, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of a segment. ``grad`` may be the logits themselves if it has their dtype.
 
@@ -168,12 +163,8 @@ def write_segments(
         of_row = load_slopes(slopes, index, length)
         # 2. Block by block: read, compute, write.
         for at in range(start, stop, BLOCK):
-            if is_plain(at, row):
-                g = block_gradient(row, ref_row, at, offsets, rate=rate, slopes=of_row, SLOPED=SLOPED, PLAIN=True)
-                tl.store(out + at + offsets, rounded(g, kind))
-            else:
-                g = block_gradient(row, ref_row, at, offsets, rate=rate, slopes=of_row, SLOPED=SLOPED, PLAIN=False)
-                tl.store(out + at + offsets, rounded(g, kind), mask=at + begins < stop)
+            g = block_gradient(row, ref_row, at, offsets, rate=rate, slopes=of_row)
+            tl.store(out + at + offsets, rounded(g, kind), mask=at + begins < stop)
     else:
         # A dead row is not read, because its logits may be NaN.
         for at in range(start, stop, BLOCK):
@@ -186,13 +177,11 @@ def write_gradient(
     slopes: Tensor,
     grad: Logits,
     columns: int,
-    *,
-    sloped: bool,
     reference: Logits | None = None,
 ) -> None:
     """Writes ``columns`` columns of grad, 0 past the vocabulary and in dead rows.
 
-    Without ``sloped``, RowSlopes.slope is taken as 0. ``reference`` has the logits of the reference, for pairs of rows.
+    ``reference`` has the logits of the reference, for pairs of rows.
     """
     segments = triton.cdiv(columns, SEGMENT.value)
     ref_data, ref_stride = (None, 0) if reference is None else (reference.data, reference.row_stride)
@@ -210,6 +199,5 @@ def write_gradient(
         grad_stride=grad.row_stride,
         columns=columns,
         VECTOR=width if columns % width == 0 else 1,  # a vector store must not extend past the last column
-        SLOPED=sloped,
         num_warps=WARPS,
     )

@@ -40,8 +40,7 @@ def _finish(
     lanes = lanes_of_program(length, live)
     inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
     target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
-    weighted: tl.constexpr = entropy is not None or grad_entropy is not None
-    sums = join_segments(lanes, parts, segments, inverse_temperature, weighted)
+    sums = join_segments(lanes, parts, segments, inverse_temperature)
     result = finish_rows(sums, target_logit, inverse_temperature)
     store_rows(logprobs, lanes, result.logprob)
     store_rows(entropy, lanes, result.entropy)
@@ -70,7 +69,7 @@ def linear_logprobs(a: LinearLogprobs) -> None:
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
-        parts=sum_rows(rows, logits, weighted=a.entropy is not None or a.grad_entropy is not None),
+        parts=sum_rows(rows, logits),
         segments=segments_of(rows),
         logprobs=a.logprobs,
         entropy=a.entropy,
@@ -79,4 +78,4 @@ def linear_logprobs(a: LinearLogprobs) -> None:
         slopes=slopes,
     )
     if slopes is not None:
-        write_gradient(rows, logits, slopes, a.grad, rows.vocab, sloped=a.grad_entropy is not None)
+        write_gradient(rows, logits, slopes, a.grad, rows.vocab)

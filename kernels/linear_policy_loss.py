@@ -71,7 +71,7 @@ def _finish(
     lanes = lanes_of_program(length, live)
     inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
     target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
-    sums = join_segments(lanes, parts, segments, inverse_temperature, True)
+    sums = join_segments(lanes, parts, segments, inverse_temperature)
     result = finish_rows(sums, target_logit, inverse_temperature)
     store_rows(logprobs, lanes, result.logprob)
     store_rows(entropy, lanes, result.entropy)
@@ -118,7 +118,7 @@ def _fold(a: LinearPolicyLoss, slopes: Tensor | None) -> None:
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
-        parts=sum_rows(rows, logits, weighted=True),
+        parts=sum_rows(rows, logits),
         segments=segments_of(rows),
         old_logprobs=a.old_logprobs,
         advantages=a.advantages,
@@ -130,7 +130,7 @@ def _fold(a: LinearPolicyLoss, slopes: Tensor | None) -> None:
         slopes=slopes,
     )
     if slopes is not None:
-        write_gradient(rows, logits, slopes, a.grad, rows.vocab, sloped=terms.entropy_coef != 0)
+        write_gradient(rows, logits, slopes, a.grad, rows.vocab)
 
 
 def _fold_with_reference(a: LinearPolicyLoss, slopes: Tensor | None) -> None:
@@ -146,8 +146,8 @@ def _fold_with_reference(a: LinearPolicyLoss, slopes: Tensor | None) -> None:
         logits_stride=logits.row_stride,
         ref_logits=ref_logits.data,
         ref_stride=ref_logits.row_stride,
-        parts=sum_rows(rows, logits, weighted=True),
-        ref_parts=sum_rows(rows, ref_logits, weighted=False),
+        parts=sum_rows(rows, logits),
+        ref_parts=sum_rows(rows, ref_logits),
         segments=segments_of(rows),
         old_logprobs=a.old_logprobs,
         advantages=a.advantages,

@@ -34,7 +34,7 @@ def _finish(
     lanes = lanes_of_program(length, live)
     inverse_temperature = inverse_temperatures(lanes, temperature, temperature_stride)
     target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
-    sums = join_segments(lanes, parts, segments, inverse_temperature, entropy is not None)
+    sums = join_segments(lanes, parts, segments, inverse_temperature)
     result = finish_rows(sums, target_logit, inverse_temperature)
     store_rows(logprobs, lanes, result.logprob)
     store_rows(entropy, lanes, result.entropy)
@@ -53,7 +53,7 @@ def masked_logprobs(a: MaskedLogprobs) -> None:
         **row_arguments(rows),
         logits=logits.data,
         logits_stride=logits.row_stride,
-        parts=sum_rows(rows, logits, a.entropy is not None),
+        parts=sum_rows(rows, logits),
         segments=segments_of(rows),
         logprobs=a.logprobs,
         entropy=a.entropy,
@@ -105,4 +105,4 @@ def masked_logprobs_backward(a: MaskedLogprobsBackward) -> None:
         grad_entropy=a.grad_entropy,
         slopes=slopes,
     )
-    write_gradient(rows, logits, slopes, a.grad, a.columns, sloped=a.grad_entropy is not None)
+    write_gradient(rows, logits, slopes, a.grad, a.columns)

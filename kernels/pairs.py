@@ -29,7 +29,6 @@ from .rows import (
     field_of,
     grid_of_rows,
     inverse_temperatures,
-    is_plain,
     lanes_of_program,
     load_block,
     load_rows,
@@ -89,10 +88,10 @@ def load_normalisers(table, index, length):
 
 
 @triton.jit
-def block_terms(row, ref_row, at, columns, rate, normalisers, PLAIN: tl.constexpr):
+def block_terms(row, ref_row, at, columns, rate, normalisers):
     """(THREADS,): the KL terms of a block, summed per thread."""
-    gap = load_block(row, at, columns, PLAIN) - normalisers.shift
-    ref_gap = load_block(ref_row, at, columns, PLAIN) - normalisers.ref_shift
+    gap = load_block(row, at, columns) - normalisers.shift
+    ref_gap = load_block(ref_row, at, columns) - normalisers.ref_shift
     # subtract the gaps first and divide by the temperature afterwards, so that equal rows give exactly 0
     ratio = (ref_gap - gap) * (rate / LOG2E) + normalisers.offset
     p = tl.exp2(gap * rate) * normalisers.scale
@@ -122,10 +121,7 @@ def sum_terms(
     start = segment * SEGMENT
     stop = tl.minimum(start + SEGMENT, vocab)
     for at in range(start, stop, BLOCK):
-        if is_plain(at, row):
-            total += block_terms(row, ref_row, at, columns, rate=rate, normalisers=of_row, PLAIN=True)
-        else:
-            total += block_terms(row, ref_row, at, columns, rate=rate, normalisers=of_row, PLAIN=False)
+        total += block_terms(row, ref_row, at, columns, rate=rate, normalisers=of_row)
     tl.store(terms + segment * length.to(tl.int64) + index, tl.sum(total, axis=0))
 
 
@@ -178,8 +174,8 @@ def normalise_pair(
     """Writes the results of each pair of rows except the KL, and the normalisers. -> the policy's RowResult"""
     target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
     ref_target_logit = target_logits(lanes, targets, vocab, ref_logits, ref_stride, softcap)
-    sums = join_segments(lanes, parts, segments, inverse_temperature, True)
-    ref_sums = join_segments(lanes, ref_parts, segments, inverse_temperature, False)
+    sums = join_segments(lanes, parts, segments, inverse_temperature)
+    ref_sums = join_segments(lanes, ref_parts, segments, inverse_temperature)
     p = finish_rows(sums, target_logit, inverse_temperature)
     r = finish_rows(ref_sums, ref_target_logit, inverse_temperature)
     store_rows(logprobs, lanes, p.logprob)
@@ -263,4 +259,4 @@ def finish_pairs(
         slopes=slopes,
     )
     if slopes is not None:
-        write_gradient(rows, logits, slopes, grad, rows.vocab, sloped=True, reference=ref_logits)
+        write_gradient(rows, logits, slopes, grad, rows.vocab, reference=ref_logits)

@@ -186,30 +186,17 @@ def row_target(targets, row, vocab):
 
 
 @triton.jit
-def is_plain(start, row):
-    """Whether the block at ``start`` lies inside the vocabulary and does not contain the target.
-
-    Most blocks are plain. They need no mask and no comparison per column.
-    """
-    return (start + BLOCK <= row.vocab) & ((row.target < start) | (row.target >= start + BLOCK))
-
-
-@triton.jit
-def load_block(row, start, columns, PLAIN: tl.constexpr):
+def load_block(row, start, columns):
     """The block at ``start`` as float32, after the softcap. The target and the columns past the vocabulary are -inf.
 
     A vector that starts in the row is loaded as a whole, even if it extends past the row's end. That is safe: its 16
     bytes are aligned, so they lie in one page, and the next row does not start within them.
     """
-    if PLAIN:
-        x = capped(tl.load(row.data + start + columns).to(tl.float32), row.softcap)
-    else:
-        # A mask per vector, not per column, keeps the load 16 bytes wide. The excluded columns are replaced afterwards.
-        begins = start + vector_starts(columns.shape[2]) < row.vocab
-        x = capped(tl.load(row.data + start + columns, mask=begins, other=0.0).to(tl.float32), row.softcap)
-        other = (start + columns < row.vocab) & (start + columns != row.target)
-        x = tl.where(other, x, -float("inf"))
-    return x
+    # A mask per vector, not per column, keeps the load 16 bytes wide. The excluded columns are replaced afterwards.
+    begins = start + vector_starts(columns.shape[2]) < row.vocab
+    x = capped(tl.load(row.data + start + columns, mask=begins, other=0.0).to(tl.float32), row.softcap)
+    other = (start + columns < row.vocab) & (start + columns != row.target)
+    return tl.where(other, x, -float("inf"))
 
 
 @triton.jit

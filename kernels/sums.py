@@ -35,7 +35,6 @@ from .rows import (
     WARPS,
     Row,
     block_columns,
-    is_plain,
     load_block,
     row_and_segment,
     row_arguments,
@@ -60,7 +59,7 @@ class RowResult(NamedTuple):
     """The results of a row. The last four are the fields of RowStatistics in csrc/rlhf_fast.h."""
 
     logprob: tl.tensor
-    entropy: tl.tensor  # only if the sums are weighted
+    entropy: tl.tensor
     shift: tl.tensor
     others_mass: tl.tensor  # 1 - p_target
     scale: tl.tensor  # p_j = e^((x_j - shift) / temperature) * scale
@@ -92,7 +91,7 @@ def rescaled(sums, shift, rate):
 
 
 @triton.jit
-def add_block(sums, x, rate, WEIGHTED: tl.constexpr):
+def add_block(sums, x, rate):
     """Adds a block to the sums (THREADS,), each thread its own columns."""
     # 1. Update the running max first: then no exponential exceeds 1, and none overflows.
     sums = rescaled(sums, tl.maximum(sums.shift, tl.max(tl.max(x, axis=2), axis=0)), rate)
@@ -103,16 +102,14 @@ def add_block(sums, x, rate, WEIGHTED: tl.constexpr):
     # 3. Columns at the maximum have e = 1 exactly. Their number is the difference of the two sums, rounded, which saves
     #    a comparison and a selection per column.
     tops = tl.floor(thread_sum(e) - rest + 0.5)
-    weighted = sums.weighted
-    if WEIGHTED:
-        weighted -= thread_sum(e * tl.maximum(gap, -3.0e38))  # 0 * -inf would be NaN
+    weighted = sums.weighted - thread_sum(e * tl.maximum(gap, -3.0e38))  # 0 * -inf would be NaN
     return RowSums(sums.shift, sums.tops + tops, sums.rest + rest, weighted)
 
 
 @kernel(general=GENERAL)
 def sum_segments(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts,
-    VECTOR: tl.constexpr, WEIGHTED: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """parts (4, segments, length): the RowSums of each segment of each live row."""
     index, segment = row_and_segment(vocab)
@@ -130,10 +127,7 @@ def sum_segments(
     start = segment * SEGMENT
     stop = tl.minimum(start + SEGMENT, vocab)
     for at in range(start, stop, BLOCK):
-        if is_plain(at, row):
-            sums = add_block(sums, load_block(row, at, columns, True), rate, WEIGHTED)
-        else:
-            sums = add_block(sums, load_block(row, at, columns, False), rate, WEIGHTED)
+        sums = add_block(sums, load_block(row, at, columns), rate)
 
     # 2. One reduction over the threads, after rescaling to their common maximum.
     largest = tl.max(sums.shift, axis=0)
@@ -143,12 +137,11 @@ def sum_segments(
     tl.store(part, largest)
     tl.store(part + field, tl.sum(sums.tops, axis=0))
     tl.store(part + 2 * field, tl.sum(sums.rest, axis=0))
-    if WEIGHTED:
-        tl.store(part + 3 * field, tl.sum(sums.weighted, axis=0))
+    tl.store(part + 3 * field, tl.sum(sums.weighted, axis=0))
 
 
-def sum_rows(rows: Rows, logits: Logits, weighted: bool) -> Tensor:
-    """The sums of each segment of the live rows, (4, segments, length). The entropy needs ``weighted``."""
+def sum_rows(rows: Rows, logits: Logits) -> Tensor:
+    """The sums of each segment of the live rows, (4, segments, length)."""
     assert logits.data is not None  # only a gradient may be None
     segments = segments_of(rows)
     parts = torch.empty(4, segments, rows.length, dtype=torch.float32, device=logits.data.device)
@@ -160,28 +153,24 @@ def sum_rows(rows: Rows, logits: Logits, weighted: bool) -> Tensor:
         logits_stride=logits.row_stride,
         parts=parts,
         VECTOR=vector(logits),
-        WEIGHTED=weighted,
         num_warps=WARPS,
     )
     return parts
 
 
 @triton.jit
-def join_segments(lanes, parts, segments, inverse_temperature, WEIGHTED: tl.constexpr):
+def join_segments(lanes, parts, segments, inverse_temperature):
     """Combines the sums of each row's segments, in order."""
     rate = LOG2E * inverse_temperature
     sums = no_columns(ROWS)
     field = segments.to(tl.int64) * lanes.length
     part = parts + lanes.row
     for _ in range(segments):
-        weighted = tl.zeros((ROWS,), tl.float32)
-        if WEIGHTED:
-            weighted = tl.load(part + 3 * field, mask=lanes.alive, other=0.0)
         other = RowSums(
             shift=tl.load(part, mask=lanes.alive, other=0.0),
             tops=tl.load(part + field, mask=lanes.alive, other=1.0),  # a dead row must not divide by 0
             rest=tl.load(part + 2 * field, mask=lanes.alive, other=0.0),
-            weighted=weighted,
+            weighted=tl.load(part + 3 * field, mask=lanes.alive, other=0.0),
         )
         largest = tl.maximum(sums.shift, other.shift)
         sums = rescaled(sums, largest, rate)

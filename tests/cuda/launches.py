@@ -54,7 +54,7 @@ def calls() -> dict[str, tuple[list[Tensor], Callable[..., Any]]]:
     a, b, c, d = (torch.rand(shape) for _ in range(4))
     x, y = floats(*shape), floats(*shape)
     logits, ref_logits = floats(ROWS, VOCAB, dtype=torch.bfloat16), torch.rand(ROWS, VOCAB).bfloat16()
-    targets = torch.randint(VOCAB, (ROWS,))
+    targets, many_targets = torch.randint(VOCAB, (ROWS,)), torch.randint(VOCAB, (MANY_ROWS,))
     hidden, ref_hidden, weight = floats(ROWS, HIDDEN), torch.rand(ROWS, HIDDEN), torch.rand(VOCAB, HIDDEN)
     of_rows = [torch.rand(ROWS) for _ in range(2)]
     states, scale = floats(ROWS, 512, dtype=torch.bfloat16), floats(512)
@@ -64,7 +64,7 @@ def calls() -> dict[str, tuple[list[Tensor], Callable[..., Any]]]:
     return {
         "masked_logprobs, 128 rows": (
             [floats(MANY_ROWS, VOCAB, dtype=torch.bfloat16)],
-            lambda x: ops.masked_logprobs(x, targets.repeat(MANY_ROWS // ROWS)),
+            lambda x: ops.masked_logprobs(x, many_targets),
         ),
         "masked_logprobs": ([logits], lambda x: ops.masked_logprobs(x, targets, row_mask)),
         "masked_logprobs, entropy": (
