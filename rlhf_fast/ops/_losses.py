@@ -91,7 +91,7 @@ class _Forward(NamedTuple):
 
 def _fused(name: str) -> Any:
     """Registers the fused op of this name. It returns the loss and its statistics."""
-    forward = fused_op(name, _Forward, _kernel, _outputs, trained=_TRAINED, save=_save, gradient=_gradient)
+    forward = fused_op(name, _Forward, _kernel, _outputs, trained=_TRAINED, constants=2, save=_save, gradient=_gradient)
 
     def run(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
         wants = [False, False, False]
@@ -177,10 +177,9 @@ def _outputs(given: _Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save(ctx: Any, given: _Forward, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.wants = given.wants
-    ctx.save_for_backward(output[2].detach())
+    ctx.save_for_backward(output[2])
 
 
 def _gradient(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

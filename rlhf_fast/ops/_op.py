@@ -23,6 +23,7 @@ def fused_op(
     *,
     mutates: str | None = None,
     trained: tuple[str, ...] = (),
+    constants: int = 0,
     save: Callable[..., None] | None = None,
     gradient: Callable[..., Any] | None = None,
 ) -> Callable[[Any], Any]:
@@ -39,6 +40,8 @@ def fused_op(
         fake: takes an ``inputs``, returns outputs of the right shape and dtype.
         mutates: the field that the kernel writes to.
         trained: the fields that may get a gradient ("hidden", "head.weight").
+        constants: the last so many outputs have no gradient. In eager mode they bypass autograd, which takes a
+            microsecond for each output; ``gradient`` may then get no gradients for them.
         save: ``save(ctx, inputs, output)`` keeps what ``gradient`` needs.
         gradient: ``gradient(ctx, *grads)`` returns the gradients of ``trained``, in that order; ``ctx.needs`` has a
             bool for each of them.
@@ -64,6 +67,8 @@ def fused_op(
         places = [names.index(path.rpartition(".")[2]) for path in trained]
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if constants:
+                ctx.mark_non_differentiable(*output[-constants:])
             save(ctx, _built(kind, iter(inputs)), output)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -72,7 +77,7 @@ def fused_op(
             return tuple(found.get(place) for place in range(len(names)))
 
         op.register_autograd(backward, setup_context=setup_context)
-        straight = _differentiable(name, kernel, trained, save, gradient)
+        straight = _differentiable(name, kernel, trained, constants, save, gradient)
     paths = list(_tensor_paths(inputs))
     tensors_of = attrgetter(*paths, paths[0])  # attrgetter returns no tuple for one path
 
@@ -179,25 +184,33 @@ def _differentiable(
     name: str,
     kernel: Callable[..., Any],
     trained: tuple[str, ...],
+    constants: int,
     save: Callable[..., None],
     gradient: Callable[..., Any],
 ) -> Callable[[Any], Any]:
-    def forward(ctx: Any, inputs: Any, *_: Tensor | None) -> Any:
+    def forward(ctx: Any, inputs: Any, rest: list[Tensor], *_: Tensor | None) -> Any:
         output = kernel(inputs)
         if any(ctx.needs_input_grad):
             save(ctx, inputs, output)
+        if constants:
+            rest.extend(output[-constants:])
+            return output[:-constants]
         return output
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        ctx.needs = ctx.needs_input_grad[1:]
+        ctx.needs = ctx.needs_input_grad[2:]
         with torch.no_grad():
             found = gradient(ctx, *grads)
-        return None, *once_differentiable(f"rlhf_fast.{name} has no second derivative", found)
+        return None, None, *once_differentiable(f"rlhf_fast.{name} has no second derivative", found)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), members)
     apply = super(torch.autograd.Function, function).apply  # Function.apply itself checks for functorch again
-    trained_of = attrgetter(*trained)
-    if len(trained) == 1:  # attrgetter returns no tuple for one
-        return lambda inputs: apply(inputs, trained_of(inputs))
-    return lambda inputs: apply(inputs, *trained_of(inputs))
+    trained_of = attrgetter(*trained, trained[0])  # attrgetter returns no tuple for one path
+
+    def call(inputs: Any) -> Any:
+        rest: list[Tensor] = []
+        output = apply(inputs, rest, *trained_of(inputs)[:-1])
+        return (*output, *rest) if constants else output
+
+    return call

@@ -309,7 +309,6 @@ _backward = fused_op("masked_logprobs_backward", _Backward, _backward_kernel, la
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
     logits, tokens, ctx.softcap, ctx.vocab_size, ctx.return_entropy, ctx.inplace_backward = inputs
-    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.spent = False
     *tensors, ctx.temperature, ctx.ignore_index = tokens
@@ -317,7 +316,7 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
 
 
 def _gradient(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None]:
     refuse_spent(ctx, "masked_logprobs")
     if grad_logprobs is None and grad_entropy is None:
@@ -341,4 +340,6 @@ def _gradient(
     return (grad,)
 
 
-_forward = fused_op("masked_logprobs", Inputs, _kernel, _outputs, trained=("logits",), save=_save, gradient=_gradient)
+_forward = fused_op(
+    "masked_logprobs", Inputs, _kernel, _outputs, trained=("logits",), constants=1, save=_save, gradient=_gradient
+)
