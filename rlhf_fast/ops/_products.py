@@ -21,8 +21,10 @@ from ._op import fused_op
 # CPU: bytes of one chunk's logits. With smaller chunks, reading the weight once per chunk would take longer than the
 # multiplications.
 CHUNK_BYTES = 48 << 20
-# CPU: columns of one product. In float32, tiles that stay in the cache are a tenth faster than the whole width at once.
-# Bias and adapter are then added to a tile that is still in the cache.
+# CPU: columns of one product of torch's. In float32, tiles that stay in the cache are a tenth faster than the whole
+# width at once. Bias and adapter are then added to a tile that is still in the cache. The engine's products cut the
+# whole width into tasks by themselves; a product a tile would only have threads that share their cores with another
+# process wait for each other after each tile.
 TILE = 2048
 # GPU: bytes of a chunk's logits, 1024 rows of 131072. With fewer rows the products, which read the weight once a chunk,
 # would be bound by memory.
@@ -70,7 +72,9 @@ def plan(rows: int, vocab: int, matrices: int, device: torch.device, in_one: boo
     gpu = device.type == "cuda"
     size, columns = CHUNK_BYTES, TILE
     if gpu:
-        size, columns = min(GPU_BYTES, int(_memory(device) * GPU_SHARE)) // matrices, vocab if in_one else GPU_TILE
+        size, columns = min(GPU_BYTES, int(_memory(device) * GPU_SHARE)) // matrices, GPU_TILE
+    if in_one and (gpu or _native.multiplies_float32()):
+        columns = vocab
     chunk = group = max(1, size // (4 * vocab))
     if gpu and keeps and chunk < GPU_GROUP:
         group = min(2 * chunk, GPU_GROUP)
@@ -267,7 +271,7 @@ def add_over_rows_(sums: Tensor, left: Tensor, right: Tensor) -> None:
         batch = sums[None]  # of the products with 16-bit factors and a float32 result, only batched ones add in float32
         torch.baddbmm(batch, left.T[None], right[None], out_dtype=torch.float32, out=batch)
         return
-    for tile in tiles(left.shape[1], TILE):
+    for tile in tiles(left.shape[1], left.shape[1] if _own_float32(left) else TILE):
         if left.dtype == torch.float32:
             add_product_(sums[tile], left[:, tile].T, right, 1.0)
         else:

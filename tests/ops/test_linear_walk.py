@@ -10,7 +10,7 @@ import torch
 from devices import GPU_BACKENDS
 from op_table import OPS, Case, Op, make, outputs_and_grads
 
-from rlhf_fast.ops import _products, _sweep
+from rlhf_fast.ops import _native, _products, _sweep
 from rlhf_fast.ops._products import Plan, chunks, empty_logits, plan, product
 
 head_op = pytest.mark.parametrize("op", [op for op in OPS if op.shared], ids=lambda op: op.name)
@@ -79,6 +79,15 @@ def test_the_cut_of_a_trained_head_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert plan(8192, 32000, 1, gpu, **trained) == plan(8192, 32000, 1, gpu, in_one=True, keeps=False)
     on_cpu = plan(8192, 131072, 1, torch.device("cpu"), **trained)
     assert on_cpu.group == on_cpu.rows
+
+
+def test_the_engine_multiplies_the_whole_width_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's products are tiled, and so are those to which a bias or an adapter is added."""
+    sizes = (1024, 49152, 1, torch.device("cpu"))
+    for own, columns in ((True, 49152), (False, 2048)):
+        monkeypatch.setattr(_native, "multiplies_float32", lambda own=own: own)
+        assert plan(*sizes, in_one=True, keeps=False).columns == columns
+        assert plan(*sizes, in_one=False, keeps=False).columns == 2048
 
 
 @pytest.mark.parametrize("keeps", [False, True])
