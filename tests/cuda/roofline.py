@@ -23,9 +23,8 @@ LATENCY = 700e-9  # seconds of a load under load, assumed for all
 COPY = 0.9  # share of the data sheet's bandwidth that a copy reaches, assumed for all
 # Kernels whose stores are one result a block; their bytes are those that they load.
 REDUCES = ("sum_", "measure", "find_statistics")
-# Kernels of a row or a block, whose time is that of a launch; those of gae and rotary_embedding, whose widest loads or
-# shortest path are not those of the tokens.
-LEFT_OUT = ("finish_rows", "add_parts", "without_sequences", "measure_sequences", "sweep", "measure_tiles", "turn")
+# Kernels of a row or a block, whose time is that of a launch.
+LEFT_OUT = ("finish_rows", "add_parts", "without_sequences", "measure_sequences")
 
 
 class Gpu(NamedTuple):
@@ -83,7 +82,13 @@ def table(reports: dict[str, Reports]) -> str:
             continue
         shown.add(name)
         reduces = name.startswith(REDUCES)
-        cells = [cell(reports[gpu.architecture][kernel], gpu, reduces=reduces) for gpu in GPUS]
+        of_gpus = {gpu: reports[gpu.architecture][kernel] for gpu in GPUS}
+        if name.startswith(
+            "turn"
+        ):  # the angles of a token are the same for all heads: from memory come the heads alone
+            of_gpus = {gpu: {**of, "loaded": of["stored"], "flight": of["stored"]} for gpu, of in of_gpus.items()}
+            report = of_gpus[GPUS[1]]
+        cells = [cell(of, gpu, reduces=reduces) for gpu, of in of_gpus.items()]
         stored = "" if reduces else f" + {report['stored']}"
         lines.append(
             f"| `{operation}`, `{name}` | {report['loaded']}{stored} | {report['flight']} | {report['instructions']} | "

@@ -57,10 +57,16 @@ def width(name: str) -> int:
     return 4 if bits is None else int(bits[1].lstrip("US")) // 8
 
 
-def path(code: Sequence[tuple[int, Instruction]]) -> Path | None:
-    """None for a kernel that loads or stores nothing in global memory."""
+def path(
+    code: Sequence[tuple[int, Instruction]], *, load: int | None = None, over: str | None = None, stores: int = 1
+) -> Path | None:
+    """None for a kernel that loads or stores nothing in global memory.
+
+    Where the shortest path is not the usual one: ``load``, the bytes of the loads that count, if they are not the
+    widest; ``over``, an instruction that the path goes over between load and store; ``stores``, how many it goes over.
+    """
     steps = [instruction for _, instruction in code]
-    route = _route(code)
+    route = _route(code, load, over, stores)
     if route is None:
         return None
     taken = [steps[i] for i in route]
@@ -69,31 +75,43 @@ def path(code: Sequence[tuple[int, Instruction]]) -> Path | None:
         instructions=len(taken),
         alu=sum(step.name.split(".")[0] in ALU for step in taken),
         special=sum(step.name.startswith("MUFU") for step in taken),
-        loaded=max(loads) * loads.count(max(loads)),
+        loaded=(load or max(loads)) * loads.count(load or max(loads)),
         stored=max(stores) * stores.count(max(stores)),
         flight=_flight(taken),
     )
 
 
-def _route(code: Sequence[tuple[int, Instruction]]) -> list[int] | None:
-    steps, next_of = [step for _, step in code], _successors(code)
-    loads, stores = ([i for i, step in enumerate(steps) if step.name.startswith(kind)] for kind in ("LDG", "STG"))
-    if not loads or not stores:
-        return None
-    widest = [max(width(steps[i].name) for i in each) for each in (loads, stores)]
-    loads, stores = (
-        [i for i in each if width(steps[i].name) == most] for each, most in zip((loads, stores), widest, strict=True)
-    )
-    before = _reached(next_of, 0)
-    found = []
-    for load in loads:
-        after = _reached(next_of, load)
-        for store in stores:
-            last = _reached(next_of, store)
-            if load in before and store in after and END in last:
-                route = _back(before, load) + _back(after, store)[1:] + _back(last, END)[1:-1]
-                found.append(route)
-    return min(found, key=len, default=None)
+def _route(
+    code: Sequence[tuple[int, Instruction]], load: int | None, over: str | None, stores: int
+) -> list[int] | None:
+    """The places of the shortest way from the entry over a load, ``over`` and the stores to an exit."""
+    steps = [step for _, step in code]
+
+    def accesses(kind: str, bytes_: int | None) -> set[int]:
+        widths = {i: width(step.name) for i, step in enumerate(steps) if step.name.startswith(kind)}
+        return {i for i in widths if widths[i] == (bytes_ or max(widths.values()))}
+
+    wanted = [accesses("LDG", load), *[accesses("STG", None)] * stores]
+    if over is not None:
+        wanted.insert(1, {i for i, step in enumerate(steps) if step.name.startswith(over)})
+    next_of = _successors(code)
+    # a node is a place, and how many of ``wanted`` lie behind it
+    before: dict[tuple[int, int], tuple[int, int] | None] = {(0, 0): None}
+    queue = deque(before)
+    while queue:
+        node = queue.popleft()
+        place, done = node
+        if place == END:
+            if done == len(wanted):
+                return _back(before, node)
+            continue
+        if done < len(wanted) and place in wanted[done]:
+            done += 1
+        for after in next_of[place]:
+            if (after, done) not in before:
+                before[after, done] = node
+                queue.append((after, done))
+    return None
 
 
 def _successors(code: Sequence[tuple[int, Instruction]]) -> list[list[int]]:
@@ -109,25 +127,12 @@ def _successors(code: Sequence[tuple[int, Instruction]]) -> list[list[int]]:
     return found
 
 
-def _reached(next_of: Sequence[list[int]], start: int) -> dict[int, int]:
-    """For each place that can be reached from ``start``, the place before it on a shortest way."""
-    before, queue = {start: start}, deque([start])
-    while queue:
-        place = queue.popleft()
-        if place == END:
-            continue
-        for after in next_of[place]:
-            if after not in before:
-                before[after] = place
-                queue.append(after)
-    return before
-
-
-def _back(before: dict[int, int], place: int) -> list[int]:
-    found = [place]
-    while before[place] != place:
-        place = before[place]
-        found.append(place)
+def _back(before: dict[tuple[int, int], tuple[int, int] | None], last: tuple[int, int]) -> list[int]:
+    """The places that lead to ``last``, without it."""
+    found, node = [], before[last]
+    while node is not None:
+        found.append(node[0])
+        node = before[node]
     return found[::-1]
 
 
