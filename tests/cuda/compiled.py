@@ -21,6 +21,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import sass
 
@@ -30,6 +31,16 @@ ARCHITECTURES = ("80", "90", "100", "120")
 MOST_REGISTERS = 255
 OUR_NAMESPACES = r"rlhf_fast::cuda::|\(anonymous namespace\)::"
 AT_LEAST = ("load", "store", "flight")
+
+# Kernels whose shortest path is not the usual one, for sass.path. gae reads its tokens 4 bytes at a time and the bounds
+# of sequences 8, and a thread writes 8 numbers unless the sequence ends. Columns of a head that are not turned are only
+# copied. walk_rows goes through a row.
+SWEEP = {"load": 4, "stores": 8}
+USUAL: dict[str, dict[str, Any]] = {
+    **{"sweep": SWEEP, "sweep_short": SWEEP, "sweep_tiles": SWEEP, "measure_tiles": {"load": 4}},
+    "turn": {"over": "FFMA"},
+    "walk_rows": {"walks": True},
+}
 
 Report = dict[str, int]
 Reports = dict[str, Report]  # file.kernel -> what it uses
@@ -66,7 +77,7 @@ def compile_file(source: Path, architecture: str, folder: Path) -> Reports:
         name: resources(text) for name, text in re.findall(r"entry function '(\w+)'((?:.*\n)+?.*registers.*)", said)
     }
     for name, code in sass.kernels(run([cuobjdump(), "-sass", cubin]).stdout).items():
-        found[name] |= accesses(code, walks="walk_" in name)
+        found[name] |= accesses(code, next((USUAL[part] for part in USUAL if f"{len(part)}{part}" in name), {}))
     names = run(["c++filt", "-p", *found]).stdout.split("\n")
     return {
         f"{source.stem}.{re.sub(OUR_NAMESPACES, '', name).removeprefix('void ')}": report
@@ -96,13 +107,13 @@ def resources(said: str) -> Report:
     }
 
 
-def accesses(code: list[tuple[int, sass.Instruction]], *, walks: bool) -> Report:
+def accesses(code: list[tuple[int, sass.Instruction]], usual: dict[str, Any]) -> Report:
     """Bits of the widest load and store of global memory, and what sass.py says of the path."""
     found = {}
     for column, kind in (("load", "LDG"), ("store", "STG")):
         widths = [sass.width(step.name) for _, step in code if step.name.startswith(kind)]
         found[column] = 8 * max(widths, default=0)
-    way = sass.path(code, walks=walks)
+    way = sass.path(code, **usual)
     return found | (way._asdict() if way else dict.fromkeys(sass.Path._fields, 0))
 
 

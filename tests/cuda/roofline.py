@@ -23,11 +23,10 @@ LATENCY = 700e-9  # seconds of a load under load, assumed for all
 COPY = 0.9  # share of the data sheet's bandwidth that a copy reaches, assumed for all
 # Kernels whose stores are one result a block; their bytes are those that they load.
 REDUCES = ("walk_", "sum_", "measure", "find_statistics")
-# Kernels of a row or a block, or of few rows, whose time is that of a launch; those of gae and rotary_embedding, whose widest loads or
-# shortest path are not those of the tokens.
+# Kernels of a row or a block, or of few rows, whose time is that of a launch.
 LEFT_OUT = (
-    "finish_rows", "sum_segments", "add_segments", "add_parts", "without_sequences", "measure_sequences", "count_tokens", "sweep", "measure_tiles",
-    "turn",
+    "finish_rows", "sum_segments", "add_segments", "add_parts", "without_sequences", "measure_sequences",
+    "count_tokens",
 )  # fmt: skip
 # With a softcap the kernels have its tanh, and are bound by it.
 CAPPED = re.compile(r"walk_rows<\w+, \w+, true|write_segments<\w+, \w+, \w+, true|sum_terms<\w+, true")
@@ -88,7 +87,12 @@ def table(reports: dict[str, Reports]) -> str:
             continue
         shown.add(name)
         reduces = name.startswith(REDUCES)
-        cells = [cell(reports[gpu.architecture][kernel], gpu, reduces=reduces) for gpu in GPUS]
+        of_gpus = {gpu: reports[gpu.architecture][kernel] for gpu in GPUS}
+        # the angles of a token are the same for all heads: from memory come the heads alone
+        if name.startswith("turn"):
+            of_gpus = {gpu: {**of, "loaded": of["stored"], "flight": of["stored"]} for gpu, of in of_gpus.items()}
+            report = of_gpus[GPUS[1]]
+        cells = [cell(of, gpu, reduces=reduces) for gpu, of in of_gpus.items()]
         stored = "" if reduces else f" + {report['stored']}"
         lines.append(
             f"| `{operation}`, `{name}` | {report['loaded']}{stored} | {report['flight']} | {report['instructions']} | "

@@ -58,62 +58,88 @@ def width(name: str) -> int:
     return 4 if bits is None else int(bits[1].lstrip("US")) // 8
 
 
-def path(code: Sequence[tuple[int, Instruction]], *, walks: bool = False) -> Path | None:
+def path(
+    code: Sequence[tuple[int, Instruction]],
+    *,
+    load: int | None = None,
+    over: str | None = None,
+    stores: int = 1,
+    walks: bool = False,
+) -> Path | None:
     """None for a kernel that loads or stores nothing in global memory.
 
-    ``walks``: the shortest round of a loop with the widest loads. What such a loop loads is used in the next round, so
-    that a round's loads are all in flight.
+    Where the shortest path is not the usual one: ``load``, the bytes of the loads that count, if they are not the
+    widest; ``over``, an instruction that the path goes over between load and store; ``stores``, how many it goes over.
+    ``walks``: the path is the shortest round of a loop with the widest loads, which are used in the next round, so that
+    all of them are in flight.
     """
     steps = [instruction for _, instruction in code]
-    route = _round(code) if walks else _route(code)
+    route = _round(code) if walks else _route(code, load, over, stores)
     if route is None:
         return None
     taken = [steps[i] for i in route]
-    loads, stores = ([width(step.name) for step in taken if step.name.startswith(kind)] for kind in ("LDG", "STG"))
-    loaded = max(loads) * loads.count(max(loads))
+    loads, kept = ([width(step.name) for step in taken if step.name.startswith(kind)] for kind in ("LDG", "STG"))
+    loaded = (load or max(loads)) * loads.count(load or max(loads))
     return Path(
         instructions=len(taken),
         alu=sum(step.name.split(".")[0] in ALU for step in taken),
         special=sum(step.name.startswith("MUFU") for step in taken),
         loaded=loaded,
-        stored=max(stores) * stores.count(max(stores)) if stores else 0,
+        stored=max(kept) * kept.count(max(kept)) if kept else 0,
         flight=loaded if walks else _flight(taken),
     )
 
 
 def _round(code: Sequence[tuple[int, Instruction]]) -> list[int] | None:
+    """The places of the shortest way from one of the widest loads back to it."""
     steps, next_of = [step for _, step in code], _successors(code)
-    loads = [i for i, step in enumerate(steps) if step.name.startswith("LDG")]
-    most = max((width(steps[i].name) for i in loads), default=0)
+    widths = {i: width(step.name) for i, step in enumerate(steps) if step.name.startswith("LDG")}
     found = []
-    for load in loads:
-        if width(steps[load].name) == most:
-            for after in next_of[load]:
-                reached = _reached(next_of, after) if after != END else {}
-                if load in reached:
-                    found.append(_back(reached, load))
+    for load in (i for i in widths if widths[i] == max(widths.values())):
+        before: dict[tuple[int, int], tuple[int, int] | None] = {(place, 0): None for place in next_of[load]}
+        queue = deque(before)
+        while queue and (load, 0) not in before:
+            node = queue.popleft()
+            for after in next_of[node[0]] if node[0] != END else ():
+                if (after, 0) not in before:
+                    before[after, 0] = node
+                    queue.append((after, 0))
+        if (load, 0) in before:
+            found.append([*_back(before, (load, 0)), load])
     return min(found, key=len, default=None)
 
 
-def _route(code: Sequence[tuple[int, Instruction]]) -> list[int] | None:
-    steps, next_of = [step for _, step in code], _successors(code)
-    loads, stores = ([i for i, step in enumerate(steps) if step.name.startswith(kind)] for kind in ("LDG", "STG"))
-    if not loads or not stores:
-        return None
-    widest = [max(width(steps[i].name) for i in each) for each in (loads, stores)]
-    loads, stores = (
-        [i for i in each if width(steps[i].name) == most] for each, most in zip((loads, stores), widest, strict=True)
-    )
-    before = _reached(next_of, 0)
-    found = []
-    for load in loads:
-        after = _reached(next_of, load)
-        for store in stores:
-            last = _reached(next_of, store)
-            if load in before and store in after and END in last:
-                route = _back(before, load) + _back(after, store)[1:] + _back(last, END)[1:-1]
-                found.append(route)
-    return min(found, key=len, default=None)
+def _route(
+    code: Sequence[tuple[int, Instruction]], load: int | None, over: str | None, stores: int
+) -> list[int] | None:
+    """The places of the shortest way from the entry over a load, ``over`` and the stores to an exit."""
+    steps = [step for _, step in code]
+
+    def accesses(kind: str, bytes_: int | None) -> set[int]:
+        widths = {i: width(step.name) for i, step in enumerate(steps) if step.name.startswith(kind)}
+        return {i for i in widths if widths[i] == (bytes_ or max(widths.values()))}
+
+    wanted = [accesses("LDG", load), *[accesses("STG", None)] * stores]
+    if over is not None:
+        wanted.insert(1, {i for i, step in enumerate(steps) if step.name.startswith(over)})
+    next_of = _successors(code)
+    # a node is a place, and how many of ``wanted`` lie behind it
+    before: dict[tuple[int, int], tuple[int, int] | None] = {(0, 0): None}
+    queue = deque(before)
+    while queue:
+        node = queue.popleft()
+        place, done = node
+        if place == END:
+            if done == len(wanted):
+                return _back(before, node)
+            continue
+        if done < len(wanted) and place in wanted[done]:
+            done += 1
+        for after in next_of[place]:
+            if (after, done) not in before:
+                before[after, done] = node
+                queue.append((after, done))
+    return None
 
 
 def _successors(code: Sequence[tuple[int, Instruction]]) -> list[list[int]]:
@@ -129,25 +155,12 @@ def _successors(code: Sequence[tuple[int, Instruction]]) -> list[list[int]]:
     return found
 
 
-def _reached(next_of: Sequence[list[int]], start: int) -> dict[int, int]:
-    """For each place that can be reached from ``start``, the place before it on a shortest way."""
-    before, queue = {start: start}, deque([start])
-    while queue:
-        place = queue.popleft()
-        if place == END:
-            continue
-        for after in next_of[place]:
-            if after not in before:
-                before[after] = place
-                queue.append(after)
-    return before
-
-
-def _back(before: dict[int, int], place: int) -> list[int]:
-    found = [place]
-    while before[place] != place:
-        place = before[place]
-        found.append(place)
+def _back(before: dict[tuple[int, int], tuple[int, int] | None], last: tuple[int, int]) -> list[int]:
+    """The places that lead to ``last``, without it."""
+    found, node = [], before[last]
+    while node is not None:
+        found.append(node[0])
+        node = before[node]
     return found[::-1]
 
 
