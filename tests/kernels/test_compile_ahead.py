@@ -1,4 +1,7 @@
-"""Every Triton kernel, compiled for each target without a GPU, keeps to budget.json."""
+"""Every Triton kernel, compiled for an H100 and an MI300 without a GPU, keeps to budget.json.
+
+compile_ahead.py --renew compiles for the other targets too.
+"""
 
 import ast
 import json
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from budget import TARGETS, breaches, extended, read_budget
+from budget import breaches, extended, read_budget
 
 import rlhf_fast
 
@@ -18,7 +21,7 @@ HERE = Path(__file__).parent
 PACKAGE = Path(rlhf_fast.__file__).parent
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_keep_to_their_budget(target: str, tmp_path: Path) -> None:
     reports = lines_of(tmp_path, "compile_ahead.py", target)
     assert not (found := breaches(read_budget(), reports, target)), "\n".join(found)
