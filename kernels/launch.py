@@ -15,12 +15,12 @@ class Kernel:
     are 1. Then one more tensor that is a slice could stop a run in its midst for the seconds that a compilation takes.
     """
 
-    def __init__(self, function: Callable[..., None], general: Collection[str]) -> None:
+    def __init__(self, function: Callable[..., None], general: Collection[str], ours: Collection[str]) -> None:
         self.names = list(inspect.signature(function).parameters)
         variables = [name for name in self.names if function.__annotations__.get(name) is not triton.language.constexpr]
-        self.specialised = [name for name in variables if name not in general]
+        self.specialised = [name for name in variables if name not in general and name not in ours]
         self.aligned = triton.jit(function, do_not_specialize=general)
-        self.any = triton.jit(function, do_not_specialize=variables)
+        self.any = triton.jit(function, do_not_specialize=[name for name in variables if name not in ours])
 
     def form(self, arguments: dict[str, Any]) -> Any:
         for name in self.specialised:
@@ -32,11 +32,15 @@ class Kernel:
         return self.aligned
 
 
-def kernel(*, general: Collection[str] = ()) -> Callable[[Callable[..., None]], Kernel]:
-    """Makes a Kernel of a function. ``general``: arguments of which it does not matter whether they are multiples of
-    16: another number of rows, say, is no reason to compile. Names that the function does not have are ignored.
+def kernel(*, general: Collection[str] = (), ours: Collection[str] = ()) -> Callable[[Callable[..., None]], Kernel]:
+    """Makes a Kernel of a function.
+
+    Args:
+        general: arguments of which it does not matter whether they are multiples of 16: another number of rows, say, is
+            no reason to compile. Names that the function does not have are ignored.
+        ours: tensors that launchers allocate, which begin at a multiple of 16 in both forms.
     """
-    return lambda function: Kernel(function, general)
+    return lambda function: Kernel(function, general, ours)
 
 
 def launch(kernel: Kernel, grid: tuple[int, ...], *, num_warps: int = 4, **arguments: Any) -> None:

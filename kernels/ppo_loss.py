@@ -45,7 +45,7 @@ COUNT, POLICY, CLIPPED, SQUARED, PEAK, MEAN, DEVIATION, KL, ENTROPY, VALUE, VALU
 ROWS = 11
 
 
-@kernel(general=("length", "ratios", "lengths", "items", "loss", "statistics", "parts", "ticket"))
+@kernel(general=("length", "ratios", "items", "loss", "statistics", "parts", "ticket"), ours=("lengths",))
 def _evaluate(
     tokens, length, logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs,
     live, ratios, terms, value_terms, lengths, items, norm, loss, statistics, grad_logprobs, grad_values, grad_entropy,
