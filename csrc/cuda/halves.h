@@ -22,6 +22,9 @@ RLHF_FAST_INLINE float exp2_flushed(float x) {
   return y;
 }
 
+// Hides from the compiler how x was computed. No instruction.
+RLHF_FAST_INLINE void make_opaque(float& x) { asm volatile("" : "+f"(x)); }
+
 RLHF_FAST_INLINE float widened(Float16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
@@ -43,6 +46,8 @@ RLHF_FAST_INLINE uint32_t packed(Float16, float low, float high) {
 #else
 
 RLHF_FAST_INLINE float exp2_flushed(float x) { return x < -126 ? 0 : exp2f(x); }
+
+RLHF_FAST_INLINE void make_opaque(float&) {}
 
 RLHF_FAST_INLINE float widened(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7fff, sign = (uint32_t)(x.bits & 0x8000) << 16;

@@ -97,26 +97,24 @@ __device__ __forceinline__ Bytes16 shifted(const Bytes16& low, const Bytes16& hi
   return bytes;
 }
 
-// The columns of the segment at `start`, whose vectors begin 4 * kWords + kBits / 8 bytes behind an aligned address.
-// low(step) are the aligned 16 bytes in which the vector of a step begins.
+// The vectors of the segment at `start`, which begin 4 * kWords + kBits / 8 bytes behind an aligned address. low(step)
+// are the aligned 16 bytes in which the vector of a step begins.
 template <int kWords, int kBits, class T, class Low>
-__device__ __forceinline__ void unpack_shifted(const Low& low, const T* row, int columns, int start,
-                                               float (&x)[kColumns]) {
+__device__ __forceinline__ void shift_vectors(const Low& low, const T* row, int columns, int start, Loaded<T>& to) {
   const int after = start - (4 * kWords + kBits / 8) / (int)sizeof(T) + kVector<T>;
 #pragma unroll
   for (int step = 0; step < Loaded<T>::kSteps; step++) {
     const Bytes16 high = load_bytes(row, column_of<T>(after, step * kVector<T>), columns);
-    unpack(T{}, shifted<kWords, kBits>(low(step), high), x + step * kVector<T>);
+    to.bytes[step] = shifted<kWords, kBits>(low(step), high);
   }
 }
 
-// The offset is the same in all threads of the block, so one case runs.
+// For an offset that is not 0. It is the same in all threads of the block, so one case runs.
 template <class T, class Low>
-__device__ __forceinline__ void unpack_unaligned(const Low& low, const T* row, int columns, int start,
-                                                 float (&x)[kColumns]) {
+__device__ __forceinline__ void align_vectors(const Low& low, const T* row, int columns, int start, Loaded<T>& to) {
   const unsigned offset = offset_of(row, start);
   const auto shift = [&](auto words, auto bits) {
-    unpack_shifted<words.value, bits.value>(low, row, columns, start, x);
+    shift_vectors<words.value, bits.value>(low, row, columns, start, to);
   };
   if (sizeof(T) == 2 && offset % 4 == 2) {
     constexpr Constant<sizeof(T) == 2 ? 16 : 0> half;
@@ -134,23 +132,33 @@ __device__ __forceinline__ void unpack_unaligned(const Low& low, const T* row, i
   }
 }
 
+template <class T>
+__device__ __forceinline__ void unpack_vectors(const Loaded<T>& vectors, float (&x)[kColumns]) {
+#pragma unroll
+  for (int step = 0; step < Loaded<T>::kSteps; step++) unpack(T{}, vectors.bytes[step], x + step * kVector<T>);
+}
+
 // The columns of issue_loads(row, columns, start). Columns outside the row are arbitrary.
 template <class T>
-__device__ __forceinline__ void unpack_columns(const Loaded<T>& loaded, const T* row, int columns, int start,
+__device__ __forceinline__ void unpack_columns(Loaded<T> loaded, const T* row, int columns, int start,
                                                float (&x)[kColumns]) {
   const auto low = [&](int step) { return loaded.bytes[step]; };
-  if (offset_of(row, start) != 0) return unpack_unaligned(low, row, columns, start, x);
-#pragma unroll
-  for (int step = 0; step < Loaded<T>::kSteps; step++) unpack(T{}, low(step), x + step * kVector<T>);
+  if (offset_of(row, start) != 0) align_vectors(low, row, columns, start, loaded);
+  unpack_vectors(loaded, x);
 }
 
 template <class T>
 __device__ __forceinline__ void load_columns(const T* row, int columns, int start, float (&x)[kColumns]) {
   const unsigned offset = offset_of(row, start);
-  if (offset == 0) return unpack_columns(issue_loads(row, columns, start), row, columns, start, x);
-  const int before = start - (int)(offset / sizeof(T));
-  const auto low = [&](int step) { return load_bytes(row, column_of<T>(before, step * kVector<T>), columns); };
-  unpack_unaligned(low, row, columns, start, x);
+  Loaded<T> loaded;
+  if (offset == 0) {
+    loaded = issue_loads(row, columns, start);
+  } else {
+    const int before = start - (int)(offset / sizeof(T));
+    const auto low = [&](int step) { return load_bytes(row, column_of<T>(before, step * kVector<T>), columns); };
+    align_vectors(low, row, columns, start, loaded);
+  }
+  unpack_vectors(loaded, x);
 }
 
 // The number of columns by which the segments are shifted to the left, so that `store_columns` stores aligned vectors.

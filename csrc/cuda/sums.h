@@ -114,14 +114,19 @@ struct WalkedRow {
 
   __device__ Loaded<T> load(int segment) const { return issue_loads(data, vocab, segment * kSegment); }
 
+  __device__ void unpack(const Loaded<T>& loaded, int segment, float (&x)[kColumns]) const {
+    unpack_columns(loaded, data, vocab, segment * kSegment, x);
+    // Else the compiler keeps the words beside the floats, and has too few registers for the next segment.
+#pragma unroll
+    for (int i = 0; i < kColumns; i++) make_opaque(x[i]);
+  }
+
   // The sums of this thread's columns of a segment, relative to the segment's maximum. Then no exponential exceeds 1.
   template <bool kWeighted, bool kCapped>
-  __device__ __forceinline__ RowSums sums_of(const Loaded<T>& loaded, int segment, float* target_logits) const {
+  __device__ __forceinline__ RowSums sums_of(float (&x)[kColumns], int segment, float* target_logits) const {
     // of this segment and of the one before, which a slower thread may still read
     __shared__ float largest[2][kWarps];
     const int start = segment * kSegment;
-    float x[kColumns];
-    unpack_columns(loaded, data, vocab, start, x);
     cap<kCapped>(x, softcap);
     // The target and the columns past the vocabulary become -inf, whose exponential is 0.
     if (is_mixed(start, vocab, target)) {
@@ -176,9 +181,10 @@ __global__ void __launch_bounds__(kThreads, kWalkers<T, kCapped>)
   Loaded<T> next = row.load(0);
 #pragma unroll 1
   for (int segment = 0; segment < swept.segments; segment++) {
-    const Loaded<T> loaded = next;
+    float x[kColumns];
+    row.unpack(next, segment, x);
     next = row.load(segment + 1);  // past the end it loads nothing
-    sums.add(row.template sums_of<kWeighted, kCapped>(loaded, segment, swept.target_logits), row.rate);
+    sums.add(row.template sums_of<kWeighted, kCapped>(x, segment, swept.target_logits), row.rate);
   }
   finish_walk(row, sums, swept.target_logits, op);
 }
@@ -190,8 +196,10 @@ __global__ void __launch_bounds__(kThreads, kWalkers<T, kCapped>)
   const auto [place, segment] = segment_of_block(swept.segments);
   const WalkedRow<T> row(rows, logits, ref_logits, place);
   if (!is_live(rows, row.row)) return;
+  float x[kColumns];
+  row.unpack(row.load(segment), segment, x);
   swept.parts[(int64_t)blockIdx.x * kThreads + threadIdx.x] =
-      row.template sums_of<kWeighted, kCapped>(row.load(segment), segment, swept.target_logits);
+      row.template sums_of<kWeighted, kCapped>(x, segment, swept.target_logits);
 }
 
 // Few rows: one block a row, which adds up the segments.
