@@ -38,7 +38,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     position = 0.0
     for title, bars in found:
         background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.text(0, position, title, transform=axes.get_yaxis_transform(), weight="bold", va="center", bbox=background)
+        style: dict[str, Any] = {"weight": "bold", "fontsize": 8.5, "va": "center", "bbox": background}
+        axes.text(0, position, title, transform=axes.get_yaxis_transform(), **style)
         for name, speed in bars:
             position += 1
             axes.barh(position, speed - 1, left=1, height=0.8, color=COLOURS.get(name, PEERS))
