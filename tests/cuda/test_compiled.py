@@ -27,7 +27,7 @@ WIDE = (
     "gated_activation.",
     "rotary_embedding.",
 )
-WIDE_LOADS = (*WIDE, "masked_logprobs.sum_", "exact_kl.sum_", "linear_")
+WIDE_LOADS = (*WIDE, "masked_logprobs.walk_", "exact_kl.walk_", "exact_kl.sum_", "linear_")
 
 
 @needs_nvcc
@@ -41,7 +41,7 @@ def test_the_budget_is_of_every_architecture_and_of_wide_accesses() -> None:
     for allowed in budget.values():
         assert set(allowed) == set(budget["90"])
         for kernel, bounds in allowed.items():
-            if kernel.startswith(WIDE_LOADS):
+            if kernel.startswith(WIDE_LOADS) and ".finish_rows" not in kernel:
                 assert bounds["load"] >= 128, kernel
             if kernel.startswith(WIDE):
                 assert bounds["store"] >= 128, kernel

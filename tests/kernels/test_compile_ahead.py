@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from budget import breaches, extended, read_budget
+from budget import TARGETS, breaches, extended, read_budget
 
 import rlhf_fast
 
