@@ -83,7 +83,7 @@ docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "open build/site/index.html"
 
-# About seven minutes on a quiet machine; then the tables of the README and of docs/benchmarks.md are made again.
+# 7 to 14 minutes on a quiet machine; then the tables of the README and of docs/benchmarks.md are made again.
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet 'rlhf-fast[bench]'
 	$(BIN)/rlhf-fast bench --json $(RESULTS).json --chart $(CHART)

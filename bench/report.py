@@ -122,9 +122,13 @@ def details(results: Row) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def processor(machine: dict[str, Any]) -> str:
+    return f"{machine['cores']} core{'' if machine['cores'] == 1 else 's'} of {machine['cpu']}"
+
+
 def where(results: Row) -> str:
     machine, versions = results["machine"], results["machine"]["versions"]
-    device = machine["gpu"] if results["device"] == "cuda" else f"{machine['cores']} cores of {machine['cpu']}"
+    device = machine["gpu"] if results["device"] == "cuda" else processor(machine)
     packages = ("torch", *(("triton",) if results["device"] == "cuda" else ()), *peers.PACKAGES)
     told = ", ".join(f"{name} {versions[name]}" for name in packages if versions.get(name))
     if "ceilings" in results:

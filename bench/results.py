@@ -119,7 +119,7 @@ def table(results: dict[str, Any]) -> str:
     if results["seconds"] is not None:
         peak = max(figures["peak_memory_gb"] for figures in stages.values())
         rows.append(("time, memory", f"{results['seconds'] / 60:.1f} min, {peak:.1f} GB"))
-    where = results["machine"]["gpu"] or f"{results['machine']['cores']} cores of {results['machine']['cpu']}"
+    where = results["machine"]["gpu"] or report.processor(results["machine"])
     lines = [f"| {where} | |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)])
 

@@ -87,7 +87,7 @@ def machine(results: dict[str, Any]) -> str:
         if name in ("torch", "transformers", "peft") and who == "rlhf-fast" or name == who
     }
     found = results["machine"]
-    return f"{found['cores']} cores of {found['cpu']}; {', '.join(f'{n} {v}' for n, v in packages.items())}."
+    return f"{report.processor(found)}; {', '.join(f'{n} {v}' for n, v in packages.items())}."
 
 
 def where(results: dict[str, Any]) -> str:
