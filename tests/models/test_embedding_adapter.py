@@ -194,7 +194,7 @@ def test_what_is_saved_is_pefts_own_and_merges(
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "policy")
     merged = AutoModelForCausalLM.from_pretrained(merge(str(tmp_path / "policy"), str(tmp_path / "merged")))
     with torch.no_grad():
-        torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-5, atol=5e-5)  # products in another order
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=2e-4)
     assert not torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
 
