@@ -26,7 +26,7 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
         markdown = markdown.replace("](docs/", "](")
     for source, target in PAGES.items():
         markdown = markdown.replace(f"]({source if from_root else '../' + source}", f"]({target}")
-    return re.sub(r"^::: rlhf_fast\.(\w+)", definition, markdown, flags=re.MULTILINE)
+    return re.sub(r"^::: rlhf_fast\.(\w+)$", definition, markdown, flags=re.MULTILINE)
 
 
 def definition(name: re.Match[str]) -> str:
