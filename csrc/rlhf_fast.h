@@ -112,7 +112,8 @@ struct BFloat16Product {
 };
 // Whether float32_product computes float32 products, not torch. Decided by the maker of the processor, not by timing,
 // so that every run gives the same bits. MKL, which torch calls, uses its best code only on Intel's processors, where
-// it is near the peak. On AMD's, float32_product is as fast or faster on both vector paths.
+// it is near the peak. On AMD's, float32_product is as fast or faster on the vector paths. On the portable one it is
+// slower, but unlike MKL it gives the same bits for any number of threads.
 bool multiplies_float32();
 
 // Whether the chosen path has the instructions for bfloat16_product, which otherwise must not be called.

@@ -74,7 +74,7 @@ bool multiplies_bfloat16() {
 #endif
 }
 
-bool multiplies_float32() { return made_by_amd() && paths().chosen != &portable::launchers; }
+bool multiplies_float32() { return made_by_amd(); }
 
 bool prefers_bfloat16() { return made_by_amd() && multiplies_bfloat16(); }
 
