@@ -216,14 +216,14 @@ __device__ __forceinline__ void finish_walk(const WalkedRow<T>& row, const Sums&
   op(row.row, row.place, row.inverse_temperature, sums, target_logit);
 }
 
-// Blocks per multiprocessor: with 3 x 256 threads each has 80 registers, with 2 x 256, for loads of 128 bytes a thread
-// or a tanh per column, 128.
-template <class T, bool kCapped>
-constexpr int kWalkers = sizeof(T) == 2 && !kCapped ? 3 : 2;
+// Blocks per multiprocessor: with 3 x 256 threads each has 80 registers, with 2 x 256, for loads of 128 bytes a thread,
+// a tanh per column or more sums, 128.
+template <class T, class Sums, bool kCapped>
+constexpr int kWalkers = sizeof(T) == 2 && Sums::kSums == RowSums::kSums && !kCapped ? 3 : 2;
 
 // One block a row. op.skip(row) for a dead row.
 template <class T, class Sums, bool kWeighted, bool kCapped, class Op>
-__global__ void __launch_bounds__(kThreads, kWalkers<T, kCapped>)
+__global__ void __launch_bounds__(kThreads, kWalkers<T, Sums, kCapped>)
     walk_rows(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept, Op op) {
   const WalkedRow<T> row(rows, logits, ref_logits, blockIdx.x);
   if (!is_live(rows, row.row)) {
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kWalkers<T, kCapped>)
 
 // Few rows: one block a segment.
 template <class T, class Sums, bool kWeighted, bool kCapped>
-__global__ void __launch_bounds__(kThreads, kWalkers<T, kCapped>)
+__global__ void __launch_bounds__(kThreads, kWalkers<T, Sums, kCapped>)
     sum_segments(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept) {
   const auto [place, segment] = segment_of_block(swept.segments);
   const WalkedRow<T> row(rows, logits, ref_logits, place);
