@@ -5,6 +5,7 @@ from ._native import build_info
 from ._packed import PackedWeight as PackedWeight  # this and short_attention are for rlhf_fast.models: not public
 from ._short_attention import can_attend as can_attend
 from ._short_attention import short_attention as short_attention
+from .aggregate import aggregate
 from .clipped_policy_loss import PolicyLoss, clipped_policy_loss
 from .clipped_value_loss import ValueLoss, clipped_value_loss
 from .dpo_loss import DPOLoss, dpo_loss
@@ -31,6 +32,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyRef",
     "ValueLoss",
+    "aggregate",
     "backends",
     "build_info",
     "clipped_policy_loss",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._aggregate import aggregate, check_aggregation, masked_mean, ordered_sum, scalar_tensor, upcast
+from ._aggregate import check_aggregation, masked_mean, ordered_sum, reduced, scalar_tensor, upcast
 from ._dispatch import implementation, implements
 from ._losses import LossInputs, check_ratio_level, policy_terms
 
@@ -55,7 +55,7 @@ def clipped_policy_loss(
         ratio_level: "token"; or "sequence" for GSPO (arXiv 2507.18071), (B, T) only: every token of a sequence has
             the ratio s = exp(mean log ratio over its live tokens), in the form sg[s] * exp(logp_t - sg[logp_t]), so
             that tokens may have their own advantages (eq. 14). With "seq-mean-token-mean" it is the paper's loss.
-        aggregation, num_items: see ``rlhf_fast.ops._aggregate.aggregate``; statistics are of this call's tokens.
+        aggregation, num_items: see ``aggregate``; statistics are of this call's tokens.
 
     Returns:
         ``PolicyLoss``, float32 (float64 when an input is), all 0 when nothing is live.
@@ -114,7 +114,7 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
         over = (advantages < 0) & (losses > ceiling)
         clipped = clipped | over
         losses = torch.where(over, ceiling, losses)
-    loss = aggregate(losses, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
+    loss = reduced(losses, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
 
     with torch.no_grad():
         ratio_mean = masked_mean(ratio, live)

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf_fast.kernels import records
 
 from . import _checks
-from ._aggregate import aggregate, check_aggregation, scalar_tensor, token_weights
+from ._aggregate import check_aggregation, reduced, scalar_tensor, token_weights
 from ._dispatch import implementation, implements, launch
 from ._linear import Inputs, LoRA, checked_head
 from ._losses import (
@@ -264,7 +264,7 @@ def _kernel(
     else:
         total, statistics = with_measures(measured._replace(terms=loss.terms._replace(kl_coef=0.0)))
         kl = unflat(rows.put(exact_kl), shape)
-        kl = aggregate(kl, live, aggregation=loss.aggregation, num_items=loss.num_items)
+        kl = reduced(kl, live, aggregation=loss.aggregation, num_items=loss.num_items)
         statistics[KL] = kl
         if loss.terms.kl_coef > 0:
             total = total + loss.terms.kl_coef * kl

@@ -208,6 +208,14 @@ def _naive_whiten(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Ten
     return (_masked((x["x"] - mean) / (variance + 1e-8).sqrt(), mask),)
 
 
+def _naive_aggregate(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """Over the sequences with a token that counts, the mean of their token means."""
+    if mask is None:
+        return (x["values"].mean(),)
+    counts = mask.sum(-1)
+    return (((x["values"] * mask).sum(-1) / counts.clamp(min=1)).sum() / (counts > 0).sum(),)
+
+
 HEAD = {"weight": (V, H), "bias": (V,)}
 LORA = {"A": (RANK, H), "B": (V, RANK)}
 
@@ -312,6 +320,14 @@ OPS = [
         _naive_whiten,
         {"x": ()},
         ("x",),
+    ),
+    Op(
+        "aggregate",
+        lambda x, targets, mask: (ops.aggregate(x["values"], mask, aggregation="seq-mean-token-mean"),),
+        _naive_aggregate,
+        {"values": ()},
+        ("values",),
+        per_token=False,
     ),
     Op(
         "clipped_policy_loss",

@@ -9,8 +9,7 @@ from devices import seeded
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlhf_fast.ops import clipped_policy_loss, exact_kl, linear_policy_loss, masked_logprobs
-from rlhf_fast.ops._aggregate import aggregate
+from rlhf_fast.ops import aggregate, clipped_policy_loss, exact_kl, linear_policy_loss, masked_logprobs
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -6,8 +6,8 @@ import torch
 from devices import seeded
 from torch import Tensor
 
-from rlhf_fast.ops import PPOLoss, clipped_policy_loss, clipped_value_loss, ppo_loss, token_kl
-from rlhf_fast.ops._aggregate import AGGREGATIONS, aggregate
+from rlhf_fast.ops import PPOLoss, aggregate, clipped_policy_loss, clipped_value_loss, ppo_loss, token_kl
+from rlhf_fast.ops._aggregate import AGGREGATIONS
 
 pytestmark = pytest.mark.usefixtures("backend")
 
