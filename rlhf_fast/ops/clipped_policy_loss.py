@@ -27,7 +27,7 @@ class PolicyLoss(NamedTuple):
 
 def clipped_policy_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
@@ -46,7 +46,8 @@ def clipped_policy_loss(
 
     Args:
         logprobs: (B, T), or any shape for token-level ratios with token-mean; float. The only input with a gradient.
-        old_logprobs: same shape; log-probs of the policy that sampled.
+        old_logprobs: same shape; log-probs of the policy that sampled. None: it is this policy, so that every ratio
+            is 1, with the gradient of the log-prob.
         advantages: same shape; positive for tokens that were better than expected.
         mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read and get gradient 0.
             A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
@@ -65,6 +66,8 @@ def clipped_policy_loss(
         ValueError: shapes or devices differ; an argument outside the ranges above.
     """
     op = "clipped_policy_loss"
+    if old_logprobs is None:
+        old_logprobs = logprobs
     _checks.alike(op, "that of logprobs", logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     terms = policy_terms(op, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     check_ratio_level(op, logprobs, ratio_level)

@@ -32,7 +32,7 @@ class PPOLoss(NamedTuple):
 
 def ppo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     values: Tensor,
     old_values: Tensor,
@@ -59,7 +59,7 @@ def ppo_loss(
 
     Args:
         logprobs: (B, T), or any shape with token-mean; float.
-        old_logprobs: same shape; log-probs of the policy that sampled; a constant.
+        old_logprobs: same shape; log-probs of the policy that sampled; a constant. None: it is this policy.
         advantages: same shape; positive for tokens that were better than expected; a constant.
         values: same shape; float.
         old_values: same shape; the critic's values when the tokens were sampled; a constant.
@@ -83,8 +83,8 @@ def ppo_loss(
     """
     op = "ppo_loss"
     data = {
-        "logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "values": values,
-        "old_values": old_values, "returns": returns,
+        "logprobs": logprobs, "old_logprobs": logprobs if old_logprobs is None else old_logprobs,
+        "advantages": advantages, "values": values, "old_values": old_values, "returns": returns,
     }  # fmt: skip
     if entropy is not None:
         data["entropy"] = entropy

@@ -102,6 +102,18 @@ def test_the_first_update_has_ratio_one_exactly() -> None:
         torch.testing.assert_close(result.loss, -advantages[mask].mean())
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_without_old_logprobs_they_are_the_policys_own(level: str) -> None:
+    logprobs, _, advantages, mask = sample(0, 4, 6)
+    logprobs.requires_grad_()
+    given, own = (
+        clipped_policy_loss(logprobs, old, advantages, mask, ratio_level=level) for old in (logprobs.detach(), None)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(given, own, strict=True))
+    (gradient,) = torch.autograd.grad(own.loss, logprobs)
+    torch.testing.assert_close(gradient, torch.where(mask, -advantages / mask.sum(), 0.0))
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("num_items", [None, 5])
 def test_aggregation_of_the_token_losses(aggregation: str, num_items: int | None) -> None:

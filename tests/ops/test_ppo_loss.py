@@ -179,6 +179,14 @@ def test_a_kl_term_of_weight_0_stays_out_of_the_loss() -> None:
     assert all(grad.isfinite().all() for grad in grads(result.loss, x))
 
 
+def test_without_old_logprobs_they_are_the_policys_own() -> None:
+    x, mask = sample(5, 3, 5)
+    x = grown(x)
+    given, own = (ppo_loss(**x | {"old_logprobs": old}, mask=mask, **WEIGHTS) for old in (x["logprobs"].detach(), None))
+    assert all(torch.equal(a, b) for a, b in zip(given, own, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(grads(given.loss, x), grads(own.loss, x), strict=True))
+
+
 def test_without_entropy_and_reference() -> None:
     x, mask = sample(5, 3, 5)
     with_both = ppo_loss(**x, mask=mask)
