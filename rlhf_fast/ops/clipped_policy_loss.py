@@ -103,7 +103,7 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     if live is None:
         live = torch.ones_like(logprobs, dtype=torch.bool)
     # Masked advantages may be NaN: this where stops their gradient, and aggregate ignores their loss.
-    log_ratio = _bounded(torch.where(live, logprobs - old_logprobs, 0.0))
+    log_ratio = bounded_log_ratio(torch.where(live, logprobs - old_logprobs, 0.0))
     ratio = _sequence_ratio(log_ratio, live) if inputs.sequence_level else torch.exp(log_ratio)
 
     # where instead of maximum, which would split the gradient at a tie. The clipped branch is selected only beyond a
@@ -131,7 +131,7 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
         )
 
 
-def _bounded(log_ratio: Tensor) -> Tensor:
+def bounded_log_ratio(log_ratio: Tensor) -> Tensor:
     """Clamps to +-20: exp overflows float32 above 88, and an infinite ratio in the branch of a where that is not
     selected makes the gradient NaN.
 
