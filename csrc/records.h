@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <tuple>
 
-#define RLHF_FAST_RECORDS "6f2142e26b816a2a"
+#define RLHF_FAST_RECORDS "3444c1ac2e257c4e"
 
 namespace rlhf_fast {
 
@@ -19,6 +19,7 @@ enum class Aggregation : int32_t { token_mean, seq_mean_token_sum, seq_mean_toke
 constexpr int32_t last(Aggregation) { return 3; }
 
 constexpr int kStatistics = 4;
+constexpr int kExtras = 3;
 
 struct Rows {
   int64_t length;              // rows
@@ -45,14 +46,21 @@ struct Logits {
 };
 inline auto fields(Logits& a) { return std::tie(a.data, a.dtype, a.row_stride, a.batch_rows, a.batch_stride); }
 
+struct RowOutputs {
+  float* logprobs;
+  float* entropy;    // None = not wanted
+  float* logsumexp;  // None = neither this nor extras is wanted; with it, entropy is wanted too
+  float* extras;     // (length, EXTRAS)
+};
+inline auto fields(RowOutputs& a) { return std::tie(a.logprobs, a.entropy, a.logsumexp, a.extras); }
+
 struct MaskedLogprobs {
   Rows rows;
   Logits logits;
-  float* logprobs;
-  float* entropy;     // None = not wanted
+  RowOutputs outputs;
   float* statistics;  // (length, STATISTICS)
 };
-inline auto fields(MaskedLogprobs& a) { return std::tie(a.rows, a.logits, a.logprobs, a.entropy, a.statistics); }
+inline auto fields(MaskedLogprobs& a) { return std::tie(a.rows, a.logits, a.outputs, a.statistics); }
 
 struct MaskedLogprobsBackward {
   Rows rows;
@@ -60,14 +68,15 @@ struct MaskedLogprobsBackward {
   int64_t columns;  // columns of grad; columns past vocab get 0
   const float* statistics;
   const float* logprobs;
-  const float* entropy;        // needed with grad_entropy
-  const float* grad_logprobs;  // (length,), or None = 0
-  const float* grad_entropy;   // (length,), or None = 0
-  Logits grad;                 // may be the logits themselves
+  const float* entropy;         // needed with grad_entropy
+  const float* grad_logprobs;   // (length,), or None = 0
+  const float* grad_entropy;    // (length,), or None = 0
+  const float* grad_logsumexp;  // (length,), or None = 0
+  Logits grad;                  // may be the logits themselves
 };
 inline auto fields(MaskedLogprobsBackward& a) {
   return std::tie(a.rows, a.logits, a.columns, a.statistics, a.logprobs, a.entropy, a.grad_logprobs, a.grad_entropy,
-                  a.grad);
+                  a.grad_logsumexp, a.grad);
 }
 
 struct ExactKl {
@@ -95,14 +104,14 @@ inline auto fields(ExactKlBackward& a) {
 struct LinearLogprobs {
   Rows rows;
   Logits logits;
-  float* logprobs;
-  float* entropy;  // None = not wanted
+  RowOutputs outputs;
   Logits grad;
-  const float* grad_logprobs;  // (length,), or None = 1
-  const float* grad_entropy;   // (length,), or None = 0
+  const float* grad_logprobs;   // (length,), or None = 1
+  const float* grad_entropy;    // (length,), or None = 0
+  const float* grad_logsumexp;  // (length,), or None = 0
 };
 inline auto fields(LinearLogprobs& a) {
-  return std::tie(a.rows, a.logits, a.logprobs, a.entropy, a.grad, a.grad_logprobs, a.grad_entropy);
+  return std::tie(a.rows, a.logits, a.outputs, a.grad, a.grad_logprobs, a.grad_entropy, a.grad_logsumexp);
 }
 
 struct PolicyTerms {

@@ -35,6 +35,7 @@ namespace rlhf_fast {{
 
 {"".join(map(_enum, _records.ENUMS, _records.ENUMS.values()))}
 constexpr int kStatistics = {_records.STATISTICS};
+constexpr int kExtras = {_records.EXTRAS};
 
 {"".join(structures)}}}  // namespace rlhf_fast
 

@@ -65,6 +65,7 @@ Given = Annotated[Tensor, "or None"]  # an input of an op that may be None where
 
 NO_INDEX = -(2**63)  # an ignore_index that no target has
 STATISTICS = 4  # floats per row that the vocabulary-level launchers save for their backward
+EXTRAS = 3  # floats per row: mean logit, log of the sum of squared probabilities, whether the target is top-1
 
 
 # ---- vocabulary level: one row is one token -------------------------------------------------------------------------
@@ -92,11 +93,19 @@ class Logits(NamedTuple):
     batch_stride: Size
 
 
+class RowOutputs(NamedTuple):
+    """What is computed of each row, (length,), 0 where it does not count."""
+
+    logprobs: Out
+    entropy: Out | None = None  # None = not wanted
+    logsumexp: Out | None = None  # None = neither this nor extras is wanted; with it, entropy is wanted too
+    extras: Out | None = None  # (length, EXTRAS)
+
+
 class MaskedLogprobs(NamedTuple):
     rows: Rows
     logits: Logits
-    logprobs: Out
-    entropy: Out | None  # None = not wanted
+    outputs: RowOutputs
     statistics: Out  # (length, STATISTICS)
 
 
@@ -109,6 +118,7 @@ class MaskedLogprobsBackward(NamedTuple):
     entropy: In | None  # needed with grad_entropy
     grad_logprobs: In | None  # (length,), or None = 0
     grad_entropy: In | None  # (length,), or None = 0
+    grad_logsumexp: In | None  # (length,), or None = 0
     grad: Logits  # may be the logits themselves
 
 
@@ -137,15 +147,15 @@ class ExactKlBackward(NamedTuple):
 
 
 class LinearLogprobs(NamedTuple):
-    """logprobs and entropy of every row, and grad = grad_logprobs * d logprob + grad_entropy * d entropy."""
+    """The outputs of every row, and grad: grad_logprobs * d logprob + the same of entropy and logsumexp."""
 
     rows: Rows
     logits: Logits
-    logprobs: Out
-    entropy: Out | None  # None = not wanted
+    outputs: RowOutputs
     grad: Logits
     grad_logprobs: In | None  # (length,), or None = 1
     grad_entropy: In | None  # (length,), or None = 0
+    grad_logsumexp: In | None  # (length,), or None = 0
 
 
 class PolicyTerms(NamedTuple):

@@ -33,8 +33,8 @@ void exact_kl(const ExactKl& a, int threads) {
         const Row policy(row_of<T>(a.logits, i), a.rows.vocab, -1, 0);
         const Row reference(row_of<T>(a.ref_logits, i), a.rows.vocab, -1, 0);
         // The normalisers of both rows, then the terms of the KL.
-        const RowSums sums = sum_row<false>(policy, inverse_temperature);
-        const RowSums ref_sums = sum_row<false>(reference, inverse_temperature);
+        const RowSums sums = sum_row<kLogprob>(policy, inverse_temperature);
+        const RowSums ref_sums = sum_row<kLogprob>(reference, inverse_temperature);
         const Normaliser p = normaliser_of(sums), r = normaliser_of(ref_sums);
         s = {p, r.shift, (float)(sums.log_total() - ref_sums.log_total())};
         kl = (float)Pair(policy, reference, p, r, s.offset, inverse_temperature).kl();

@@ -17,16 +17,17 @@ void linear_logprobs(const LinearLogprobs& a, int threads) {
     const float inverse_temperature = inverse_temperature_of(a.rows, i);
     // 1. The results. The target's logit is read first, because the gradient may overwrite it.
     const float target_logit = row.target_logit();
-    const RowResult result = evaluate_row(row, inverse_temperature, a.entropy || a.grad_entropy);
-    a.logprobs[i] = result.logprob;
-    if (a.entropy) a.entropy[i] = result.entropy;
+    const Wanted wanted = wanted_of(a.outputs);
+    const RowResult result = evaluate_row(row, inverse_temperature, a.grad_entropy && !wanted ? kEntropy : wanted);
+    write_outputs(a.outputs, i, result);
     // 2. The gradient.
     if (!a.grad.data) return;
     typed(a.grad.data, a.grad.dtype, [&](auto* grads) {
       auto* grad = grads + i * a.grad.row_stride;
-      write_row_gradient(row, a.rows.targets[i], target_logit, result.statistics, inverse_temperature, result.logprob,
-                         result.entropy, a.grad_logprobs ? a.grad_logprobs[i] : 1,
-                         a.grad_entropy ? a.grad_entropy[i] : 0, grad);
+      write_row_gradient(
+          row, a.rows.targets[i], target_logit, result.statistics, inverse_temperature, result.logprob, result.entropy,
+          {a.grad_logprobs ? a.grad_logprobs[i] : 1, number_or_0(a.grad_entropy, i), number_or_0(a.grad_logsumexp, i)},
+          grad);
     });
   });
 }

@@ -33,7 +33,7 @@ void fold(const LinearPolicyLoss& a, int64_t i) {
   const float inverse_temperature = inverse_temperature_of(a.rows, i);
   // 1. The results. The target's logit is read first, because the gradient may overwrite it.
   const float target_logit = row.target_logit();
-  const RowResult result = evaluate_row(row, inverse_temperature, true);
+  const RowResult result = evaluate_row(row, inverse_temperature, kEntropy);
   a.logprobs[i] = result.logprob;
   a.entropy[i] = result.entropy;
   // 2. The gradient, by the chain rule through log-prob and entropy.
@@ -42,7 +42,7 @@ void fold(const LinearPolicyLoss& a, int64_t i) {
   typed(a.grad.data, a.grad.dtype, [&](auto* grads) {
     auto* grad = grads + i * a.grad.row_stride;
     write_row_gradient(row, a.rows.targets[i], target_logit, result.statistics, inverse_temperature, result.logprob,
-                       result.entropy, a.share[i] * slope, -a.share[i] * a.terms.entropy_coef, grad);
+                       result.entropy, {a.share[i] * slope, -a.share[i] * a.terms.entropy_coef, 0}, grad);
   });
 }
 

@@ -16,10 +16,9 @@ void masked_logprobs(const MaskedLogprobs& a, int threads) {
       RowResult result{};  // a dead row is not read, and gives 0
       if (is_live(a.rows, i)) {
         const Row row(row_of<T>(a.logits, i), a.rows.vocab, a.rows.targets[i], a.rows.softcap);
-        result = evaluate_row(row, inverse_temperature_of(a.rows, i), a.entropy);
+        result = evaluate_row(row, inverse_temperature_of(a.rows, i), wanted_of(a.outputs));
       }
-      a.logprobs[i] = result.logprob;
-      if (a.entropy) a.entropy[i] = result.entropy;
+      write_outputs(a.outputs, i, result);
       memcpy(a.statistics + i * kStatistics, &result.statistics, sizeof(RowStatistics));
     });
   });
@@ -36,9 +35,10 @@ void masked_logprobs_backward(const MaskedLogprobsBackward& a, int threads) {
       const Row row(row_of<T>(a.logits, i), a.rows.vocab, a.rows.targets[i], a.rows.softcap);
       RowStatistics statistics;
       memcpy(&statistics, a.statistics + i * kStatistics, sizeof(RowStatistics));
-      write_row_gradient(row, a.rows.targets[i], row.target_logit(), statistics, inverse_temperature_of(a.rows, i),
-                         a.logprobs[i], a.entropy ? a.entropy[i] : 0, a.grad_logprobs ? a.grad_logprobs[i] : 0,
-                         a.grad_entropy ? a.grad_entropy[i] : 0, grad);
+      write_row_gradient(
+          row, a.rows.targets[i], row.target_logit(), statistics, inverse_temperature_of(a.rows, i), a.logprobs[i],
+          number_or_0(a.entropy, i),
+          {number_or_0(a.grad_logprobs, i), number_or_0(a.grad_entropy, i), number_or_0(a.grad_logsumexp, i)}, grad);
     });
   });
 }

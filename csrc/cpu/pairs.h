@@ -129,8 +129,8 @@ RLHF_FAST_INLINE void fold_pair(const Rows& rows, const Logits& logits, const Lo
   const float inverse_temperature = inverse_temperature_of(rows, i);
   // 1. Both softmaxes. The target's logit is read first, because the gradient may overwrite it.
   const float target_logit = policy.target_logit();
-  const RowResult p = evaluate_row(policy, inverse_temperature, true);
-  const RowResult r = evaluate_row(reference, inverse_temperature, false);
+  const RowResult p = evaluate_row(policy, inverse_temperature, kEntropy);
+  const RowResult r = evaluate_row(reference, inverse_temperature, kLogprob);
   // 2. The KL: the target's term plus those of the other columns.
   const Pair pair(policy, reference, normaliser_of(p), normaliser_of(r), (float)(p.log_norm - r.log_norm),
                   inverse_temperature);
@@ -140,16 +140,17 @@ RLHF_FAST_INLINE void fold_pair(const Rows& rows, const Logits& logits, const Lo
   if (!grad.data) return;
   typed(grad.data, grad.dtype, [&](auto* grads) {
     auto* out = grads + i * grad.row_stride;
+    const OutputGrads by_outputs{slopes.logprob, slopes.entropy, 0};
     if (slopes.kl == 0) {
       return write_row_gradient(policy, target, target_logit, p.statistics, inverse_temperature, p.logprob, p.entropy,
-                                slopes.logprob, slopes.entropy, out);
+                                by_outputs, out);
     }
     // p_j times (-slopes.logprob - slopes.entropy (log p_j + entropy) + slopes.kl (log p_j - log r_j - KL))
     const float constant = slopes.entropy * (p.statistics.log_norm - p.entropy) - slopes.logprob - slopes.kl * kl;
     pair.write_gradient(inverse_temperature * constant, -inverse_temperature * slopes.entropy,
                         -inverse_temperature * slopes.kl, out);
     write_target_gradient(policy, target, target_logit, inverse_temperature,
-                          target_slope(p.statistics, p.logprob, p.entropy, slopes.logprob, slopes.entropy) +
+                          target_slope(p.statistics, p.logprob, p.entropy, by_outputs) +
                               slopes.kl * kl_slope_at_target(p.logprob, r.logprob, kl),
                           out);
   });

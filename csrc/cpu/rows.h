@@ -82,6 +82,10 @@ struct RowSums {
   int64_t tops = 0;                 // number of columns with x = shift
   double rest = 0;                  // sum of e^gap over the columns with x < shift
   double weighted = 0;              // sum of e^gap * -gap, for the entropy
+  // For the extras:
+  double squares = 0;  // sum of e^(2 gap) over the columns with x < shift
+  double logits = 0;   // sum of x over the columns with x > -inf
+  int64_t finite = 0;  // number of these columns, those with NaN or +inf included
 
   double total() const { return tops + rest; }
   double log_total() const { return tops > 0 ? std::log1p(tops - 1 + rest) : std::log(rest); }
@@ -94,6 +98,7 @@ struct RowSums {
       const double rise = ((double)peak - shift) * inverse_temperature;
       const double shrink = std::exp(-rise);
       weighted = shrink * (weighted + rise * total());
+      squares = shrink * shrink * (tops + squares);
       rest = shrink * total();
       tops = 0;
     }
@@ -101,27 +106,38 @@ struct RowSums {
   }
 };
 
+// Which of RowSums are wanted: those of the log-prob; `weighted` too, for the entropy; all of them.
+enum Wanted { kLogprob, kEntropy, kAll };
+
 // Adds a block. kTop: the block contains the running max. In other blocks no column has gap 0, so their loop needs no
 // comparison.
-template <bool kWeighted, bool kTop, class T>
+template <Wanted kWanted, bool kTop, class T>
 RLHF_FAST_INLINE void add_block(const T* x, int count, float inverse_temperature, RowSums& sums) {
   const float rate = kLog2E * inverse_temperature;
   const F32 shift = all(sums.shift == -__builtin_inff() ? 0.0f : sums.shift);
   // `gap` is not divided by the temperature: exp2_scaled multiplies by `rate`, and the weighted sum is scaled once.
-  F32 rest{}, weighted{}, tops{};
+  F32 rest{}, weighted{}, tops{}, squares{}, logits{}, finite{};
   for (int i = 0; i < count; i += kLanes) {
-    const F32 gap = load(x + i) - shift;
+    const F32 logit = load(x + i), gap = logit - shift;
     const F32 e = exp2_scaled(gap, rate);
-    rest += kTop ? where(gap == 0.0f, F32{}, e) : e;
+    const F32 below = kTop ? where(gap == 0.0f, F32{}, e) : e;
+    rest += below;
     if (kTop) tops += where(gap == 0.0f, e, F32{});
-    if (kWeighted) weighted -= where(e == 0.0f, F32{}, e * gap);  // 0 * -inf would be NaN
+    if (kWanted >= kEntropy) weighted -= where(e == 0.0f, F32{}, e * gap);  // 0 * -inf would be NaN
+    if (kWanted == kAll) {
+      squares += below * e;
+      const auto absent = logit == -__builtin_inff();
+      logits += where(absent, F32{}, logit);
+      finite += where(absent, F32{}, all(1.0f));
+    }
   }
   sums.rest += sum(rest);
   if (kTop) sums.tops += (int64_t)sum(tops);
-  if (kWeighted) sums.weighted += (double)sum(weighted) * inverse_temperature;
+  if (kWanted >= kEntropy) sums.weighted += (double)sum(weighted) * inverse_temperature;
+  if (kWanted == kAll) sums.squares += sum(squares), sums.logits += sum(logits), sums.finite += (int64_t)sum(finite);
 }
 
-template <bool kWeighted, class T>
+template <Wanted kWanted, class T>
 RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
   RowSums sums;
   alignas(64) float scratch[kRowBlock];
@@ -139,9 +155,9 @@ RLHF_FAST_INLINE RowSums sum_row(const Row<T>& row, float inverse_temperature) {
       // 2. The sums relative to the running max, so that no exponential exceeds 1 or overflows.
       sums.raise_shift(peak, inverse_temperature);
       if (peak == sums.shift) {
-        add_block<kWeighted, true>(x, count, inverse_temperature, sums);
+        add_block<kWanted, true>(x, count, inverse_temperature, sums);
       } else {
-        add_block<kWeighted, false>(x, count, inverse_temperature, sums);
+        add_block<kWanted, false>(x, count, inverse_temperature, sums);
       }
     });
   });
@@ -152,7 +168,9 @@ struct RowResult {
   RowStatistics statistics;
   double log_norm;  // statistics.log_norm before rounding to float, and not bounded by kFar
   float logprob;
-  float entropy;  // only if the sums are weighted
+  float entropy;                                 // with kEntropy and kAll
+  float logsumexp, mean_logit, log_sum_squares;  // with kAll, as the next
+  bool is_top1;
 };
 
 // With d the log odds against the target (log-sum-exp of the other columns minus the target's logit),
@@ -183,11 +201,48 @@ RLHF_FAST_INLINE RowResult finish_row(const RowSums& sums, float target_logit, f
   return result;
 }
 
+// The rest of the outputs. A row that is NaN is NaN in all of them.
+RLHF_FAST_INLINE void finish_extras(const RowSums& sums, int64_t vocab, float target_logit, float inverse_temperature,
+                                    RowResult& result) {
+  const double infinity = __builtin_inf(), logprob = result.logprob;
+  // sum of p_j^2 over the other columns, relative to the target's and to the largest other's
+  const double target_part = 2 * logprob, others_part = std::log(sums.tops + sums.squares) - 2 * result.log_norm;
+  const double larger_part = std::fmax(target_part, others_part), gap = std::fabs(target_part - others_part);
+  result.log_sum_squares = (float)(larger_part + std::log1p(std::exp(-gap)));
+  const bool others_lead = sums.shift > target_logit;
+  result.logsumexp = (float)(others_lead ? (double)sums.shift * inverse_temperature + result.log_norm
+                                         : (double)target_logit * inverse_temperature - logprob);
+  const bool whole = sums.finite == vocab - 1;
+  result.mean_logit = (float)(whole ? (sums.logits + target_logit) * inverse_temperature / vocab : -infinity);
+  result.is_top1 = target_logit >= sums.shift;
+  if (std::isnan(result.logprob)) {
+    result.logsumexp = result.mean_logit = result.log_sum_squares = result.logprob;
+    result.is_top1 = false;
+  }
+}
+
 template <class T>
-RLHF_FAST_INLINE RowResult evaluate_row(const Row<T>& row, float inverse_temperature, bool want_entropy) {
-  const RowSums sums =
-      want_entropy ? sum_row<true>(row, inverse_temperature) : sum_row<false>(row, inverse_temperature);
-  return finish_row(sums, row.target_logit(), inverse_temperature);
+RLHF_FAST_INLINE RowResult evaluate_row(const Row<T>& row, float inverse_temperature, Wanted wanted) {
+  const RowSums sums = wanted == kLogprob   ? sum_row<kLogprob>(row, inverse_temperature)
+                       : wanted == kEntropy ? sum_row<kEntropy>(row, inverse_temperature)
+                                            : sum_row<kAll>(row, inverse_temperature);
+  const float target_logit = row.target_logit();
+  RowResult result = finish_row(sums, target_logit, inverse_temperature);
+  if (wanted == kAll) finish_extras(sums, row.vocab(), target_logit, inverse_temperature, result);
+  return result;
+}
+
+RLHF_FAST_INLINE Wanted wanted_of(const RowOutputs& to) {
+  return to.logsumexp ? kAll : to.entropy ? kEntropy : kLogprob;
+}
+
+RLHF_FAST_INLINE void write_outputs(const RowOutputs& to, int64_t i, const RowResult& result) {
+  to.logprobs[i] = result.logprob;
+  if (to.entropy) to.entropy[i] = result.entropy;
+  if (!to.logsumexp) return;
+  to.logsumexp[i] = result.logsumexp;
+  const float extras[kExtras] = {result.mean_logit, result.log_sum_squares, (float)result.is_top1};
+  memcpy(to.extras + i * kExtras, extras, sizeof(extras));
 }
 
 // Writes e^gap * (constant + slope * gap) to all columns, times the derivative of the softcap. The target's column is
@@ -213,13 +268,18 @@ RLHF_FAST_INLINE void write_others(const Row<T>& row, float inverse_temperature,
   });
 }
 
-// d (grad_logprob * logprob + grad_entropy * entropy) / d target's logit, before softcap and temperature.
-RLHF_FAST_INLINE float target_slope(const RowStatistics& s, float logprob, float entropy, float grad_logprob,
-                                    float grad_entropy) {
-  const float slope = grad_logprob * s.others_mass;
-  if (grad_entropy == 0) return slope;
+// The gradient of a loss by the outputs of a row.
+struct OutputGrads {
+  float logprob, entropy, logsumexp;
+};
+
+// d loss / d target's logit, before softcap and temperature.
+RLHF_FAST_INLINE float target_slope(const RowStatistics& s, float logprob, float entropy, const OutputGrads& grads) {
+  float slope = grads.logprob * s.others_mass;
+  if (grads.logsumexp != 0) slope += grads.logsumexp * std::exp(logprob);
+  if (grads.entropy == 0) return slope;
   const float far_logprob = logprob < (float)-kFar ? (float)-kFar : logprob;  // e^-inf * -inf would be NaN
-  return slope - grad_entropy * std::exp(logprob) * (entropy + far_logprob);
+  return slope - grads.entropy * std::exp(logprob) * (entropy + far_logprob);
 }
 
 template <class T, class Out>
@@ -233,21 +293,20 @@ RLHF_FAST_INLINE void write_target_gradient(const Row<T>& row, int64_t target, f
   if (target >= 0 && target < row.vocab()) store(grad + target, all(slope), 1);
 }
 
-// Writes grad_logprob * d logprob / d logits + grad_entropy * d entropy / d logits to `vocab` columns. `grad` may be
-// the row itself: the caller has read the target's logit, and every other column is read before it is written.
+// Writes d loss / d logits to `vocab` columns. `grad` may be the row itself: the caller has read the target's logit,
+// and every other column is read before it is written.
 template <class T, class Out>
 RLHF_FAST_INLINE void write_row_gradient(const Row<T>& row, int64_t target, float target_logit, const RowStatistics& s,
-                                         float inverse_temperature, float logprob, float entropy, float grad_logprob,
-                                         float grad_entropy, Out* grad) {
-  const float scale = s.scale * inverse_temperature;
-  if (grad_entropy == 0) {
-    write_others<false>(row, inverse_temperature, s.shift, -grad_logprob * scale, 0, grad);
+                                         float inverse_temperature, float logprob, float entropy,
+                                         const OutputGrads& grads, Out* grad) {
+  const float scale = s.scale * inverse_temperature, plain = grads.logsumexp - grads.logprob;
+  if (grads.entropy == 0) {
+    write_others<false>(row, inverse_temperature, s.shift, plain * scale, 0, grad);
   } else {
-    const float constant = scale * (grad_entropy * (s.log_norm - entropy) - grad_logprob);
-    write_others<true>(row, inverse_temperature, s.shift, constant, -grad_entropy * scale, grad);
+    const float constant = scale * (grads.entropy * (s.log_norm - entropy) + plain);
+    write_others<true>(row, inverse_temperature, s.shift, constant, -grads.entropy * scale, grad);
   }
-  write_target_gradient(row, target, target_logit, inverse_temperature,
-                        target_slope(s, logprob, entropy, grad_logprob, grad_entropy), grad);
+  write_target_gradient(row, target, target_logit, inverse_temperature, target_slope(s, logprob, entropy, grads), grad);
 }
 
 template <class T>
@@ -273,6 +332,9 @@ void write_in_huge_pages(const T* data, int64_t count) {
   if (count * (int64_t)sizeof(T) >= kHugeBytes) madvise((void*)start, stop - start, MADV_HUGEPAGE);
 #endif
 }
+
+// numbers[i], or 0 if the tensor is absent.
+RLHF_FAST_INLINE float number_or_0(const float* numbers, int64_t i) { return numbers ? numbers[i] : 0; }
 
 RLHF_FAST_INLINE float inverse_temperature_of(const Rows& rows, int64_t i) {
   return 1 / (rows.temperatures ? rows.temperatures[i * rows.temperature_stride] : rows.temperature);

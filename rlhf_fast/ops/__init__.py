@@ -19,7 +19,7 @@ from .linear_logprobs import linear_logprobs
 from .linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from .linear_policy_ref import PolicyRef, linear_policy_ref
 from .lora_linear import lora_linear
-from .masked_logprobs import masked_logprobs
+from .masked_logprobs import TokenStatistics, masked_logprobs
 from .masked_whiten import masked_whiten
 from .orpo_loss import orpo_loss
 from .pairwise_loss import pairwise_loss
@@ -37,6 +37,7 @@ __all__ = [
     "PPOLoss",
     "PolicyLoss",
     "PolicyRef",
+    "TokenStatistics",
     "ValueLoss",
     "aggregate",
     "backends",

@@ -176,8 +176,8 @@ def over_live_rows(
 ) -> tuple[Tensor, ...]:
     """Runs ``function`` on chunks of the live rows of hidden (N, H) and ``tensors`` (N, ...), and joins its results.
 
-    The results are (n,) of each chunk, and (N,) joined, 0 in the dead rows, which are never read. Gathering the live
-    rows synchronises on a GPU.
+    The results are (n, ...) of each chunk, and (N, ...) joined, 0 in the dead rows, which are never read. Gathering the
+    live rows synchronises on a GPU.
     """
     inputs = (hidden, *tensors)
     # Where the number of live rows is unknown, as in a compiled graph, all rows are computed, the dead ones on harmless
@@ -194,9 +194,8 @@ def over_live_rows(
         parts = [function(*chunk) for chunk in chunks]
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     if rows is None:
-        return tuple(column.masked_fill(~live, 0.0) for column in columns)
-    zeros = torch.zeros(live.shape[0], dtype=accumulation_dtype(hidden.dtype), device=live.device)
-    return tuple(zeros.index_copy(0, rows, column) for column in columns)
+        return tuple(column.masked_fill(~live.view(-1, *(1,) * (column.dim() - 1)), 0.0) for column in columns)
+    return tuple(column.new_zeros(live.shape[0], *column.shape[1:]).index_copy(0, rows, column) for column in columns)
 
 
 def _inert(tensor: Tensor, live: Tensor) -> Tensor:

@@ -32,6 +32,14 @@ class RowStatistics(NamedTuple):
     total: Tensor  # sum of exp(logit - shift) over the other columns (1 if all are -inf)
 
 
+class RowExtras(NamedTuple):
+    """Statistics of a row that have no gradient, all (n,), in the order of the column of RowOutputs.extras."""
+
+    mean_logit: Tensor
+    log_sum_squares: Tensor
+    is_top1: Tensor  # 0 or 1
+
+
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices that cover ``rows`` rows of ``columns`` columns, about CHUNK_ELEMENTS elements each."""
     step = max(1, CHUNK_ELEMENTS // max(1, columns))
@@ -64,15 +72,17 @@ def sigmoid(x: Tensor) -> Tensor:
     return torch.reciprocal(1 + torch.exp(-x))
 
 
-def cap_and_scale(logits: Tensor, softcap: float | None, temperature: Tensor) -> Tensor:
+def cap_and_scale(logits: Tensor, softcap: float | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """softcap * tanh(logits / softcap), minus the row's maximum, divided by the row's temperature.
 
-    Subtracting the maximum does not change the softmax. Without it, the division would round large logits.
+    Subtracting the maximum does not change the softmax. Without it, the division would round large logits. Also returns
+    what was subtracted, divided by the temperature, (n,).
     """
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     peak = logits.amax(dim=1, keepdim=True)
-    return (logits - peak.masked_fill(peak.isinf(), 0.0)) / temperature[:, None]
+    peak = peak.masked_fill(peak.isinf(), 0.0)
+    return (logits - peak) / temperature[:, None], peak.squeeze(1) / temperature
 
 
 def cap_and_scale_backward(grad: Tensor, logits: Tensor, softcap: float | None, temperature: Tensor) -> Tensor:
@@ -106,6 +116,25 @@ def row_entropy(logits: Tensor, targets: Tensor, statistics: RowStatistics) -> T
     return split + sigmoid(log_odds) * spread
 
 
+def row_logsumexp(statistics: RowStatistics, offset: Tensor) -> Tensor:
+    """log sum_j e^x_j of scaled logits from which ``offset`` (n,) was subtracted."""
+    return offset + (statistics.shift + torch.log(statistics.total) + softplus(-statistics.log_odds))
+
+
+def row_extras(logits: Tensor, targets: Tensor, statistics: RowStatistics, offset: Tensor) -> RowExtras:
+    """Of scaled logits (n, V) from which ``offset`` (n,) was subtracted. A NaN row has NaN, and is not top-1."""
+    column, _ = _column(targets, logits.shape[1])
+    others = logits.scatter(1, column, -torch.inf)
+    # sum_j p_j^2 relative to that of the largest other column
+    squares = torch.log(row_sum(torch.exp(2 * (others - statistics.shift[:, None]))))
+    log_norm = torch.log(statistics.total) + softplus(-statistics.log_odds)
+    log_sum_squares = torch.logaddexp(squares - 2 * log_norm, -2 * softplus(statistics.log_odds))
+    invalid = statistics.log_odds.isnan()
+    top = (logits.gather(1, column).squeeze(1) >= others.amax(dim=1)) & ~invalid
+    mean = (row_sum(logits) / logits.shape[1] + offset).masked_fill(invalid, torch.nan)
+    return RowExtras(mean, log_sum_squares, top.to(logits.dtype))
+
+
 def row_gradient(
     logits: Tensor,
     targets: Tensor,
@@ -113,6 +142,7 @@ def row_gradient(
     grad_logprobs: Tensor | None,
     entropy: Tensor | None,
     grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
 ) -> Tensor:
     """Gradient with respect to the scaled logits, (n, V).
 
@@ -129,6 +159,9 @@ def row_gradient(
         log_p = -(gap + (torch.log(total) + softplus(-log_odds))[:, None]).clamp(max=_FAR)
         slope = slope - grad_entropy[:, None] * (log_p + entropy[:, None])
         at_target = at_target - grad_entropy * sigmoid(-log_odds) * (entropy - softplus(log_odds).clamp(max=_FAR))
+    if grad_logsumexp is not None:
+        slope = slope + grad_logsumexp[:, None]
+        at_target = at_target + grad_logsumexp * sigmoid(-log_odds)
     grad = torch.exp(-gap) * (others_mass / total)[:, None] * slope
     return grad.scatter_(1, column, at_target[:, None])
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import records
+from rlhf_fast.kernels.records import RowOutputs
 
 from . import _checks
 from ._aggregate import check_aggregation, reduced, token_weights
@@ -122,11 +123,11 @@ def _kernel(
             records.LinearLogprobs(
                 rows=rows.part(part, logits[0]),
                 logits=logits_of(logits[0]),
-                logprobs=logprobs[part],
-                entropy=None,
+                outputs=RowOutputs(logprobs[part]),
                 grad=NOTHING if grad is None else logits_of(grad),
                 grad_logprobs=slopes[part],
                 grad_entropy=None,
+                grad_logsumexp=None,
             ),
             logprobs,
         )

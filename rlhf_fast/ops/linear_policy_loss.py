@@ -174,7 +174,7 @@ def _pair(inputs: Inputs, ref_hidden: Tensor) -> PairInputs:
 @implements("linear_policy_loss", "torch")
 def _torch(inputs: Inputs, loss: LossInputs, ref_hidden: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     if ref_hidden is None:
-        return _from_logprobs(loss, *linear_logprobs_reference(inputs, True))
+        return _from_logprobs(loss, *linear_logprobs_reference(inputs, True)[:2])
     logprobs, _, entropy, kl = linear_policy_ref_reference(_pair(inputs, ref_hidden))
     return _from_logprobs(loss, logprobs, entropy, kl)
 
@@ -190,7 +190,7 @@ def _fused(inputs: Inputs, loss: LossInputs, ref_hidden: Tensor | None) -> tuple
     if loss.sequence_level:  # d loss / d logprob depends on all log-probs of the sequence
         if ref_hidden is None:
             ahead = loss.terms.entropy_coef == 0
-            return _from_logprobs(loss, *linear_logprobs_fused(inputs, True, ahead=ahead))
+            return _from_logprobs(loss, *linear_logprobs_fused(inputs, True, ahead=ahead)[:2])
         logprobs, _, entropy, kl = linear_policy_ref_fused(_pair(inputs, ref_hidden))
         return _from_logprobs(loss, logprobs, entropy, kl)
     wants = wanted(inputs.hidden, inputs.head)

@@ -103,8 +103,8 @@ def reference(inputs: Inputs) -> tuple[Tensor, ...]:
         logits = project(hidden, head, softcap)
         with torch.no_grad():
             ref_logits = project(ref_hidden, without_adapter(head), softcap)
-            ref_logprobs, _ = reference_of_rows(ref_logits, targets, temperature, False)
-        logprobs, entropy = reference_of_rows(logits, targets, temperature, True)
+            ref_logprobs = reference_of_rows(ref_logits, targets, temperature, False).logprobs
+        logprobs, entropy, *_ = reference_of_rows(logits, targets, temperature, True)
         assert entropy is not None  # return_entropy is True
         kl = exact_kl_reference(KlInputs(logits, ref_logits, None, temperature, 1.0))
         return logprobs, ref_logprobs, entropy, kl

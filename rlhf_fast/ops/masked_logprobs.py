@@ -1,4 +1,4 @@
-"""Log-probabilities of the target tokens, and optionally the entropy, from logits."""
+"""Log-probabilities of the target tokens, and optionally entropy and other statistics, from logits."""
 
 import functools
 from typing import Any, Literal, NamedTuple, overload
@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf_fast.kernels import records
+from rlhf_fast.kernels.records import RowOutputs
 
 from . import _checks
 from ._dispatch import implementation, implements, launch
-from ._op import fused_op
+from ._op import fused_op, not_differentiable
 from ._rows import (
     Tokens,
     accumulation_dtype,
@@ -29,16 +30,34 @@ from ._rows import (
     vocabulary,
 )
 from ._vocab import (
+    RowExtras,
     RowStatistics,
     all_dead,
     cap_and_scale,
     cap_and_scale_backward,
     row_chunks,
     row_entropy,
+    row_extras,
     row_gradient,
+    row_logsumexp,
     row_statistics,
     softplus,
 )
+
+
+class TokenStatistics(NamedTuple):
+    """What one pass over the logits tells of each token.
+
+    All (...), 0 where masked, of the logits after softcap and temperature. A row that is NaN is NaN in all of them and
+    not top-1. The first three have gradients.
+    """
+
+    logprobs: Tensor  # of the targets
+    entropy: Tensor  # in nats
+    logsumexp: Tensor  # log sum_j e^x_j, as in a z-loss
+    mean_logit: Tensor  # the mean over the vocabulary, that of -inf included
+    log_sum_squares: Tensor  # log sum_j p_j^2
+    is_top1: Tensor  # bool: no logit is larger than the target's; a tie counts
 
 
 @overload
@@ -52,6 +71,7 @@ def masked_logprobs(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     return_entropy: Literal[False] = False,
+    return_statistics: Literal[False] = False,
     inplace_backward: bool = False,
 ) -> Tensor: ...
 @overload
@@ -65,8 +85,10 @@ def masked_logprobs(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     return_entropy: Literal[True],
+    return_statistics: Literal[False] = False,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
 def masked_logprobs(
     logits: Tensor,
     targets: Tensor,
@@ -77,8 +99,22 @@ def masked_logprobs(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    return_statistics: Literal[True],
     inplace_backward: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TokenStatistics: ...
+def masked_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    return_statistics: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor] | TokenStatistics:
     """log softmax(logits)[target] for every live token, 0 for the others.
 
     The softmax is over softcap * tanh(logits / softcap) / temperature. A confident token (p -> 1) keeps its relative
@@ -96,12 +132,14 @@ def masked_logprobs(
         vocab_size: columns from this index on are padding: not in the softmax, gradient 0.
         ignore_index: a target with this value is masked.
         return_entropy: also return the entropy of each live row in nats, which has a gradient too.
+        return_statistics: return TokenStatistics: log-probs, entropy and more, from the same pass over the logits.
         inplace_backward: the backward overwrites the logits with their gradient instead of allocating memory (logits
             whose columns are not contiguous are copied first).
 
     Returns:
-        logprobs (...) or (logprobs, entropy), float32 (float64 for float64 logits), 0 where masked. A target at -inf
-        gives -inf with a finite gradient. A live row with NaN or +inf, or with only -inf, is NaN; other rows are not.
+        logprobs (...), (logprobs, entropy) or TokenStatistics, float32 (float64 for float64 logits), 0 where masked. A
+        target at -inf gives -inf with a finite gradient. A live row with NaN or +inf, or with only -inf, is NaN; other
+        rows are not.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device or value.
@@ -120,10 +158,29 @@ def masked_logprobs(
     )
     shape = logits.shape[:-1]
     (rows,) = in_batches(logits, inplace=inplace_backward)
-    logprobs, entropy = implementation(op, logits)(
-        Inputs(rows, tokens, softcap or 0.0, vocab, return_entropy, inplace_backward)
+    outputs = implementation(op, logits)(
+        Inputs(rows, tokens, softcap or 0.0, vocab, return_entropy, return_statistics, inplace_backward)
     )
-    return (unflat(logprobs, shape), unflat(entropy, shape)) if return_entropy else unflat(logprobs, shape)
+    return in_shape(outputs, shape)
+
+
+def in_shape(outputs: RowOutputs, shape: torch.Size) -> Tensor | tuple[Tensor, Tensor] | TokenStatistics:
+    """What the public functions return, in ``shape``."""
+    logprobs = unflat(outputs.logprobs, shape)
+    if outputs.entropy is None:
+        return logprobs
+    entropy = unflat(outputs.entropy, shape)
+    if outputs.logsumexp is None or outputs.extras is None:
+        return logprobs, entropy
+    extras = RowExtras(*(unflat(extra, shape) for extra in outputs.extras.unbind(1)))
+    return TokenStatistics(
+        logprobs,
+        entropy,
+        logsumexp=unflat(outputs.logsumexp, shape),
+        mean_logit=extras.mean_logit,
+        log_sum_squares=extras.log_sum_squares,
+        is_top1=extras.is_top1.bool(),
+    )
 
 
 class Inputs(NamedTuple):
@@ -132,6 +189,7 @@ class Inputs(NamedTuple):
     softcap: float  # 0 = none
     vocab_size: int
     return_entropy: bool
+    return_statistics: bool  # entropy included
     inplace_backward: bool
 
 
@@ -139,22 +197,21 @@ class Inputs(NamedTuple):
 
 
 @implements("masked_logprobs", "torch")
-def reference(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-    """-> logprobs (N,), entropy (N,)."""
+def reference(inputs: Inputs) -> RowOutputs:
     _checks.differentiated_once("masked_logprobs")
     logits, tokens, softcap, *options = inputs
     logits, tokens = as_rows(logits), counted(tokens)
     live, temperature = expanded(logits, *tokens[1:4])
-    logprobs, entropy, *_ = _MaskedLogprobs.apply(logits, tokens.targets, live, temperature, softcap or None, *options)
-    return logprobs, entropy
+    outputs = _MaskedLogprobs.apply(logits, tokens.targets, live, temperature, softcap or None, *options)
+    return RowOutputs(*outputs[: len(RowOutputs._fields)])
 
 
 def reference_of_rows(
-    logits: Tensor, targets: Tensor, temperature: Tensor, return_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
+    logits: Tensor, targets: Tensor, temperature: Tensor, return_entropy: bool, return_statistics: bool = False
+) -> RowOutputs:
     """``reference`` of logits (N, V) whose rows all count, without softcap."""
     tokens = Tokens(targets, None, temperature)
-    return reference(Inputs(logits, tokens, 0.0, logits.shape[1], return_entropy, False))
+    return reference(Inputs(logits, tokens, 0.0, logits.shape[1], return_entropy, return_statistics, False))
 
 
 class _MaskedLogprobs(torch.autograd.Function):
@@ -171,19 +228,22 @@ class _MaskedLogprobs(torch.autograd.Function):
         softcap: float | None,
         vocab_size: int,
         return_entropy: bool,
+        return_statistics: bool,
         inplace_backward: bool,
     ) -> tuple[Tensor | None, ...]:
-        """-> logprobs, entropy, and the fields of RowStatistics."""
+        """-> the fields of RowOutputs, and those of RowStatistics."""
         zeros = logits.new_zeros(logits.shape[0], dtype=accumulation_dtype(logits.dtype))
         logprobs = zeros.clone()
-        entropy = zeros.clone() if return_entropy else None
+        entropy = zeros.clone() if return_entropy or return_statistics else None
+        logsumexp = zeros.clone() if return_statistics else None
+        extras = zeros.new_zeros(logits.shape[0], len(RowExtras._fields)) if return_statistics else None
         statistics = RowStatistics(*(zeros.clone() for _ in RowStatistics._fields))
         for rows in row_chunks(logits.shape[0], vocab_size):
             if all_dead(live[rows]):
                 continue
             alive = live[rows]
             raw = _live_rows(logits[rows, :vocab_size], alive, zeros.dtype)
-            scaled = cap_and_scale(raw, softcap, temperature[rows].masked_fill(~alive, 1.0))
+            scaled, offset = cap_and_scale(raw, softcap, temperature[rows].masked_fill(~alive, 1.0))
             target = targets[rows].masked_fill(~alive, 0)
             chunk = row_statistics(scaled, target)
             for whole, part in zip(statistics, chunk, strict=True):
@@ -191,24 +251,33 @@ class _MaskedLogprobs(torch.autograd.Function):
             logprobs[rows] = (-softplus(chunk.log_odds)).masked_fill(~alive, 0.0)
             if entropy is not None:
                 entropy[rows] = row_entropy(scaled, target, chunk).masked_fill(~alive, 0.0)
-        return logprobs, entropy, *statistics
+            if logsumexp is not None and extras is not None:
+                logsumexp[rows] = row_logsumexp(chunk, offset).masked_fill(~alive, 0.0)
+                columns = torch.stack(row_extras(scaled, target, chunk, offset), dim=1)
+                extras[rows] = columns.masked_fill(~alive[:, None], 0.0)
+        return logprobs, entropy, logsumexp, extras, *statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        *tensors, ctx.softcap, ctx.vocab_size, _, ctx.inplace_backward = inputs
+        *tensors, ctx.softcap, ctx.vocab_size, _, _, ctx.inplace_backward = inputs
+        _, entropy, _, extras, *statistics = output
         ctx.spent = False
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(*tensors, *output[1:])
+        not_differentiable(ctx, [extras, *statistics])
+        ctx.save_for_backward(*tensors, entropy, *statistics)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
+        ctx: Any,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_logsumexp: Tensor | None,
+        *_: None,
     ) -> tuple[Tensor | None, ...]:
         refuse_spent(ctx, "masked_logprobs")
-        if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 8
+        if grad_logprobs is None and grad_entropy is None and grad_logsumexp is None:
+            return (None,) * 9
         logits, targets, live, temperature, entropy, *saved = ctx.saved_tensors
         grad = gradient_memory(ctx, logits)
         for rows in row_chunks(logits.shape[0], ctx.vocab_size):
@@ -220,16 +289,17 @@ class _MaskedLogprobs(torch.autograd.Function):
             raw = _live_rows(logits[rows, : ctx.vocab_size], alive, saved[0].dtype)
             tau = temperature[rows].masked_fill(~alive, 1.0)
             chunk = row_gradient(
-                cap_and_scale(raw, ctx.softcap, tau),
+                cap_and_scale(raw, ctx.softcap, tau)[0],
                 targets[rows].masked_fill(~alive, 0),
                 RowStatistics(*(part[rows] for part in saved)),
                 None if grad_logprobs is None else grad_logprobs[rows],
                 None if entropy is None else entropy[rows],
                 None if grad_entropy is None else grad_entropy[rows],
+                None if grad_logsumexp is None else grad_logsumexp[rows],
             )
             chunk = cap_and_scale_backward(chunk, raw, ctx.softcap, tau)
             grad[rows, : ctx.vocab_size] = chunk.masked_fill_(~alive[:, None], 0.0).to(logits.dtype)
-        return grad, *(None,) * 7
+        return grad, *(None,) * 8
 
 
 def _live_rows(logits: Tensor, alive: Tensor, dtype: torch.dtype) -> Tensor:
@@ -241,35 +311,46 @@ def _live_rows(logits: Tensor, alive: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @implements("masked_logprobs", "fused")
-def _fused(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+def _fused(inputs: Inputs) -> RowOutputs:
     logits = unit_columns(inputs.logits)
     # Under torch.compile the compiler allocates the gradient, and a graph must not write to its inputs.
     inplace = inputs.inplace_backward and not torch.compiler.is_compiling()
     if logits is not inputs.logits or inplace != inputs.inplace_backward:
         inputs = inputs._replace(logits=logits, inplace_backward=inplace)
-    logprobs, entropy, _ = _forward(inputs)
-    return logprobs, entropy if inputs.return_entropy else None
+    logprobs, entropy, logsumexp, extras, _ = _forward(inputs)
+    if inputs.return_statistics:
+        return RowOutputs(logprobs, entropy, logsumexp, extras)
+    return RowOutputs(logprobs, entropy if inputs.return_entropy else None)
 
 
-def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor]:
-    """-> logprobs (N,), entropy (N,), statistics (N, 4)."""
-    logprobs, entropy, statistics = _outputs(inputs)
+def _kernel(inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """-> the fields of RowOutputs, and statistics (N, 4)."""
+    logprobs, entropy, logsumexp, extras, statistics = _outputs(inputs)
     launch(
         records.MaskedLogprobs(
-            rows=rows_of(logprobs.shape[0], *inputs.tokens, vocab=inputs.vocab_size, softcap=inputs.softcap),
+            rows=rows_of(statistics.shape[0], *inputs.tokens, vocab=inputs.vocab_size, softcap=inputs.softcap),
             logits=logits_of(inputs.logits),
-            logprobs=logprobs,
-            entropy=entropy,
+            outputs=RowOutputs(logprobs, entropy, logsumexp, extras),
             statistics=statistics,
         ),
-        logprobs,
+        statistics,
     )
-    return logprobs, entropy, statistics
+    return logprobs, entropy, logsumexp, extras, statistics
 
 
-def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor]:
-    rows, empty = inputs.tokens.targets.shape[0], functools.partial(inputs.logits.new_empty, dtype=torch.float32)
-    return empty(rows), empty(rows) if inputs.return_entropy else None, empty(rows, records.STATISTICS)
+def _outputs(inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    rows = inputs.tokens.targets.shape[0]
+    outputs = empty_outputs(inputs.logits, rows, inputs.return_entropy, inputs.return_statistics)
+    return *outputs, inputs.logits.new_empty(rows, records.STATISTICS, dtype=torch.float32)
+
+
+def empty_outputs(like: Tensor, rows: int, return_entropy: bool, return_statistics: bool) -> RowOutputs:
+    """Uninitialised, of ``rows`` rows."""
+    empty = functools.partial(like.new_empty, dtype=torch.float32)
+    entropy = empty(rows) if return_entropy or return_statistics else None
+    if not return_statistics:
+        return RowOutputs(empty(rows), entropy)
+    return RowOutputs(empty(rows), entropy, empty(rows), empty(rows, records.EXTRAS))
 
 
 class _Backward(NamedTuple):
@@ -283,11 +364,13 @@ class _Backward(NamedTuple):
     entropy: Tensor | None
     grad_logprobs: Tensor | None
     grad_entropy: Tensor | None
+    grad_logsumexp: Tensor | None
 
 
 def _backward_kernel(inputs: _Backward) -> None:
     """Writes the gradient into ``grad``."""
-    grad_logprobs, grad_entropy = inputs.grad_logprobs, inputs.grad_entropy
+    grads = (inputs.grad_logprobs, inputs.grad_entropy, inputs.grad_logsumexp)
+    grad_logprobs, grad_entropy, grad_logsumexp = (None if grad is None else grad.contiguous() for grad in grads)
     launch(
         records.MaskedLogprobsBackward(
             rows=rows_of(inputs.logprobs.shape[0], *inputs.tokens, vocab=inputs.vocab_size, softcap=inputs.softcap),
@@ -296,8 +379,9 @@ def _backward_kernel(inputs: _Backward) -> None:
             statistics=inputs.statistics,
             logprobs=inputs.logprobs,
             entropy=inputs.entropy,
-            grad_logprobs=None if grad_logprobs is None else grad_logprobs.contiguous(),
-            grad_entropy=None if grad_entropy is None else grad_entropy.contiguous(),
+            grad_logprobs=grad_logprobs,
+            grad_entropy=grad_entropy,
+            grad_logsumexp=grad_logsumexp,
             grad=logits_of(inputs.grad),
         ),
         inputs.grad,
@@ -308,18 +392,24 @@ _backward = fused_op("masked_logprobs_backward", _Backward, _backward_kernel, la
 
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
-    logits, tokens, ctx.softcap, ctx.vocab_size, ctx.return_entropy, ctx.inplace_backward = inputs
+    logits, tokens, ctx.softcap, ctx.vocab_size, return_entropy, ctx.return_statistics, ctx.inplace_backward = inputs
+    ctx.return_entropy = return_entropy or ctx.return_statistics
     ctx.set_materialize_grads(False)
     ctx.spent = False
     *tensors, ctx.temperature, ctx.ignore_index = tokens
-    ctx.save_for_backward(logits, *tensors, *output)
+    logprobs, entropy, *_, statistics = output
+    ctx.save_for_backward(logits, *tensors, logprobs, entropy, statistics)
 
 
 def _gradient(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
+    ctx: Any,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    *_: Tensor | None,
 ) -> tuple[Tensor | None]:
     refuse_spent(ctx, "masked_logprobs")
-    if grad_logprobs is None and grad_entropy is None:
+    if grad_logprobs is None and grad_entropy is None and grad_logsumexp is None:
         return (None,)
     logits, targets, live, temperatures, logprobs, entropy, statistics = ctx.saved_tensors
     grad = gradient_memory(ctx, logits)
@@ -335,11 +425,12 @@ def _gradient(
             entropy=entropy if ctx.return_entropy else None,
             grad_logprobs=grad_logprobs,
             grad_entropy=grad_entropy if ctx.return_entropy else None,
+            grad_logsumexp=grad_logsumexp if ctx.return_statistics else None,
         )
     )
     return (grad,)
 
 
 _forward = fused_op(
-    "masked_logprobs", Inputs, _kernel, _outputs, trained=("logits",), constants=1, save=_save, gradient=_gradient
+    "masked_logprobs", Inputs, _kernel, _outputs, trained=("logits",), constants=2, save=_save, gradient=_gradient
 )
