@@ -1,6 +1,8 @@
 """OpenRLHF's losses and log-probs with OpenRLHF's signatures, computed by our operations. Tested against 0.11.2.
 
-The classes take the place of OpenRLHF's of the same name: ``from rlhf_fast.integrations.openrlhf import PolicyLoss``.
+``patch()`` makes OpenRLHF call them, ``unpatch()`` and the end of ``with patched():`` undo it, and ``report()`` says
+what was replaced, what was not and why, and how often OpenRLHF called it (for a class: made one). A patch holds for one
+process: each of OpenRLHF's Ray actors has to call it.
 
 Where they differ from OpenRLHF's on purpose: results are float32 for half-precision inputs too; a masked token is never
 read, so that its NaN has no effect; a batch without a token that counts gives 0 and not NaN; the log ratio of a
@@ -26,6 +28,8 @@ from rlhf_fast.ops import (
     truncated_importance_weights,
 )
 
+from ._patch import Patch, Replacement, Step
+
 __all__ = [
     "DPOLoss",
     "LogExpLoss",
@@ -39,6 +43,10 @@ __all__ = [
     "get_advantages_and_returns",
     "get_cumulative_returns",
     "log_probs_from_logits",
+    "patch",
+    "patched",
+    "report",
+    "unpatch",
 ]
 
 KL_BOUND = 10.0  # of an estimate, and of the importance weight of its gradient
@@ -298,3 +306,31 @@ def get_cumulative_returns(self: Any, rewards: Tensor, action_mask: Tensor | Non
 
 def _live(tensor: Tensor, mask: Tensor | None) -> Tensor:
     return tensor if mask is None else torch.where(mask != 0, tensor, 0.0)
+
+
+# ---- the patch ------------------------------------------------------------------------------------------------------
+
+_patch = Patch(
+    "openrlhf",
+    versions=("0.11", "0.11"),
+    replacements=[
+        *(
+            Replacement(f"openrlhf.models.utils.{function.__name__}", function)
+            for function in (log_probs_from_logits, compute_entropy, compute_approx_kl)
+        ),
+        *(
+            Replacement(f"openrlhf.models.loss.{function.__name__}", function)
+            for function in (aggregate_loss, SFTLoss, PolicyLoss, ValueLoss, PairWiseLoss, LogExpLoss, DPOLoss)
+        ),
+    ],
+    left={
+        "the lm head": "Actor.forward makes the logits; log-probs and entropy are ours from there on",
+        "RemoteExperienceMaker.get_advantages_and_returns and get_cumulative_returns": (
+            "a small part of a step: assign ours to the class"
+        ),
+    },
+    step=Step(
+        "openrlhf.trainer.ray.ppo_actor.ActorPPOTrainer.training_step", log_probs_from_logits, lambda trainer: True
+    ),
+)
+patch, unpatch, patched, report = _patch.patch, _patch.unpatch, _patch.patched, _patch.report

@@ -1,6 +1,10 @@
 """verl's loss functions with verl's signatures, computed by our operations. Tested against verl 0.9.1.
 
-verl's own doors take them: ``register_policy_loss("fast")(compute_policy_loss_vanilla)``, with
+``patch()`` makes verl call them, ``unpatch()`` and the end of ``with patched():`` undo it, and ``report()`` says what
+was replaced, what was not and why, and how often verl called it. A patch holds for one process: verl's workers are
+processes of their own, and each has to call it before its engine starts.
+
+verl's own doors take the functions too: ``register_policy_loss("fast")(compute_policy_loss_vanilla)``, with
 ``actor.policy_loss.loss_mode=fast``; ``register_adv_est`` in the same way for the advantages.
 
 Where they differ from verl's on purpose: results are float32 for half-precision inputs too; advantages, returns and
@@ -8,6 +12,7 @@ whitened values are 0 at masked tokens; a batch without a token that counts give
 is an error on the CPU: multiply the loss by weights instead.
 """
 
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -30,6 +35,8 @@ from rlhf_fast.ops import (
 )
 from rlhf_fast.ops import masked_whiten as ops_masked_whiten
 
+from ._patch import Patch, Replacement, Step
+
 __all__ = [
     "FusedLinearForPPO",
     "agg_loss",
@@ -48,6 +55,10 @@ __all__ = [
     "linear_cross_entropy",
     "logprobs_from_logits",
     "masked_whiten",
+    "patch",
+    "patched",
+    "report",
+    "unpatch",
 ]
 
 LOG_RATIO_BOUND = 20.0
@@ -406,3 +417,70 @@ def _outcome(
     advantages = torch.where(single, alone * scores, advantages)
     advantages = advantages.unsqueeze(-1) * mask
     return advantages, advantages
+
+
+# ---- the patch ------------------------------------------------------------------------------------------------------
+
+_CORE, _FUNCTIONAL = "verl.trainer.ppo.core_algos", "verl.utils.torch_functional"
+_POLICY_LOSSES: dict[str, Callable[..., Any]] = {
+    "vanilla": compute_policy_loss_vanilla,
+    "gspo": compute_policy_loss_gspo,
+    "cispo": compute_policy_loss_cispo,
+    "sapo": compute_policy_loss_sapo,
+}
+_ESTIMATORS: dict[str, Callable[..., Any]] = {
+    "gae": compute_gae_advantage_return,
+    "grpo": compute_grpo_outcome_advantage,
+    "rloo": compute_rloo_outcome_advantage,
+}
+
+
+def get_policy_loss_fn(name: str) -> Callable[..., Any]:
+    """The policy loss that verl has under this name; ours in place of verl's own, not of one that a user registered."""
+    return _ours_or(_POLICY_LOSSES, name, "POLICY_LOSS_REGISTRY")
+
+
+def get_adv_estimator_fn(name_or_enum: Any) -> Callable[..., Any]:
+    """The same for an estimator of advantages."""
+    return _ours_or(_ESTIMATORS, getattr(name_or_enum, "value", name_or_enum), "ADV_ESTIMATOR_REGISTRY")
+
+
+def _ours_or(ours: dict[str, Callable[..., Any]], name: str, registry: str) -> Callable[..., Any]:
+    registered: dict[str, Callable[..., Any]] = pkgutil.resolve_name(f"{_CORE}.{registry}")
+    if name not in registered:
+        raise ValueError(f"verl: expected one of {', '.join(registered)}; got {name!r}")
+    function = registered[name]
+    return ours[name] if name in ours and function.__module__ == _CORE else function
+
+
+_patch = Patch(
+    "verl",
+    versions=("0.9", "0.9"),
+    replacements=[
+        *(
+            Replacement(f"{_FUNCTIONAL}.{function.__name__}", function)
+            for function in (logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking)
+        ),
+        Replacement("verl.utils.experimental.torch_functional.FusedLinearForPPO", FusedLinearForPPO),
+        *(
+            Replacement(f"{_CORE}.{function.__name__}", function)
+            for function in (
+                agg_loss,
+                kl_penalty,
+                compute_policy_loss,
+                compute_value_loss,
+                compute_gae_advantage_return,
+                compute_grpo_outcome_advantage,
+                get_policy_loss_fn,
+                get_adv_estimator_fn,
+            )
+        ),
+    ],  # fmt: skip
+    left={
+        "the policy losses dppo_tv, dppo_kl, gpg, clip_cov, kl_cov, geo_mean and dro": "no operation of ours has them",
+        "linear_cross_entropy": "verl's also splits the vocabulary over ranks; for a whole head call ours",
+        "masked_whiten": "other code may read the values that it leaves at masked tokens",
+    },
+    step=Step("verl.workers.utils.losses.ppo_loss", get_policy_loss_fn, lambda config: True),
+)
+patch, unpatch, patched, report = _patch.patch, _patch.unpatch, _patch.patched, _patch.report

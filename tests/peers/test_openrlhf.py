@@ -185,3 +185,18 @@ def test_advantages(seed: int) -> None:
         torch.testing.assert_close(own, theirs)
         own = ours.get_cumulative_returns(None, x.advantages, mask, 0.97)
         torch.testing.assert_close(own, of_the_maker("get_cumulative_returns")(None, x.advantages, mask, 0.97))
+
+
+def test_the_patch() -> None:
+    """Names that other modules imported lead to ours, and the report counts what was made and called."""
+    models, x = imported("openrlhf.models"), tokens(0)
+    tensors = (x.log_probs, x.old, x.advantages, x.mask)
+    theirs, expected = models.PolicyLoss, models.PolicyLoss()(*tensors)[0]
+    with ours.patched() as report:
+        policy = models.PolicyLoss()
+        assert isinstance(policy, ours.PolicyLoss)
+        same(policy(*tensors)[0], expected, x.log_probs)
+        models.aggregate_loss(x.log_probs, x.mask)
+    assert report.calls == {"PolicyLoss": 1, "aggregate_loss": 1}
+    assert "openrlhf.models.PolicyLoss" in report.replaced["PolicyLoss"]
+    assert models.PolicyLoss is theirs

@@ -204,3 +204,31 @@ def test_fused_heads(seed: int) -> None:
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="expected reduction 'none'"):
         ours.linear_cross_entropy(hidden, weight, labels, 0.7, "sum")
+
+
+def test_the_patch() -> None:
+    """verl's names lead to ours, its registries too, but for what a user registered; all is undone in the end."""
+    before = {name: getattr(core, name) for name in ("agg_loss", "get_policy_loss_fn", "compute_value_loss")}
+    importer = ModuleType("importer")
+    importer.agg = core.agg_loss  # type: ignore[attr-defined]
+    sys.modules["importer"] = importer
+    x = tokens(0)
+    core.POLICY_LOSS_REGISTRY["sapo"], verls = (own_sapo := lambda: None), core.POLICY_LOSS_REGISTRY["sapo"]
+    try:
+        with ours.patched() as report:
+            assert importer.agg is core.agg_loss is not before["agg_loss"]  # type: ignore[attr-defined]
+            core.agg_loss(x.log_prob, x.mask, "token-mean")
+            assert core.get_policy_loss_fn("vanilla") is ours.compute_policy_loss_vanilla
+            assert core.get_policy_loss_fn("sapo") is own_sapo
+            assert core.get_policy_loss_fn("gpg") is core.compute_policy_loss_gpg
+            assert core.get_adv_estimator_fn(core.AdvantageEstimator.RLOO) is ours.compute_rloo_outcome_advantage
+            with pytest.raises(ValueError, match="expected one of .*vanilla.*; got 'nothing'"):
+                core.get_policy_loss_fn("nothing")
+            core.compute_policy_loss_gpg(x.old, x.log_prob, x.advantages, x.mask, "token-mean", config())
+        assert report.calls["agg_loss"] == 2
+        assert "importer.agg" in report.replaced["agg_loss"]
+    finally:
+        core.POLICY_LOSS_REGISTRY["sapo"] = verls
+        del sys.modules["importer"]
+    assert before == {name: getattr(core, name) for name in before}
+    assert importer.agg is before["agg_loss"]  # type: ignore[attr-defined]
