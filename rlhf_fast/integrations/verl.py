@@ -40,6 +40,7 @@ from ._patch import Patch, Replacement, Step
 __all__ = [
     "FusedLinearForPPO",
     "agg_loss",
+    "calculate_sum_pi_squared_from_logits",
     "compute_gae_advantage_return",
     "compute_grpo_outcome_advantage",
     "compute_policy_loss",
@@ -82,6 +83,12 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
     """``entropy_from_logits``, which needs no chunks."""
     return entropy_from_logits(logits)
+
+
+def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
+    """The sum of the squared probabilities of each row of ``logits`` (..., V); without gradient."""
+    targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return masked_logprobs(logits.detach(), targets, return_statistics=True).log_sum_squares.exp()
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
@@ -459,7 +466,12 @@ _patch = Patch(
     replacements=[
         *(
             Replacement(f"{_FUNCTIONAL}.{function.__name__}", function)
-            for function in (logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking)
+            for function in (
+                logprobs_from_logits,
+                entropy_from_logits,
+                entropy_from_logits_with_chunking,
+                calculate_sum_pi_squared_from_logits,
+            )
         ),
         Replacement("verl.utils.experimental.torch_functional.FusedLinearForPPO", FusedLinearForPPO),
         *(

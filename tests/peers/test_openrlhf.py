@@ -8,33 +8,19 @@ import ast
 import importlib
 import importlib.util
 import itertools
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
+from conftest import imported
 from torch import Tensor
 
 from rlhf_fast.integrations import openrlhf as ours
 
 if importlib.util.find_spec("openrlhf") is None:
     pytest.skip("openrlhf is not installed", allow_module_level=True)
-
-
-def imported(name: str) -> Any:
-    """The module, with a stand-in for each package that it lacks."""
-    while True:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            assert error.name is not None and not error.name.startswith("openrlhf")
-            stand_in = ModuleType(error.name)
-            stand_in.__path__ = []
-            stand_in.__getattr__ = lambda name: MagicMock()  # type: ignore[method-assign]
-            sys.modules[error.name] = stand_in
 
 
 loss = imported("openrlhf.models.loss")

@@ -1,31 +1,23 @@
 """Our functions with verl's signatures against verl's own, on random and edge inputs, in float32 and float64.
 
-verl's modules need ray to be importable, and call nothing of it here: it is stood in for where it is not installed.
+verl's modules need ray to be importable, and call nothing of it here: it is stood in for.
 """
 
-import importlib
-import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy
 import pytest
 import torch
+from conftest import imported
 from torch import Tensor
 
 from rlhf_fast.integrations import verl as ours
 
-if importlib.util.find_spec("ray") is None:
-    stand_in = ModuleType("ray")
-    stand_in.__path__ = []
-    stand_in.__getattr__ = lambda name: MagicMock()  # type: ignore[method-assign]
-    sys.modules["ray"] = stand_in
-
-core = pytest.importorskip("verl.trainer.ppo.core_algos")
-functional = importlib.import_module("verl.utils.torch_functional")
-heads = importlib.import_module("verl.utils.experimental.torch_functional")
+core = imported("verl.trainer.ppo.core_algos")
+functional = imported("verl.utils.torch_functional")
+heads = imported("verl.utils.experimental.torch_functional")
 
 seeds = pytest.mark.parametrize("seed", range(4))
 
@@ -180,6 +172,10 @@ def test_from_logits(seed: int) -> None:
     labels = torch.randint(40, (3, 6), generator=generator)
     own = ours.logprobs_from_logits(logits, labels, inplace_backward=False)
     same(own, functional.logprobs_from_logits_naive(logits, labels), logits, rtol=1e-4)
+    squares = functional.calculate_sum_pi_squared_from_logits(logits.double())
+    torch.testing.assert_close(
+        ours.calculate_sum_pi_squared_from_logits(logits).double(), squares, rtol=1e-5, atol=1e-7
+    )
     exact = functional.entropy_from_logits(logits.double())
     for entropy in (ours.entropy_from_logits(logits), ours.entropy_from_logits_with_chunking(logits)):
         torch.testing.assert_close(entropy.double(), exact, rtol=1e-5, atol=1e-6)
