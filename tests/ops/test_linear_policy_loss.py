@@ -1,5 +1,6 @@
 """linear_policy_loss: a case worked by hand, and equality with its parts."""
 
+import itertools
 import math
 from typing import Any
 
@@ -17,7 +18,9 @@ from rlhf_fast.ops import (
     linear_logprobs,
     linear_policy_loss,
     masked_logprobs,
+    token_kl,
 )
+from rlhf_fast.ops._losses import ESTIMATORS
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -172,23 +175,35 @@ def random_pair(dtype: torch.dtype, vocab: int = 9) -> tuple[Tensor, ...]:
     return hidden, ref_hidden, normal(vocab, 3), targets, normal(2, 4) - 2, normal(2, 4), mask
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
-@pytest.mark.parametrize("options", [
+OPTIONS: list[dict[str, Any]] = [
     {"aggregation": "token-mean"},
     {"aggregation": "seq-mean-token-mean", "num_items": 3.0},
     {"aggregation": "seq-mean-token-sum-norm"},
-], ids=lambda options: options["aggregation"])  # fmt: skip
-def test_an_exact_kl_is_its_parts(options: dict[str, Any], ratio_level: str, dtype: torch.dtype) -> None:
-    """The loss and the gradients of clipped_policy_loss + kl_coef * exact_kl - entropy_coef * entropy over logits."""
+    {"aggregation": "seq-mean-token-sum", "old": None},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    ("kl_estimator", "options"),
+    [*(("exact", options) for options in OPTIONS), *zip(ESTIMATORS, itertools.cycle(OPTIONS))],
+    ids=lambda value: value["aggregation"] if isinstance(value, dict) else value,
+)
+def test_the_sum_of_the_parts(kl_estimator: str, options: dict[str, Any], ratio_level: str, dtype: torch.dtype) -> None:
+    """The loss and the gradients of clipped_policy_loss + kl_coef * KL - entropy_coef * entropy over logits."""
     hidden, ref_hidden, weight, targets, old_logprobs, advantages, mask = random_pair(dtype)
     bias, down, up = (torch.linspace(-1, 1, size).to(dtype) for size in (9, 3, 9))
     trained = [each.requires_grad_() for each in (hidden, weight, bias, down, up)]
     temperature = torch.tensor([0.7, 1.3])[:, None].expand(2, 4)
+    ref_logprobs = old_logprobs - 0.3 * advantages
+    reference = {"ref_hidden": ref_hidden} if kl_estimator == "exact" else {"ref_logprobs": ref_logprobs}
+    options = dict(options)
+    old_logprobs = options.pop("old", old_logprobs)
     shared = {"ratio_level": ratio_level, "clip_low": 0.1, "clip_high": 0.3, "dual_clip": 2.0, **options}
     result = linear_policy_loss(
-        hidden, weight, targets, old_logprobs, advantages, mask, ref_hidden=ref_hidden, kl_coef=0.3,
-        kl_estimator="exact", entropy_coef=0.1, bias=bias, lora=(down[None], up[:, None], 0.5), softcap=4.0,
+        hidden, weight, targets, old_logprobs, advantages, mask, **reference, kl_coef=0.3,
+        kl_estimator=kl_estimator, entropy_coef=0.1, bias=bias, lora=(down[None], up[:, None], 0.5), softcap=4.0,
         vocab_size=7, temperature=temperature, **shared,
     )  # fmt: skip
     grads = torch.autograd.grad(result.loss, trained)
@@ -201,7 +216,10 @@ def test_an_exact_kl_is_its_parts(options: dict[str, Any], ratio_level: str, dty
         ref_logits = capped(ref_hidden @ weight.T)
     logprobs, entropy = masked_logprobs(logits, targets, mask, temperature=temperature, return_entropy=True)
     policy = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, **shared)
-    kl = exact_kl(logits, ref_logits, mask, temperature=temperature)
+    if kl_estimator == "exact":
+        kl = exact_kl(logits, ref_logits, mask, temperature=temperature)
+    else:
+        kl = token_kl(logprobs, ref_logprobs, mask, estimator=kl_estimator)
     kl, entropy = (aggregate(each, mask.bool(), **options) for each in (kl, entropy))
     loss = policy.loss + 0.3 * kl - 0.1 * entropy
     close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
