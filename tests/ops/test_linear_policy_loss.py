@@ -190,7 +190,9 @@ OPTIONS: list[dict[str, Any]] = [
     [*(("exact", options) for options in OPTIONS), *zip(ESTIMATORS, itertools.cycle(OPTIONS))],
     ids=lambda value: value["aggregation"] if isinstance(value, dict) else value,
 )
-def test_the_sum_of_the_parts(kl_estimator: str, options: dict[str, Any], ratio_level: str, dtype: torch.dtype) -> None:
+def test_the_loss_is_its_parts(
+    kl_estimator: str, options: dict[str, Any], ratio_level: str, dtype: torch.dtype
+) -> None:
     """The loss and the gradients of clipped_policy_loss + kl_coef * KL - entropy_coef * entropy over logits."""
     hidden, ref_hidden, weight, targets, old_logprobs, advantages, mask = random_pair(dtype)
     bias, down, up = (torch.linspace(-1, 1, size).to(dtype) for size in (9, 3, 9))
