@@ -2,6 +2,7 @@
 # make new-op NAME=...: a new operation. make docs: the documentation. make bench: the speed of every operation, compared
 # with other libraries. make bench-step: the speed and memory of whole training steps, beside other trainers.
 # make bench-learning: what PPO learns, beside TRL's.
+# make test-peers: our functions in TRL's trainers, and against those of TRL, verl and OpenRLHF.
 # make gpu: tests and benchmarks on this machine's GPU. make wheel, make sanitize: more tests of the compiled engine.
 PYTHON ?= python3
 # Pinned: an unpinned torch takes several GB of CUDA packages. On a GPU machine: make demo TORCH=torch
@@ -18,13 +19,19 @@ LEARNING_RESULTS := bench/results/learning.json
 # The peers of bench-step, each in an environment of its own. TRL 1.12 is the last one with PPO.
 TRL := trl==1.12.0 transformers==5.24.0 peft==0.21.2 datasets==5.2.0
 AGILERL := agilerl[cpu-llm]==2.58.0
+# What test-peers holds the integrations to; and the older versions that they take.
+PEERS := trl==1.16.0 transformers==5.24.0 peft==0.21.2 datasets==5.2.0 psutil pytest
+OLDER_TRL := 1.15.0
+# verl and OpenRLHF with what their loss functions import; the tests stand in for ray and deepspeed.
+LOSS_PEERS := verl==0.9.1 openrlhf==0.11.2 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 tensordict==0.15.3 \
+pyvers==0.2.3 hydra-core==1.3.8 cloudpickle==3.1.3 orjson==3.13.0 importlib_metadata==10.2.0 zipp==4.1.2 codetiming==1.4.0
 CHART := docs/images/benchmarks-cpu.png
 LEARNING_CHART := docs/images/learning.png
 ENGINE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 CPP := $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cu) tests/cuda/*.cpp tests/cuda/emulated/*.h tests/cuda/emulated/*.cpp)
 
 .DEFAULT_GOAL := $(VENV)/installed
-.PHONY: demo test lint format new-op docs bench bench-step bench-learning gpu wheel sanitize clean
+.PHONY: demo test test-peers lint format new-op docs bench bench-step bench-learning gpu wheel sanitize clean
 
 $(VENV)/packages: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("rlhf-fast needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -64,6 +71,22 @@ $(FOUR_BIT)/installed: $(VENV)/packages
 	$(BIN)/python -m pip install --quiet --no-deps --target $(FOUR_BIT) 'bitsandbytes>=0.49'
 	touch $@
 
+# With the engine that was compiled for $(VENV), which has the same Python.
+test-peers: $(VENV)/installed .venv-peers/installed .venv-peers/losses/installed .venv-peers/trl-$(OLDER_TRL)/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):.venv-peers/losses .venv-peers/bin/python -m pytest -q -rfEs \
+	--confcutdir tests/peers tests/peers
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv-peers/trl-$(OLDER_TRL):$(CURDIR) .venv-peers/bin/python -m pytest -q -rfEs \
+	--confcutdir tests/peers tests/peers/older_trl.py
+
+# Beside the newest one, for PYTHONPATH.
+.venv-peers/trl-%/installed: .venv-peers/installed
+	.venv-peers/bin/python -m pip install --quiet --no-deps --target .venv-peers/trl-$* trl==$*
+	touch $@
+
+.venv-peers/losses/installed: .venv-peers/installed
+	.venv-peers/bin/python -m pip install --quiet --no-deps --target .venv-peers/losses $(LOSS_PEERS)
+	touch $@
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -99,6 +122,7 @@ bench: $(VENV)/installed
 	touch $@
 
 .venv-trl/installed: PEER = $(TRL)
+.venv-peers/installed: PEER = $(PEERS)
 .venv-agilerl/installed: PEER = "$(AGILERL)"
 
 # The folder of the demo's model, in a recipe.
@@ -187,4 +211,4 @@ sanitize: $(VENV)/installed
 	$(BIN)/python tests/sanitize.py
 
 clean:
-	rm -rf $(VENV) .venv-trl .venv-agilerl build dist *.egg-info rlhf_fast/_C.*
+	rm -rf $(VENV) .venv-trl .venv-agilerl .venv-peers build dist *.egg-info rlhf_fast/_C.*

@@ -4,7 +4,8 @@ import pytest
 import torch
 from devices import seeded
 
-from rlhf_fast.ops._aggregate import AGGREGATIONS, aggregate
+from rlhf_fast.ops import aggregate
+from rlhf_fast.ops._aggregate import AGGREGATIONS
 from rlhf_fast.ops.clipped_policy_loss import PolicyLoss, clipped_policy_loss
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -101,18 +102,47 @@ def test_the_first_update_has_ratio_one_exactly() -> None:
         torch.testing.assert_close(result.loss, -advantages[mask].mean())
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_without_old_logprobs_they_are_the_policys_own(level: str) -> None:
+    logprobs, _, advantages, mask = sample(0, 4, 6)
+    logprobs.requires_grad_()
+    given, own = (
+        clipped_policy_loss(logprobs, old, advantages, mask, ratio_level=level) for old in (logprobs.detach(), None)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(given, own, strict=True))
+    (gradient,) = torch.autograd.grad(own.loss, logprobs)
+    torch.testing.assert_close(gradient, torch.where(mask, -advantages / mask.sum(), 0.0))
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("num_items", [None, 5])
-def test_aggregation_of_the_token_losses(aggregation: str, num_items: int | None) -> None:
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("dual_clip", [None, 1.1])
+def test_the_aggregate_of_the_token_losses(
+    dual_clip: float | None, level: str, num_items: int | None, aggregation: str
+) -> None:
+    """Value and gradient, of losses and their slopes written out token by token."""
     logprobs, old_logprobs, advantages, mask = sample(1, 3, 5)
-    result = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, aggregation=aggregation, num_items=num_items)
-    losses = torch.empty(3, 5)
+    how = {"aggregation": aggregation, "num_items": num_items}
+    result = clipped_policy_loss(
+        logprobs.requires_grad_(), old_logprobs, advantages, mask, clip_high=0.3, dual_clip=dual_clip,
+        ratio_level=level, **how,
+    )  # fmt: skip
+    losses, slopes = torch.empty(2, 3, 5)
     for i in range(3):
+        log_ratios = [(logprobs[i, j] - old_logprobs[i, j]).item() for j in range(5)]
+        live = [log_ratio for log_ratio, counts in zip(log_ratios, mask[i].tolist(), strict=True) if counts]
         for j in range(5):
-            r, a = math.exp(logprobs[i, j] - old_logprobs[i, j]), advantages[i, j].item()
-            losses[i, j] = max(-a * r, -a * min(max(r, 0.8), 1.2))
-    expected = aggregate(losses, mask, aggregation=aggregation, num_items=num_items)  # by hand in test_aggregate
+            r, a = math.exp(log_ratios[j] if level == "token" else sum(live) / len(live)), advantages[i, j].item()
+            loss = max(-a * r, -a * min(max(r, 0.8), 1.3))
+            if dual_clip is not None and a < 0:
+                loss = min(loss, -a * dual_clip)
+            losses[i, j], slopes[i, j] = loss, -a * r if loss == -a * r else 0.0
+    losses.requires_grad_()
+    expected = aggregate(losses, mask, **how)  # by hand in test_aggregate
     torch.testing.assert_close(result.loss, expected)
+    (weights,) = torch.autograd.grad(expected, losses)
+    torch.testing.assert_close(torch.autograd.grad(result.loss, logprobs)[0], weights * slopes)
 
 
 @pytest.mark.parametrize("dual_clip", [None, 1.1])

@@ -2,7 +2,8 @@ import pytest
 import torch
 from devices import seeded
 
-from rlhf_fast.ops._aggregate import AGGREGATIONS, aggregate
+from rlhf_fast.ops import aggregate
+from rlhf_fast.ops._aggregate import AGGREGATIONS
 from rlhf_fast.ops.clipped_value_loss import clipped_value_loss
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -49,16 +50,25 @@ def test_a_tie_between_the_branches_counts_as_unclipped() -> None:
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("num_items", [None, 5])
-def test_aggregation_of_the_token_losses(aggregation: str, num_items: int | None) -> None:
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_the_aggregate_of_the_token_losses(clip: float | None, num_items: int | None, aggregation: str) -> None:
+    """Value and gradient, of losses and their slopes written out token by token."""
     values, old_values, returns, mask = sample(1, 3, 5)
-    result = clipped_value_loss(values, old_values, returns, mask, aggregation=aggregation, num_items=num_items)
-    losses = torch.empty(3, 5)
+    how = {"aggregation": aggregation, "num_items": num_items}
+    result = clipped_value_loss(values.requires_grad_(), old_values, returns, mask, clip=clip, **how)
+    losses, slopes = torch.empty(2, 3, 5)
     for i in range(3):
         for j in range(5):
             v, old, target = (tensor[i, j].item() for tensor in (values, old_values, returns))
-            losses[i, j] = 0.5 * max((v - target) ** 2, (min(max(v, old - 0.2), old + 0.2) - target) ** 2)
-    expected = aggregate(losses, mask, aggregation=aggregation, num_items=num_items)  # by hand in test_aggregate
+            near = v if clip is None else min(max(v, old - clip), old + clip)
+            clipped = (near - target) ** 2 > (v - target) ** 2
+            losses[i, j] = 0.5 * ((near if clipped else v) - target) ** 2
+            slopes[i, j] = 0.0 if clipped else v - target
+    losses.requires_grad_()
+    expected = aggregate(losses, mask, **how)  # by hand in test_aggregate
     torch.testing.assert_close(result.loss, expected)
+    (weights,) = torch.autograd.grad(expected, losses)
+    torch.testing.assert_close(torch.autograd.grad(result.loss, values)[0], weights * slopes)
 
 
 @pytest.mark.parametrize("clip", [0.2, None])

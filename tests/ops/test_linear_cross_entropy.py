@@ -7,7 +7,7 @@ import pytest
 import torch
 from devices import seeded
 
-from rlhf_fast.ops import linear_cross_entropy
+from rlhf_fast.ops import aggregate, linear_cross_entropy, linear_logprobs, masked_logprobs
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -53,6 +53,36 @@ def test_agrees_with_torch_and_shifts_nothing() -> None:
     logits = hidden @ weight.T
     truth = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=6)
     torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, ignore_index=6), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_items": 3.0}, {"reduction": "sum"}, {"reduction": "none"}], ids=str)
+def test_the_sum_of_the_parts(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Value and gradients of -linear_logprobs, and of -masked_logprobs of whole logits, aggregated."""
+    generator = seeded(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    trained = hidden, weight, bias, down, up = normal(2, 4, 3), normal(9, 3), normal(9), normal(2, 3), normal(9, 2)
+    labels = torch.randint(7, (2, 4), generator=generator)
+    labels[0, 1] = labels[1, 3] = 5
+    temperature = torch.tensor([0.7, 1.3])[:, None].expand(2, 4)
+    shared: dict[str, Any] = {"temperature": temperature, "softcap": 4.0, "vocab_size": 7, "ignore_index": 5}
+    loss = linear_cross_entropy(hidden, weight, labels, bias=bias, lora=(down, up, 0.5), **shared, **options)
+    weights = torch.ones_like(loss) if loss.dim() == 0 else torch.linspace(0, 1, 8).to(dtype).view(2, 4)
+    grads = torch.autograd.grad((loss * weights).sum(), trained)
+
+    logits = hidden @ weight.T + bias + 0.5 * (hidden @ down.T) @ up.T
+    items = 1.0 if options.get("reduction") == "sum" else options.get("num_items")
+    for logprobs in (
+        linear_logprobs(hidden, weight, labels, bias=bias, lora=(down, up, 0.5), **shared),
+        masked_logprobs(logits, labels, **shared),
+    ):
+        whole = -logprobs if loss.dim() else aggregate(-logprobs, labels != 5, num_items=items)
+        close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
+        torch.testing.assert_close(loss, whole, **close)
+        torch.testing.assert_close(grads, torch.autograd.grad((whole * weights).sum(), trained), **close)
 
 
 def test_no_label_counts() -> None:

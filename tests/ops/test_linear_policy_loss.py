@@ -1,5 +1,6 @@
 """linear_policy_loss: a case worked by hand, and equality with its parts."""
 
+import itertools
 import math
 from typing import Any
 
@@ -9,8 +10,17 @@ from devices import seeded
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlhf_fast.ops import clipped_policy_loss, exact_kl, linear_policy_loss, masked_logprobs
-from rlhf_fast.ops._aggregate import aggregate
+from rlhf_fast.ops import (
+    _sweep,
+    aggregate,
+    clipped_policy_loss,
+    exact_kl,
+    linear_logprobs,
+    linear_policy_loss,
+    masked_logprobs,
+    token_kl,
+)
+from rlhf_fast.ops._losses import ESTIMATORS
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -165,23 +175,37 @@ def random_pair(dtype: torch.dtype, vocab: int = 9) -> tuple[Tensor, ...]:
     return hidden, ref_hidden, normal(vocab, 3), targets, normal(2, 4) - 2, normal(2, 4), mask
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
-@pytest.mark.parametrize("options", [
+OPTIONS: list[dict[str, Any]] = [
     {"aggregation": "token-mean"},
     {"aggregation": "seq-mean-token-mean", "num_items": 3.0},
     {"aggregation": "seq-mean-token-sum-norm"},
-], ids=lambda options: options["aggregation"])  # fmt: skip
-def test_an_exact_kl_is_its_parts(options: dict[str, Any], ratio_level: str, dtype: torch.dtype) -> None:
-    """The loss and the gradients of clipped_policy_loss + kl_coef * exact_kl - entropy_coef * entropy over logits."""
+    {"aggregation": "seq-mean-token-sum", "old": None},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    ("kl_estimator", "options"),
+    [*(("exact", options) for options in OPTIONS), *zip(ESTIMATORS, itertools.cycle(OPTIONS))],
+    ids=lambda value: value["aggregation"] if isinstance(value, dict) else value,
+)
+def test_the_loss_is_its_parts(
+    kl_estimator: str, options: dict[str, Any], ratio_level: str, dtype: torch.dtype
+) -> None:
+    """The loss and the gradients of clipped_policy_loss + kl_coef * KL - entropy_coef * entropy over logits."""
     hidden, ref_hidden, weight, targets, old_logprobs, advantages, mask = random_pair(dtype)
     bias, down, up = (torch.linspace(-1, 1, size).to(dtype) for size in (9, 3, 9))
     trained = [each.requires_grad_() for each in (hidden, weight, bias, down, up)]
     temperature = torch.tensor([0.7, 1.3])[:, None].expand(2, 4)
+    ref_logprobs = old_logprobs - 0.3 * advantages
+    reference = {"ref_hidden": ref_hidden} if kl_estimator == "exact" else {"ref_logprobs": ref_logprobs}
+    options = dict(options)
+    old_logprobs = options.pop("old", old_logprobs)
     shared = {"ratio_level": ratio_level, "clip_low": 0.1, "clip_high": 0.3, "dual_clip": 2.0, **options}
     result = linear_policy_loss(
-        hidden, weight, targets, old_logprobs, advantages, mask, ref_hidden=ref_hidden, kl_coef=0.3,
-        kl_estimator="exact", entropy_coef=0.1, bias=bias, lora=(down[None], up[:, None], 0.5), softcap=4.0,
+        hidden, weight, targets, old_logprobs, advantages, mask, **reference, kl_coef=0.3,
+        kl_estimator=kl_estimator, entropy_coef=0.1, bias=bias, lora=(down[None], up[:, None], 0.5), softcap=4.0,
         vocab_size=7, temperature=temperature, **shared,
     )  # fmt: skip
     grads = torch.autograd.grad(result.loss, trained)
@@ -194,7 +218,10 @@ def test_an_exact_kl_is_its_parts(options: dict[str, Any], ratio_level: str, dty
         ref_logits = capped(ref_hidden @ weight.T)
     logprobs, entropy = masked_logprobs(logits, targets, mask, temperature=temperature, return_entropy=True)
     policy = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, **shared)
-    kl = exact_kl(logits, ref_logits, mask, temperature=temperature)
+    if kl_estimator == "exact":
+        kl = exact_kl(logits, ref_logits, mask, temperature=temperature)
+    else:
+        kl = token_kl(logprobs, ref_logprobs, mask, estimator=kl_estimator)
     kl, entropy = (aggregate(each, mask.bool(), **options) for each in (kl, entropy))
     loss = policy.loss + 0.3 * kl - 0.1 * entropy
     close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
@@ -262,3 +289,42 @@ def test_one_column_has_no_exact_kl() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"linear_policy_loss: {message}"):
         linear_policy_loss(tensor([[1.0]]), WEIGHT, torch.tensor([0]), tensor([-1.0]), tensor([1.0]), **options)
+
+
+# ---- without old log-probs: the policy's own ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    {"aggregation": "seq-mean-token-mean", "num_items": 3.0, "ratio_level": "token"},
+    {"ratio_level": "sequence"},
+], ids=lambda options: options["ratio_level"])  # fmt: skip
+@pytest.mark.parametrize("reference", ["none", "k3", "exact"])
+def test_without_old_logprobs_they_are_the_policys_own(reference: str, options: dict[str, Any]) -> None:
+    """As with the log-probs of a first call, and the ratio is exactly 1."""
+    hidden, ref_hidden, weight, targets, _, advantages, mask = random_pair(torch.float32)
+    trained = [each.requires_grad_() for each in (hidden, weight)]
+    logprobs = linear_logprobs(hidden, weight, targets, mask)
+    options = {"entropy_coef": 0.1, **options}
+    if reference == "k3":
+        options |= {"kl_coef": 0.3, "ref_logprobs": logprobs.detach() - 0.5}
+    if reference == "exact":
+        options |= {"kl_coef": 0.3, "kl_estimator": "exact", "ref_hidden": ref_hidden}
+    expected = linear_policy_loss(hidden, weight, targets, logprobs, advantages, mask, **options)
+    result = linear_policy_loss(hidden, weight, targets, None, advantages, mask, **options)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(each.loss, trained) for each in (result, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+    assert [number.item() for number in result[4:]] == [0.0, 0.0, 1.0, 1.0, pytest.approx(0.0, abs=1e-15)]
+    with torch.no_grad():
+        again = linear_policy_loss(hidden, weight, targets, None, advantages, mask, **options)
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_old_logprobs_the_logits_are_computed_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the forward pass, which has all gradients on the engines; the reference computes them again, as always."""
+    calls = []
+    project = _sweep._project
+    monkeypatch.setattr(_sweep, "_project", lambda *given: calls.append(given) or project(*given))
+    hidden, _, weight, targets, _, advantages, _ = random_pair(torch.float32)
+    linear_policy_loss(hidden.requires_grad_(), weight, targets, None, advantages).loss.backward()
+    assert len(calls) == (backend != "torch")
