@@ -53,3 +53,15 @@ def test_the_custom_loop_learns_its_reward_in_under_60_lines(monkeypatch):
     means = custom_loop.main(steps=16)
     assert means[-1] > means[0] + 1
     assert len((ROOT / "examples" / "custom_loop.py").read_text().splitlines()) < 60
+
+
+def test_the_fast_losses_are_the_naive_ones_in_under_80_lines(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import fast_losses
+
+    monkeypatch.setattr(fast_losses, "RESPONSE", 6)
+    results = fast_losses.main()
+
+    (naive, _), (fast, _) = results.values()
+    assert fast == pytest.approx(naive, rel=1e-5)
+    assert len((ROOT / "examples" / "fast_losses.py").read_text().splitlines()) < 80
