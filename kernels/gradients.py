@@ -58,11 +58,12 @@ def empty_slopes(rows: Rows, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def target_slope(others_mass, logprob, entropy, grad_logprob, grad_entropy):
-    """d (grad_logprob * logprob + grad_entropy * entropy) / d target's logit, before softcap and temperature."""
+def target_slope(others_mass, logprob, entropy, grad_logprob, grad_entropy, grad_logsumexp):
+    """d (grad_logprob * logprob + ...) / d target's logit, before softcap and temperature."""
     far_logprob = tl.where(logprob < -FAR, -FAR, logprob)  # e^-inf * -inf would be NaN
-    by_entropy = grad_entropy * exponential(logprob) * (entropy + far_logprob)
-    return grad_logprob * others_mass - tl.where(grad_entropy == 0.0, 0.0, by_entropy)
+    by_entropy = grad_entropy * (entropy + far_logprob)
+    by_entropy = tl.where(grad_entropy == 0.0, 0.0, by_entropy)
+    return grad_logprob * others_mass + exponential(logprob) * (grad_logsumexp - by_entropy)
 
 
 @triton.jit
@@ -82,19 +83,21 @@ def store_pair_slopes(slopes, lanes, ref_shift, offset, ratio_slope):
 
 @triton.jit
 def store_row_slopes(
-    slopes, lanes, result, target_logit, softcap, inverse_temperature, grad_logprob, grad_entropy
+    slopes, lanes, result, target_logit, softcap, inverse_temperature, grad_logprob, grad_entropy, grad_logsumexp=0.0
 ):  # fmt: skip
-    """The slopes of grad_logprob * logprob + grad_entropy * entropy, from the RowResult of each row."""
+    """The slopes of grad_logprob * logprob + the same of entropy and logsumexp, from the RowResult of each row."""
     scale = result.scale * inverse_temperature
     # An entropy whose gradient is 0 may be infinite or NaN; its product must be 0.
     by_entropy = grad_entropy * (at_most(result.log_norm, FAR) - result.entropy)
     by_entropy = tl.where(grad_entropy == 0.0, 0.0, by_entropy)
-    at_target = target_slope(result.others_mass, result.logprob, result.entropy, grad_logprob, grad_entropy)
+    at_target = target_slope(
+        result.others_mass, result.logprob, result.entropy, grad_logprob, grad_entropy, grad_logsumexp
+    )
     store_slopes(
         slopes,
         lanes,
         shift=result.shift,
-        constant=scale * (by_entropy - grad_logprob),
+        constant=scale * (by_entropy - grad_logprob + grad_logsumexp),
         slope=-grad_entropy * scale * inverse_temperature,
         at_target=at_target * (inverse_temperature * cap_slope(target_logit, softcap)),
     )

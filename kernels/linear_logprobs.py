@@ -10,6 +10,7 @@ Computes the log-probs of the rows, then overwrites their logits with the gradie
 
 import triton.language as tl
 
+from .extras import store_outputs, write_extras
 from .gradients import empty_slopes, store_row_slopes, write_gradient
 from .launch import kernel, launch
 from .records import LinearLogprobs
@@ -22,7 +23,6 @@ from .rows import (
     load_rows,
     row_arguments,
     segments_of,
-    store_rows,
     target_logits,
 )
 from .sums import finish_rows, join_segments, sum_rows
@@ -31,7 +31,7 @@ from .sums import finish_rows, join_segments, sum_rows
 @kernel(general=GENERAL)
 def _finish(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts, segments,
-    logprobs, entropy, grad_logprobs, grad_entropy, slopes,
+    logprobs, entropy, logsumexp, extras, grad_logprobs, grad_entropy, grad_logsumexp, slopes,
 ):  # fmt: skip
     """Combines the segments of each row, writes its results and, if a gradient is wanted, its slopes.
 
@@ -42,8 +42,8 @@ def _finish(
     target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
     sums = join_segments(lanes, parts, segments, inverse_temperature)
     result = finish_rows(sums, target_logit, inverse_temperature)
-    store_rows(logprobs, lanes, result.logprob)
-    store_rows(entropy, lanes, result.entropy)
+    outputs = (logprobs, entropy, logsumexp, extras)
+    store_outputs(outputs, lanes, result, target_logit, sums.shift, inverse_temperature)
     if slopes is not None:
         grad_logprob = tl.full((ROWS,), 1.0, tl.float32)
         if grad_logprobs is not None:
@@ -57,12 +57,13 @@ def _finish(
             inverse_temperature=inverse_temperature,
             grad_logprob=grad_logprob,
             grad_entropy=load_rows(grad_entropy, lanes),
+            grad_logsumexp=load_rows(grad_logsumexp, lanes),
         )
 
 
 def linear_logprobs(a: LinearLogprobs) -> None:
     rows, logits = a.rows, a.logits
-    slopes = empty_slopes(rows, a.logprobs.device) if a.grad.data is not None else None
+    slopes = empty_slopes(rows, a.outputs.logprobs.device) if a.grad.data is not None else None
     launch(
         _finish,
         grid_of_rows(rows),
@@ -71,11 +72,12 @@ def linear_logprobs(a: LinearLogprobs) -> None:
         logits_stride=logits.row_stride,
         parts=sum_rows(rows, logits),
         segments=segments_of(rows),
-        logprobs=a.logprobs,
-        entropy=a.entropy,
+        **a.outputs._asdict(),
         grad_logprobs=a.grad_logprobs,
         grad_entropy=a.grad_entropy,
+        grad_logsumexp=a.grad_logsumexp,
         slopes=slopes,
     )
+    write_extras(rows, logits, a.outputs)
     if slopes is not None:
         write_gradient(rows, logits, slopes, a.grad, rows.vocab)

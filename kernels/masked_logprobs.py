@@ -6,6 +6,7 @@ passes          one each way
 error           no larger than the naive float32 formula's, both against float64 (tests/ops/test_accuracy.py)
 """
 
+from .extras import store_outputs, write_extras
 from .gradients import empty_slopes, store_row_slopes, write_gradient
 from .launch import kernel, launch
 from .numbers import FAR, at_most
@@ -28,7 +29,7 @@ from .sums import RowResult, finish_rows, join_segments, sum_rows
 @kernel(general=GENERAL)
 def _finish(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, parts, segments,
-    logprobs, entropy, statistics,
+    logprobs, entropy, logsumexp, extras, statistics,
 ):  # fmt: skip
     """Combines the segments of each row and writes its results."""
     lanes = lanes_of_program(length, live)
@@ -36,8 +37,8 @@ def _finish(
     target_logit = target_logits(lanes, targets, vocab, logits, logits_stride, softcap)
     sums = join_segments(lanes, parts, segments, inverse_temperature)
     result = finish_rows(sums, target_logit, inverse_temperature)
-    store_rows(logprobs, lanes, result.logprob)
-    store_rows(entropy, lanes, result.entropy)
+    outputs = (logprobs, entropy, logsumexp, extras)
+    store_outputs(outputs, lanes, result, target_logit, sums.shift, inverse_temperature)
     store_rows(statistics, lanes, result.shift, STRIDE=4)
     store_rows(statistics + 1, lanes, result.others_mass, STRIDE=4)
     store_rows(statistics + 2, lanes, result.scale, STRIDE=4)
@@ -55,16 +56,16 @@ def masked_logprobs(a: MaskedLogprobs) -> None:
         logits_stride=logits.row_stride,
         parts=sum_rows(rows, logits),
         segments=segments_of(rows),
-        logprobs=a.logprobs,
-        entropy=a.entropy,
+        **a.outputs._asdict(),
         statistics=a.statistics,
     )
+    write_extras(rows, logits, a.outputs)
 
 
 @kernel(general=GENERAL)
 def _prepare(
     length, vocab, targets, live, temperature, temperature_stride, softcap, logits, logits_stride, statistics, logprobs,
-    entropy, grad_logprobs, grad_entropy, slopes,
+    entropy, grad_logprobs, grad_entropy, grad_logsumexp, slopes,
 ):  # fmt: skip
     """The slopes of each row, from the results and statistics of the forward."""
     lanes = lanes_of_program(length, live)
@@ -85,6 +86,7 @@ def _prepare(
         inverse_temperature=inverse_temperatures(lanes, temperature, temperature_stride),
         grad_logprob=load_rows(grad_logprobs, lanes),
         grad_entropy=load_rows(grad_entropy, lanes),
+        grad_logsumexp=load_rows(grad_logsumexp, lanes),
     )
 
 
@@ -103,6 +105,7 @@ def masked_logprobs_backward(a: MaskedLogprobsBackward) -> None:
         entropy=a.entropy,
         grad_logprobs=a.grad_logprobs,
         grad_entropy=a.grad_entropy,
+        grad_logsumexp=a.grad_logsumexp,
         slopes=slopes,
     )
     write_gradient(rows, logits, slopes, a.grad, a.columns)

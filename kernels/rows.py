@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .numbers import tanh
-from .records import NO_INDEX, Logits, Rows
+from .records import NO_INDEX, Logits, RowOutputs, Rows
 
 # Columns of a program in a sweep: enough to amortise its launch, and few enough that 16 rows of a large vocabulary fill
 # the 132 multiprocessors of an H100.
@@ -32,7 +32,7 @@ ROWS: tl.constexpr = tl.constexpr(128)
 GENERAL = (
     "length vocab targets live temperature temperature_stride softcap logits_stride ref_stride grad_stride columns "
     "segments parts ref_parts terms normalisers slopes statistics logprobs ref_logprobs entropy kl grad_logprobs "
-    "grad_entropy grad_kl old_logprobs advantages share"
+    "grad_entropy grad_kl logsumexp extras grad_logsumexp old_logprobs advantages share"
 ).split()
 
 
@@ -83,6 +83,8 @@ def _batch_of(a: Any, batch: int) -> Any:
             return value if value.data is None else value._replace(data=value.data[batch])
         if isinstance(value, Rows):
             return value._replace(length=size, **{name: part(each) for name, each in _tensors(value).items()})
+        if isinstance(value, RowOutputs):
+            return RowOutputs(*map(part, value))
         return value[batch * size : (batch + 1) * size] if isinstance(value, Tensor) else value
 
     return type(a)(*map(part, a))

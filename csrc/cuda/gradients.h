@@ -17,14 +17,15 @@ struct RowSlopes {
   float ref_shift, offset, ratio_slope;
 };
 
-// The slopes of grad_logprob * logprob + grad_entropy * entropy.
+// The slopes of grad_logprob * logprob + grad_entropy * entropy + grad_logsumexp * logsumexp.
 __device__ inline RowSlopes row_slopes(const RowStatistics& s, float inverse_temperature, float logprob, float entropy,
-                                       float grad_logprob, float grad_entropy) {
+                                       float grad_logprob, float grad_entropy, float grad_logsumexp = 0) {
   const float scale = s.scale * inverse_temperature;
   RowSlopes slopes{};
   slopes.shift = s.shift;
-  slopes.constant = -grad_logprob;
+  slopes.constant = grad_logsumexp - grad_logprob;
   slopes.at_target = grad_logprob * s.others_mass;
+  if (grad_logsumexp != 0) slopes.at_target += grad_logsumexp * expf(logprob);
   // An entropy whose gradient is 0 may be infinite or NaN; its product must be 0.
   if (grad_entropy != 0) {
     slopes.constant += grad_entropy * (at_most(s.log_norm, kFar) - entropy);

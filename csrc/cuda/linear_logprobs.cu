@@ -18,25 +18,39 @@ struct TileLogprobs {
 
   __device__ RowSlopes operator()(int64_t row, float inverse_temperature, bool writes) const {
     const RowResult result = finish_row(a.rows, swept, row, 0, inverse_temperature);
-    if (writes) write(row, result);
+    if (writes) write_outputs(a.outputs, row, result);
     return row_slopes(result.statistics, inverse_temperature, result.logprob, result.entropy,
-                      a.grad_logprobs ? a.grad_logprobs[row] : 1, number_or_0(a.grad_entropy, row));
+                      a.grad_logprobs ? a.grad_logprobs[row] : 1, number_or_0(a.grad_entropy, row),
+                      number_or_0(a.grad_logsumexp, row));
   }
 
-  __device__ void skip(int64_t row) const { write(row, {}); }
+  __device__ void skip(int64_t row) const { write_outputs(a.outputs, row, {}); }
+};
 
-  __device__ void write(int64_t row, const RowResult& result) const {
-    a.logprobs[row] = result.logprob;
-    if (a.entropy) a.entropy[row] = result.entropy;
+// Keeps the sums for the gradient, and writes logsumexp and extras.
+struct KeepAndWriteExtras {
+  LinearLogprobs a;
+  RowSums* sums;
+
+  __device__ void operator()(int64_t row, int64_t place, float inverse_temperature, const AllSums& found,
+                             float target_logit) const {
+    sums[place] = found;
+    const RowResult result = finish_row(found, target_logit, inverse_temperature);
+    write_extras(a.outputs, row, a.rows.vocab, found, target_logit, inverse_temperature, result);
   }
+
+  __device__ void skip(int64_t row) const { write_no_extras(a.outputs, row); }
 };
 
 }  // namespace
 
 const char* linear_logprobs(const LinearLogprobs& a, Scratch& scratch, void* stream) {
-  const SegmentSums swept = take_segment_sums(scratch, a.rows, 1);
+  const bool extras = a.outputs.logsumexp;
+  const SegmentSums swept =
+      extras ? take_segment_sums<AllSums>(scratch, a.rows, 1) : take_segment_sums(scratch, a.rows, 1);
   if (scratch.size < scratch.needed) return nullptr;
-  const char* error = sum<float>(a.rows, 1, a.logits, {}, swept, a.entropy || a.grad_entropy, stream);
+  const char* error = extras ? sum_for_extras<float>(a.rows, a.logits, swept, KeepAndWriteExtras{a, swept.sums}, stream)
+                             : sum<float>(a.rows, 1, a.logits, {}, swept, a.outputs.entropy || a.grad_entropy, stream);
   return error ? error : finish_tile<false>(a.rows, a.logits, {}, a.grad, TileLogprobs{a, swept}, stream);
 }
 

@@ -14,19 +14,35 @@ namespace {
 struct Finish {
   MaskedLogprobs a;
 
-  __device__ void operator()(int64_t row, int64_t, float inverse_temperature, const RowSums& sums,
-                             float target_logit) const {
-    RowResult result = finish_row(sums, target_logit, inverse_temperature);
-    result.statistics.log_norm = at_most(result.statistics.log_norm, kFar);
+  __device__ RowResult operator()(int64_t row, int64_t, float inverse_temperature, const RowSums& sums,
+                                  float target_logit) const {
+    const RowResult result = finish_row(sums, target_logit, inverse_temperature);
     write(row, result);
+    return result;
   }
 
   __device__ void skip(int64_t row) const { write(row, {}); }
 
   __device__ void write(int64_t row, const RowResult& result) const {
-    a.logprobs[row] = result.logprob;
-    if (a.entropy) a.entropy[row] = result.entropy;
-    ((RowStatistics*)a.statistics)[row] = result.statistics;
+    write_outputs(a.outputs, row, result);
+    RowStatistics statistics = result.statistics;
+    statistics.log_norm = at_most(statistics.log_norm, kFar);
+    ((RowStatistics*)a.statistics)[row] = statistics;
+  }
+};
+
+struct FinishWithExtras {
+  Finish first;
+
+  __device__ void operator()(int64_t row, int64_t place, float inverse_temperature, const AllSums& sums,
+                             float target_logit) const {
+    const RowResult result = first(row, place, inverse_temperature, sums, target_logit);
+    write_extras(first.a.outputs, row, first.a.rows.vocab, sums, target_logit, inverse_temperature, result);
+  }
+
+  __device__ void skip(int64_t row) const {
+    first.skip(row);
+    write_no_extras(first.a.outputs, row);
   }
 };
 
@@ -35,7 +51,8 @@ struct Gradient {
 
   __device__ RowSlopes operator()(int64_t row, float inverse_temperature, bool) const {
     return row_slopes(((const RowStatistics*)a.statistics)[row], inverse_temperature, a.logprobs[row],
-                      number_or_0(a.entropy, row), number_or_0(a.grad_logprobs, row), number_or_0(a.grad_entropy, row));
+                      number_or_0(a.entropy, row), number_or_0(a.grad_logprobs, row), number_or_0(a.grad_entropy, row),
+                      number_or_0(a.grad_logsumexp, row));
   }
 
   __device__ void skip(int64_t) const {}
@@ -45,10 +62,15 @@ struct Gradient {
 
 const char* masked_logprobs(const MaskedLogprobs& a, Scratch& scratch, void* stream) {
   // until a row is finished, its log-prob's place holds the target's logit
-  const SegmentSums swept = take_segment_sums(scratch, a.rows, 1, a.logprobs);
+  const bool extras = a.outputs.logsumexp;
+  float* target_logits = a.outputs.logprobs;
+  const SegmentSums swept = extras ? take_segment_sums<AllSums>(scratch, a.rows, 1, target_logits)
+                                   : take_segment_sums(scratch, a.rows, 1, target_logits);
   if (scratch.size < scratch.needed) return nullptr;
   return typed(a.logits.dtype, [&](auto kind) {
-    return sum<decltype(kind)>(a.rows, 1, a.logits, {}, swept, a.entropy, Finish{a}, stream);
+    using T = decltype(kind);
+    if (extras) return sum_for_extras<T>(a.rows, a.logits, swept, FinishWithExtras{Finish{a}}, stream);
+    return sum<T>(a.rows, 1, a.logits, {}, swept, a.outputs.entropy, Finish{a}, stream);
   });
 }
 

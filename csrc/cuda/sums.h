@@ -18,6 +18,8 @@ constexpr float kFar = 1e4f;
 // at the maximum, with e^gap = 1, are counted separately, because 1 + 1e-8 is 1 in float: a row with one large logit
 // would lose the sum of all others.
 struct alignas(16) RowSums {
+  static constexpr int kSums = 3;  // floats after the shift
+
   float shift;     // the maximum of x
   float tops;      // number of columns with x = shift
   float rest;      // sum of e^(gap / temperature) over the columns with x < shift
@@ -25,8 +27,8 @@ struct alignas(16) RowSums {
 
   // Makes the sums relative to a larger maximum: the rescaling step of the online softmax. The former maximum is below
   // the new shift, so `tops` joins `rest`. Every -gap grows by `rise`.
-  __device__ void rescale(float to, float rate) {
-    if (!(to > shift)) return;
+  __device__ float rescale(float to, float rate) {
+    if (!(to > shift)) return 1;
     const float rise = shift > -INFINITY ? to - shift : 0;  // before the first column, shift is -inf: avoids inf - inf
     const float shrink = exp2_flushed(-rise * rate);
     const float total = tops + rest;
@@ -34,42 +36,83 @@ struct alignas(16) RowSums {
     rest = shrink * total;
     tops = 0;
     shift = to;
+    return shrink;
   }
 
-  __device__ void add(RowSums other, float rate) {
-    const float largest = fmaxf(shift, other.shift);
-    rescale(largest, rate);
-    other.rescale(largest, rate);
+  // Adds sums relative to the same shift.
+  __device__ void join(const RowSums& other) {
     tops += other.tops;
     rest += other.rest;
     weighted += other.weighted;
   }
+
+  __device__ void add_logit(float) {}
+  __device__ void add_square(float) {}
 };
 
-__device__ inline RowSums no_columns() { return {-INFINITY, 0, 0, 0}; }
+// These and the sums for the extras.
+struct AllSums : RowSums {
+  static constexpr int kSums = 5;
+
+  float squares;  // sum of e^(2 gap / temperature) over the columns with x < shift
+  float logits;   // sum of x over all columns, the target's included
+
+  __device__ void rescale(float to, float rate) {
+    const float before = tops;
+    const float shrink = RowSums::rescale(to, rate);
+    if (tops != before) squares += before;
+    squares *= shrink * shrink;
+  }
+
+  __device__ void join(const AllSums& other) {
+    RowSums::join(other);
+    squares += other.squares;
+    logits += other.logits;
+  }
+
+  __device__ void add_logit(float x) { logits += x; }
+  __device__ void add_square(float e) { squares += e * e; }
+};
+
+template <class Sums>
+__device__ __forceinline__ void add(Sums& sums, Sums other, float rate) {
+  const float largest = fmaxf(sums.shift, other.shift);
+  sums.rescale(largest, rate);
+  other.rescale(largest, rate);
+  sums.join(other);
+}
+
+template <class Sums>
+__device__ Sums no_columns() {
+  Sums sums{};
+  sums.shift = -INFINITY;
+  return sums;
+}
 
 // The sums of the block's threads, which have one shift. Only the first thread gets them.
-__device__ inline RowSums block_join(RowSums sums) {
-  __shared__ float of_warps[kWarps][3];
-  float parts[3] = {warp_sum(sums.tops), warp_sum(sums.rest), warp_sum(sums.weighted)};
-  if (lane_index() == 0) {
+template <class Sums>
+__device__ inline Sums block_join(Sums sums) {
+  __shared__ float of_warps[kWarps][Sums::kSums];
+  float* parts = &sums.tops;
 #pragma unroll
-    for (int k = 0; k < 3; k++) of_warps[warp_index()][k] = parts[k];
+  for (int k = 0; k < Sums::kSums; k++) {
+    parts[k] = warp_sum(parts[k]);
+    if (lane_index() == 0) of_warps[warp_index()][k] = parts[k];
   }
   __syncthreads();
   if (threadIdx.x > 0) return sums;
 #pragma unroll
   for (int warp = 1; warp < kWarps; warp++) {
 #pragma unroll
-    for (int k = 0; k < 3; k++) parts[k] += of_warps[warp][k];
+    for (int k = 0; k < Sums::kSums; k++) parts[k] += of_warps[warp][k];
   }
-  return {sums.shift, parts[0], parts[1], parts[2]};
+  return sums;
 }
 
-// The sums of this thread's columns, relative to `shift`, which is their upper bound. kTop: some may be equal to it.
-template <bool kWeighted, bool kTop>
-__device__ __forceinline__ RowSums thread_sums(const float (&x)[kColumns], float shift, float rate) {
-  RowSums sums{shift, 0, 0, 0};
+// Adds this thread's columns, relative to `shift`, which is their upper bound. kTop: some may be equal to it.
+template <bool kWeighted, bool kTop, class Sums>
+__device__ __forceinline__ void add_columns(Sums& sums, const float (&x)[kColumns], float shift, float rate) {
+  sums.shift = shift;
   if (shift == -INFINITY) shift = 0;  // all columns are -inf: avoids inf - inf
 #pragma unroll
   for (int i = 0; i < kColumns; i++) {
@@ -79,10 +122,10 @@ __device__ __forceinline__ RowSums thread_sums(const float (&x)[kColumns], float
       sums.tops += 1;
     } else {
       sums.rest += e;
+      sums.add_square(e);
     }
     if (kWeighted) sums.weighted -= e * fmaxf(gap, -3e38f);  // 0 * -inf would be NaN
   }
-  return sums;
 }
 
 // The output of the first sweep. A set is one tensor of logits: the policy's and, if there is one, the reference's. A
@@ -91,7 +134,7 @@ struct SegmentSums {
   int segments;          // of a row
   RowSums* sums;         // (sets, count); those of dead rows are not written
   float* target_logits;  // (sets, count), after the softcap; not written if the target is out of range
-  RowSums* parts;        // (sets, count, segments, kThreads), or nullptr: a block walks through the row
+  void* parts;           // (sets, count, segments, kThreads) sums, or nullptr: a block walks through the row
 };
 
 // A row of one of the sets, as a block reads it.
@@ -122,14 +165,20 @@ struct WalkedRow {
   }
 
   // The sums of this thread's columns of a segment, relative to the segment's maximum. Then no exponential exceeds 1.
-  template <bool kWeighted, bool kCapped>
-  __device__ __forceinline__ RowSums sums_of(float (&x)[kColumns], int segment, float* target_logits) const {
+  template <class Sums, bool kWeighted, bool kCapped>
+  __device__ __forceinline__ Sums sums_of(float (&x)[kColumns], int segment, float* target_logits) const {
     // of this segment and of the one before, which a slower thread may still read
     __shared__ float largest[2][kWarps];
     const int start = segment * kSegment;
+    Sums sums{};
     cap<kCapped>(x, softcap);
+    const bool mixed = is_mixed(start, vocab, target);
+#pragma unroll
+    for (int i = 0; i < kColumns; i++) {
+      if (!mixed || column_of<T>(start, i) < vocab) sums.add_logit(x[i]);
+    }
     // The target and the columns past the vocabulary become -inf, whose exponential is 0.
-    if (is_mixed(start, vocab, target)) {
+    if (mixed) {
 #pragma unroll
       for (int i = 0; i < kColumns; i++) {
         const int column = column_of<T>(start, i);
@@ -147,63 +196,67 @@ struct WalkedRow {
 #pragma unroll
     for (int warp = 1; warp < kWarps; warp++) shift = fmaxf(shift, largest[segment % 2][warp]);
     // Only the warp with the maximum counts how often it occurs.
-    return of_warp == shift ? thread_sums<kWeighted, true>(x, shift, rate)
-                            : thread_sums<kWeighted, false>(x, shift, rate);
+    if (of_warp == shift) {
+      add_columns<kWeighted, true>(sums, x, shift, rate);
+    } else {
+      add_columns<kWeighted, false>(sums, x, shift, rate);
+    }
+    return sums;
   }
 };
 
 // The threads have the sums of their columns of the whole row. op(row, place, inverse_temperature, sums, target_logit)
 // gets those of the row, in one thread; a row without a target has NaN.
-template <class T, class Op>
-__device__ __forceinline__ void finish_walk(const WalkedRow<T>& row, const RowSums& of_thread,
-                                            const float* target_logits, const Op& op) {
-  const RowSums sums = block_join(of_thread);  // its barrier is behind the store of the target's logit
+template <class T, class Sums, class Op>
+__device__ __forceinline__ void finish_walk(const WalkedRow<T>& row, const Sums& of_thread, const float* target_logits,
+                                            const Op& op) {
+  const Sums sums = block_join(of_thread);  // its barrier is behind the store of the target's logit
   if (threadIdx.x > 0) return;
   const float target_logit = row.target < 0 ? NAN : *(volatile const float*)(target_logits + row.place);
   op(row.row, row.place, row.inverse_temperature, sums, target_logit);
 }
 
-// Blocks per multiprocessor: with 3 x 256 threads each has 80 registers, with 2 x 256, for loads of 128 bytes a thread
-// or a tanh per column, 128.
-template <class T, bool kCapped>
-constexpr int kWalkers = sizeof(T) == 2 && !kCapped ? 3 : 2;
+// Blocks per multiprocessor: with 3 x 256 threads each has 80 registers, with 2 x 256, for loads of 128 bytes a thread,
+// a tanh per column or more sums, 128.
+template <class T, class Sums, bool kCapped>
+constexpr int kWalkers = sizeof(T) == 2 && Sums::kSums == RowSums::kSums && !kCapped ? 3 : 2;
 
 // One block a row. op.skip(row) for a dead row.
-template <class T, bool kWeighted, bool kCapped, class Op>
-__global__ void __launch_bounds__(kThreads, kWalkers<T, kCapped>)
+template <class T, class Sums, bool kWeighted, bool kCapped, class Op>
+__global__ void __launch_bounds__(kThreads, kWalkers<T, Sums, kCapped>)
     walk_rows(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept, Op op) {
   const WalkedRow<T> row(rows, logits, ref_logits, blockIdx.x);
   if (!is_live(rows, row.row)) {
     if (threadIdx.x == 0) op.skip(row.row);
     return;
   }
-  RowSums sums = no_columns();
+  Sums sums = no_columns<Sums>();
   Loaded<T> next = row.load(0);
 #pragma unroll 1
   for (int segment = 0; segment < swept.segments; segment++) {
     float x[kColumns];
     row.unpack(next, segment, x);
     next = row.load(segment + 1);  // past the end it loads nothing
-    sums.add(row.template sums_of<kWeighted, kCapped>(x, segment, swept.target_logits), row.rate);
+    add(sums, row.template sums_of<Sums, kWeighted, kCapped>(x, segment, swept.target_logits), row.rate);
   }
   finish_walk(row, sums, swept.target_logits, op);
 }
 
 // Few rows: one block a segment.
-template <class T, bool kWeighted, bool kCapped>
-__global__ void __launch_bounds__(kThreads, kWalkers<T, kCapped>)
+template <class T, class Sums, bool kWeighted, bool kCapped>
+__global__ void __launch_bounds__(kThreads, kWalkers<T, Sums, kCapped>)
     sum_segments(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept) {
   const auto [place, segment] = segment_of_block(swept.segments);
   const WalkedRow<T> row(rows, logits, ref_logits, place);
   if (!is_live(rows, row.row)) return;
   float x[kColumns];
   row.unpack(row.load(segment), segment, x);
-  swept.parts[(int64_t)blockIdx.x * kThreads + threadIdx.x] =
-      row.template sums_of<kWeighted, kCapped>(x, segment, swept.target_logits);
+  ((Sums*)swept.parts)[(int64_t)blockIdx.x * kThreads + threadIdx.x] =
+      row.template sums_of<Sums, kWeighted, kCapped>(x, segment, swept.target_logits);
 }
 
 // Few rows: one block a row, which adds up the segments.
-template <class T, class Op>
+template <class T, class Sums, class Op>
 __global__ void __launch_bounds__(kThreads)
     add_segments(Rows rows, Logits logits, Logits ref_logits, SegmentSums swept, Op op) {
   const WalkedRow<T> row(rows, logits, ref_logits, blockIdx.x);
@@ -211,10 +264,10 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) op.skip(row.row);
     return;
   }
-  const RowSums* parts = swept.parts + row.place * swept.segments * kThreads + threadIdx.x;
-  RowSums sums = no_columns();
+  const Sums* parts = (const Sums*)swept.parts + row.place * swept.segments * kThreads + threadIdx.x;
+  Sums sums = no_columns<Sums>();
 #pragma unroll 4
-  for (int segment = 0; segment < swept.segments; segment++) sums.add(parts[segment * kThreads], row.rate);
+  for (int segment = 0; segment < swept.segments; segment++) add(sums, parts[segment * kThreads], row.rate);
   finish_walk(row, sums, swept.target_logits, op);
 }
 
@@ -252,6 +305,35 @@ __device__ inline RowResult finish_row(const RowSums& sums, float target_logit, 
   return result;
 }
 
+// Writes the outputs of a row.
+__device__ inline void write_outputs(const RowOutputs& to, int64_t row, const RowResult& result) {
+  to.logprobs[row] = result.logprob;
+  if (to.entropy) to.entropy[row] = result.entropy;
+}
+
+// Writes logsumexp and extras. A row that is NaN is NaN in all of them.
+__device__ inline void write_extras(const RowOutputs& to, int64_t row, int64_t vocab, const AllSums& sums,
+                                    float target_logit, float inverse_temperature, const RowResult& result) {
+  const bool leads = target_logit >= sums.shift, valid = result.logprob == result.logprob;
+  const float peak = leads ? target_logit : sums.shift;
+  const float above = leads ? -result.logprob : result.statistics.log_norm;  // logsumexp - peak
+  // sum of p_j^2: of the target, and of the other columns relative to their largest
+  const float target_part = 2 * result.logprob;
+  const float others_part = logf(sums.tops + sums.squares) - 2 * result.statistics.log_norm;
+  const float gap = fabsf(target_part - others_part);
+  to.logsumexp[row] = valid ? peak * inverse_temperature + above : NAN;
+  float* extras = to.extras + row * kExtras;
+  extras[0] = valid ? sums.logits * inverse_temperature / vocab : NAN;
+  extras[1] = valid ? fmaxf(target_part, others_part) + log1pf(expf(-gap)) : NAN;
+  extras[2] = leads && valid;
+}
+
+__device__ inline void write_no_extras(const RowOutputs& to, int64_t row) {
+  to.logsumexp[row] = 0;
+#pragma unroll
+  for (int k = 0; k < kExtras; k++) to.extras[row * kExtras + k] = 0;
+}
+
 // The result of row `row` of set `set`, from the output of the first sweep.
 __device__ inline RowResult finish_row(const Rows& rows, const SegmentSums& swept, int64_t row, int set,
                                        float inverse_temperature) {
@@ -283,10 +365,11 @@ const char* finish(const Rows& rows, const Op& op, void* stream) {
 constexpr int64_t kFewRows = 128;
 
 // The scratch of `sum`. The target's logits go to `target_logits`, or to scratch too.
-inline SegmentSums take_segment_sums(Scratch& scratch, const Rows& rows, int sets, float* target_logits = nullptr) {
+template <class Sums = RowSums>
+SegmentSums take_segment_sums(Scratch& scratch, const Rows& rows, int sets, float* target_logits = nullptr) {
   const int64_t places = sets * rows.length, segments = segments_of(rows.vocab);
   SegmentSums swept{(int)segments, nullptr, target_logits, nullptr};
-  if (places < kFewRows) swept.parts = take<RowSums>(scratch, places * segments * kThreads);
+  if (places < kFewRows) swept.parts = take<Sums>(scratch, places * segments * kThreads);
   if (!target_logits) swept.sums = take<RowSums>(scratch, places), swept.target_logits = take<float>(scratch, places);
   return swept;
 }
@@ -299,17 +382,18 @@ struct KeepSums {
   __device__ void skip(int64_t) const {}
 };
 
-template <class T, bool kWeighted, bool kCapped, class Op>
+template <class T, class Sums, bool kWeighted, bool kCapped, class Op>
 const char* sum_all(const Rows& rows, int sets, const Logits& logits, const Logits& ref_logits,
                     const SegmentSums& swept, const Op& op, void* stream) {
   const int64_t places = sets * rows.length;
   if (!swept.parts) {
-    return launch(walk_rows<T, kWeighted, kCapped, Op>, places, kThreads, 0, stream, rows, logits, ref_logits, swept,
-                  op);
+    return launch(walk_rows<T, Sums, kWeighted, kCapped, Op>, places, kThreads, 0, stream, rows, logits, ref_logits,
+                  swept, op);
   }
-  const char* error = launch(sum_segments<T, kWeighted, kCapped>, places * swept.segments, kThreads, 0, stream, rows,
-                             logits, ref_logits, swept);
-  return error ? error : launch(add_segments<T, Op>, places, kThreads, 0, stream, rows, logits, ref_logits, swept, op);
+  const char* error = launch(sum_segments<T, Sums, kWeighted, kCapped>, places * swept.segments, kThreads, 0, stream,
+                             rows, logits, ref_logits, swept);
+  return error ? error
+               : launch(add_segments<T, Sums, Op>, places, kThreads, 0, stream, rows, logits, ref_logits, swept, op);
 }
 
 // Launches the first sweep over one or two sets of logits of type T. The entropy needs `weighted`. `op` finishes the
@@ -317,10 +401,19 @@ const char* sum_all(const Rows& rows, int sets, const Logits& logits, const Logi
 template <class T, class Op>
 const char* sum(const Rows& rows, int sets, const Logits& logits, const Logits& ref_logits, const SegmentSums& swept,
                 bool weighted, const Op& op, void* stream) {
-  const auto run = rows.softcap == 0 ? weighted ? sum_all<T, true, false, Op> : sum_all<T, false, false, Op>
-                   : weighted        ? sum_all<T, true, true, Op>
-                                     : sum_all<T, false, true, Op>;
+  const auto run = rows.softcap == 0
+                       ? weighted ? sum_all<T, RowSums, true, false, Op> : sum_all<T, RowSums, false, false, Op>
+                   : weighted ? sum_all<T, RowSums, true, true, Op>
+                              : sum_all<T, RowSums, false, true, Op>;
   return run(rows, sets, logits, ref_logits, swept, op, stream);
+}
+
+// The same with AllSums, of one set.
+template <class T, class Op>
+const char* sum_for_extras(const Rows& rows, const Logits& logits, const SegmentSums& swept, const Op& op,
+                           void* stream) {
+  const auto run = rows.softcap == 0 ? sum_all<T, AllSums, true, false, Op> : sum_all<T, AllSums, true, true, Op>;
+  return run(rows, 1, logits, {}, swept, op, stream);
 }
 
 template <class T>

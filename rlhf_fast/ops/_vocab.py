@@ -116,23 +116,18 @@ def row_entropy(logits: Tensor, targets: Tensor, statistics: RowStatistics) -> T
     return split + sigmoid(log_odds) * spread
 
 
-def row_logsumexp(statistics: RowStatistics, offset: Tensor) -> Tensor:
-    """log sum_j e^x_j of scaled logits from which ``offset`` (n,) was subtracted."""
-    return offset + (statistics.shift + torch.log(statistics.total) + softplus(-statistics.log_odds))
+def row_summary(logits: Tensor, targets: Tensor, statistics: RowStatistics, offset: Tensor) -> tuple[Tensor, RowExtras]:
+    """logsumexp (n,) and extras of scaled logits (n, V), from whose rows cap_and_scale subtracted ``offset`` (n,).
 
-
-def row_extras(logits: Tensor, targets: Tensor, statistics: RowStatistics, offset: Tensor) -> RowExtras:
-    """Of scaled logits (n, V) from which ``offset`` (n,) was subtracted. A NaN row has NaN, and is not top-1."""
+    Their maximum is 0. A NaN row has NaN, and is not top-1.
+    """
     column, _ = _column(targets, logits.shape[1])
-    others = logits.scatter(1, column, -torch.inf)
-    # sum_j p_j^2 relative to that of the largest other column
-    squares = torch.log(row_sum(torch.exp(2 * (others - statistics.shift[:, None]))))
-    log_norm = torch.log(statistics.total) + softplus(-statistics.log_odds)
-    log_sum_squares = torch.logaddexp(squares - 2 * log_norm, -2 * softplus(statistics.log_odds))
     invalid = statistics.log_odds.isnan()
-    top = (logits.gather(1, column).squeeze(1) >= others.amax(dim=1)) & ~invalid
+    log_norm = torch.log(row_sum(torch.exp(logits))).masked_fill(invalid, torch.nan)
+    log_sum_squares = torch.log(row_sum(torch.exp(2 * logits))) - 2 * log_norm
     mean = (row_sum(logits) / logits.shape[1] + offset).masked_fill(invalid, torch.nan)
-    return RowExtras(mean, log_sum_squares, top.to(logits.dtype))
+    top = (logits.gather(1, column).squeeze(1) >= logits.amax(dim=1)) & ~invalid
+    return offset + log_norm, RowExtras(mean, log_sum_squares, top.to(logits.dtype))
 
 
 def row_gradient(

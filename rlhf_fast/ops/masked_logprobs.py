@@ -37,10 +37,9 @@ from ._vocab import (
     cap_and_scale_backward,
     row_chunks,
     row_entropy,
-    row_extras,
     row_gradient,
-    row_logsumexp,
     row_statistics,
+    row_summary,
     softplus,
 )
 
@@ -252,9 +251,9 @@ class _MaskedLogprobs(torch.autograd.Function):
             if entropy is not None:
                 entropy[rows] = row_entropy(scaled, target, chunk).masked_fill(~alive, 0.0)
             if logsumexp is not None and extras is not None:
-                logsumexp[rows] = row_logsumexp(chunk, offset).masked_fill(~alive, 0.0)
-                columns = torch.stack(row_extras(scaled, target, chunk, offset), dim=1)
-                extras[rows] = columns.masked_fill(~alive[:, None], 0.0)
+                normaliser, columns = row_summary(scaled, target, chunk, offset)
+                logsumexp[rows] = normaliser.masked_fill(~alive, 0.0)
+                extras[rows] = torch.stack(columns, dim=1).masked_fill(~alive[:, None], 0.0)
         return logprobs, entropy, logsumexp, extras, *statistics
 
     @staticmethod

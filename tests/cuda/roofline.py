@@ -29,7 +29,7 @@ LEFT_OUT = (
     "count_tokens",
 )  # fmt: skip
 # With a softcap the kernels have its tanh, and are bound by it.
-CAPPED = re.compile(r"walk_rows<\w+, \w+, true|write_segments<\w+, \w+, \w+, true|sum_terms<\w+, true")
+CAPPED = re.compile(r"walk_rows<\w+, \w+, \w+, true|write_segments<\w+, \w+, \w+, true|sum_terms<\w+, true")
 
 
 class Gpu(NamedTuple):

@@ -72,6 +72,7 @@ def masked_logprobs() -> Iterator[Call]:
         (torch.bfloat16, VOCAB, {"return_entropy": True, "softcap": 30.0}),
         (torch.float16, VOCAB, {}),
         (torch.bfloat16, ODD, {"return_entropy": True}),
+        (torch.bfloat16, VOCAB, {"return_statistics": True}),
     ):
         logits, targets = floats(ROWS, vocab, dtype=dtype), torch.zeros(ROWS, dtype=torch.int64)
         yield Call(partial(ops.masked_logprobs, logits, targets, mask(ROWS), **options), vocab == VOCAB)
@@ -89,6 +90,7 @@ def linear_ops() -> Iterator[Call]:
         hidden, weight = floats(ROWS, HIDDEN, dtype=dtype), floats(VOCAB, HIDDEN, dtype=dtype).detach()
         yield Call(partial(ops.linear_logprobs, hidden, weight, targets, return_entropy=True))
         yield Call(partial(ops.linear_policy_ref, hidden, hidden.detach(), weight, targets))
+    yield Call(partial(ops.linear_logprobs, hidden, weight, targets, return_statistics=True))
     yield Call(partial(ops.linear_cross_entropy, hidden, weight, targets))
     yield Call(partial(ops.linear_policy_ref, hidden, hidden.detach(), weight, targets, softcap=30.0))
     tokens = [floats(ROWS).detach() for _ in range(3)]
