@@ -272,7 +272,7 @@ def add_over_rows_(sums: Tensor, left: Tensor, right: Tensor) -> None:
         torch.baddbmm(batch, left.T[None], right[None], out_dtype=torch.float32, out=batch)
         return
     if left.device.type == "cpu" and _native.multiplies_float32():
-        # Few rows are summed: the engine's bfloat16 product, whose right factor is packed, takes up to ten times as long.
+        # A sum over few rows: the bfloat16 product, which packs its right factor, takes up to ten times as long.
         right = right.float()
         for tile in tiles(left.shape[1], left.shape[1] if left.dtype == torch.float32 else 4 * TILE):
             add_product_(sums[tile], left[:, tile].float().T, right, 1.0)
