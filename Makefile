@@ -2,6 +2,7 @@
 # make new-op NAME=...: a new operation. make docs: the documentation. make bench: the speed of every operation, compared
 # with other libraries. make bench-step: the speed and memory of whole training steps, beside other trainers.
 # make bench-learning: what PPO learns, beside TRL's.
+# make bench-trl: steps of TRL's trainers with and without our functions.
 # make test-peers: our functions in TRL's trainers, and against those of TRL, verl and OpenRLHF.
 # make gpu: tests and benchmarks on this machine's GPU. make wheel, make sanitize: more tests of the compiled engine.
 PYTHON ?= python3
@@ -31,7 +32,7 @@ ENGINE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 CPP := $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cu) tests/cuda/*.cpp tests/cuda/emulated/*.h tests/cuda/emulated/*.cpp)
 
 .DEFAULT_GOAL := $(VENV)/installed
-.PHONY: demo test test-peers lint format new-op docs bench bench-step bench-learning gpu wheel sanitize clean
+.PHONY: demo test test-peers lint format new-op docs bench bench-step bench-learning bench-trl gpu wheel sanitize clean
 
 $(VENV)/packages: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("rlhf-fast needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -132,6 +133,11 @@ DEMO_FOLDER = $$($(BIN)/python -c 'from rlhf_fast.models.builtin import default_
 bench-step: $(VENV)/model .venv-trl/installed .venv-agilerl/installed
 	$(BIN)/python -m rlhf_fast.bench.step --model "$(DEMO_FOLDER)" $(if $(DATA),--data "$(DATA)") --json $(STEP_RESULTS)
 	$(BIN)/python bench/results.py $(STEP_RESULTS)
+
+# About ten minutes on a quiet machine.
+bench-trl: $(VENV)/model .venv-peers/installed
+	PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m rlhf_fast.bench.trl_patch --model "$(DEMO_FOLDER)" \
+	--json bench/results/trl_patch.json
 
 # About an hour on a quiet machine. The runs that the file has are kept; delete it to begin anew.
 bench-learning: $(VENV)/model .venv-trl/installed

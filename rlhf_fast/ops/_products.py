@@ -271,7 +271,13 @@ def add_over_rows_(sums: Tensor, left: Tensor, right: Tensor) -> None:
         batch = sums[None]  # of the products with 16-bit factors and a float32 result, only batched ones add in float32
         torch.baddbmm(batch, left.T[None], right[None], out_dtype=torch.float32, out=batch)
         return
-    for tile in tiles(left.shape[1], left.shape[1] if _own_float32(left) else TILE):
+    if left.device.type == "cpu" and _native.multiplies_float32():
+        # A sum over few rows: the bfloat16 product, which packs its right factor, takes up to ten times as long.
+        right = right.float()
+        for tile in tiles(left.shape[1], left.shape[1] if left.dtype == torch.float32 else 4 * TILE):
+            add_product_(sums[tile], left[:, tile].float().T, right, 1.0)
+        return
+    for tile in tiles(left.shape[1], TILE):
         if left.dtype == torch.float32:
             add_product_(sums[tile], left[:, tile].T, right, 1.0)
         else:

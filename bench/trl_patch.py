@@ -1,0 +1,140 @@
+"""One training step of TRL's trainers as it is, with rlhf_fast.integrations.trl, and with fused LoRA layers too.
+
+    python -m rlhf_fast.bench.trl_patch --model FOLDER --json FILE
+
+Each in a process of its own, one after the other. Needs TRL and PEFT: `make bench-trl` has an environment with both.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_fast.bench.step.process import run
+from rlhf_fast.bench.step.work import Work, prepare
+
+TRAINERS = ("SFT", "DPO", "GRPO")
+ROWS = {"SFT": "sft", "DPO": "reward", "GRPO": "prompts"}
+FORMS = ("TRL", "patched", "patched and fused")
+WARM_UP = 4  # steps; GRPO samples at every fourth
+
+
+def letters(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(text))) for text in completions]
+
+
+def train(trainer_name: str, form: str, work: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
+    """-> the mean seconds of a step, and the loss of the last one."""
+    import trl
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    from rlhf_fast.integrations import peft as peft_integration
+    from rlhf_fast.integrations import trl as trl_integration
+
+    class Clock(TrainerCallback):
+        seconds: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
+
+    if form != "TRL":
+        trl_integration.patch(strict=True)
+    tokenizer = AutoTokenizer.from_pretrained(work["model"])
+    tokenizer.pad_token = work["pad_token"]
+    options: dict[str, Any] = {
+        "SFT": {"max_length": work["max_length"]},
+        "DPO": {"max_length": work["max_length"]},
+        "GRPO": {
+            "num_generations": 4,
+            "num_iterations": 4,
+            "max_completion_length": work["response_length"],
+            "beta": 0.04,
+        },
+    }[trainer_name]
+    trainer = getattr(trl, f"{trainer_name}Trainer")(
+        model=AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.bfloat16),
+        args=getattr(trl, f"{trainer_name}Config")(
+            output_dir=str(folder / "trainer"),
+            per_device_train_batch_size=work["batch_size"],
+            max_steps=WARM_UP + steps,
+            learning_rate=work["learning_rate"],
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(),
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            **options,
+        ),
+        train_dataset=load_dataset("json", data_files=work[ROWS[trainer_name]], split="train"),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=work["lora_r"], lora_alpha=2 * work["lora_r"], target_modules="all-linear"),
+        callbacks=[Clock()],
+        **({"reward_funcs": letters} if trainer_name == "GRPO" else {}),
+    )
+    if form == "patched and fused":
+        peft_integration.fuse(trainer.model, dict(tokenizer("a few tokens", return_tensors="pt")))
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return {"seconds": statistics.mean(Clock.seconds[WARM_UP:]), "loss": losses[-1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps; a multiple of 4, after 4 that are not timed")
+    parser.add_argument("--one", nargs=3, metavar=("TRAINER", "FORM", "WORK"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        trainer, form, work_file = args.one
+        work = json.loads(Path(work_file).read_text())
+        args.json.write_text(json.dumps(train(trainer, form, work, args.steps, Path(work_file).parent)))
+        return
+    work = Work(args.model, batch_size=args.batch_size)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, found = prepare(work, None, folder), folder / "found.json"
+        print(f"{'trainer':8} {'':18} {'s a step':>9} {'faster':>7} {'GB':>6} {'memory':>7}")
+        for trainer in TRAINERS:
+            for form in FORMS:
+                command = [sys.executable, "-m", "rlhf_fast.bench.trl_patch", "--model", args.model]
+                command += ["--json", str(found), "--steps", str(args.steps), "--one", trainer, form, str(path)]
+                peak = run(command, folder / "log.txt", os.environ, limit=1800)
+                results.append({"trainer": trainer, "form": form, "peak_gb": peak, **json.loads(found.read_text())})
+                first = results[-1 - FORMS.index(form)]
+                seconds = results[-1]["seconds"]
+                print(
+                    f"{trainer:8} {form:18} {seconds:9.2f} {first['seconds'] / seconds:6.2f}x "
+                    f"{peak:6.2f} {peak / first['peak_gb']:7.0%}",
+                    flush=True,
+                )
+    versions = {name: version(name) for name in ("trl", "peft", "transformers", "torch")}
+    settings = {
+        "batch_size": args.batch_size,
+        "steps": args.steps,
+        "max_length": work.max_length,
+        "lora_r": work.lora_r,
+    }
+    settings |= {"model": Path(args.model).name, "response_length": work.response_length, "dtype": "bfloat16"}
+    args.json.write_text(json.dumps({"settings": settings, "versions": versions, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
