@@ -125,7 +125,7 @@ def row_summary(logits: Tensor, targets: Tensor, statistics: RowStatistics, offs
     invalid = statistics.log_odds.isnan()
     log_norm = torch.log(row_sum(torch.exp(logits))).masked_fill(invalid, torch.nan)
     log_sum_squares = torch.log(row_sum(torch.exp(2 * logits))) - 2 * log_norm
-    mean = (row_sum(logits) / logits.shape[1] + offset).masked_fill(invalid, torch.nan)
+    mean = (row_sum(logits + offset[:, None]) / logits.shape[1]).masked_fill(invalid, torch.nan)
     top = (logits.gather(1, column).squeeze(1) >= logits.amax(dim=1)) & ~invalid
     return offset + log_norm, RowExtras(mean, log_sum_squares, top.to(logits.dtype))
 
