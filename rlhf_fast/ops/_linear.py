@@ -25,7 +25,7 @@ LoRA = tuple[Tensor, Tensor, float]
 class Head(NamedTuple):
     """logits = hidden weight^T + scale * (hidden down^T) up^T + bias."""
 
-    weight: Tensor  # (V, H)
+    weight: Tensor  # (V, H); under autocast of a dtype to be rounded to that of hidden, see ``rounded``
     bias: Tensor | None = None  # (V,)
     down: Tensor | None = None  # A of an adapter, (r, H)
     up: Tensor | None = None  # B, (V, r)
@@ -48,7 +48,7 @@ class Inputs(NamedTuple):
 def checked_head(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, vocab_size: int | None
 ) -> tuple[Tensor, Head]:
-    """Checks hidden (..., H) and the head. Returns both as autocast casts them, the head cut to vocab_size rows."""
+    """Checks hidden (..., H) and the head. Returns hidden as autocast casts it, and the head cut to vocab_size rows."""
     _checks.floating(op, hidden=hidden, weight=weight)
     if hidden.dim() < 1:
         raise ValueError(f"{op}: hidden must have shape (..., H); got a tensor without dimensions")
@@ -61,10 +61,10 @@ def checked_head(
             f"got {tuple(weight.shape)}"
         )
     _checks.same_device(op, hidden=hidden, weight=weight)
-    given, hidden, weight = (hidden.dtype, weight.dtype), autocasted(hidden), autocasted(weight)
-    if weight.dtype != hidden.dtype:
+    given, hidden = hidden.dtype, autocasted(hidden)
+    if _dtype_in_autocast(weight) != hidden.dtype:
         raise TypeError(
-            f"{op}: weight must be {given[0]} like hidden; got {given[1]}; cast one of the two (inside torch.autocast "
+            f"{op}: weight must be {given} like hidden; got {weight.dtype}; cast one of the two (inside torch.autocast "
             "both are cast, but for float64)"
         )
     columns = weight.shape[0]
@@ -85,9 +85,13 @@ def autocasted(operand: Tensor) -> Tensor:
 
     Differentiable: the gradient has the operand's own dtype.
     """
+    return operand.to(_dtype_in_autocast(operand))
+
+
+def _dtype_in_autocast(operand: Tensor) -> torch.dtype:
     if not _inside_autocast(operand) or operand.dtype == torch.float64:
-        return operand
-    return operand.to(torch.get_autocast_dtype(operand.device.type))
+        return operand.dtype
+    return torch.get_autocast_dtype(operand.device.type)
 
 
 def _inside_autocast(tensor: Tensor) -> bool:
@@ -97,12 +101,33 @@ def _inside_autocast(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def in_full_precision(head: Head, dtype: torch.dtype) -> Head:
-    """The head with its trained parts in ``dtype``, so that the chunks' gradients are summed in it and rounded once.
+class _Rounded(torch.autograd.Function):
+    """weight rounded to a dtype. Its gradient is not rounded to it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, to: torch.dtype, kept_in: torch.dtype) -> Tensor:
+        return weight.to(to).to(kept_in)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype, torch.dtype], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].to(ctx.dtype), None, None
+
+
+def in_full_precision(head: Head, hidden: Tensor) -> Head:
+    """The head with its trained parts in the accumulation dtype, so that the chunks' gradients are summed in it and
+    rounded once.
 
     A frozen weight is not cast: the backward would keep the copy.
     """
-    weight = head.weight.to(dtype) if head.weight.requires_grad else head.weight
+    dtype = accumulation_dtype(hidden.dtype)
+    trained = head.weight.requires_grad
+    weight: Tensor = _Rounded.apply(head.weight, hidden.dtype, dtype if trained else hidden.dtype)
     bias, down, up = (None if part is None else part.to(dtype) for part in head[1:4])
     return Head(weight, bias, down, up, head.scale)
 

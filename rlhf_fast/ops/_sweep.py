@@ -142,6 +142,7 @@ def sweep(head: Head, hiddens: tuple[Tensor, ...], fold: Fold, wants: list[bool]
     head's adapter and gets no gradient.
     """
     hidden, device = hiddens[0], head.weight.device
+    head = head._replace(weight=head.weight.to(hidden.dtype))  # a copy under autocast
     rows, vocab = hidden.shape[0], head.weight.shape[0]
     dtype = product_dtype(hidden)
     in_one = head.weight.dtype == dtype and head.bias is None and head.down is None

@@ -12,7 +12,7 @@ from . import _checks
 from ._dispatch import implementation, implements, launch
 from ._linear import Head, Inputs, LoRA, checked_head, in_full_precision, over_live_rows, project
 from ._op import fused_op, not_differentiable
-from ._rows import NOTHING, Tokens, accumulation_dtype, as_rows, expanded, flat_tokens, logits_of
+from ._rows import NOTHING, Tokens, as_rows, expanded, flat_tokens, logits_of
 from ._sweep import TRAINED, HeadGradients, LiveRows, empty_gradients, sweep, wanted, wanted_dtypes
 from .masked_logprobs import TokenStatistics, empty_outputs, in_shape, reference_of_rows
 
@@ -124,7 +124,7 @@ def linear_logprobs(
 
 @implements("linear_logprobs", "torch")
 def reference(inputs: Inputs, return_entropy: bool, return_statistics: bool = False) -> RowOutputs:
-    head = in_full_precision(inputs.head, accumulation_dtype(inputs.hidden.dtype))
+    head = in_full_precision(inputs.head, inputs.hidden)
     targets = inputs.tokens.targets
     live, temperature = expanded(inputs.hidden, *inputs.tokens[1:4])
 

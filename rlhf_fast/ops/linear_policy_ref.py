@@ -11,7 +11,7 @@ from . import _checks
 from ._dispatch import implementation, implements, launch
 from ._linear import Head, autocasted, checked_head, in_full_precision, over_live_rows, project, without_adapter
 from ._op import fused_op
-from ._rows import NOTHING, Tokens, accumulation_dtype, as_rows, expanded, flat_tokens, logits_of, unflat
+from ._rows import NOTHING, Tokens, as_rows, expanded, flat_tokens, logits_of, unflat
 from ._sweep import TRAINED, HeadGradients, LiveRows, empty_gradients, sweep, wanted_dtypes
 from .exact_kl import Inputs as KlInputs
 from .exact_kl import reference as exact_kl_reference
@@ -94,7 +94,7 @@ class Inputs(NamedTuple):
 @implements("linear_policy_ref", "torch")
 def reference(inputs: Inputs) -> tuple[Tensor, ...]:
     """-> the fields of PolicyRef, each (N,)."""
-    head = in_full_precision(inputs.head, accumulation_dtype(inputs.hidden.dtype))
+    head = in_full_precision(inputs.head, inputs.hidden)
     targets = inputs.tokens.targets
     live, temperature = expanded(inputs.hidden, *inputs.tokens[1:4])
     softcap = inputs.softcap or None

@@ -123,3 +123,16 @@ def test_what_f_linear_and_log_softmax_give() -> None:
     ):
         assert mine.dtype == true.dtype == FP32
         torch.testing.assert_close(mine, true, rtol=3e-2, atol=3e-2)
+
+
+def test_the_gradient_of_a_float32_head_is_not_rounded() -> None:
+    """Inside autocast the head's operand is bfloat16 and its gradient float32, in the reference."""
+    generator = seeded(0)
+    hidden, weight = torch.randn(3, 8, generator=generator), torch.randn(11, 8, generator=generator)
+    targets, leaf, exact = torch.tensor([1, 2, 3]), weight.requires_grad_(), weight.detach().bfloat16().double()
+    with ops.use_backend("torch"), inside(BF16):
+        (grad,) = torch.autograd.grad(ops.linear_logprobs(hidden, leaf, targets).sum(), leaf)
+    (true,) = torch.autograd.grad(
+        ops.linear_logprobs(hidden.bfloat16().double(), exact.requires_grad_(), targets).sum(), exact
+    )
+    torch.testing.assert_close(grad.double(), true, rtol=1e-5, atol=1e-6)

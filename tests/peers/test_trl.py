@@ -133,7 +133,7 @@ def test_head(name: str, outputs: tuple[str, ...], autocast: bool) -> None:
         if key == "mean_logits":
             rounding = 1e-5  # the logits are up to a hundred times as large as their mean
         elif autocast and key.startswith("d "):
-            rounding = 4e-3  # ours is rounded to bfloat16 there, as F.linear's gradient is; TRL's is float32
+            rounding = 4e-3 if key == "d hidden" else 1e-6  # d hidden is rounded to bfloat16, as F.linear's is
         no_further(each, theirs[key], true[key], key, rounding)
 
 
