@@ -5,12 +5,15 @@ from ._native import build_info
 from ._packed import PackedWeight as PackedWeight  # this and short_attention are for rlhf_fast.models: not public
 from ._short_attention import can_attend as can_attend
 from ._short_attention import short_attention as short_attention
+from .aggregate import aggregate
 from .clipped_policy_loss import PolicyLoss, clipped_policy_loss
 from .clipped_value_loss import ValueLoss, clipped_value_loss
 from .dpo_loss import DPOLoss, dpo_loss
 from .exact_kl import exact_kl
 from .gae import gae
 from .gated_activation import gated_activation
+from .group_advantages import group_advantages
+from .kto_loss import KTOLoss, kto_loss
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprobs import linear_logprobs
 from .linear_policy_loss import LinearPolicyLoss, linear_policy_loss
@@ -18,28 +21,37 @@ from .linear_policy_ref import PolicyRef, linear_policy_ref
 from .lora_linear import lora_linear
 from .masked_logprobs import TokenStatistics, masked_logprobs
 from .masked_whiten import masked_whiten
+from .orpo_loss import orpo_loss
 from .pairwise_loss import pairwise_loss
+from .policy_variants import cispo_loss, gspo_loss, sapo_loss
 from .ppo_loss import PPOLoss, ppo_loss
 from .rms_norm import rms_norm
 from .rotary_embedding import rotary_embedding
 from .token_kl import token_kl
+from .truncated_importance_weights import truncated_importance_weights
 
 __all__ = [
     "DPOLoss",
+    "KTOLoss",
     "LinearPolicyLoss",
     "PPOLoss",
     "PolicyLoss",
     "PolicyRef",
     "TokenStatistics",
     "ValueLoss",
+    "aggregate",
     "backends",
     "build_info",
+    "cispo_loss",
     "clipped_policy_loss",
     "clipped_value_loss",
     "dpo_loss",
     "exact_kl",
     "gae",
     "gated_activation",
+    "group_advantages",
+    "gspo_loss",
+    "kto_loss",
     "linear_cross_entropy",
     "linear_logprobs",
     "linear_policy_loss",
@@ -47,10 +59,13 @@ __all__ = [
     "lora_linear",
     "masked_logprobs",
     "masked_whiten",
+    "orpo_loss",
     "pairwise_loss",
     "ppo_loss",
     "rms_norm",
     "rotary_embedding",
+    "sapo_loss",
     "token_kl",
+    "truncated_importance_weights",
     "use_backend",
 ]

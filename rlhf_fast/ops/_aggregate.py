@@ -8,40 +8,14 @@ from rlhf_fast.kernels.records import AGGREGATIONS
 from rlhf_fast.ops import _checks
 
 
-def aggregate(
+def reduced(
     values: torch.Tensor,
     live: torch.Tensor | None,
     *,
     aggregation: str,
     num_items: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Aggregates per-token values to one number; a sequence without a live token does not count as a sequence.
-
-    ======================= =========================================================================
-    token-mean              sum / live tokens
-    seq-mean-token-sum      sum / sequences
-    seq-mean-token-mean     sum over sequences of their token mean / sequences (GRPO, arXiv 2402.03300)
-    seq-mean-token-sum-norm sum / (sequences * T): a constant normaliser, so that length does not weigh a
-                            sequence up or down (Dr. GRPO, arXiv 2503.20783); T = values.shape[1]
-    ======================= =========================================================================
-
-    Args:
-        values: any shape for token-mean, (B, T) for the seq-* ones; floating point.
-        live: bool, shape of ``values``, True = counts; None counts every token. Where it is False, ``values`` is not
-            read, and its gradient is exactly 0.
-        num_items: replaces the number of live tokens (token-mean) or of sequences (seq-*) in the divisor. Give the
-            number of the whole batch, and the sum over micro-batches or ranks is the loss of the whole batch. 0 is
-            read as 1: there the whole batch is masked, and the loss is 0.
-
-    Returns:
-        A 0-dim tensor, float32 (float64 for float64 values); 0 with zero gradient when nothing is live.
-
-    Raises:
-        ValueError: an unknown aggregation, seq-* values that are not (B, T), a negative or infinite ``num_items``.
-        TypeError: ``num_items`` is neither a number nor a tensor.
-    """
-    check_aggregation("aggregate", values, aggregation, num_items)
-    values = upcast(values)[0]
+    """``aggregate`` without checks: values in float32 or float64; live of their shape, bool, None = everywhere."""
     if aggregation == "token-mean":
         return _divide(_total(values, live), _count(values, live) if num_items is None else num_items)
 
@@ -63,7 +37,7 @@ def token_weights(
     aggregation: str,
     num_items: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weights of ``aggregate``: aggregate(values) = sum(weights * values). float32, shape of ``tokens``.
+    """The weights of ``reduced``: reduced(values) = sum(weights * values). float32, shape of ``tokens``.
 
     Args:
         live: bool, of that shape, True = counts; None counts every token.

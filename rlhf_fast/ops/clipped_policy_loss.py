@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._aggregate import aggregate, check_aggregation, masked_mean, ordered_sum, scalar_tensor, upcast
+from ._aggregate import check_aggregation, masked_mean, ordered_sum, reduced, scalar_tensor, upcast
 from ._dispatch import implementation, implements
 from ._losses import LossInputs, check_ratio_level, policy_terms
 
@@ -27,7 +27,7 @@ class PolicyLoss(NamedTuple):
 
 def clipped_policy_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
@@ -46,7 +46,8 @@ def clipped_policy_loss(
 
     Args:
         logprobs: (B, T), or any shape for token-level ratios with token-mean; float. The only input with a gradient.
-        old_logprobs: same shape; log-probs of the policy that sampled.
+        old_logprobs: same shape; log-probs of the policy that sampled. None: it is this policy, so that every ratio
+            is 1, with the gradient of the log-prob.
         advantages: same shape; positive for tokens that were better than expected.
         mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read and get gradient 0.
             A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
@@ -55,7 +56,7 @@ def clipped_policy_loss(
         ratio_level: "token"; or "sequence" for GSPO (arXiv 2507.18071), (B, T) only: every token of a sequence has
             the ratio s = exp(mean log ratio over its live tokens), in the form sg[s] * exp(logp_t - sg[logp_t]), so
             that tokens may have their own advantages (eq. 14). With "seq-mean-token-mean" it is the paper's loss.
-        aggregation, num_items: see ``rlhf_fast.ops._aggregate.aggregate``; statistics are of this call's tokens.
+        aggregation, num_items: see ``aggregate``; statistics are of this call's tokens.
 
     Returns:
         ``PolicyLoss``, float32 (float64 when an input is), all 0 when nothing is live.
@@ -65,6 +66,8 @@ def clipped_policy_loss(
         ValueError: shapes or devices differ; an argument outside the ranges above.
     """
     op = "clipped_policy_loss"
+    if old_logprobs is None:
+        old_logprobs = logprobs
     _checks.alike(op, "that of logprobs", logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     terms = policy_terms(op, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     check_ratio_level(op, logprobs, ratio_level)
@@ -100,7 +103,7 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     if live is None:
         live = torch.ones_like(logprobs, dtype=torch.bool)
     # Masked advantages may be NaN: this where stops their gradient, and aggregate ignores their loss.
-    log_ratio = _bounded(torch.where(live, logprobs - old_logprobs, 0.0))
+    log_ratio = bounded_log_ratio(torch.where(live, logprobs - old_logprobs, 0.0))
     ratio = _sequence_ratio(log_ratio, live) if inputs.sequence_level else torch.exp(log_ratio)
 
     # where instead of maximum, which would split the gradient at a tie. The clipped branch is selected only beyond a
@@ -114,7 +117,7 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
         over = (advantages < 0) & (losses > ceiling)
         clipped = clipped | over
         losses = torch.where(over, ceiling, losses)
-    loss = aggregate(losses, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
+    loss = reduced(losses, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
 
     with torch.no_grad():
         ratio_mean = masked_mean(ratio, live)
@@ -128,7 +131,7 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
         )
 
 
-def _bounded(log_ratio: Tensor) -> Tensor:
+def bounded_log_ratio(log_ratio: Tensor) -> Tensor:
     """Clamps to +-20: exp overflows float32 above 88, and an infinite ratio in the branch of a where that is not
     selected makes the gradient NaN.
 

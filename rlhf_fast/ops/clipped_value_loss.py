@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._aggregate import aggregate, check_aggregation, masked_mean, scalar_tensor, upcast
+from ._aggregate import check_aggregation, masked_mean, reduced, scalar_tensor, upcast
 from ._dispatch import implementation, implements
 from ._losses import LossInputs, value_terms
 
@@ -40,7 +40,7 @@ def clipped_value_loss(
         mask: same shape, bool or 0/1, 1 = counts. Masked tokens are not read and get gradient 0.
             A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
         clip: how far a value may move from its old value, in units of reward; None does not clip.
-        aggregation, num_items: see ``rlhf_fast.ops._aggregate.aggregate``.
+        aggregation, num_items: see ``aggregate``.
 
     Returns:
         ``ValueLoss``, float32 (float64 when an input is), both 0 when nothing is live.
@@ -88,5 +88,5 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
         clipped = clipped_errors > errors
         # where instead of maximum, which would split the gradient at a tie
         errors = torch.where(clipped, clipped_errors, errors)
-    loss = aggregate(0.5 * errors, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
+    loss = reduced(0.5 * errors, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
     return loss, (masked_mean(clipped.to(values.dtype), live),)

@@ -1,8 +1,12 @@
-"""Direct preference optimisation (DPO), IPO and hinge (SLiC) losses of sequence log-probs."""
+"""Direct preference optimisation (DPO) and its kin: losses of the sequence log-probs of pairs."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from rlhf_fast.ops import _checks
 from rlhf_fast.ops._aggregate import masked_mean, upcast
@@ -12,39 +16,102 @@ from rlhf_fast.ops._dispatch import implementation, implements
 class DPOLoss(NamedTuple):
     """On the device of the inputs. All but ``loss`` are statistics, without gradient."""
 
-    loss: torch.Tensor  # 0-dim
-    chosen_rewards: torch.Tensor  # (N,) beta * (policy_chosen - ref_chosen)
-    rejected_rewards: torch.Tensor  # (N,) beta * (policy_rejected - ref_rejected)
-    accuracy: torch.Tensor  # 0-dim, the share of pairs with chosen reward > rejected reward
+    loss: Tensor  # 0-dim, or (N,) with reduction "none"
+    chosen_rewards: Tensor  # (N,) beta * (policy_chosen - ref_chosen)
+    rejected_rewards: Tensor  # (N,) beta * (policy_rejected - ref_rejected)
+    accuracy: Tensor  # 0-dim, the share of pairs with chosen reward > rejected reward
+
+
+class _Pairs(NamedTuple):
+    """(N,) each, of one dtype."""
+
+    chosen: Tensor  # the rewards, c and r below
+    rejected: Tensor
+    margin: Tensor  # c - r - margin, d below
+    smoothing: float
+    beta: float
+
+
+def _sigmoid(pairs: _Pairs) -> Tensor:
+    return -(1 - pairs.smoothing) * logsigmoid(pairs.margin) - pairs.smoothing * logsigmoid(-pairs.margin)
+
+
+def _exo_pair(pairs: _Pairs) -> Tensor:
+    chance, other = torch.sigmoid(pairs.margin), torch.sigmoid(-pairs.margin)
+    wrong = math.log(pairs.smoothing)
+    right = math.log1p(-pairs.smoothing)
+    return chance * (logsigmoid(pairs.margin) - right) + other * (logsigmoid(-pairs.margin) - wrong)
+
+
+def _robust(pairs: _Pairs) -> Tensor:
+    clean, flipped = -logsigmoid(pairs.margin), -logsigmoid(-pairs.margin)
+    return ((1 - pairs.smoothing) * clean - pairs.smoothing * flipped) / (1 - 2 * pairs.smoothing)
+
+
+_LOSSES: dict[str, Callable[[_Pairs], Tensor]] = {
+    "sigmoid": _sigmoid,
+    "ipo": lambda pairs: ((pairs.margin - 0.5) / pairs.beta).square(),
+    "hinge": lambda pairs: torch.relu(1 - pairs.margin),
+    "robust": _robust,
+    "exo_pair": _exo_pair,
+    "apo_zero": lambda pairs: torch.sigmoid(-pairs.chosen) + torch.sigmoid(pairs.rejected),
+    "apo_down": lambda pairs: torch.sigmoid(pairs.chosen) + torch.sigmoid(-pairs.margin),
+    "nca_pair": lambda pairs: (
+        -logsigmoid(pairs.chosen) - 0.5 * (logsigmoid(-pairs.chosen) + logsigmoid(-pairs.rejected))
+    ),
+    "bco_pair": lambda pairs: -logsigmoid(pairs.chosen) - logsigmoid(-pairs.rejected),
+    "sppo_hard": lambda pairs: (
+        ((pairs.chosen - 0.5) / pairs.beta).square() + ((pairs.rejected + 0.5) / pairs.beta).square()
+    ),
+}
+_SMOOTHED = ("sigmoid", "robust", "exo_pair")
+_WITH_MARGIN = ("sigmoid", "ipo", "hinge", "robust", "exo_pair", "apo_down")
 
 
 def dpo_loss(
-    policy_chosen: torch.Tensor,
-    policy_rejected: torch.Tensor,
-    ref_chosen: torch.Tensor,
-    ref_rejected: torch.Tensor,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     loss_type: str = "sigmoid",
+    margin: float | Tensor = 0.0,
+    reduction: str = "mean",
 ) -> DPOLoss:
-    """The mean preference loss over N pairs, with h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected).
+    """The mean preference loss over N pairs.
 
-    | loss_type | the loss of a pair                                                                                  |
-    |-----------|-----------------------------------------------------------------------------------------------------|
-    | sigmoid   | -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), e = label_smoothing (DPO, arXiv 2305.18290)  |
-    | ipo       | (h - 1 / (2 beta))^2 (IPO, arXiv 2310.12036, eq. 17)                                                |
-    | hinge     | max(0, 1 - beta h) (SLiC, arXiv 2305.10425, in the form of arXiv 2309.06657)                        |
+    c = beta (policy_chosen - ref_chosen) and r = beta (policy_rejected - ref_rejected) are the rewards of a pair,
+    d = c - r - margin, e = label_smoothing.
+
+    | loss_type | the loss of a pair                                        | source                              |
+    |-----------|-----------------------------------------------------------|-------------------------------------|
+    | sigmoid   | -(1 - e) log sigmoid(d) - e log sigmoid(-d)               | DPO, arXiv 2305.18290               |
+    | ipo       | (d / beta - 1 / (2 beta))^2                               | IPO, arXiv 2310.12036, eq. 17       |
+    | hinge     | max(0, 1 - d)                                             | SLiC, arXiv 2305.10425 (2309.06657) |
+    | robust    | (-(1 - e) log sigmoid(d) + e log sigmoid(-d)) / (1 - 2 e) | rDPO, arXiv 2403.00409              |
+    | exo_pair  | KL((sigmoid(d), sigmoid(-d)) to (1 - e, e)), e > 0        | EXO, arXiv 2402.00856, eq. 16       |
+    | apo_zero  | sigmoid(-c) + sigmoid(r)                                  | APO, arXiv 2408.06266, eq. 7        |
+    | apo_down  | sigmoid(c) + sigmoid(-d)                                  | APO, eq. 8                          |
+    | nca_pair  | -log sigmoid(c) - (log sigmoid(-c) + log sigmoid(-r)) / 2 | NCA, arXiv 2402.05369               |
+    | bco_pair  | -log sigmoid(c) - log sigmoid(-r)                         | BCO, arXiv 2404.04656, no shift     |
+    | sppo_hard | ((c - 1/2) / beta)^2 + ((r + 1/2) / beta)^2               | SPPO, arXiv 2405.00675, sure labels |
 
     With e > 0, sigmoid is cDPO (Mitchell, "A note on DPO with noisy preferences", 2023).
+    Without a reference (None for both) c and r are beta times the policy's log-probs. With these as means per token and
+    a margin, sigmoid is SimPO (arXiv 2405.14734).
 
     Args:
         policy_chosen, policy_rejected: (N,) sequence log-probs under the policy, float: the sum over response tokens
             (for ipo some trainers use the mean instead; the formula is the same). Differentiable.
-        ref_chosen, ref_rejected: (N,) the same under the reference; constants.
+        ref_chosen, ref_rejected: (N,) the same under the reference; constants. None for both: there is no reference.
         beta: strength of the penalty on moving away from the reference, > 0.
-        label_smoothing: the probability that a preference label is wrong, in [0, 0.5); only for sigmoid.
+        label_smoothing: the probability that a preference label is wrong, in [0, 0.5); for the losses with e.
         loss_type: a name of the table.
+        margin: by how much the chosen reward should be larger, in units of reward: a number or (N,), a constant; for
+            the losses with d.
+        reduction: "mean", or "none" for the loss of each pair, such as to weigh them.
 
     Returns:
         ``DPOLoss``, float32 (float64 when an input is); loss 0 with zero gradient when N is 0.
@@ -54,47 +121,60 @@ def dpo_loss(
         ValueError: shapes or devices differ, or are not (N,); an argument outside the ranges above.
     """
     op = "dpo_loss"
-    constants = {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
+    if (ref_chosen is None) != (ref_rejected is None):
+        raise ValueError(f"{op}: ref_chosen and ref_rejected are both given or both None; got one of them")
+    constants: Any = {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
+    if ref_chosen is None:
+        constants = {}
+    if not isinstance(margin, (int, float)):
+        constants["margin"] = margin
     _checks.floating(op, policy_chosen=policy_chosen, policy_rejected=policy_rejected, **constants)
     if policy_chosen.dim() != 1:
         raise ValueError(f"{op}: policy_chosen must have shape (N,), one a pair; got {tuple(policy_chosen.shape)}")
     _checks.shaped(op, policy_chosen.shape, "that of policy_chosen", policy_rejected=policy_rejected, **constants)
     _checks.same_device(op, policy_chosen=policy_chosen, policy_rejected=policy_rejected, **constants)
     _checks.positive(op, beta=beta)
-    _checks.one_of(op, "loss_type", loss_type, ("sigmoid", "ipo", "hinge"))
+    _checks.one_of(op, "loss_type", loss_type, tuple(_LOSSES))
+    _checks.one_of(op, "reduction", reduction, ("mean", "none"))
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"{op}: label_smoothing must be in [0, 0.5); got {label_smoothing!r}")
-    if label_smoothing > 0 and loss_type != "sigmoid":
-        raise ValueError(f"{op}: label_smoothing is defined for loss_type 'sigmoid' alone; got {loss_type!r}")
+    if label_smoothing > 0 and loss_type not in _SMOOTHED:
+        raise ValueError(
+            f"{op}: label_smoothing is defined for loss_type {', '.join(_SMOOTHED)}; got {loss_type!r}: set it to 0"
+        )
+    if label_smoothing == 0 and loss_type == "exo_pair":
+        raise ValueError(f"{op}: loss_type 'exo_pair' needs label_smoothing > 0; got {label_smoothing!r}")
+    if ("margin" in constants or margin != 0) and loss_type not in _WITH_MARGIN:
+        raise ValueError(f"{op}: margin is defined for loss_type {', '.join(_WITH_MARGIN)}; got {loss_type!r}")
 
-    inputs = upcast(policy_chosen, policy_rejected, _checks.constant(ref_chosen), _checks.constant(ref_rejected))
-    return implementation(op, policy_chosen)(*inputs, beta, label_smoothing, loss_type)
+    constants = {name: _checks.constant(value) for name, value in constants.items()}
+    names = ("policy_chosen", "policy_rejected", *constants)
+    inputs: Any = dict(zip(names, upcast(policy_chosen, policy_rejected, *constants.values()), strict=True))
+    return implementation(op, policy_chosen)(
+        **{"ref_chosen": 0.0, "ref_rejected": 0.0, "margin": margin} | inputs,
+        beta=beta, label_smoothing=label_smoothing, loss_type=loss_type, reduction=reduction,
+    )  # fmt: skip
 
 
 @implements("dpo_loss", "torch")
 def _torch(
-    policy_chosen: torch.Tensor,
-    policy_rejected: torch.Tensor,
-    ref_chosen: torch.Tensor,
-    ref_rejected: torch.Tensor,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor | float,
+    ref_rejected: Tensor | float,
+    margin: Tensor | float,
     beta: float,
     label_smoothing: float,
     loss_type: str,
+    reduction: str,
 ) -> DPOLoss:
-    """All tensors (N,), one dtype."""
-    chosen = policy_chosen - ref_chosen
-    rejected = policy_rejected - ref_rejected
-    h = chosen - rejected
-    if loss_type == "sigmoid":
-        logsigmoid = torch.nn.functional.logsigmoid
-        losses = -(1 - label_smoothing) * logsigmoid(beta * h) - label_smoothing * logsigmoid(-beta * h)
-    elif loss_type == "ipo":
-        losses = (h - 1 / (2 * beta)).square()
-    else:
-        losses = torch.relu(1 - beta * h)
+    """All tensors (N,), one dtype; 0 in place of an absent reference."""
+    chosen = beta * (policy_chosen - ref_chosen)
+    rejected = beta * (policy_rejected - ref_rejected)
+    losses = _LOSSES[loss_type](_Pairs(chosen, rejected, chosen - rejected - margin, label_smoothing, beta))
     return DPOLoss(
-        loss=masked_mean(losses, None),
-        chosen_rewards=beta * chosen.detach(),
-        rejected_rewards=beta * rejected.detach(),
-        accuracy=masked_mean((chosen > rejected).to(h.dtype), None),
+        loss=losses if reduction == "none" else masked_mean(losses, None),
+        chosen_rewards=chosen.detach(),
+        rejected_rewards=rejected.detach(),
+        accuracy=masked_mean((chosen > rejected).to(losses.dtype), None),
     )

@@ -9,7 +9,7 @@ from rlhf_fast.kernels import records
 from rlhf_fast.kernels.records import RowOutputs
 
 from . import _checks
-from ._aggregate import aggregate, check_aggregation, token_weights
+from ._aggregate import check_aggregation, reduced, token_weights
 from ._dispatch import implementation, implements, launch
 from ._linear import Inputs, LoRA, checked_head
 from ._op import fused_op, not_differentiable
@@ -84,7 +84,7 @@ def _torch(inputs: Inputs, reduction: str, num_items: float | Tensor | None) -> 
     if reduction == "none":
         return losses
     num_items = 1.0 if reduction == "sum" else num_items
-    return aggregate(losses, inputs.tokens.live, aggregation="token-mean", num_items=num_items)
+    return reduced(losses, inputs.tokens.live, aggregation="token-mean", num_items=num_items)
 
 
 # ---- on the engines -------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def _kernel(
         )
 
     grads = sweep(head, (rows.take(hidden),), fold, given.wants)
-    loss = aggregate(slopes * logprobs, None, aggregation="token-mean", num_items=1.0)
+    loss = reduced(slopes * logprobs, None, aggregation="token-mean", num_items=1.0)
     return loss, rows.put(grads.hidden), *grads[1:]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf_fast.kernels import records
 
 from . import _checks
-from ._aggregate import aggregate, check_aggregation, scalar_tensor, token_weights
+from ._aggregate import check_aggregation, reduced, scalar_tensor, token_weights
 from ._dispatch import implementation, implements, launch
 from ._linear import Inputs, LoRA, checked_head
 from ._losses import (
@@ -54,7 +54,7 @@ def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
@@ -84,7 +84,8 @@ def linear_policy_loss(
         weight: (V, H), dtype of hidden; inside torch.autocast both are cast to its dtype, as F.linear does. A frozen
             weight needs no gradient product.
         targets: (...), integer token ids, not shifted by this function: row t is the state that predicts target t.
-        old_logprobs: (...), log-probs of the policy that sampled; a constant.
+        old_logprobs: (...), log-probs of the policy that sampled; a constant. None: it is this policy, whose log-probs
+            are computed here once.
         advantages: (...), positive for tokens that were better than expected; a constant.
         mask: (...), bool or 0/1, 1 = counts. Masked tokens are not computed, and their data is never used.
             A value other than 0 and 1 is an error on the CPU; on a GPU it is not checked and counts as 1.
@@ -125,14 +126,16 @@ def linear_policy_loss(
         check_reference(op, ref_logprobs, kl_coef)
     reference = None if ref_hidden is None else checked_reference(op, hidden, ref_hidden)
     shape = hidden.shape[:-1]
-    numbers = {"old_logprobs": old_logprobs, "advantages": advantages}
+    numbers = {"advantages": advantages}
+    if old_logprobs is not None:
+        numbers["old_logprobs"] = old_logprobs
     if ref_logprobs is not None:
         numbers["ref_logprobs"] = ref_logprobs
     _checks.floating(op, **numbers)
     _checks.shaped(op, shape, "the leading shape of hidden", **numbers)
     _checks.same_device(op, hidden=hidden, **numbers)
-    check_ratio_level(op, old_logprobs, ratio_level)
-    check_aggregation(op, old_logprobs, aggregation, num_items)
+    check_ratio_level(op, advantages, ratio_level)
+    check_aggregation(op, advantages, aggregation, num_items)
     dtype = accumulation_dtype(hidden.dtype)
     tokens = flat_tokens(
         op, hidden, targets, mask, temperature=temperature, vocab=head.weight.shape[0], ignore_index=ignore_index
@@ -156,8 +159,10 @@ def _from_logprobs(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """-> the loss and the other fields of LinearPolicyLoss, of logprobs, entropy and exact KL (N,)."""
     assert entropy is not None  # return_entropy was True
-    shape = loss.old_logprobs.shape
+    shape = loss.advantages.shape
     loss = loss._replace(logprobs=unflat(logprobs, shape), entropy=unflat(entropy, shape))
+    if loss.old_logprobs is None:
+        loss = loss._replace(old_logprobs=loss.logprobs.detach())
     policy, *statistics = policy_loss(loss._replace(entropy=None, ref_logprobs=None))
     return with_terms(loss, policy, tuple(statistics), None if exact_kl is None else unflat(exact_kl, shape))
 
@@ -196,11 +201,12 @@ def _fused(inputs: Inputs, loss: LossInputs, ref_hidden: Tensor | None) -> tuple
 
 
 class _Loss(NamedTuple):
-    """The inputs of the loss besides log-probs and entropy; tensors are (B, T)."""
+    """The inputs of the loss besides log-probs and entropy; tensors are (B, T). Without old_logprobs, they are the
+    policy's own."""
 
     aggregation: str
     num_items: Tensor | None
-    old_logprobs: Tensor
+    old_logprobs: Tensor | None
     advantages: Tensor
     ref_logprobs: Tensor | None
     terms: records.PolicyTerms
@@ -219,52 +225,57 @@ def _kernel(
     """-> the loss (), the statistics of ppo_loss, and the loss's gradients as in HeadGradients."""
     (hidden, head, tokens, softcap), ref_hidden, loss, wants = given
     rows = LiveRows(tokens, softcap)
-    live = None if tokens.live is None else unflat(tokens.live, loss.old_logprobs.shape)
-    weights = token_weights(loss.old_logprobs, live, aggregation=loss.aggregation, num_items=loss.num_items)
+    shape = loss.advantages.shape
+    live = None if tokens.live is None else unflat(tokens.live, shape)
+    weights = token_weights(loss.advantages, live, aggregation=loss.aggregation, num_items=loss.num_items)
 
     def of_rows(tensor: Tensor) -> Tensor:
         return rows.take(flat(tensor))
 
-    old_logprobs, advantages, share = of_rows(loss.old_logprobs), of_rows(loss.advantages), of_rows(weights)
+    advantages, share = of_rows(loss.advantages), of_rows(weights)
     # the kernel reads the reference only for a KL term
     ref_logprobs = None
     if loss.ref_logprobs is not None and loss.terms.kl_coef > 0:
         ref_logprobs = of_rows(loss.ref_logprobs)
-    logprobs, entropy = torch.empty_like(old_logprobs), torch.empty_like(old_logprobs)
+    logprobs, entropy = torch.empty_like(advantages), torch.empty_like(advantages)
+    old_logprobs = logprobs if loss.old_logprobs is None else of_rows(loss.old_logprobs)
     hiddens, exact_kl = [rows.take(hidden)], None
     if ref_hidden is not None:
         hiddens.append(rows.take(ref_hidden))
-        exact_kl = torch.empty_like(old_logprobs)
+        exact_kl = torch.empty_like(advantages)
 
     def fold(part: slice, logits: tuple[Tensor, ...], grad: Tensor | None) -> None:
-        launch(
-            records.LinearPolicyLoss(
-                rows=rows.part(part, logits[0]),
-                logits=logits_of(logits[0]),
-                ref_logits=NOTHING if exact_kl is None else logits_of(logits[1]),
-                old_logprobs=old_logprobs[part],
-                advantages=advantages[part],
-                ref_logprobs=None if ref_logprobs is None else ref_logprobs[part],
-                share=share[part],
-                terms=loss.terms,
-                grad=NOTHING if grad is None else logits_of(grad),
-                logprobs=logprobs[part],
-                entropy=entropy[part],
-                kl=None if exact_kl is None else exact_kl[part],
-            ),
-            logprobs,
+        record = records.LinearPolicyLoss(
+            rows=rows.part(part, logits[0]),
+            logits=logits_of(logits[0]),
+            ref_logits=NOTHING if exact_kl is None else logits_of(logits[1]),
+            old_logprobs=old_logprobs[part],
+            advantages=advantages[part],
+            ref_logprobs=None if ref_logprobs is None else ref_logprobs[part],
+            share=share[part],
+            terms=loss.terms,
+            grad=NOTHING,
+            logprobs=logprobs[part],
+            entropy=entropy[part],
+            kl=None if exact_kl is None else exact_kl[part],
         )
+        if loss.old_logprobs is None or grad is None:
+            launch(record, logprobs)  # without a gradient the kernel does not read old_logprobs
+        if grad is not None:
+            old = logprobs[part].clone() if loss.old_logprobs is None else old_logprobs[part]
+            launch(record._replace(old_logprobs=old, grad=logits_of(grad)), logprobs)
 
     grads = sweep(head, tuple(hiddens), fold, wants)
-    shape = loss.old_logprobs.shape
     logprobs, entropy = (unflat(rows.put(result), shape) for result in (logprobs, entropy))
     measured = LossInputs(**loss._asdict(), live=live, logprobs=logprobs, entropy=entropy)
+    if loss.old_logprobs is None:
+        measured = measured._replace(old_logprobs=logprobs)
     if exact_kl is None:
         total, statistics = with_measures(measured)
     else:
         total, statistics = with_measures(measured._replace(terms=loss.terms._replace(kl_coef=0.0)))
         kl = unflat(rows.put(exact_kl), shape)
-        kl = aggregate(kl, live, aggregation=loss.aggregation, num_items=loss.num_items)
+        kl = reduced(kl, live, aggregation=loss.aggregation, num_items=loss.num_items)
         statistics[KL] = kl
         if loss.terms.kl_coef > 0:
             total = total + loss.terms.kl_coef * kl

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._aggregate import aggregate, check_aggregation, scalar_tensor, upcast
+from ._aggregate import check_aggregation, reduced, scalar_tensor, upcast
 from ._dispatch import implementation, implements
 from ._losses import LossInputs, check_reference, policy_terms, value_terms
 from .clipped_policy_loss import reference as policy_reference
@@ -32,7 +32,7 @@ class PPOLoss(NamedTuple):
 
 def ppo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     values: Tensor,
     old_values: Tensor,
@@ -59,7 +59,7 @@ def ppo_loss(
 
     Args:
         logprobs: (B, T), or any shape with token-mean; float.
-        old_logprobs: same shape; log-probs of the policy that sampled; a constant.
+        old_logprobs: same shape; log-probs of the policy that sampled; a constant. None: it is this policy.
         advantages: same shape; positive for tokens that were better than expected; a constant.
         values: same shape; float.
         old_values: same shape; the critic's values when the tokens were sampled; a constant.
@@ -72,8 +72,7 @@ def ppo_loss(
         value_clip: the clip of ``clipped_value_loss``; None does not clip.
         value_coef, entropy_coef, kl_coef: weights of the terms, >= 0.
         kl_estimator: see ``token_kl`` for the estimators and their gradients.
-        aggregation, num_items: see ``rlhf_fast.ops._aggregate.aggregate``; fractions, ratios and approx_kl are means
-            over this call's tokens.
+        aggregation, num_items: see ``aggregate``; fractions, ratios and approx_kl are means over this call's tokens.
 
     Returns:
         ``PPOLoss``, float32 (float64 when an input is), all 0 when nothing is live.
@@ -84,8 +83,8 @@ def ppo_loss(
     """
     op = "ppo_loss"
     data = {
-        "logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "values": values,
-        "old_values": old_values, "returns": returns,
+        "logprobs": logprobs, "old_logprobs": logprobs if old_logprobs is None else old_logprobs,
+        "advantages": advantages, "values": values, "old_values": old_values, "returns": returns,
     }  # fmt: skip
     if entropy is not None:
         data["entropy"] = entropy
@@ -142,7 +141,7 @@ def with_terms(
     kl = entropy
 
     def aggregated(values: Tensor) -> Tensor:
-        return aggregate(values, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
+        return reduced(values, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
 
     if inputs.entropy is not None:
         entropy = aggregated(inputs.entropy)

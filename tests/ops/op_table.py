@@ -208,6 +208,38 @@ def _naive_whiten(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Ten
     return (_masked((x["x"] - mean) / (variance + 1e-8).sqrt(), mask),)
 
 
+def _naive_aggregate(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """Over the sequences with a token that counts, the mean of their token means."""
+    if mask is None:
+        return (x["values"].mean(),)
+    counts = mask.sum(-1)
+    return (((x["values"] * mask).sum(-1) / counts.clamp(min=1)).sum() / (counts > 0).sum(),)
+
+
+def _naive_gspo(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    log_ratio = x["logprobs"] - x["old_logprobs"]
+    live = torch.ones_like(log_ratio) if mask is None else mask.to(log_ratio.dtype)
+    ratio = ((log_ratio * live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)).exp()
+    losses = torch.maximum(-x["advantages"] * ratio, -x["advantages"] * ratio.clamp(0.8, 1.2))
+    return _naive_aggregate({"values": losses}, targets, mask)
+
+
+def _naive_cispo(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    weights = (x["logprobs"] - x["old_logprobs"]).exp().clamp(0.5, 2.0).detach()
+    return (_mean(-weights * x["advantages"] * x["logprobs"], mask),)
+
+
+def _naive_sapo(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    ratio = (x["logprobs"] - x["old_logprobs"]).exp()
+    temperature = torch.where(x["advantages"] > 0, 1.0, 1.05).to(ratio.dtype)
+    gate = 4 / temperature / (1 + (-temperature * (ratio - 1)).exp())
+    return _naive_aggregate({"values": -x["advantages"] * gate}, targets, mask)
+
+
+def _naive_weights(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    return (_masked((x["logprobs"] - x["rollout_logprobs"]).exp().clamp(0.5, 2.0), mask),)
+
+
 HEAD = {"weight": (V, H), "bias": (V,)}
 LORA = {"A": (RANK, H), "B": (V, RANK)}
 
@@ -314,12 +346,51 @@ OPS = [
         ("x",),
     ),
     Op(
+        "aggregate",
+        lambda x, targets, mask: (ops.aggregate(x["values"], mask, aggregation="seq-mean-token-mean"),),
+        _naive_aggregate,
+        {"values": ()},
+        ("values",),
+        per_token=False,
+    ),
+    Op(
         "clipped_policy_loss",
         _run_ppo,
         lambda x, targets, mask: _naive_ppo(x["logprobs"], x, mask),
         {"logprobs": (), "old_logprobs": (), "advantages": ()},
         ("logprobs",),
         per_token=False,
+    ),
+    Op(
+        "gspo_loss",
+        lambda x, targets, mask: (ops.gspo_loss(**x, mask=mask, clip_low=0.2, clip_high=0.2).loss,),
+        _naive_gspo,
+        {"logprobs": (), "old_logprobs": (), "advantages": ()},
+        ("logprobs",),
+        per_token=False,
+    ),
+    Op(
+        "cispo_loss",
+        lambda x, targets, mask: (ops.cispo_loss(**x, mask=mask, clip_low=0.5, clip_high=1.0).loss,),
+        _naive_cispo,
+        {"logprobs": (), "old_logprobs": (), "advantages": ()},
+        ("logprobs",),
+        per_token=False,
+    ),
+    Op(
+        "sapo_loss",
+        lambda x, targets, mask: (ops.sapo_loss(**x, mask=mask).loss,),
+        _naive_sapo,
+        {"logprobs": (), "old_logprobs": (), "advantages": ()},
+        ("logprobs",),
+        per_token=False,
+    ),
+    Op(
+        "truncated_importance_weights",
+        lambda x, targets, mask: (ops.truncated_importance_weights(**x, mask=mask, low=0.5),),
+        _naive_weights,
+        {"logprobs": (), "rollout_logprobs": ()},
+        (),
     ),
     Op(
         "clipped_value_loss",

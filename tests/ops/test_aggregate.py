@@ -6,7 +6,8 @@ from devices import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_fast.ops._aggregate import AGGREGATIONS, aggregate, masked_mean, ordered_sum, upcast
+from rlhf_fast.ops import aggregate
+from rlhf_fast.ops._aggregate import AGGREGATIONS, masked_mean, ordered_sum, upcast
 
 SEQUENCE_AGGREGATIONS = AGGREGATIONS[1:]
 VALUES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from devices import seeded
 
-from rlhf_fast.ops._aggregate import AGGREGATIONS, aggregate
+from rlhf_fast.ops import aggregate
+from rlhf_fast.ops._aggregate import AGGREGATIONS
 from rlhf_fast.ops.clipped_policy_loss import PolicyLoss, clipped_policy_loss
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -99,6 +100,18 @@ def test_the_first_update_has_ratio_one_exactly() -> None:
         statistics = [number.item() for number in result[1:]]
         assert statistics == [0.0, 0.0, 1.0, 1.0, 0.0]
         torch.testing.assert_close(result.loss, -advantages[mask].mean())
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_without_old_logprobs_they_are_the_policys_own(level: str) -> None:
+    logprobs, _, advantages, mask = sample(0, 4, 6)
+    logprobs.requires_grad_()
+    given, own = (
+        clipped_policy_loss(logprobs, old, advantages, mask, ratio_level=level) for old in (logprobs.detach(), None)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(given, own, strict=True))
+    (gradient,) = torch.autograd.grad(own.loss, logprobs)
+    torch.testing.assert_close(gradient, torch.where(mask, -advantages / mask.sum(), 0.0))
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

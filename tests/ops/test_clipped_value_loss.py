@@ -2,7 +2,8 @@ import pytest
 import torch
 from devices import seeded
 
-from rlhf_fast.ops._aggregate import AGGREGATIONS, aggregate
+from rlhf_fast.ops import aggregate
+from rlhf_fast.ops._aggregate import AGGREGATIONS
 from rlhf_fast.ops.clipped_value_loss import clipped_value_loss
 
 pytestmark = pytest.mark.usefixtures("backend")

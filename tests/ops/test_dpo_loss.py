@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from devices import seeded
@@ -29,6 +31,13 @@ PAIRS = (POLICY_CHOSEN, POLICY_REJECTED, REF_CHOSEN, REF_REJECTED)
         ({"loss_type": "ipo"}, (1 + 4) / 2, (2.0, -4.0)),
         # 1 - 1 = 0, 1 + 1/2 = 1.5; slope 0 at the corner, -beta
         ({"loss_type": "hinge"}, (0 + 1.5) / 2, (0.0, -0.5)),
+        # (0.9 * 0.3132617 - 0.1 * 1.3132617) / 0.8 = 0.1882617, (0.9 * 0.9740770 - 0.1 * 0.4740770) / 0.8 = 1.0365770
+        # slope: (-0.9 * 0.1344707 - 0.1 * 0.3655293) / 0.8, (-0.9 * 0.3112297 - 0.1 * 0.1887703) / 0.8
+        (
+            {"loss_type": "robust", "label_smoothing": 0.1},
+            (0.1882617 + 1.0365770) / 2,
+            ((-0.9 * 0.1344707 - 0.1 * 0.3655293) / 0.8, (-0.9 * 0.3112297 - 0.1 * 0.1887703) / 0.8),
+        ),
     ],
 )
 def test_by_hand(arguments: dict, loss: float, slopes: tuple[float, float]) -> None:
@@ -41,6 +50,57 @@ def test_by_hand(arguments: dict, loss: float, slopes: tuple[float, float]) -> N
     assert result.chosen_rewards.tolist() == [0.5, -0.5]
     assert result.rejected_rewards.tolist() == [-0.5, 0.0]
     assert result.accuracy.item() == 0.5
+
+
+# Of one pair, in float64: the log ratios of chosen and rejected, and beta, to the loss, as written in the papers.
+FORMULAS = {
+    "sigmoid": lambda c, r, b: softplus(-b * (c - r)),
+    "ipo": lambda c, r, b: (c - r - 1 / (2 * b)) ** 2,
+    "hinge": lambda c, r, b: max(0.0, 1 - b * (c - r)),
+    "robust": lambda c, r, b: (0.9 * softplus(-b * (c - r)) - 0.1 * softplus(b * (c - r))) / 0.8,
+    "exo_pair": lambda c, r, b: sum(
+        p * math.log(p / q) for p, q in ((sigmoid(b * (c - r)), 0.9), (sigmoid(b * (r - c)), 0.1))
+    ),
+    "apo_zero": lambda c, r, b: 1 - sigmoid(b * c) + sigmoid(b * r),
+    "apo_down": lambda c, r, b: sigmoid(b * c) + 1 - sigmoid(b * (c - r)),
+    "nca_pair": lambda c, r, b: softplus(-b * c) + 0.5 * softplus(b * c) + 0.5 * softplus(b * r),
+    "bco_pair": lambda c, r, b: softplus(-b * c) + softplus(b * r),
+    "sppo_hard": lambda c, r, b: (c - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2,
+}
+SMOOTHING = {"robust": 0.1, "exo_pair": 0.1}
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+@pytest.mark.parametrize("loss_type", FORMULAS)
+def test_every_loss_is_its_formula(loss_type: str) -> None:
+    pairs = 3 * torch.randn(4, 6, dtype=torch.float64, generator=seeded(0))
+    beta, smoothing = 0.7, SMOOTHING.get(loss_type, 0.0)
+    options = {"beta": beta, "label_smoothing": smoothing, "loss_type": loss_type}
+    expected = [FORMULAS[loss_type](*ratios, beta) for ratios in (pairs[:2] - pairs[2:]).T.tolist()]
+    losses = dpo_loss(*pairs, **options, reduction="none").loss
+    assert losses.tolist() == pytest.approx(expected, rel=1e-9)
+    assert dpo_loss(*pairs, **options).loss.item() == pytest.approx(sum(expected) / 6, rel=1e-9)
+    chosen, rejected = (each.requires_grad_() for each in pairs[:2].clone())
+    assert torch.autograd.gradcheck(
+        lambda *policy: dpo_loss(*policy, *pairs[2:], **options, reduction="none").loss, (chosen, rejected)
+    )
+
+
+def test_without_a_reference_and_with_a_margin_it_is_simpo() -> None:
+    """-log sigmoid(beta (chosen - rejected) - gamma), of mean log-probs."""
+    chosen, rejected = torch.tensor([-0.5, -1.0]), torch.tensor([-1.5, -0.5])
+    expected = [softplus(-(2 * 1.0 - 0.3)), softplus(-(2 * -0.5 - 0.3))]
+    for margin in (0.3, torch.full((2,), 0.3)):
+        result = dpo_loss(chosen, rejected, None, None, beta=2.0, margin=margin, reduction="none")
+        assert result.loss.tolist() == pytest.approx(expected, rel=1e-6)
+    assert result.chosen_rewards.tolist() == [-1.0, -2.0]
 
 
 def test_beta_defaults_to_a_tenth() -> None:
@@ -63,10 +123,11 @@ def test_gradcheck(arguments: dict) -> None:
     )
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize("loss_type", FORMULAS)
 def test_no_pairs(loss_type: str) -> None:
     empty = torch.empty(0, requires_grad=True)
-    result = dpo_loss(empty, empty, empty, empty, loss_type=loss_type)
+    smoothing = SMOOTHING.get(loss_type, 0.0)
+    result = dpo_loss(empty, empty, empty, empty, loss_type=loss_type, label_smoothing=smoothing)
     result.loss.backward()
     assert result.loss.item() == 0 and result.accuracy.item() == 0
     assert result.chosen_rewards.shape == result.rejected_rewards.shape == empty.grad.shape == (0,)
@@ -114,13 +175,21 @@ def test_bad_arguments() -> None:
     for beta in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="beta must be a finite number > 0"):
             dpo_loss(*PAIRS, beta=beta)
-    with pytest.raises(ValueError, match="loss_type must be one of sigmoid, ipo, hinge; got 'kto'"):
+    with pytest.raises(ValueError, match="loss_type must be one of sigmoid, ipo, hinge, .*; got 'kto'"):
         dpo_loss(*PAIRS, loss_type="kto")
     for label_smoothing in (-0.1, 0.5, float("nan")):
         with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 0.5\)"):
             dpo_loss(*PAIRS, label_smoothing=label_smoothing)
-    with pytest.raises(ValueError, match="label_smoothing is defined for loss_type 'sigmoid' alone; got 'ipo'"):
+    with pytest.raises(ValueError, match="label_smoothing is defined for loss_type sigmoid, .*; got 'ipo'"):
         dpo_loss(*PAIRS, loss_type="ipo", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="'exo_pair' needs label_smoothing > 0"):
+        dpo_loss(*PAIRS, loss_type="exo_pair")
+    with pytest.raises(ValueError, match="margin is defined for loss_type sigmoid, .*; got 'apo_zero'"):
+        dpo_loss(*PAIRS, loss_type="apo_zero", margin=1.0)
+    with pytest.raises(ValueError, match="both given or both None"):
+        dpo_loss(*PAIRS[:3], None)
+    with pytest.raises(TypeError, match="margin must be a torch.Tensor; got list"):
+        dpo_loss(*PAIRS, margin=[1.0, 2.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"policy_chosen must have shape \(N,\).*got \(2, 1\)"):
         dpo_loss(*(tensor[:, None] for tensor in PAIRS))
     with pytest.raises(ValueError, match=r"ref_rejected must have shape \(2,\).*got \(1,\)"):

@@ -9,8 +9,15 @@ from devices import seeded
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlhf_fast.ops import clipped_policy_loss, exact_kl, linear_policy_loss, masked_logprobs
-from rlhf_fast.ops._aggregate import aggregate
+from rlhf_fast.ops import (
+    _sweep,
+    aggregate,
+    clipped_policy_loss,
+    exact_kl,
+    linear_logprobs,
+    linear_policy_loss,
+    masked_logprobs,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -262,3 +269,42 @@ def test_one_column_has_no_exact_kl() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"linear_policy_loss: {message}"):
         linear_policy_loss(tensor([[1.0]]), WEIGHT, torch.tensor([0]), tensor([-1.0]), tensor([1.0]), **options)
+
+
+# ---- without old log-probs: the policy's own ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    {"aggregation": "seq-mean-token-mean", "num_items": 3.0, "ratio_level": "token"},
+    {"ratio_level": "sequence"},
+], ids=lambda options: options["ratio_level"])  # fmt: skip
+@pytest.mark.parametrize("reference", ["none", "k3", "exact"])
+def test_without_old_logprobs_they_are_the_policys_own(reference: str, options: dict[str, Any]) -> None:
+    """As with the log-probs of a first call, and the ratio is exactly 1."""
+    hidden, ref_hidden, weight, targets, _, advantages, mask = random_pair(torch.float32)
+    trained = [each.requires_grad_() for each in (hidden, weight)]
+    logprobs = linear_logprobs(hidden, weight, targets, mask)
+    options = {"entropy_coef": 0.1, **options}
+    if reference == "k3":
+        options |= {"kl_coef": 0.3, "ref_logprobs": logprobs.detach() - 0.5}
+    if reference == "exact":
+        options |= {"kl_coef": 0.3, "kl_estimator": "exact", "ref_hidden": ref_hidden}
+    expected = linear_policy_loss(hidden, weight, targets, logprobs, advantages, mask, **options)
+    result = linear_policy_loss(hidden, weight, targets, None, advantages, mask, **options)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(each.loss, trained) for each in (result, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+    assert [number.item() for number in result[4:]] == [0.0, 0.0, 1.0, 1.0, pytest.approx(0.0, abs=1e-15)]
+    with torch.no_grad():
+        again = linear_policy_loss(hidden, weight, targets, None, advantages, mask, **options)
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_old_logprobs_the_logits_are_computed_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the forward pass, which has all gradients on the engines; the reference computes them again, as always."""
+    calls = []
+    project = _sweep._project
+    monkeypatch.setattr(_sweep, "_project", lambda *given: calls.append(given) or project(*given))
+    hidden, _, weight, targets, _, advantages, _ = random_pair(torch.float32)
+    linear_policy_loss(hidden.requires_grad_(), weight, targets, None, advantages).loss.backward()
+    assert len(calls) == (backend != "torch")

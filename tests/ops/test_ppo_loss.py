@@ -6,8 +6,8 @@ import torch
 from devices import seeded
 from torch import Tensor
 
-from rlhf_fast.ops import PPOLoss, clipped_policy_loss, clipped_value_loss, ppo_loss, token_kl
-from rlhf_fast.ops._aggregate import AGGREGATIONS, aggregate
+from rlhf_fast.ops import PPOLoss, aggregate, clipped_policy_loss, clipped_value_loss, ppo_loss, token_kl
+from rlhf_fast.ops._aggregate import AGGREGATIONS
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -177,6 +177,14 @@ def test_a_kl_term_of_weight_0_stays_out_of_the_loss() -> None:
     result = ppo_loss(**x, mask=mask, **WEIGHTS | {"kl_coef": 0.0})
     assert result.loss.isfinite() and result.kl.isnan()
     assert all(grad.isfinite().all() for grad in grads(result.loss, x))
+
+
+def test_without_old_logprobs_they_are_the_policys_own() -> None:
+    x, mask = sample(5, 3, 5)
+    x = grown(x)
+    given, own = (ppo_loss(**x | {"old_logprobs": old}, mask=mask, **WEIGHTS) for old in (x["logprobs"].detach(), None))
+    assert all(torch.equal(a, b) for a, b in zip(given, own, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(grads(given.loss, x), grads(own.loss, x), strict=True))
 
 
 def test_without_entropy_and_reference() -> None:
