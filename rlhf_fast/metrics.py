@@ -224,6 +224,18 @@ DISTINCT_2 = Metric(
     ),
     "diversity (distinct-2)",
 )
+FRAC_REWARD_ZERO_STD = Metric(
+    "frac_reward_zero_std",
+    "share",
+    "Prompts whose responses all have the same score, where each has several: without a critic they teach nothing but "
+    "the KL penalty.",
+    Chart(
+        "Prompts without a signal",
+        "Stays low; near 1 the prompts are too easy or too hard, or there are too few responses to each.",
+        "prompts with equal scores (share)",
+    ),
+    "prompts without a signal",
+)
 EXPLAINED_VARIANCE = Metric(
     "critic/explained_variance",
     "share",
@@ -316,6 +328,7 @@ METRICS: dict[str, list[Metric]] = {
         ENTROPY,
         LENGTH_MEAN,
         DISTINCT_2,
+        FRAC_REWARD_ZERO_STD,
         EXPLAINED_VARIANCE,
         CLIP_FRACTION,
         SECONDS_ROLLOUT,
