@@ -9,6 +9,7 @@ from test_ppo import metrics, spy_on_first_mini_batches, started
 
 from rlhf_fast.config import ADVANTAGE_ESTIMATORS
 from rlhf_fast.errors import UserError
+from rlhf_fast.models import SharedBase
 from rlhf_fast.ops import group_advantages
 from rlhf_fast.ops.group_advantages import ESTIMATORS
 from rlhf_fast.recipes import experience, ppo
@@ -73,13 +74,19 @@ def test_advantages_are_those_of_penalised_scores_over_whole_groups(ppo_config):
 @pytest.mark.parametrize("size", [3, 12])
 @pytest.mark.parametrize("adapters", [True, False])
 def test_kl_is_0_and_ratio_1_exactly_on_the_first_mini_batch(adapters, size, dtype, ppo_config, monkeypatch, tmp_path):
-    """With one micro-batch, which trains on the states of its scoring, and with several."""
+    """With one micro-batch, which trains on the states of its scoring, and with several. A product of other rows may
+    round differently, so every role goes through the model alone, as the policy does in the update."""
     (tmp_path / "reward.py").write_text("def one(completions):\n    return [1.0] * len(completions)\n")
     bare = dict(sft_adapter=None, reward_adapter=None, reward_functions=[f"{tmp_path}/reward.py:one"])
     settings = dict(advantage_estimator="rloo", num_generations=3, batch_size=12, micro_batch_size=size)
     settings |= dict(dtype=dtype, num_mini_batches=1, num_ppo_epochs=1, max_steps=1, eval_size=0)
     starts, ratios = spy_on_first_mini_batches(monkeypatch)
+    passes, hidden_of = [], SharedBase.hidden_of
+    monkeypatch.setattr(
+        SharedBase, "hidden_of", lambda base, roles, *rest: passes.append(len(roles)) or hidden_of(base, roles, *rest)
+    )
     ppo.train(ppo_config(**settings, **({} if adapters else bare)))
+    assert set(passes) == {1}
     assert starts == [0.0] and ratios == [[(0.0, 1.0)] * (12 // size)]
 
 
