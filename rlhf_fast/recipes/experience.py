@@ -52,6 +52,7 @@ class Experience:
 
 
 def trained_roles(config: PPOConfig) -> list[str]:
+    """The roles that go through the model in an update, together."""
     return [POLICY, CRITIC] if config.has_critic else [POLICY]
 
 

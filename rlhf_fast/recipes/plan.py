@@ -243,7 +243,8 @@ def measure_seconds(
     if not isinstance(config, PPOConfig):
         seconds = {"update": share * (whole("update", shape.adapted) + below * each("forward"))}
         return seconds | {"step": seconds["update"]}
-    roles = len(trained_roles(config)) + (1 if config.reward_adapter is None else 2)  # share the layers below adapters
+    # the roles that share the layers below the adapters: the trained ones, the reference, the reward model
+    roles = len(trained_roles(config)) + 1 + (config.reward_adapter is not None)
     seconds = {
         "rollout": whole("prompt", shape.layers) + (config.response_length - 1) * whole("token", shape.layers),
         "scoring": share * whole("scoring", shape.adapted + below / roles),

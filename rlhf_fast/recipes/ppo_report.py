@@ -65,7 +65,7 @@ def rollout_metrics(
         metrics.SCORES: total["scores"] / episodes,
         **({metrics.REWARD_MODEL: total["model"] / episodes} if REWARD in stage.base.roles else {}),
         **({metrics.FRAC_REWARD_ZERO_STD: total["equal"] * samples / episodes} if samples > 1 else {}),
-        **({metrics.EXPLAINED_VARIANCE: _explained_variance(stage, experiences)} if config.has_critic else {}),
+        **({metrics.EXPLAINED_VARIANCE: _explained_variance(stage, experiences, tokens)} if config.has_critic else {}),
         metrics.LOGPROB_GAP: total["gaps"] / tokens,
         metrics.LOGPROB_GAP_MAX: max(stage.gather([gaps.max().item()])),
         metrics.LENGTH_MEAN: tokens / episodes,
@@ -75,18 +75,17 @@ def rollout_metrics(
     }
 
 
-def _explained_variance(stage: Stage[PPOConfig], experiences: Sequence[Experience]) -> float:
+def _explained_variance(stage: Stage[PPOConfig], experiences: Sequence[Experience], tokens: float) -> float:
+    """``tokens``: the number of live response tokens of all processes."""
     returns = torch.cat([e.returns[e.mask] for e in experiences])
     errors = returns - torch.cat([e.values[e.mask] for e in experiences])
     sums = {
-        "tokens": torch.ones_like(returns).sum(),
         "returns": returns.sum(),
         "returns2": returns.double().square().sum(),
         "errors": errors.sum(),
         "errors2": errors.double().square().sum(),
     }
     total = stage.sum(sums)
-    tokens = total["tokens"]
     variance = total["returns2"] / tokens - (total["returns"] / tokens) ** 2
     left = total["errors2"] / tokens - (total["errors"] / tokens) ** 2
     return 1 - left / variance if variance > 0 else math.nan
