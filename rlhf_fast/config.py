@@ -15,6 +15,7 @@ from rlhf_fast.text import shown
 DEFAULT_MODEL = "smollm2-135m-instruct"
 ALL_LINEAR = "all-linear"
 FLOAT32_MAX = 3.4e38
+ADVANTAGE_ESTIMATORS = ("gae", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline")
 ROLLOUT_ENGINES = ("auto", "fast", "transformers")
 ROLLOUT_ENGINE_HELP = (
     "What samples responses. fast: this package's loop, on a copy of the adapted weights with the adapter merged; "
@@ -297,7 +298,8 @@ class PPOConfig(StageConfig):
         ("linear", "cosine", "constant_with_warmup"),
     )
     adam_epsilon: float = option(1e-5, "AdamW's epsilon.")
-    batch_size: int = option(64, "Episodes per rollout, over all processes.")
+    batch_size: int = option(64, "Episodes per rollout, over all processes; a multiple of num_generations.")
+    num_generations: int = option(1, "Responses sampled to each prompt of a rollout.")
     num_ppo_epochs: int = option(4, "Passes over each rollout.")
     num_mini_batches: int = option(1, "Optimiser steps per pass over a rollout.")
     rollout_batch_size: int = option(64, "Responses sampled at a time in one process.")
@@ -312,6 +314,12 @@ class PPOConfig(StageConfig):
         "Sampling temperature; it divides the logits of sampling, scoring and training alike.",
     )
 
+    advantage_estimator: str = option(
+        "gae",
+        "gae: from a critic's values. The others train no critic: the reward of a whole response beside those of the "
+        "other responses to its prompt (num_generations of them), for reinforce++ beside those of the whole rollout.",
+        ADVANTAGE_ESTIMATORS,
+    )
     kl_estimator: str = option("k1", "Estimator of the per-token KL in the reward.", ("k1", "k2", "k3", "abs"))
     kl_coef: float = option(0.05, "KL coefficient beta at the start.")
     kl_target: float | None = option(
@@ -319,7 +327,7 @@ class PPOConfig(StageConfig):
         "Sequence KL in nats that the adaptive controller steers to. Unset (null): beta stays fixed.",
     )
     kl_horizon: float = option(10000.0, "Episodes over which the controller corrects a KL error.")
-    gamma: float = option(1.0, "Discount.")
+    gamma: float = option(1.0, "GAE's discount.")
     lam: float = option(0.95, "GAE's lambda.")
     whiten_rewards: bool = option(False, "Divide the per-token rewards by their standard deviation, the mean kept.")
     scale_scores: bool = option(
@@ -344,7 +352,7 @@ class PPOConfig(StageConfig):
     def validate(self) -> None:
         super().validate()
         positive = ["num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length"]
-        positive += ["temperature", "kl_horizon", "value_clip", "eval_prompts"]
+        positive += ["temperature", "kl_horizon", "value_clip", "eval_prompts", "num_generations"]
         for name in self.eval_functions:
             short = name.rpartition(":")[2]
             require(self, "eval_functions", short not in RESERVED, f"named otherwise: {short!r} is a metric of its own")
@@ -373,8 +381,22 @@ class PPOConfig(StageConfig):
             require(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         if self.reward_adapter is None and not self.reward_functions:
             raise UserError("PPO needs a reward: set --reward_adapter FOLDER, --reward_functions FILE.py:NAME, or both")
-        if self.batch_size % self.num_mini_batches:
-            require(self, "batch_size", False, f"a multiple of --num_mini_batches ({self.num_mini_batches})")
+        for name in ("num_mini_batches", "num_generations"):
+            divisor = getattr(self, name)
+            require(self, "batch_size", self.batch_size % divisor == 0, f"a multiple of --{name} ({divisor})")
+        if not self.has_critic:
+            estimator = f"--advantage_estimator {self.advantage_estimator}"
+            alone = self.num_generations == 1 and self.advantage_estimator != "reinforce++"
+            compares = f"2 or above with {estimator}, which compares the responses to one prompt"
+            require(self, "num_generations", not alone, compares)
+            for name in ("gamma", "lam", "whiten_rewards", "value_clip", "value_coef"):
+                default = getattr(PPOConfig, name)
+                unset = f"left at {default}, its default, with {estimator}, which has no use for it"
+                require(self, name, getattr(self, name) == default, unset)
+
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage_estimator == "gae"
 
 
 @dataclass(kw_only=True)

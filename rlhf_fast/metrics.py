@@ -224,10 +224,22 @@ DISTINCT_2 = Metric(
     ),
     "diversity (distinct-2)",
 )
+FRAC_REWARD_ZERO_STD = Metric(
+    "frac_reward_zero_std",
+    "share",
+    "Prompts whose responses all have the same score, where each has several: without a critic they teach nothing but "
+    "the KL penalty.",
+    Chart(
+        "Prompts without a signal",
+        "Stays low; near 1 the prompts are too easy or too hard, or there are too few responses to each.",
+        "prompts with equal scores (share)",
+    ),
+    "prompts without a signal",
+)
 EXPLAINED_VARIANCE = Metric(
     "critic/explained_variance",
     "share",
-    "Share of the returns' variance that the critic's values explain.",
+    "Share of the returns' variance that the critic's values explain, where there is a critic.",
     Chart(
         "Critic: explained variance",
         "Climbs above 0 after warm-up, towards 1; at 0 or below the critic helps no more than a constant.",
@@ -278,12 +290,14 @@ TRUNCATED = Metric("response/truncated", "share", "Responses without a stop toke
 EOS_TOKENS = Metric("val/num_eos_tokens", "responses", "Responses that end with a stop token.")
 EPISODES = Metric("episode", "episodes", "Episodes up to and with this step.")
 POLICY_LOSS = Metric("loss/policy_avg", "", "Clipped policy loss, mean over the updates.")
-VALUE_LOSS = Metric("loss/value_avg", "", "Value loss, mean over the updates.")
+VALUE_LOSS = Metric("loss/value_avg", "", "Value loss, mean over the updates, where there is a critic.")
 APPROX_KL = Metric(
     "policy/approxkl_avg", "nats per token", "Half the mean square of the log-ratio of policy to rollout policy."
 )
 TOKEN_ENTROPY = Metric("policy/entropy_avg", "nats per token", "The policy's entropy, mean over the updates.")
-VALUE_CLIP_FRACTION = Metric("val/clipfrac_avg", "share", "Tokens whose value loss is clipped.")
+VALUE_CLIP_FRACTION = Metric(
+    "val/clipfrac_avg", "share", "Tokens whose value loss is clipped, where there is a critic."
+)
 RATIO = Metric("val/ratio", "", "Probability ratio of the policy to that of the rollout, mean over the updates.")
 RATIO_VAR = Metric("val/ratio_var", "", "Variance of val/ratio over the updates.")
 
@@ -316,6 +330,7 @@ METRICS: dict[str, list[Metric]] = {
         ENTROPY,
         LENGTH_MEAN,
         DISTINCT_2,
+        FRAC_REWARD_ZERO_STD,
         EXPLAINED_VARIANCE,
         CLIP_FRACTION,
         SECONDS_ROLLOUT,

@@ -24,7 +24,7 @@ FLAGS = {
     "sft": [""],
     "reward": ["--label_noise_ceiling 0.9"],
     "ppo": [
-        "--eval_functions functions.py:gold --reward_functions functions.py:tells",
+        "--eval_functions functions.py:gold --reward_functions functions.py:tells --num_generations 2",
         "--reward_adapter null --reward_functions functions.py:gold",
     ],
 }

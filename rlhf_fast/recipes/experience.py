@@ -8,7 +8,8 @@ import torch
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase, last_states
-from rlhf_fast.ops import gae, linear_logprobs, masked_whiten, token_kl
+from rlhf_fast.ops import gae, group_advantages, linear_logprobs, masked_whiten, token_kl
+from rlhf_fast.recipes.processes import Processes
 from rlhf_fast.rewards.shaping import token_rewards
 from rlhf_fast.rollout import EpisodeBatch
 
@@ -24,8 +25,8 @@ class Experience:
     ``states`` has a gradient.
 
     ``trunk``: (b, P + R, H), the hidden states below the adapted layers, which all roles and epochs reuse; or None.
-    ``states``: (b, R, H) of policy and critic with their autograd graph, for the first epoch; None if that epoch
-    computes them itself.
+    ``states``: (b, R, H) of each of ``trained_roles`` with its autograd graph, for the first epoch; None if that epoch
+    computes them itself. Without a critic, ``values`` and ``returns`` are 0.
     """
 
     episodes: EpisodeBatch
@@ -50,6 +51,11 @@ class Experience:
         return token_kl(self.logprobs, self.ref_logprobs, self.mask).sum(dim=1)
 
 
+def trained_roles(config: PPOConfig) -> list[str]:
+    """The roles that go through the model in an update, together."""
+    return [POLICY, CRITIC] if config.has_critic else [POLICY]
+
+
 def response_states(
     base: SharedBase, roles: Sequence[str | None], episodes: EpisodeBatch, trunk: torch.Tensor | None
 ) -> list[torch.Tensor]:
@@ -64,31 +70,44 @@ def score(
 ) -> Experience:
     """Log-probs of the policy before its update and of the reference, values and scores. Rewards are not set yet.
 
-    ``keep_graph``: keeps the states of policy and critic with their graph, for training in the first epoch. Policy and
-    reference each go through the model with a second role, as the policy does in the update: a product of another shape
-    rounds differently, so that the first ratio of an update would not be exactly 1, nor the first KL exactly 0.
+    ``keep_graph``: keeps the states of the trained roles with their graph, for training in the first epoch.
     """
-    mask = episodes.attention_mask
+    mask, trained = episodes.attention_mask, trained_roles(config)
     trunk = base.trunk(episodes.input_ids, mask)
-    partner, left = (CRITIC, reference) if keep_graph else (reference, CRITIC)
+    states: dict[str | None, torch.Tensor] = {}
+    for roles in _passes(base, config, reference, keep_graph):
+        with torch.set_grad_enabled(keep_graph and POLICY in roles):
+            for role, found in zip(roles, base.hidden_of(roles, episodes.input_ids, mask, trunk), strict=True):
+                states.setdefault(role, found)
     with torch.set_grad_enabled(keep_graph):
-        policy, with_policy = response_states(base, [POLICY, partner], episodes, trunk)
-    others = [left, REWARD] if REWARD in base.roles else [left, left] if keep_graph and base.one_pass else [left]
-    states, *second = base.hidden_of(others, episodes.input_ids, mask, trunk)
-    alone = episodes.before_response(states)
-    critic, ref = (with_policy, alone) if keep_graph else (alone, with_policy)
-    logprobs = _logprobs(base, config, episodes, POLICY, policy)
-    ref_logprobs = _logprobs(base, config, episodes, reference, ref)
-    values = torch.where(episodes.response_mask, base.heads[CRITIC](critic), 0.0)
+        before = {role: episodes.before_response(states[role]) for role in [*trained, reference]}
+    logprobs = _logprobs(base, config, episodes, POLICY, before[POLICY])
+    ref_logprobs = _logprobs(base, config, episodes, reference, before[reference])
+    values = nothing = torch.zeros_like(logprobs)
+    if CRITIC in trained:
+        values = torch.where(episodes.response_mask, base.heads[CRITIC](before[CRITIC]), 0.0)
     if REWARD in base.roles:
-        scores = base.heads[REWARD](last_states(second[0], mask))
+        scores = base.heads[REWARD](last_states(states[REWARD], mask))
     else:
         scores = torch.zeros(len(episodes.responses), device=base.device)
-    nothing = torch.zeros_like(values)
+    kept = [before[role] for role in trained] if keep_graph else None
     return Experience(
-        episodes, trunk, [policy, critic] if keep_graph else None, logprobs, ref_logprobs, values, scores, scores,
-        nothing, nothing, nothing,
+        episodes, trunk, kept, logprobs, ref_logprobs, values, scores, scores, nothing, nothing, nothing
     )  # fmt: skip
+
+
+def _passes(base: SharedBase, config: PPOConfig, reference: str | None, keep_graph: bool) -> list[list[str | None]]:
+    """The roles that score, by pass through the model.
+
+    Policy and reference each share a pass with as many roles as the policy does in the update: a product of another
+    shape rounds differently, so that the first ratio of an update would not be exactly 1, nor the first KL exactly 0.
+    """
+    reward: list[str | None] = [REWARD] if REWARD in base.roles else []
+    if not config.has_critic:
+        return [[role] for role in [POLICY, reference, *reward]]
+    if not keep_graph:
+        return [[POLICY, reference], [CRITIC, *reward]]
+    return [[POLICY, CRITIC], [reference, *(reward or ([reference] if base.one_pass else []))]]
 
 
 def _logprobs(
@@ -137,6 +156,19 @@ def set_advantages(
     advantages = _whiten(experiences, [e.advantages for e in experiences], group, shift_mean=True)
     for experience, whitened in zip(experiences, advantages, strict=True):
         experience.advantages = whitened
+
+
+def set_group_advantages(experiences: Sequence[Experience], config: PPOConfig, processes: Processes) -> None:
+    """Sets the advantages without a critic. Every token of a response gets its response's, from the sum of its rewards.
+
+    Every ``num_generations`` episodes in order are the responses to one prompt.
+    """
+    own = torch.cat([experience.rewards.sum(dim=1) for experience in experiences])
+    rewards = torch.tensor(processes.gather(own.view(-1, config.num_generations).tolist()), device=own.device)
+    found = group_advantages(rewards.flatten(), config.num_generations, estimator=config.advantage_estimator)
+    advantages = torch.tensor(processes.share(found.view_as(rewards).tolist()), device=own.device).flatten()
+    for experience, part in zip(experiences, advantages.split([len(e.scores) for e in experiences]), strict=True):
+        experience.advantages = torch.where(experience.mask, part[:, None], 0.0)
 
 
 def _whiten(

@@ -34,7 +34,16 @@ from rlhf_fast.models.attention import SHORT
 from rlhf_fast.monitor import print_summary
 from rlhf_fast.ops import pairwise_loss
 from rlhf_fast.recipes import ppo, reward, sft
-from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, SFT, response_states, set_advantages, set_rewards
+from rlhf_fast.recipes.experience import (
+    CRITIC,
+    POLICY,
+    REWARD,
+    SFT,
+    response_states,
+    set_advantages,
+    set_rewards,
+    trained_roles,
+)
 from rlhf_fast.recipes.heap import give_back_memory
 from rlhf_fast.recipes.stage import MICRO_BATCH_SIZE
 from rlhf_fast.rollout import Response, generate
@@ -165,7 +174,7 @@ def predict_memory(
     process = psutil.Process().memory_info().rss
     weights = shape.weights * shape.itemsize
     given = [getattr(config, name, None) is not None for name in ("sft_adapter", "reward_adapter")]
-    trains = 2 if isinstance(config, PPOConfig) else 1  # roles that are trained, in one pass
+    trains = len(trained_roles(config)) if isinstance(config, PPOConfig) else 1  # in one pass
     # Adam's two moments, and the snapshot of the previous step (parameters and two moments)
     trained = trains * shape.adapter * 4
     standing = process + weights + LEFT_BEHIND + (trains + sum(given)) * shape.adapter * 4 + 5 * trained
@@ -234,10 +243,11 @@ def measure_seconds(
     if not isinstance(config, PPOConfig):
         seconds = {"update": share * (whole("update", shape.adapted) + below * each("forward"))}
         return seconds | {"step": seconds["update"]}
-    passes = 4 if config.reward_adapter is not None else 3  # which share the layers below the adapters
+    # the roles that share the layers below the adapters: the trained ones, the reference, the reward model
+    roles = len(trained_roles(config)) + 1 + (config.reward_adapter is not None)
     seconds = {
         "rollout": whole("prompt", shape.layers) + (config.response_length - 1) * whole("token", shape.layers),
-        "scoring": share * whole("scoring", shape.adapted + below / passes),
+        "scoring": share * whole("scoring", shape.adapted + below / roles),
         "update": config.num_ppo_epochs * share * whole("update", shape.adapted),
     }
     if len(parts) == 1:  # the first epoch trains on the states of the scoring
@@ -262,7 +272,8 @@ def small_base(config: StageConfig, shape: Shape, tokenizer: Any, depth: int) ->
         for role in (SFT, REWARD) if config.reward_adapter is not None else (SFT,):
             base.add_role(role, head=role == REWARD, trainable=False)
         base.add_role(POLICY, copy_of=SFT)
-        base.add_role(CRITIC, head=True)
+        if config.has_critic:
+            base.add_role(CRITIC, head=True)
     else:
         base.add_role(stage_name(config), head=isinstance(config, RewardConfig))
     return base
@@ -291,6 +302,7 @@ def time_ppo(base: SharedBase, config: PPOConfig, rows: Sequence[PromptRow]) -> 
     responses = [Response(row, [1] * config.response_length, False, "") for row in rows]
     stage: Any = SimpleNamespace(base=base, config=config, backward=torch.Tensor.backward)
     experience = ppo.scored(stage, responses, SFT)
+    # any advantages will do; without a critic its values are 0
     set_rewards([experience], torch.ones(len(responses)), config, kl_coef=0.0, group=None)
     set_advantages([experience], config, group=None)
     tokens = experience.mask.sum()
@@ -298,7 +310,7 @@ def time_ppo(base: SharedBase, config: PPOConfig, rows: Sequence[PromptRow]) -> 
         "prompt": sampled[0],
         "token": (sampled[1] - sampled[0]) / SAMPLED,
         "scoring": fastest(lambda: ppo.scored(stage, responses, SFT)),
-        "forward": fastest(lambda: response_states(base, [POLICY, CRITIC], experience.episodes, None)),
+        "forward": fastest(lambda: response_states(base, trained_roles(config), experience.episodes, None)),
         "update": fastest(lambda: ppo.losses(stage, experience, tokens)),
     }
 

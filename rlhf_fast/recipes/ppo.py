@@ -1,4 +1,7 @@
-"""PPO: roll out, score, advantages, update. Policy, reference, critic and reward model are adapters on one base."""
+"""PPO: roll out, score, advantages, update. Policy, reference, critic and reward model are adapters on one base.
+
+With an estimator of advantages other than gae there is no critic.
+"""
 
 import math
 import time
@@ -28,7 +31,9 @@ from rlhf_fast.recipes.experience import (
     response_states,
     score,
     set_advantages,
+    set_group_advantages,
     set_rewards,
+    trained_roles,
 )
 from rlhf_fast.recipes.heap import give_back_memory
 from rlhf_fast.recipes.memory import MICRO_BATCH, memory_for, response_lengths, sampling_lengths
@@ -38,10 +43,21 @@ from rlhf_fast.rewards import Functions, KLController, RunningMoments, apply_mis
 from rlhf_fast.rollout import Response, choose_engine, collate_episodes, generate
 
 MEMORY = (*MICRO_BATCH, "batch_size", "max_length")  # settings that reduce memory, in the order in which to lower them
+# The statistics of an update; those of the value loss are there with a critic only.
+STATISTICS = {
+    "policy": metrics.POLICY_LOSS,
+    "entropy": metrics.TOKEN_ENTROPY,
+    "ratio": metrics.RATIO,
+    "approx_kl": metrics.APPROX_KL,
+    "clip_fraction": metrics.CLIP_FRACTION,
+    "value": metrics.VALUE_LOSS,
+    "value_clip_fraction": metrics.VALUE_CLIP_FRACTION,
+    "grad_norm": metrics.GRAD_NORM,
+}
 
 
 def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
-    """Runs the stage; ``output_dir/policy`` and ``output_dir/critic`` have the final adapters.
+    """Runs the stage; ``output_dir/policy`` and, with a critic, ``output_dir/critic`` have the final adapters.
 
     Returns the figures of ``summary.json``. ``resume_from_checkpoint`` overrides the config's ("auto" or a folder).
     """
@@ -57,7 +73,8 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
         judging.check_columns(rows, rewarders, scorers)
     reference = add_roles(stage)
     choose_engine(stage.base, config.rollout_engine)  # raises an error before the run begins
-    total = config.max_steps or math.ceil(len(prompts) * config.num_train_epochs / config.batch_size)
+    prompts_a_step = config.batch_size // config.num_generations
+    total = config.max_steps or math.ceil(len(prompts) * config.num_train_epochs / prompts_a_step)
     controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
     fresh = {
         "kl_coef": config.kl_coef,
@@ -66,7 +83,7 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
         "latest": {},
         "moments": asdict(RunningMoments()),
     }
-    stage.start([POLICY, CRITIC], total, values=fresh)
+    stage.start(trained_roles(config), total, values=fresh)
     controller.kl_coef, moments = stage.values["kl_coef"], RunningMoments(**stage.values["moments"])
     critic.restore(stage)
 
@@ -79,7 +96,7 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
         ppo_report.evaluate(stage, held_out, rewarders, scorers, step=0)
     with stage:
         for step in stage.steps():
-            batch = [prompts[i] for i in batch_indices(len(prompts), config.batch_size, step - 1, config.seed)]
+            batch = [prompts[i] for i in batch_indices(len(prompts), prompts_a_step, step - 1, config.seed)]
             clock = [time.perf_counter()]
 
             responses = roll_out(stage, stage.share(batch))
@@ -91,16 +108,19 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             experiences = [scored(stage, part, reference, keep_graph=len(parts) == 1) for part in parts]
             if step == 1:
                 check_start(experiences, stage.base.dtype)
-            judged = judging.judge(stage, rewarders, responses, epoch=(step - 1) * config.batch_size / len(prompts))
+            judged = judging.judge(stage, rewarders, responses, epoch=(step - 1) * prompts_a_step / len(prompts))
             scores = total_scores(config, experiences, rewarders.weighted(judged.each, len(responses)))
             if config.scale_scores:
                 moments.update(torch.tensor(stage.gather(scores.tolist())))
                 scores = scores / moments.std
             kl_coef = controller.kl_coef
             set_rewards(experiences, scores, config, kl_coef=kl_coef, group=stage.group)
-            if step == 1 and REWARD in stage.base.roles:
+            if step == 1 and {CRITIC, REWARD} <= set(stage.base.roles):
                 critic.fit(stage, experiences)
-            set_advantages(experiences, config, group=stage.group)
+            if config.has_critic:
+                set_advantages(experiences, config, group=stage.group)
+            else:
+                set_group_advantages(experiences, config, stage)
             clock.append(time.perf_counter())
 
             statistics = update(stage, experiences, step)
@@ -122,7 +142,7 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
 
 
 def add_roles(stage: Stage[PPOConfig]) -> str | None:
-    """Adds policy, critic and reward model to the base; returns the role of the reference.
+    """Adds policy, critic (with gae alone) and reward model to the base; returns the role of the reference.
 
     The policy starts as the SFT model. The critic starts as the reward model, if there is one, and is fitted to the
     first rollout (``critic.fit``).
@@ -135,8 +155,10 @@ def add_roles(stage: Stage[PPOConfig]) -> str | None:
     if config.reward_adapter is not None:
         adapters.load_role(stage.base, REWARD, config.reward_adapter, want_head=True)
     stage.base.add_role(POLICY, copy_of=reference)
-    stage.base.add_role(CRITIC, copy_of=REWARD if config.reward_adapter is not None else reference, head=True)
-    own = config.batch_size // stage.accelerator.num_processes
+    if config.has_critic:
+        stage.base.add_role(CRITIC, copy_of=REWARD if config.reward_adapter is not None else reference, head=True)
+    prompts = config.batch_size // config.num_generations
+    own = prompts // stage.accelerator.num_processes * config.num_generations
     if config.micro_batch_size is not None:
         check_mini_batches(stage, math.ceil(own / config.micro_batch_size))
     return reference
@@ -160,8 +182,10 @@ def check_mini_batches(stage: Stage[PPOConfig], micro_batches: int) -> None:
         )
 
 
-def roll_out(stage: Stage[PPOConfig], rows: Sequence[PromptRow]) -> list[Response]:
+def roll_out(stage: Stage[PPOConfig], prompts: Sequence[PromptRow]) -> list[Response]:
+    """``num_generations`` responses to each prompt; those to one prompt stand together."""
     config = stage.config
+    rows = [row for row in prompts for _ in range(config.num_generations)]
     lengths = sampling_lengths(rows, config.response_length)[-config.rollout_batch_size :]
     with memory_for(stage, "rollout", lengths, "rollout_batch_size", "response_length", "max_length"):
         return generate(
@@ -213,21 +237,13 @@ def update(stage: Stage[PPOConfig], experiences: Sequence[Experience], step: int
             if not records:
                 check_first_ratio(parts, stage.base.dtype)
             record = stage.sum({name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]})
-            loss = record["policy"] + config.value_coef * record["value"]
+            loss = record["policy"] + config.value_coef * record.get("value", 0.0)
             rows = [response.row.index for experience in mini_batch for response in experience.episodes.responses]
             records.append(record | {"grad_norm": stage.update(loss, rows)})
     mean = {name: sum(record[name] for record in records) / len(records) for name in records[0]}
-    return {
-        metrics.POLICY_LOSS: mean["policy"],
-        metrics.VALUE_LOSS: mean["value"],
-        metrics.APPROX_KL: mean["approx_kl"],
-        metrics.CLIP_FRACTION: mean["clip_fraction"],
-        metrics.TOKEN_ENTROPY: mean["entropy"],
-        metrics.VALUE_CLIP_FRACTION: mean["value_clip_fraction"],
-        metrics.RATIO: mean["ratio"],
-        metrics.RATIO_VAR: sum((record["ratio"] - mean["ratio"]) ** 2 for record in records) / len(records),
-        metrics.GRAD_NORM: mean["grad_norm"],
-    }
+    variance = sum((record["ratio"] - mean["ratio"]) ** 2 for record in records) / len(records)
+    found = {metric: mean[name] for name, metric in STATISTICS.items() if name in mean}
+    return found | {metrics.RATIO_VAR: variance}
 
 
 def losses(stage: Stage[PPOConfig], experience: Experience, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -240,8 +256,8 @@ def losses(stage: Stage[PPOConfig], experience: Experience, tokens: torch.Tensor
     episodes, vocabulary = experience.episodes, stage.base.vocabulary_of(POLICY)
     states, experience.states = experience.states, None
     if states is None:
-        states = response_states(stage.base, [POLICY, CRITIC], episodes, experience.trunk)
-    policy_states, critic_states = states
+        states = response_states(stage.base, trained_roles(config), episodes, experience.trunk)
+    policy_states, *critic_states = states
     policy = linear_policy_loss(
         policy_states,
         vocabulary.weight,
@@ -256,22 +272,24 @@ def losses(stage: Stage[PPOConfig], experience: Experience, tokens: torch.Tensor
         clip_high=config.clip_high,
         num_items=tokens,
     )
-    value = clipped_value_loss(
-        stage.base.heads[CRITIC](critic_states),
-        experience.values,
-        experience.returns,
-        experience.mask,
-        clip=config.value_clip,
-        num_items=tokens,
-    )
-    stage.backward(policy.loss + config.value_coef * value.loss)
-    share = experience.mask.sum() / tokens
-    return {
+    loss, share = policy.loss, experience.mask.sum() / tokens
+    statistics = {
         "policy": policy.policy_loss,
-        "value": value.loss.detach(),
         "entropy": policy.entropy,
         "ratio": policy.ratio_mean * share,
         "approx_kl": policy.approx_kl * share,
         "clip_fraction": policy.clip_fraction * share,
-        "value_clip_fraction": value.clip_fraction * share,
     }
+    if critic_states:
+        value = clipped_value_loss(
+            stage.base.heads[CRITIC](critic_states[0]),
+            experience.values,
+            experience.returns,
+            experience.mask,
+            clip=config.value_clip,
+            num_items=tokens,
+        )
+        loss = loss + config.value_coef * value.loss
+        statistics |= {"value": value.loss.detach(), "value_clip_fraction": value.clip_fraction * share}
+    stage.backward(loss)
+    return statistics

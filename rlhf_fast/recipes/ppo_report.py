@@ -11,7 +11,7 @@ from rlhf_fast import metrics
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import PromptRow
 from rlhf_fast.metrics import Metric
-from rlhf_fast.recipes.experience import CRITIC, POLICY, REWARD, Experience
+from rlhf_fast.recipes.experience import POLICY, REWARD, Experience, trained_roles
 from rlhf_fast.recipes.judging import judge, mean, present
 from rlhf_fast.recipes.memory import MICRO_BATCH, memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.stage import Stage, seeded
@@ -31,23 +31,20 @@ def rollout_metrics(
     responses = [response for experience in experiences for response in experience.episodes.responses]
     lengths = torch.cat([experience.mask.sum(dim=1) for experience in experiences])
     kl = torch.cat([experience.kl for experience in experiences])
-    returns = torch.cat([e.returns[e.mask] for e in experiences])
+    samples = config.num_generations
+    groups = scores.view(-1, samples)
     gaps = torch.cat([(e.logprobs - e.episodes.sampled_logprobs).abs()[e.mask] for e in experiences])
-    errors = returns - torch.cat([e.values[e.mask] for e in experiences])
     sums = {
         "episodes": torch.tensor(float(len(responses)), device=scores.device),
         "kl": kl.sum(),
         "entropy": -torch.cat([(e.logprobs * e.mask).sum(dim=1) for e in experiences]).sum(),
         "scores": scores.sum(),
+        "equal": (groups.amax(dim=1) == groups.amin(dim=1)).sum(),
         "model": torch.cat([experience.scores for experience in experiences]).sum(),
         "penalty": torch.cat([experience.penalties for experience in experiences]).sum(),
         "stopped": torch.cat([experience.episodes.stopped for experience in experiences]).sum(),
         "lengths": lengths.sum(),
         "gaps": gaps.sum(),
-        "returns": returns.sum(),
-        "returns2": returns.double().square().sum(),
-        "errors": errors.sum(),
-        "errors2": errors.double().square().sum(),
     }
     total = stage.sum(sums)
     episodes, tokens = total.pop("episodes"), total["lengths"]
@@ -67,7 +64,8 @@ def rollout_metrics(
         metrics.RLHF_REWARD: (total["penalty"] + total["scores"]) / episodes,
         metrics.SCORES: total["scores"] / episodes,
         **({metrics.REWARD_MODEL: total["model"] / episodes} if REWARD in stage.base.roles else {}),
-        metrics.EXPLAINED_VARIANCE: _explained_variance(total, tokens),
+        **({metrics.FRAC_REWARD_ZERO_STD: total["equal"] * samples / episodes} if samples > 1 else {}),
+        **({metrics.EXPLAINED_VARIANCE: _explained_variance(stage, experiences, tokens)} if config.has_critic else {}),
         metrics.LOGPROB_GAP: total["gaps"] / tokens,
         metrics.LOGPROB_GAP_MAX: max(stage.gather([gaps.max().item()])),
         metrics.LENGTH_MEAN: tokens / episodes,
@@ -77,7 +75,17 @@ def rollout_metrics(
     }
 
 
-def _explained_variance(total: dict[str, float], tokens: float) -> float:
+def _explained_variance(stage: Stage[PPOConfig], experiences: Sequence[Experience], tokens: float) -> float:
+    """``tokens``: the number of live response tokens of all processes."""
+    returns = torch.cat([e.returns[e.mask] for e in experiences])
+    errors = returns - torch.cat([e.values[e.mask] for e in experiences])
+    sums = {
+        "returns": returns.sum(),
+        "returns2": returns.double().square().sum(),
+        "errors": errors.sum(),
+        "errors2": errors.double().square().sum(),
+    }
+    total = stage.sum(sums)
     variance = total["returns2"] / tokens - (total["returns"] / tokens) ** 2
     left = total["errors2"] / tokens - (total["errors"] / tokens) ** 2
     return 1 - left / variance if variance > 0 else math.nan
@@ -220,4 +228,4 @@ def finish(stage: Stage[PPOConfig], scorers: Functions) -> dict[str, Any]:
             "note": f"nats a sequence, mean of the last third of steps; {target}",
         }
         table.append(("KL, last third of steps", f"{value:.2f}", f"nats a sequence; {target}"))
-    return stage.finish(figures, table, roles={POLICY: "policy", CRITIC: "critic"})
+    return stage.finish(figures, table, roles={role: role for role in trained_roles(config)})

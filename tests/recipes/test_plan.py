@@ -96,6 +96,16 @@ def test_memory_grows_with_what_it_should(ppo_config):
     assert update(micro_batch_size=32, gradient_checkpointing=True) < large
 
 
+def test_without_a_critic_every_phase_after_loading_takes_less(ppo_config):
+    def predicted(**settings) -> dict[str, float]:
+        config = ppo_config(batch_size=8, num_generations=4, **settings)
+        return plan.predict_memory(config, planned_shape(config), [(40,)] * 8, [4, 4])
+
+    critic, alone = predicted(), predicted(advantage_estimator="rloo")
+    assert all(alone[phase] < critic[phase] - 1e4 for phase in PHASES if phase != "loading")
+    assert plan.plan(ppo_config(num_generations=4, advantage_estimator="rloo"))["seconds_update"] > 0
+
+
 def test_what_does_not_fit_is_told_with_the_setting_to_lower(ppo_config, monkeypatch):
     machine = namedtuple("machine", "total")(10**6)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)

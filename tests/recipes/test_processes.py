@@ -35,20 +35,21 @@ def runs(data, common, tmp_path_factory) -> dict[int, Path]:
     }
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(document))
-    found = {}
-    for count in (1, 2):
-        found[count] = folder / f"processes{count}"
-        launch = LAUNCH if count == 1 else TORCHRUN
-        arguments = ["-m", "rlhf_fast.cli", "run", f"--config={config}", f"--output_dir={found[count]}", "--debug"]
-        done = subprocess.run(
-            [sys.executable, "-m", *launch, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    found = {count: folder / f"processes{count}" for count in (1, 2)}
+    for launch, output in zip((LAUNCH, TORCHRUN), found.values(), strict=True):
+        run(launch, ["run", f"--config={config}", f"--output_dir={output}"])
     return found
+
+
+def run(launch: list[str], arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "-m", "rlhf_fast.cli", *arguments, "--debug"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -82,6 +83,19 @@ def test_ppo_counts_every_process_once(runs):
     samples = [json.loads(line) for line in (runs[2] / "ppo" / "samples.jsonl").read_text().splitlines()]
     first = [row["index"] for row in samples if row["split"] == "eval" and row["step"] == 0]
     assert len(first) == len(set(first)) == 4
+
+
+def test_the_responses_to_one_prompt_stay_in_one_process(data, common, tmp_path):
+    """Five prompts over two processes. Equal scores within each prompt leave nothing to learn, in either process."""
+    (tmp_path / "reward.py").write_text("def prompt(prompts, completions):\n    return [len(p) for p in prompts]\n")
+    settings = {**common, "batch_size": 15, "micro_batch_size": 2, "max_steps": 1, "eval_size": 0}
+    settings |= {"dataset_name": data["ppo"], "response_length": 6, "num_ppo_epochs": 1, "num_generations": 3}
+    settings |= {"missing_eos_penalty": 0.0}
+    settings |= {"advantage_estimator": "reinforce++-baseline", "reward_functions": [f"{tmp_path}/reward.py:prompt"]}
+    (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(settings))
+    run(TORCHRUN, ["ppo", f"--config={tmp_path}/ppo.yaml", f"--output_dir={tmp_path}/out"])
+    (line,) = [line for line in metrics(tmp_path / "out") if "objective/kl" in line]
+    assert line["frac_reward_zero_std"] == 1.0 and line["grad_norm"] == 0.0
 
 
 def test_a_checkpoint_of_two_processes_is_refused_by_one(runs, capsys):

@@ -92,6 +92,15 @@ def test_with_adapters_on_head_and_token_embedding(sft_config, ppo_config, monke
         assert not tensor.equal(tensors[1][name]), name
 
 
+def test_without_a_critic(ppo_config, monkeypatch, tmp_path):
+    own = dict(advantage_estimator="rloo", num_generations=2)
+    ppo.train(ppo_config("whole", **own))
+    config = ppo_config("killed", **own)
+    run_until(monkeypatch, ppo.train, config, update=4 * 2 + 3, error=Killed)
+    ppo.train(config, resume_from_checkpoint="auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 @pytest.mark.parametrize("name", TRAIN)
 def test_interrupted_in_the_middle_of_a_step_leaves_the_step_before_it(name, config_of, monkeypatch, tmp_path):
     train, make = TRAIN[name], config_of[name]
