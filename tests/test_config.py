@@ -65,7 +65,7 @@ def test_every_field_has_a_help_text_and_a_type_that_text_can_set(stage: str, it
         pytest.fail(f"no text for a field of type {kinds[item.name]}")
 
 
-ORDER = "must be some of sft, reward, ppo, each once and in this order"
+ORDER = "must be some of sft, reward, dpo, ppo, each once and in this order"
 MAPPING = "must be a mapping of text to text (as a flag: old=new,old2=new2)"
 VALID = {"output_dir": "out", "dataset_name": "x.jsonl"}
 
