@@ -94,7 +94,7 @@ def load_run(yaml_path: str | None, flags: Settings) -> RunConfig:
     yaml_path = find_home(yaml_path, "--config ") if yaml_path else None
     run = read_run_yaml(read_yaml(yaml_path), yaml_path) if yaml_path else read_run({}, "--")
     given = read_run(nest(flags), "--")
-    stages = given.stages or run.stages or DEFAULT_STAGES
+    stages = given.stages or run.stages or list(DEFAULT_STAGES)
     folder = (run.shared | given.shared).get("output_dir")
     if not folder:
         raise UserError("--output_dir must be set: the folder to write to")

@@ -346,6 +346,9 @@ def test_wiring_of_a_run() -> None:
     assert run.reward.sft_adapter == run.ppo.sft_adapter == "out/sft/adapter"
     assert run.ppo.reward_adapter == "out/reward/adapter"
 
+    run = load_run(write("output_dir: out\nstages: [sft, dpo]\n"), {})
+    assert run.dpo.sft_adapter == "out/sft/adapter"
+
     run = load_run(write("output_dir: out\nstages: [reward, ppo]\n"), {})
     assert (run.reward.sft_adapter, run.ppo.sft_adapter) == (None, None)
     assert run.ppo.reward_adapter == "out/reward/adapter"
