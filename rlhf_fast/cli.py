@@ -1,4 +1,4 @@
-"""The command line: `rlhf-fast sft | reward | ppo | run | plan | merge | bench`. The stages' flags are their
+"""The command line: `rlhf-fast sft | reward | dpo | ppo | run | plan | merge | bench`. The stages' flags are their
 config's fields.
 
 Nothing heavy (torch, transformers) is imported before the flags and the YAML are read, so that help and mistakes answer
@@ -22,13 +22,14 @@ from rlhf_fast.signals import Interruptible
 from rlhf_fast.text import one_line, safe_streams, shown, tell, traceback_text
 
 OVERVIEW = """\
-rlhf-fast: SFT, reward model and PPO on one frozen base.
+rlhf-fast: SFT, reward model, DPO and PPO on one frozen base.
 
   rlhf-fast run    --config run.yaml --output_dir out         the stages in a row
   rlhf-fast sft    --dataset_name chats.jsonl --output_dir out/sft
   rlhf-fast reward --dataset_name pairs.jsonl --sft_adapter out/sft/adapter --output_dir out/reward
   rlhf-fast ppo    --dataset_name prompts.jsonl --sft_adapter out/sft/adapter \\
                    --reward_adapter out/reward/adapter --output_dir out/ppo
+  rlhf-fast dpo    --dataset_name pairs.jsonl --sft_adapter out/sft/adapter --output_dir out/dpo
   rlhf-fast plan run --config run.yaml                    memory and time, before any weights are loaded
   rlhf-fast merge  --adapter out/ppo/policy --output_dir out/model      an adapter into a plain model
   rlhf-fast bench  --only gae --threads 2                 the operations timed beside torch and other libraries
@@ -40,9 +41,10 @@ rlhf-fast --version prints the version."""
 COMMANDS = {
     "sft": "Supervised fine-tuning on response tokens alone.",
     "reward": "A Bradley-Terry reward model on preference pairs.",
+    "dpo": "DPO on preference pairs, against the SFT model.",
     "ppo": "PPO with a KL leash to the SFT model.",
     "run": "The stages in a row. A plain flag holds for every stage, --STAGE.NAME for one.",
-    "plan": "Memory and time on this CPU, before weights are loaded: plan sft | reward | ppo | run, then its flags.",
+    "plan": "Memory and time on this CPU, before weights are loaded: plan STAGE or plan run, then its flags.",
     "merge": "Merge an adapter into its base: a plain model folder.",
     "bench": "Time the operations beside torch and the other libraries that are installed.",
 }
@@ -152,7 +154,8 @@ def run_command(argv: list[str]) -> None:
             tell(COMMANDS["plan"], sys.stdout)
             return
         if command not in ("run", *STAGES):
-            raise UserError(f"plan takes the command line of sft, reward, ppo or run: plan ppo --FLAG; got {command!r}")
+            names = ", ".join(STAGES)
+            raise UserError(f"plan takes the command line of {names} or run: plan ppo --FLAG; got {command!r}")
 
     makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}
     parser = makers.get(command, stage_parser)(command)
@@ -189,11 +192,11 @@ def run_command(argv: list[str]) -> None:
 
             plan(config)
             return
-        from rlhf_fast.recipes import ppo, reward, sft
+        from rlhf_fast.recipes import dpo, ppo, reward, sft
         from rlhf_fast.recipes.failure import failure_kept
 
         with failure_kept(config.output_dir):
-            {"sft": sft, "reward": reward, "ppo": ppo}[command].train(config)
+            {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}[command].train(config)
 
 
 def installed_version() -> str:
@@ -218,7 +221,7 @@ def add_stage(parser: Parser, stage: str) -> Parser:
 
 def run_parser(command: str) -> Parser:
     parser = Parser(command)
-    parser.flag(parser, "config", "YAML of the run: shared settings, and sections sft, reward, ppo.", metavar="FILE")
+    parser.flag(parser, "config", "YAML of the run: shared settings, and a section for each stage.", metavar="FILE")
     stages = next(item for item in dataclasses.fields(RunConfig) if item.name == "stages")
     add_field(parser, parser, RunConfig, stages)
     shared = parser.add_argument_group("for every stage", "Where a stage has another default, its own group tells.")

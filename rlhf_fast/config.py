@@ -1,4 +1,4 @@
-"""Every setting of the three stages and of the run that joins them; each field is a YAML key and a flag of that name.
+"""Every setting of the stages and of the run that joins them; each field is a YAML key and a flag of that name.
 
 Field help texts are what `rlhf-fast STAGE --help` prints. Checks that need one config alone are in ``validate``;
 reading YAML and flags is in ``config_load.py``.
@@ -14,6 +14,7 @@ from rlhf_fast.text import shown
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 ALL_LINEAR = "all-linear"
+DEFAULT_STAGES = ["sft", "reward", "ppo"]
 FLOAT32_MAX = 3.4e38
 ADVANTAGE_ESTIMATORS = ("gae", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline")
 ROLLOUT_ENGINES = ("auto", "fast", "transformers")
@@ -21,6 +22,21 @@ ROLLOUT_ENGINE_HELP = (
     "What samples responses. fast: this package's loop, on a copy of the adapted weights with the adapter merged; "
     "transformers: its generate, slower and without a copy; auto: fast where a trial shows that the model runs there."
 )
+
+
+DPO_LOSSES = (
+    "sigmoid",
+    "ipo",
+    "hinge",
+    "robust",
+    "exo_pair",
+    "apo_zero",
+    "apo_down",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+)
+SMOOTHED_DPO_LOSSES = ("sigmoid", "robust", "exo_pair")
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, *, path: str | None = None) -> Any:
@@ -34,7 +50,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, *, p
 
 @dataclass(kw_only=True)
 class StageConfig:
-    """What sft, reward and ppo share. In the YAML of `rlhf-fast run` these may stand at the top, for all stages."""
+    """What all stages share. In the YAML of `rlhf-fast run` these may stand at the top, for all stages."""
 
     model_name_or_path: str = option(
         DEFAULT_MODEL,
@@ -68,7 +84,7 @@ class StageConfig:
     lora_alpha: float = option(32.0, "Scale of the adapters: their output is multiplied by lora_alpha / lora_r.")
     lora_dropout: float = option(
         0.0,
-        "Dropout before the adapters, in SFT and reward training. PPO always runs without dropout.",
+        "Dropout before the adapters, in SFT, reward training and DPO. PPO always runs without dropout.",
     )
     lora_target_modules: list[str] = option(
         [ALL_LINEAR],
@@ -256,6 +272,38 @@ class RewardConfig(StageConfig):
 
 
 @dataclass(kw_only=True)
+class DPOConfig(StageConfig):
+    """DPO on preference pairs, against the SFT model."""
+
+    sft_adapter: str | None = option(
+        None,
+        "The SFT model's adapter folder: the policy starts from it, and it is the reference. Unset: the bare base is "
+        "the SFT model.",
+        path="here",
+    )
+    beta: float = option(0.1, "Strength of the pull to the reference; the implicit reward is beta times the log-ratio.")
+    loss_type: str = option(
+        "sigmoid",
+        "Loss of a pair. sigmoid: DPO. For ipo the log-probs are means over the response tokens, for the others sums.",
+        DPO_LOSSES,
+    )
+    label_smoothing: float = option(
+        0.0,
+        f"Probability that a preference is labelled wrongly; for loss_type {', '.join(SMOOTHED_DPO_LOSSES)}.",
+    )
+    learning_rate: float = option(5e-5, "Peak learning rate.")
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "beta", self.beta > 0, "above 0")
+        require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5")
+        smoothed = self.loss_type in SMOOTHED_DPO_LOSSES
+        require(self, "label_smoothing", smoothed or self.label_smoothing == 0, f"0 with --loss_type {self.loss_type}")
+        smooth = self.loss_type != "exo_pair" or self.label_smoothing > 0
+        require(self, "label_smoothing", smooth, "above 0 with --loss_type exo_pair")
+
+
+@dataclass(kw_only=True)
 class PPOConfig(StageConfig):
     """PPO with a KL leash to the SFT model."""
 
@@ -401,15 +449,16 @@ class PPOConfig(StageConfig):
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """The three stages in a row. StageConfig's fields at the top of the YAML hold for all stages; a stage's own win."""
+    """The stages in a row. StageConfig's fields at the top of the YAML hold for all stages; a stage's own win."""
 
     sft: SFTConfig
     reward: RewardConfig
+    dpo: DPOConfig
     ppo: PPOConfig
     output_dir: str
-    stages: list[str] = option(["sft", "reward", "ppo"], "Stages to run, in this order.")
+    stages: list[str] = option(DEFAULT_STAGES, "Stages to run, in this order; DPO needs no reward model: sft,dpo.")
 
     config_file = ""  # as in StageConfig
 
 
-STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig}

@@ -1,8 +1,8 @@
 """YAML file + flags -> checked configs, and back to YAML. Defaults, then the YAML, then the flags; the later wins.
 
 Two kinds of YAML. A stage YAML holds one stage's fields, flat. A run YAML holds at the top the fields that all stages
-share, `output_dir` and `stages`, and a section `sft:`, `reward:` or `ppo:` for what is that stage's alone; any of
-these sections, or `stages`, makes a file a run YAML. A run YAML serves `rlhf-fast run` and, to do one stage again,
+share, `output_dir` and `stages`, and a section `sft:`, `reward:`, `dpo:` or `ppo:` for what is that stage's alone; any
+of these sections, or `stages`, makes a file a run YAML. A run YAML serves `rlhf-fast run` and, to do one stage again,
 `rlhf-fast STAGE`.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from rlhf_fast.config import DEFAULT_MODEL, STAGES, RunConfig, StageConfig
+from rlhf_fast.config import DEFAULT_MODEL, DEFAULT_STAGES, STAGES, RunConfig, StageConfig
 from rlhf_fast.config_values import Settings, field_kinds, read_settings, show
 from rlhf_fast.config_yaml import read_yaml
 from rlhf_fast.errors import UserError
@@ -24,6 +24,7 @@ STAGE_OUTPUT_ADAPTER = "adapter"
 DEMO_DATA: dict[str, Settings] = {
     "sft": {"dataset_name": "demo/sft"},
     "reward": {"dataset_name": "demo/preferences"},
+    "dpo": {"dataset_name": "demo/preferences"},
     "ppo": {"dataset_name": "demo/prompts", "eval_dataset_name": "demo/prompts-eval"},
 }
 # Which stage makes the adapter that a field names.
@@ -47,7 +48,7 @@ class RunSettings:
 
 
 def load_stage(stage: str, yaml_path: str | None, flags: Settings) -> StageConfig:
-    """The checked config of one stage ("sft", "reward" or "ppo"), from a stage YAML or a run YAML, and flags.
+    """The checked config of one stage ("sft", "reward", "dpo" or "ppo"), from a stage YAML or a run YAML, and flags.
 
     ``flags`` maps field names to text, or to values of the field's own type; "null" unsets an optional field. With a
     run YAML the stage writes to `<output_dir>/<stage>` and takes the adapters of the stages before it, as in
@@ -93,7 +94,7 @@ def load_run(yaml_path: str | None, flags: Settings) -> RunConfig:
     yaml_path = find_home(yaml_path, "--config ") if yaml_path else None
     run = read_run_yaml(read_yaml(yaml_path), yaml_path) if yaml_path else read_run({}, "--")
     given = read_run(nest(flags), "--")
-    stages = given.stages or run.stages or list(STAGES)
+    stages = given.stages or run.stages or list(DEFAULT_STAGES)
     folder = (run.shared | given.shared).get("output_dir")
     if not folder:
         raise UserError("--output_dir must be set: the folder to write to")

@@ -75,7 +75,7 @@ SECONDS_STEP = Metric("perf/seconds_step", "seconds", "Duration of the step, wit
 TOKENS_PER_SECOND = Metric(
     "perf/tokens_per_second",
     "tokens per second",
-    "Response tokens (reward: tokens of both sides) per second.",
+    "Response tokens (reward, dpo: tokens of both sides) per second.",
 )
 PEAK_MEMORY = Metric("perf/peak_memory", "GB", "Most memory so far: of the GPU, without one of the process.")
 TRAINING = [LEARNING_RATE, GRAD_NORM, SECONDS_STEP, TOKENS_PER_SECOND, PEAK_MEMORY]
@@ -142,6 +142,53 @@ EVAL_LENGTH_ACCURACY = Metric(
 EVAL_CALIBRATION_ERROR = Metric(
     "eval_calibration_error", "share", "Expected calibration error of the predicted probability (10 bins)."
 )
+
+# ---- dpo: TRL's names ----------------------------------------------------------------------------------------------
+
+_DPO_LOSS = Chart(
+    "DPO loss",
+    "Falls and flattens; a validation loss that turns upwards is overfitting.",
+    "loss (per pair)",
+)
+_IMPLICIT_REWARDS = Chart(
+    "Implicit rewards",
+    "The gap between the lines grows; both may fall, for DPO trains their difference alone.",
+    "mean reward",
+)
+DPO_LOSS = Metric("loss", "", "Loss of the batch, mean over its pairs.", _DPO_LOSS, "training")
+EVAL_DPO_LOSS = Metric("eval_loss", "", "Loss of the held-out pairs.", _DPO_LOSS, "validation")
+CHOSEN_REWARD = Metric(
+    "rewards/chosen",
+    "score",
+    "beta times the log-ratio of policy to reference of the chosen response, mean over the batch.",
+    _IMPLICIT_REWARDS,
+    "chosen",
+)
+REJECTED_REWARD = Metric(
+    "rewards/rejected", "score", "The same of the rejected response.", _IMPLICIT_REWARDS, "rejected"
+)
+REWARD_ACCURACY = Metric(
+    "rewards/accuracies", "share", "Pairs of the batch of which the chosen response has the higher reward."
+)
+REWARD_MARGIN = Metric("rewards/margins", "score", "rewards/chosen minus rewards/rejected.")
+CHOSEN_LOGPROB = Metric(
+    "logps/chosen", "nats per response", "Log-prob of the chosen response, summed over its tokens; mean over the batch."
+)
+REJECTED_LOGPROB = Metric("logps/rejected", "nats per response", "The same of the rejected response.")
+EVAL_REWARD_ACCURACY = Metric(
+    "eval_rewards/accuracies",
+    "share",
+    "Held-out pairs of which the chosen response has the higher reward.",
+    _ACCURACY,
+    "accuracy",
+)
+EVAL_REWARD_ACCURACY_LOW = Metric(
+    "eval_rewards/accuracies_low", "share", "Lower end of its 95% interval (Wilson).", _ACCURACY, drawn="low"
+)
+EVAL_REWARD_ACCURACY_HIGH = Metric(
+    "eval_rewards/accuracies_high", "share", "Upper end of its 95% interval (Wilson).", _ACCURACY, drawn="high"
+)
+EVAL_REWARD_MARGIN = Metric("eval_rewards/margins", "score", "rewards/margins of the held-out pairs.")
 
 # ---- ppo -----------------------------------------------------------------------------------------------------------
 
@@ -319,6 +366,23 @@ METRICS: dict[str, list[Metric]] = {
         EVAL_CALIBRATION_ERROR,
         *TRAINING,
     ],
+    "dpo": [
+        EVAL_REWARD_ACCURACY,
+        EVAL_REWARD_ACCURACY_LOW,
+        EVAL_REWARD_ACCURACY_HIGH,
+        DPO_LOSS,
+        EVAL_DPO_LOSS,
+        CHOSEN_REWARD,
+        REJECTED_REWARD,
+        REWARD_ACCURACY,
+        REWARD_MARGIN,
+        CHOSEN_LOGPROB,
+        REJECTED_LOGPROB,
+        EVAL_REWARD_MARGIN,
+        EVAL_PAIRS,
+        EVAL_LENGTH_CORRELATION,
+        *TRAINING,
+    ],
     "ppo": [
         SCORES,
         EVAL_SCORES,
@@ -382,7 +446,7 @@ def declared(stage: str, metric: Metric) -> Metric:
 def stage_of(names: Set[str]) -> str:
     """The stage whose metrics have these names: the one that alone has some of them, else ``sft``."""
     fixed = {stage: {metric.name for metric in METRICS[stage] if not metric.is_family} for stage in METRICS}
-    for stage in ("ppo", "reward"):
+    for stage in ("ppo", "dpo", "reward"):
         own = fixed[stage] - set().union(*(fixed[other] for other in METRICS if other != stage))
         if own & names:
             return stage

@@ -12,6 +12,7 @@ COMMON = (
 OWN = {
     "sft": "--dataset_name sft.jsonl --output_dir out",
     "reward": "--dataset_name pairs.jsonl --output_dir out --response_length 8 --calibration_prompts 4",
+    "dpo": "--dataset_name pairs.jsonl --output_dir out --sft_adapter {sft}",
     "ppo": "--dataset_name prompts.jsonl --output_dir out --response_length 8 --sft_adapter {sft} "
     "--reward_adapter {reward}",
 }

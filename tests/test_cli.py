@@ -48,7 +48,7 @@ class Recipes:
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipes:
     monkeypatch.chdir(tmp_path)
     recipes = Recipes()
-    for name, attribute in [("sft", "train"), ("reward", "train"), ("ppo", "train"), ("run", "run")]:
+    for name, attribute in [*((stage, "train") for stage in STAGES), ("run", "run")]:
         module = types.ModuleType(f"rlhf_fast.recipes.{name}")
         setattr(module, attribute, lambda *arguments, name=name: recipes(name, *arguments))
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -161,7 +161,8 @@ def unknown(command: str, flag: str, near: str) -> str:
     [
         (
             "pop",
-            "unknown command 'pop' (did you mean 'ppo'?); the commands are sft, reward, ppo, run, plan, merge, bench",
+            "unknown command 'pop' (did you mean 'ppo'?); "
+            "the commands are sft, reward, dpo, ppo, run, plan, merge, bench",
         ),
         ("ppo --kl_coeff 1", unknown("ppo", "--kl_coeff", "--kl_coef")),
         ("ppo --kl_coeff=1", unknown("ppo", "--kl_coeff", "--kl_coef")),

@@ -65,7 +65,7 @@ def test_every_field_has_a_help_text_and_a_type_that_text_can_set(stage: str, it
         pytest.fail(f"no text for a field of type {kinds[item.name]}")
 
 
-ORDER = "must be some of sft, reward, ppo, each once and in this order"
+ORDER = "must be some of sft, reward, dpo, ppo, each once and in this order"
 MAPPING = "must be a mapping of text to text (as a flag: old=new,old2=new2)"
 VALID = {"output_dir": "out", "dataset_name": "x.jsonl"}
 
@@ -345,6 +345,9 @@ def test_wiring_of_a_run() -> None:
     run = load_run(None, {"output_dir": "out"})
     assert run.reward.sft_adapter == run.ppo.sft_adapter == "out/sft/adapter"
     assert run.ppo.reward_adapter == "out/reward/adapter"
+
+    run = load_run(write("output_dir: out\nstages: [sft, dpo]\n"), {})
+    assert run.dpo.sft_adapter == "out/sft/adapter"
 
     run = load_run(write("output_dir: out\nstages: [reward, ppo]\n"), {})
     assert (run.reward.sft_adapter, run.ppo.sft_adapter) == (None, None)

@@ -127,6 +127,7 @@ WORK = {  # stage, what is called in it -> the work and its batch, the settings 
         "evaluation: .* 4 rows of up to ..? tokens",
         "--micro_batch_size (now 2), then --max_length",
     ),
+    ("dpo", "trunk"): ("update: .* 4 rows of up to ..? tokens", "--micro_batch_size (now 2), then --max_length"),
     ("ppo", "trunk"): (
         "scoring: .* 2 rows of up to ..? tokens",
         "--micro_batch_size (now 2), then --batch_size (now 4), then --max_length (now 64)",
@@ -162,7 +163,7 @@ def test_plain_runtime_errors_of_full_memory_are_known(text):
 
 def test_out_of_memory_in_an_update_keeps_the_last_step(command, failing, tmp_path):
     failing(OUT_OF_MEMORY["GPU"])
-    for stage in ("sft", "reward", "ppo"):
+    for stage in ("sft", "reward", "dpo", "ppo"):
         outcome = command(stage, f"--eval_size 0 --output_dir {stage} --micro_batch_size 1 --lora_layers 2")
         last = outcome.err.splitlines()[-1]
         assert outcome.code == 2 and f"{stage} step 2, update: the GPU has no memory for " in last

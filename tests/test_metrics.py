@@ -23,6 +23,7 @@ def tells(completions, log_metric, **columns):
 FLAGS = {
     "sft": [""],
     "reward": ["--label_noise_ceiling 0.9"],
+    "dpo": [""],
     "ppo": [
         "--eval_functions functions.py:gold --reward_functions functions.py:tells --num_generations 2",
         "--reward_adapter null --reward_functions functions.py:gold",

@@ -34,14 +34,17 @@ def collate_sft(rows: Sequence[SFTRow], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 def collate_pairs(rows: Sequence[PairRow], pad_id: int) -> dict[str, torch.Tensor | None]:
-    """``input_ids`` and ``attention_mask`` (1 = a token), int64 (2B, T): all chosen, then all rejected, padded on the
-    right; ``margin``, float32 (B,), or None where no row has one (a row without one among others counts as 0)."""
+    """``input_ids``, ``attention_mask`` (1 = a token) and ``response_mask`` (1 = a response token), int64 (2B, T): all
+    chosen, then all rejected, padded on the right; ``margin``, float32 (B,), or None where no row has one (a row
+    without one among others counts as 0)."""
     margins = [row.margin for row in rows]
     margin = None
     if any(value is not None for value in margins):
         margin = torch.tensor([value or 0.0 for value in margins], dtype=torch.float32)
     sides = [row.chosen_ids for row in rows] + [row.rejected_ids for row in rows]
-    return {**_right_padded(sides, pad_id), "margin": margin}
+    responses = [row.chosen_response_length for row in rows] + [row.rejected_response_length for row in rows]
+    masks = [[0] * (len(ids) - response) + [1] * response for ids, response in zip(sides, responses, strict=True)]
+    return {**_right_padded(sides, pad_id), "response_mask": _pad_right(masks, 0), "margin": margin}
 
 
 def collate_prompts(rows: Sequence[PromptRow], pad_id: int) -> dict[str, torch.Tensor]:

@@ -1,5 +1,5 @@
-"""The charts of each stage: those that ``rlhf_fast.metrics`` declares, and two from the reward model's summary. Charts
-without data are left out."""
+"""The charts of each stage: those that ``rlhf_fast.metrics`` declares, and two from the summary of held-out pairs.
+Charts without data are left out."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ class Panel:
 
 
 def stage_panels(stage: str, rows: Sequence[Row], summary: Row) -> list[Panel]:
-    """The panels of the stage ``sft``, ``reward`` or ``ppo`` that have data.
+    """The panels of the stage ``sft``, ``reward``, ``dpo`` or ``ppo`` that have data.
 
     Args:
         rows: the lines of metrics.jsonl, each with a ``step``.

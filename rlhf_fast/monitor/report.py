@@ -18,7 +18,7 @@ from rlhf_fast.monitor.panels import stage_panels
 from rlhf_fast.monitor.summary import read_summary
 from rlhf_fast.text import printable
 
-STAGES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
+STAGES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 MAX_SAMPLES = 12
 
 
@@ -54,8 +54,8 @@ def write_report(run_folder: Path) -> Path:
     """Write ``run_folder/report.html`` (atomically) and return its path.
 
     Args:
-        run_folder: the folder of a run, with some of ``sft/``, ``reward/`` and ``ppo/`` in it, or the folder of a
-            stage, with ``metrics.jsonl`` in it.
+        run_folder: the folder of a run, with some of ``sft/``, ``reward/``, ``dpo/`` and ``ppo/`` in it, or the folder
+            of a stage, with ``metrics.jsonl`` in it.
 
     Raises:
         UserError: the folder contains no run; a file in it is broken; the page cannot be written.

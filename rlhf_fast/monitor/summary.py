@@ -32,7 +32,7 @@ def write_summary(folder: Path, stage: str, figures: Mapping[str, Any]) -> Path:
 
     Args:
         folder: the stage's folder.
-        stage: ``sft``, ``reward`` or ``ppo``.
+        stage: ``sft``, ``reward``, ``dpo`` or ``ppo``.
         figures: name -> a number, a text, or ``{"value", "low", "high", "note"}``, written under ``"figures"`` for the
             report's headline table. A list (``reliability``, ``margin_buckets``) is the data of a curve, written at the
             top level under its name. NaN and infinities become null.

@@ -34,7 +34,7 @@ class OutputFolder:
     """An output folder, and the names that runs have created in it.
 
     Attributes:
-        kind: "sft", "reward" or "ppo", "run" for the folder above them, "" if no run was there.
+        kind: "sft", "reward", "dpo" or "ppo", "run" for the folder above them, "" if no run was there.
         record: the file name for the resolved settings, which must not overwrite the --config file.
     """
 

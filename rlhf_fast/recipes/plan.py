@@ -17,7 +17,7 @@ import psutil
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from rlhf_fast.config import STAGES, PPOConfig, RewardConfig, SFTConfig, StageConfig
+from rlhf_fast.config import STAGES, DPOConfig, PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.data import (
     PairRow,
     PromptRow,
@@ -33,7 +33,7 @@ from rlhf_fast.models import SharedBase, pretrained, targets
 from rlhf_fast.models.attention import SHORT
 from rlhf_fast.monitor import print_summary
 from rlhf_fast.ops import pairwise_loss
-from rlhf_fast.recipes import ppo, reward, sft
+from rlhf_fast.recipes import dpo, ppo, reward, sft
 from rlhf_fast.recipes.experience import (
     CRITIC,
     POLICY,
@@ -140,7 +140,8 @@ def read_rows(config: StageConfig, tokenizer: Any) -> list[Any]:
         limit=config.max_samples,
         strict=config.strict,
     )
-    encode: Any = {"sft": sft_rows, "reward": preference_rows, "ppo": prompt_rows}[stage_name(config)]
+    kinds = {"sft": sft_rows, "reward": preference_rows, "dpo": preference_rows, "ppo": prompt_rows}
+    encode: Any = kinds[stage_name(config)]
     rows, _ = encode(
         dataset,
         tokenizer,
@@ -206,7 +207,7 @@ def predict_memory(
 
 
 def tokens_of_largest(config: StageConfig, lengths: Sequence[int], count: int) -> float:
-    """The tokens of the micro-batch with the most of them, of ``count`` rows. SFT and reward training sort a batch by
+    """The tokens of the micro-batch with the most of them, of ``count`` rows. All stages but PPO sort a batch by
     length, so that it has the longest rows of the batch."""
     share = 1.0 if isinstance(config, PPOConfig) else min(1.0, count / config.batch_size)
     drawn = sorted(lengths)[-math.ceil(share * len(lengths)) :]
@@ -274,21 +275,29 @@ def small_base(config: StageConfig, shape: Shape, tokenizer: Any, depth: int) ->
         base.add_role(POLICY, copy_of=SFT)
         if config.has_critic:
             base.add_role(CRITIC, head=True)
+    elif isinstance(config, DPOConfig):
+        base.add_role(SFT, trainable=False)
+        base.add_role(POLICY, copy_of=SFT)
     else:
         base.add_role(stage_name(config), head=isinstance(config, RewardConfig))
     return base
 
 
-def time_training(base: SharedBase, config: SFTConfig | RewardConfig, rows: Sequence[Any]) -> dict[str, float]:
-    """Seconds of one micro-batch of SFT or reward training, and of its forward pass without gradient."""
+def time_training(
+    base: SharedBase, config: SFTConfig | RewardConfig | DPOConfig, rows: Sequence[Any]
+) -> dict[str, float]:
+    """Seconds of one micro-batch of SFT, reward training or DPO, and of one role's pass without gradient."""
     stage: Any = SimpleNamespace(base=base, config=config)
 
     def loss() -> torch.Tensor:
         if isinstance(config, SFTConfig):
             return sft.loss_sum(stage, rows)
+        if isinstance(config, DPOConfig):
+            return dpo.pair_losses(base, config, rows, SFT)[0].loss.mean()
         return pairwise_loss(*reward.score_pairs(stage, rows))
 
-    return {"update": fastest(lambda: loss().backward()), "forward": fastest(torch.no_grad()(loss))}
+    passes = 2 if isinstance(config, DPOConfig) else 1  # policy and reference
+    return {"update": fastest(lambda: loss().backward()), "forward": fastest(torch.no_grad()(loss)) / passes}
 
 
 def time_ppo(base: SharedBase, config: PPOConfig, rows: Sequence[PromptRow]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from rlhf_fast.metrics import Metric
 from rlhf_fast.models import adapters
 from rlhf_fast.ops import pairwise_loss
 from rlhf_fast.recipes.memory import MICRO_BATCH, memory_for, response_lengths, sampling_lengths
+from rlhf_fast.recipes.pairs import both_lengths, length_difference, pair_lengths, quality_figures, quality_rows
 from rlhf_fast.recipes.rows import load_prompts, load_rows
 from rlhf_fast.recipes.stage import Stage, seeded
 from rlhf_fast.rewards.quality import Quality, assess
@@ -77,16 +77,6 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
     return finish(stage, quality, calibrate(stage, sft, prompts))
 
 
-def pair_lengths(rows: Sequence[PairRow]) -> list[int]:
-    """The length of each sequence: both sides of a pair are rows of one batch."""
-    return [len(ids) for row in rows for ids in (row.chosen_ids, row.rejected_ids)]
-
-
-def both_lengths(rows: Sequence[PairRow]) -> list[int]:
-    """The length of each pair, both sides together."""
-    return [len(row.chosen_ids) + len(row.rejected_ids) for row in rows]
-
-
 def score_pairs(
     stage: Stage[RewardConfig], rows: Sequence[PairRow]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -107,7 +97,7 @@ def evaluate(stage: Stage[RewardConfig], rows: Sequence[PairRow], *, step: int |
     for part in stage.micro_batches(by_length, both_lengths(by_length)):
         with memory_for(stage, "evaluation", pair_lengths(part), *MEMORY):
             chosen, rejected, _ = score_pairs(stage, part)
-        lengths = [row.chosen_response_length - row.rejected_response_length for row in part]
+        lengths = [length_difference(row) for row in part]
         found += zip(chosen.tolist(), rejected.tolist(), lengths, strict=True)
     quality = assess(*torch.tensor(stage.gather(found), dtype=torch.float64).unbind(dim=1))
     if step is not None:
@@ -182,29 +172,11 @@ def finish(stage: Stage[RewardConfig], quality: Quality | None, constants: tuple
         ("steps", str(stage.step), f"data {config.dataset_name}, base {config.model_name_or_path}")
     ]
     if quality is not None:
-        interval = f"95% interval {quality.accuracy_low:.1%} to {quality.accuracy_high:.1%}, {quality.pairs} pairs"
         ceiling = config.label_noise_ceiling
         if ceiling is not None:
             figures["label_noise_ceiling"] = ceiling
-            interval += f"; label noise caps it at {ceiling:.1%}"
-        figures |= {name: value for name, value in asdict(quality).items() if not name.startswith("accuracy")}
-        figures["accuracy"] = {
-            "value": quality.accuracy,
-            "low": quality.accuracy_low,
-            "high": quality.accuracy_high,
-            "note": f"{quality.pairs} held-out pairs",
-        }
-        table += [
-            ("held-out accuracy", f"{quality.accuracy:.1%}", interval),
-            ("held-out loss", f"{quality.loss:.4f}", "log 2 = 0.693 is guessing"),
-            ("margin", f"{quality.margin:.3f}", "mean of chosen minus rejected"),
-            ("calibration error", f"{quality.calibration_error:.3f}", "expected, of the predicted probability"),
-            (
-                "length correlation",
-                f"{quality.length_correlation:+.2f}",
-                f"length alone: {quality.length_accuracy:.1%}",
-            ),
-        ]
+        figures |= quality_figures(quality)
+        table += quality_rows(quality, "log 2 = 0.693 is guessing", ceiling)
         for warning in quality.warnings(ceiling):
             stage.say(f"reward: {warning}")
     table.append(("scores of SFT samples", f"{mean:+.3f} ± {std:.3f}", "shifted and scaled to 0 ± 1 for PPO"))

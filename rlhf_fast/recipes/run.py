@@ -1,4 +1,4 @@
-"""Runs the three stages one after another, each in its own folder, with one report."""
+"""Runs the stages one after another, each in its own folder, with one report."""
 
 import gc
 import os
@@ -12,14 +12,14 @@ from rlhf_fast.config import RunConfig, StageConfig
 from rlhf_fast.config_load import dump_yaml
 from rlhf_fast.errors import UserError
 from rlhf_fast.monitor import read_summary
-from rlhf_fast.recipes import ppo, reward, sft
+from rlhf_fast.recipes import dpo, ppo, reward, sft
 from rlhf_fast.recipes.failure import failure_kept
 from rlhf_fast.recipes.identity import setting_changes, told
 from rlhf_fast.recipes.output import REPORT, WHOLE_RUN, check_output, check_run_output
 from rlhf_fast.rewards import Functions
 from rlhf_fast.text import one_line, tell
 
-TRAIN = {"sft": sft.train, "reward": reward.train, "ppo": ppo.train}
+TRAIN = {"sft": sft.train, "reward": reward.train, "dpo": dpo.train, "ppo": ppo.train}
 
 
 def run(config: RunConfig) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Shared by the three training loops: processes, folder, optimizer, checkpoints, logs, interruptions.
+"""Shared by the training loops: processes, folder, optimizer, checkpoints, logs, interruptions.
 
 with stage:
     for step in stage.steps():      # 1, 2, ... total; writes a checkpoint after the body if one is due

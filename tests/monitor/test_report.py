@@ -185,8 +185,8 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
 
 def test_an_unknown_stage_is_an_error(tmp_path: Path) -> None:
     RunLog(tmp_path).metrics(1, {"loss": 1.0})
-    write_summary(tmp_path, "dpo", {})
-    with pytest.raises(UserError, match="expected stage to be one of sft, reward, ppo, got 'dpo'"):
+    write_summary(tmp_path, "grpo", {})
+    with pytest.raises(UserError, match="expected stage to be one of sft, reward, dpo, ppo, got 'grpo'"):
         write_report(tmp_path)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.recipes import reward, sft
 
 WORDS = "red blue green cat dog sun moon tree bird fish".split()
@@ -79,6 +79,13 @@ def reward_config(data, tmp_path):
     fixed = dict(dataset_name=data["reward"], calibration_prompts=6, response_length=6)
     return lambda name="reward", **changes: RewardConfig(
         **{**COMMON, **fixed, "output_dir": str(tmp_path / name), **changes}
+    )
+
+
+@pytest.fixture
+def dpo_config(data, tmp_path):
+    return lambda name="dpo", **changes: DPOConfig(
+        **{**COMMON, "dataset_name": data["reward"], "output_dir": str(tmp_path / name), **changes}
     )
 
 

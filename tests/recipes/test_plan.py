@@ -13,6 +13,7 @@ from rlhf_fast.recipes.stage import Stage
 
 PHASES = ["loading", "rollout", "scoring", "update", "saving"]
 OF_STAGE = {"sft": ["loading", "update", "saving"], "reward": ["loading", "update", "calibration", "saving"]}
+OF_STAGE["dpo"] = OF_STAGE["sft"]
 
 
 def planned_shape(config) -> plan.Shape:
@@ -71,8 +72,8 @@ def test_a_plan_names_each_phase_and_the_peak(ppo_config, capsys):
 
 
 @pytest.mark.parametrize("stage", OF_STAGE)
-def test_sft_and_reward_training_are_planned(sft_config, reward_config, capsys, stage):
-    found = plan.plan({"sft": sft_config, "reward": reward_config}[stage]())
+def test_stages_without_ppo_are_planned(sft_config, reward_config, dpo_config, capsys, stage):
+    found = plan.plan({"sft": sft_config, "reward": reward_config, "dpo": dpo_config}[stage]())
     assert [name for name in found if name.startswith("memory")] == [f"memory_{phase}" for phase in OF_STAGE[stage]]
     assert found["seconds_step"] == found["seconds_update"] > 0
     assert f"plan of {stage}" in capsys.readouterr().out

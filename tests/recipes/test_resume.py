@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from rlhf_fast import checkpoint
 from rlhf_fast.errors import Interrupted, UserError
-from rlhf_fast.recipes import ppo, reward, sft
+from rlhf_fast.recipes import dpo, ppo, reward, sft
 from rlhf_fast.recipes.stage import Stage
 
-TRAIN = {"sft": sft.train, "reward": reward.train, "ppo": ppo.train}
+TRAIN = {"sft": sft.train, "reward": reward.train, "dpo": dpo.train, "ppo": ppo.train}
 STEPS = 4
 
 
@@ -21,8 +21,8 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def config_of(sft_config, reward_config, ppo_config):
-    return {"sft": sft_config, "reward": reward_config, "ppo": ppo_config}
+def config_of(sft_config, reward_config, dpo_config, ppo_config):
+    return {"sft": sft_config, "reward": reward_config, "dpo": dpo_config, "ppo": ppo_config}
 
 
 def run_until(monkeypatch, train, config, update: int, error: type[BaseException]) -> None:
