@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_fast import ops
+from rlhf_fast.kernels.records import RowOutputs
 from rlhf_fast.ops import _dispatch, _native, use_backend
 
 every_op = pytest.mark.parametrize("op", [*OPS, *LAYER_OPS], ids=lambda op: op.name)
@@ -182,7 +183,7 @@ def test_use_backend_reaches_compiled_code(monkeypatch: pytest.MonkeyPatch) -> N
     """Marked results tell which implementation a call took."""
 
     def marked(mark: float) -> Callable[..., Any]:
-        return lambda inputs: (inputs.logits.sum(1) * 0 + mark, None)
+        return lambda inputs: RowOutputs(inputs.logits.sum(1) * 0 + mark)
 
     row = {"torch": marked(0.0), "fused": marked(1.0)}
     monkeypatch.setitem(_dispatch._table, "masked_logprobs", row)

@@ -145,9 +145,9 @@ def fold(
     }
     outputs = [torch.full((rows,), torch.nan) for _ in range(RESULTS.get(launcher, 2))]
     if launcher == "linear_logprobs":
-        names = ("grad_logprobs", "grad_entropy")
+        names = ("grad_logprobs", "grad_entropy", "grad_logsumexp")
         record: Any = records.LinearLogprobs(
-            **shared, **dict(zip(names, numbers[:2], strict=True)), logprobs=outputs[0], entropy=outputs[1]
+            **shared, **dict(zip(names, numbers[:3], strict=True)), outputs=records.RowOutputs(*outputs)
         )
     elif launcher.startswith("linear_policy_loss"):
         exact = launcher.endswith("exact")
@@ -193,9 +193,9 @@ def test_the_fold_of_log_probs(seed: int, rows: int, vocab: int) -> None:
     logits, targets, mask, numbers = sample(seed, rows, vocab, torch.float32)
     got = fold("linear_logprobs", logits, logits, targets, mask, numbers, torch.empty_like(logits))
     leaf = logits.double().requires_grad_()
-    truth = ops.masked_logprobs(leaf, targets, mask, temperature=0.9, softcap=5.0, return_entropy=True)
-    loss = (truth[0] * numbers[0] + truth[1] * numbers[1]).sum()
-    close(got, [*truth, *torch.autograd.grad(loss, leaf)])
+    truth = ops.masked_logprobs(leaf, targets, mask, temperature=0.9, softcap=5.0, return_statistics=True)[:3]
+    loss = sum((output * number).sum() for output, number in zip(truth, numbers, strict=True))
+    close(got, [*truth[:2], *torch.autograd.grad(loss, leaf)])
 
 
 @pytest.mark.parametrize("launcher", FOLDS)
@@ -216,10 +216,11 @@ def test_a_row_of_many_is_a_row_of_few(softcap: float | None) -> None:
     """One block walks through each of many rows; of few rows, each segment has a block. The bits are the same."""
     rows, few = 130, slice(0, 100)
     logits, targets, mask, _ = sample(1, rows, 4 * 8192 + 100, torch.bfloat16)
-    options: Any = {"softcap": softcap, "temperature": 0.8, "return_entropy": True}
-    of_many = ops.masked_logprobs(logits, targets, mask, **options)
-    of_few = ops.masked_logprobs(logits[few], targets[few], mask[few], **options)
-    same([each[few] for each in of_many], list(of_few))
+    for wanted in ("return_entropy", "return_statistics"):
+        options: Any = {"softcap": softcap, "temperature": 0.8, wanted: True}
+        of_many = ops.masked_logprobs(logits, targets, mask, **options)
+        of_few = ops.masked_logprobs(logits[few], targets[few], mask[few], **options)
+        same([each[few] for each in of_many], list(of_few))
     of_many = ops.exact_kl(logits, logits.flip(0).nan_to_num(), mask)
     of_few = ops.exact_kl(logits[few], logits.flip(0).nan_to_num()[few], mask[few])
     same([of_many[few]], [of_few])
