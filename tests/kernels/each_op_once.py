@@ -70,6 +70,12 @@ def unaligned_rows(device: torch.device) -> Iterator[tuple[str, Call]]:
             lambda logits=logits: rlhf_fast.masked_logprobs(logits(), targets, inplace_backward=True).sum().backward(),
         )
         yield (
+            f"masked_logprobs with statistics, {rows} x {vocab} {dtype}",
+            lambda logits=logits: (
+                rlhf_fast.masked_logprobs(logits(), targets, return_statistics=True).logsumexp.sum().backward()
+            ),
+        )
+        yield (
             f"exact_kl in place, {rows} x {vocab} {dtype}",
             lambda logits=logits, ref=ref_logits: (
                 rlhf_fast.exact_kl(logits(), ref, inplace_backward=True).sum().backward()
