@@ -138,6 +138,7 @@ bench-step: $(VENV)/model .venv-trl/installed .venv-agilerl/installed
 bench-trl: $(VENV)/model .venv-peers/installed
 	PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m rlhf_fast.bench.trl_patch --model "$(DEMO_FOLDER)" \
 	--json bench/results/trl_patch.json
+	$(BIN)/python bench/results.py bench/results/trl_patch.json
 
 # About an hour on a quiet machine. The runs that the file has are kept; delete it to begin anew.
 bench-learning: $(VENV)/model .venv-trl/installed

@@ -3,7 +3,7 @@
 `python bench/results.py runs/demo` writes bench/results/demo.json and renews the tables made from it, wherever the
 README or a page of docs/ has `<!-- results demo -->` or `<!-- highlights demo -->` and `<!-- end -->`.
 `python bench/results.py bench/results/cpu.json` renews the tables of what `rlhf-fast bench --json` wrote there, and
-bench/results/step.json and bench/results/learning.json those of `make bench-step` and `make bench-learning`.
+bench/results/step.json, learning.json and trl_patch.json those of `make bench-step`, `bench-learning` and `bench-trl`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import yaml
 from rlhf_fast.bench import report
 from rlhf_fast.bench.peers import installed_version
 from rlhf_fast.bench.step import curves
-from rlhf_fast.bench.step.tables import tables
+from rlhf_fast.bench.step.tables import of_trainers, tables
 from rlhf_fast.bench.workload import COMPILED, EAGER, OURS
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +81,8 @@ def table(results: dict[str, Any]) -> str:
         return tables(results)
     if "curves" in results:
         return curves.table(results)
+    if "results" in results:
+        return of_trainers(results)
     stages = {name: summary["figures"] for name, summary in results["stages"].items()}
     rows: list[tuple[str, str]] = []
     if "validation_loss" in stages.get("sft", {}):

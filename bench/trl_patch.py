@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
+from rlhf_fast.bench.results import machine
 from rlhf_fast.bench.step.process import run
+from rlhf_fast.bench.step.tables import of_trainers
 from rlhf_fast.bench.step.work import Work, prepare
 
 TRAINERS = ("SFT", "DPO", "GRPO")
@@ -110,21 +112,14 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path, found = prepare(work, None, folder), folder / "found.json"
-        print(f"{'trainer':8} {'':18} {'s a step':>9} {'faster':>7} {'GB':>6} {'memory':>7}")
+        path, one = prepare(work, None, folder), folder / "one.json"
         for trainer in TRAINERS:
             for form in FORMS:
                 command = [sys.executable, "-m", "rlhf_fast.bench.trl_patch", "--model", args.model]
-                command += ["--json", str(found), "--steps", str(args.steps), "--one", trainer, form, str(path)]
+                command += ["--json", str(one), "--steps", str(args.steps), "--one", trainer, form, str(path)]
                 peak = run(command, folder / "log.txt", os.environ, limit=1800)
-                results.append({"trainer": trainer, "form": form, "peak_gb": peak, **json.loads(found.read_text())})
-                first = results[-1 - FORMS.index(form)]
-                seconds = results[-1]["seconds"]
-                print(
-                    f"{trainer:8} {form:18} {seconds:9.2f} {first['seconds'] / seconds:6.2f}x "
-                    f"{peak:6.2f} {peak / first['peak_gb']:7.0%}",
-                    flush=True,
-                )
+                results.append({"trainer": trainer, "form": form, "peak_gb": peak, **json.loads(one.read_text())})
+                print(f"{trainer}, {form}: {results[-1]['seconds']:.2f} s a step, {peak:.2f} GB", flush=True)
     versions = {name: version(name) for name in ("trl", "peft", "transformers", "torch")}
     settings = {
         "batch_size": args.batch_size,
@@ -133,7 +128,9 @@ def main() -> None:
         "lora_r": work.lora_r,
     }
     settings |= {"model": Path(args.model).name, "response_length": work.response_length, "dtype": "bfloat16"}
-    args.json.write_text(json.dumps({"settings": settings, "versions": versions, "results": results}, indent=1) + "\n")
+    found = {"machine": machine(), "settings": settings, "versions": versions, "results": results}
+    args.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(of_trainers(found))
 
 
 if __name__ == "__main__":
