@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -492,3 +493,14 @@ def test_a_dump_that_fails_leaves_the_old_file() -> None:
     with pytest.raises(Exception, match="cannot represent"):
         dump_yaml(broken, "config.yaml")
     assert Path("config.yaml").read_bytes() == before
+
+
+def test_the_names_that_a_config_takes_are_those_of_the_operations() -> None:
+    """The config does not import the operations, which would make every command start slowly."""
+    from rlhf_fast import config
+    from rlhf_fast.ops import dpo_loss, group_advantages
+
+    estimators = sys.modules[group_advantages.__module__].ESTIMATORS
+    losses = sys.modules[dpo_loss.__module__]
+    assert config.ADVANTAGE_ESTIMATORS == ("gae", *estimators)
+    assert config.DPO_LOSSES == tuple(losses._LOSSES) and config.SMOOTHED_DPO_LOSSES == losses._SMOOTHED

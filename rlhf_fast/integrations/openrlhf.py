@@ -7,6 +7,9 @@ process: each of OpenRLHF's Ray actors has to call it.
 Where they differ from OpenRLHF's on purpose: results are float32 for half-precision inputs too; a masked token is never
 read, so that its NaN has no effect; a batch without a token that counts gives 0 and not NaN; the log ratio of a
 sequence is bounded to +-20, as that of a token; ``log_probs_from_logits`` leaves the logits as they are.
+
+Where nothing else is said, tensors are (B, T), float, and a mask is bool or 0/1, 1 = counts. Errors are those of the
+operations: TypeError for a dtype, ValueError for a shape, device or setting.
 """
 
 from typing import Any
@@ -14,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.integrations.verl import entropy_from_logits
 from rlhf_fast.ops import (
     aggregate,
     clipped_policy_loss,
@@ -28,6 +30,7 @@ from rlhf_fast.ops import (
     truncated_importance_weights,
 )
 
+from ._logits import entropy_from_logits
 from ._patch import Patch, Replacement, Step
 
 __all__ = [

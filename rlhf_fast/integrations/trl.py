@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import linear_logprobs, masked_logprobs
 
+from . import _logits
 from ._patch import Patch, Replacement, Report, Step
 
 __all__ = [
@@ -112,7 +113,7 @@ def selective_log_softmax(
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """``trl.trainer.utils.entropy_from_logits``: entropy (...) in nats of logits (..., V), float32 (float64 for float64
     logits). ``chunk_size`` is not used."""
-    return masked_logprobs(logits, logits.argmax(dim=-1), return_entropy=True)[1]
+    return _logits.entropy_from_logits(logits)
 
 
 def selective_log_softmax_and_entropy(

@@ -10,6 +10,9 @@ verl's own doors take the functions too: ``register_policy_loss("fast")(compute_
 Where they differ from verl's on purpose: results are float32 for half-precision inputs too; advantages, returns and
 whitened values are 0 at masked tokens; a batch without a token that counts gives 0 and not NaN; a mask with fractions
 is an error on the CPU: multiply the loss by weights instead.
+
+Where nothing else is said, tensors are (B, T), float, and a mask is bool or 0/1, 1 = counts. Errors are those of the
+operations: TypeError for a dtype, ValueError for a shape, device or setting.
 """
 
 import pkgutil
@@ -35,6 +38,7 @@ from rlhf_fast.ops import (
 )
 from rlhf_fast.ops import masked_whiten as ops_masked_whiten
 
+from ._logits import entropy_from_logits
 from ._patch import Patch, Replacement, Step
 
 __all__ = [
@@ -72,12 +76,6 @@ Metrics = dict[str, float]
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """Log-probs of ``labels`` (...) under ``logits`` (..., V); as in verl, the backward may overwrite the logits."""
     return masked_logprobs(logits, labels, inplace_backward=inplace_backward)
-
-
-def entropy_from_logits(logits: Tensor) -> Tensor:
-    """The entropy in nats of each row of ``logits`` (..., V)."""
-    # with the most probable token as the target, a confident row keeps the digits of its small entropy
-    return masked_logprobs(logits, logits.detach().argmax(-1), return_entropy=True)[1]
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
@@ -188,11 +186,15 @@ def _aggregation(
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     """The KL of each token: "kl" or "k1", "abs", "mse" or "k2", "low_var_kl" or "k3"; with "+", the slope of k2.
 
-    As in verl, the log ratio in k3 is bounded by 20 and its value by 10; past a bound the slope is 0.
+    As in verl, the log ratio in k3 is bounded by 20 and its value by 10; past a bound the slope is 0. Raises
+    NotImplementedError, as verl does, for another name.
     """
     base = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}.get(kl_penalty.rstrip("+"), kl_penalty.rstrip("+"))
     if base not in ("k1", "k2", "k3", "abs"):
-        raise NotImplementedError(f"kl_penalty: expected kl, k1, abs, mse, k2, low_var_kl or k3; got {kl_penalty!r}")
+        raise NotImplementedError(
+            f"kl_penalty: expected kl, k1, abs, mse, k2, low_var_kl or k3, or one of these and +; got {kl_penalty!r}: "
+            "for the KL over the whole vocabulary call rlhf_fast.exact_kl"
+        )
     if base == "k3":
         log_ratio = (logprob - ref_logprob).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
         value = token_kl(log_ratio, torch.zeros_like(log_ratio), estimator="k3").clamp(max=10)

@@ -25,7 +25,7 @@ LoRA = tuple[Tensor, Tensor, float]
 class Head(NamedTuple):
     """logits = hidden weight^T + scale * (hidden down^T) up^T + bias."""
 
-    weight: Tensor  # (V, H); under autocast of a dtype to be rounded to that of hidden, see ``rounded``
+    weight: Tensor  # (V, H); inside autocast in its own dtype, and rounded to that of hidden where it is multiplied
     bias: Tensor | None = None  # (V,)
     down: Tensor | None = None  # A of an adapter, (r, H)
     up: Tensor | None = None  # B, (V, r)
@@ -123,7 +123,7 @@ def in_full_precision(head: Head, hidden: Tensor) -> Head:
     """The head with its trained parts in the accumulation dtype, so that the chunks' gradients are summed in it and
     rounded once.
 
-    A frozen weight is not cast: the backward would keep the copy.
+    A frozen weight stays in the dtype of hidden: the backward would keep the copy.
     """
     dtype = accumulation_dtype(hidden.dtype)
     trained = head.weight.requires_grad

@@ -33,7 +33,7 @@ class RowStatistics(NamedTuple):
 
 
 class RowExtras(NamedTuple):
-    """Statistics of a row that have no gradient, all (n,), in the order of the column of RowOutputs.extras."""
+    """Statistics of a row that have no gradient, all (n,), in the order of the columns of RowOutputs.extras."""
 
     mean_logit: Tensor
     log_sum_squares: Tensor
