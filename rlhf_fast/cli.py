@@ -1,5 +1,5 @@
-"""The command line: `rlhf-fast sft | reward | dpo | ppo | run | plan | merge | bench`. The stages' flags are their
-config's fields.
+"""The command line: `rlhf-fast sft | reward | dpo | ppo | run | plan | samples | merge | bench`. The stages' flags are
+their config's fields.
 
 Nothing heavy (torch, transformers) is imported before the flags and the YAML are read, so that help and mistakes answer
 at once. Exit codes: 0 done, 1 an unexpected exception, 2 a mistake that the message names, 130 interrupted (Ctrl-C,
@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import sys
 import typing
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_fast.config import STAGES, RunConfig, StageConfig
@@ -31,6 +32,7 @@ rlhf-fast: SFT, reward model, DPO and PPO on one frozen base.
                    --reward_adapter out/reward/adapter --output_dir out/ppo
   rlhf-fast dpo    --dataset_name pairs.jsonl --sft_adapter out/sft/adapter --output_dir out/dpo
   rlhf-fast plan run --config run.yaml                    memory and time, before any weights are loaded
+  rlhf-fast samples out --worst kl                     browse prompts and responses: score, KL, diff with the SFT model
   rlhf-fast merge  --adapter out/ppo/policy --output_dir out/model      an adapter into a plain model
   rlhf-fast bench  --only gae --threads 2                 the operations timed beside torch and other libraries
 
@@ -45,6 +47,7 @@ COMMANDS = {
     "ppo": "PPO with a KL leash to the SFT model.",
     "run": "The stages in a row. A plain flag holds for every stage, --STAGE.NAME for one.",
     "plan": "Memory and time on this CPU, before weights are loaded: plan STAGE or plan run, then its flags.",
+    "samples": "Browse the samples of a run, ours or another trainer's, in the terminal.",
     "merge": "Merge an adapter into its base: a plain model folder.",
     "bench": "Time the operations beside torch and the other libraries that are installed.",
 }
@@ -157,13 +160,18 @@ def run_command(argv: list[str]) -> None:
             names = ", ".join(STAGES)
             raise UserError(f"plan takes the command line of {names} or run: plan ppo --FLAG; got {command!r}")
 
-    makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}
+    makers = {"run": run_parser, "samples": samples_parser, "merge": merge_parser, "bench": bench_parser}
     parser = makers.get(command, stage_parser)(command)
     if "--help" in argv or "-h" in argv:
         tell(parser.format_help().rstrip(), sys.stdout)
         return
     flags = parser.read(argv[1:])
     flags.pop("debug", None)
+    if command == "samples":
+        from rlhf_fast.monitor.browse import browse
+
+        browse(Path(find_home(flags.pop("run"), "RUN ")), **flags)
+        return
     if command == "merge":
         from rlhf_fast.models.merge import merge
 
@@ -240,6 +248,27 @@ def merge_parser(command: str) -> Parser:
     parser.flag(parser, "adapter", "The adapter folder.", required=True, metavar="FOLDER")
     parser.flag(parser, "output_dir", "Folder for the merged model.", required=True, metavar="FOLDER")
     parser.flag(parser, "dtype", "dtype of the merged weights. Unset: the base's.", metavar="DTYPE")
+    return parser
+
+
+def samples_parser(command: str) -> Parser:
+    parser = Parser(command)
+    parser.usage = f"rlhf-fast {command} RUN [--FLAG VALUE ...]"
+    parser.add_argument("run", metavar="RUN", help="Folder of a run or stage, or another log with samples.")
+    parser.flag(
+        parser, "worst", "The lowest score, highest KL or longest response first.", choices=["kl", "score", "length"]
+    )
+    parser.flag(parser, "best", "The highest score first. [newest step first]", choices=["score"])
+    parser.flag(
+        parser,
+        "diff",
+        "Mark the difference from the response to the same prompt at a step; sft: step 0.",
+        metavar="sft|STEP",
+    )
+    parser.flag(parser, "step", "Samples of this step alone.", metavar="N", type=int)
+    parser.flag(parser, "prompt", "Samples whose prompt has this text in it.", metavar="TEXT")
+    parser.flag(parser, "plain", "Print text, as where standard output is no terminal.", action="store_true")
+    parser.flag(parser, "limit", "Samples to print as text at most. [20]", metavar="N", type=int)
     return parser
 
 
