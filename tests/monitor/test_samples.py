@@ -103,8 +103,10 @@ def test_text_without_a_terminal(log: Path, capsys: pytest.CaptureFixture[str]) 
     assert text.startswith("2 of 6 samples (--limit), lowest score first\n\nstep 4  train  prompt 5  score -1  KL 9.5")
     assert "[bold]a\\x1b[2J\\u202eb[/bold] :smile: " + "x" * 300 in text
     assert not {"\x1b", "\u202e"} & set(text)
-    assert main(["samples", str(log), "--diff", "sft", "--prompt", "sea 0"]) == 0
-    assert "The sea is {+blue and+} wide." in capsys.readouterr().out
+    assert main(["samples", str(log), "--diff", "sft"]) == 0
+    text = capsys.readouterr().out
+    assert "The sea is {+blue and+} wide." in text and "[-[bold]a\\x1b[2J\\u202eb[/bold] :smile: " in text
+    assert not {"\x1b", "\u202e"} & set(text)
 
 
 def test_mistakes_are_one_line(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,5 +154,5 @@ def test_the_app_in_a_small_terminal(log: Path) -> None:
     assert not {"\x1b", "\u202e"} & set(seen["down"])
     assert "Quit" in seen["down"] and "Sort" in seen["down"]
     assert "step 8  eval  prompt 0" in seen["ctrl+end"] and "The sea is {+blue and+} wide." in seen["d"]
-    assert "highest score first" in seen["r"] and "step 8  eval  prompt 0" in seen["r"]  # the cursor stays with it
-    assert "highest KL first" in seen["s"] and "KL ↓" in seen["s"]
+    assert "highest score first" in seen["r"] and "highest KL first" in seen["s"] and "KL ↓" in seen["s"]
+    assert "step 8  eval  prompt 0" in seen["s"]  # the cursor stays with its sample
