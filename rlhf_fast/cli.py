@@ -167,11 +167,6 @@ def run_command(argv: list[str]) -> None:
         return
     flags = parser.read(argv[1:])
     flags.pop("debug", None)
-    if command == "samples":
-        from rlhf_fast.monitor.browse import browse
-
-        browse(Path(find_home(flags.pop("run"), "RUN ")), **flags)
-        return
     if command == "merge":
         from rlhf_fast.models.merge import merge
 
@@ -182,6 +177,10 @@ def run_command(argv: list[str]) -> None:
         from rlhf_fast.bench.command import bench
 
         bench(flags)
+    elif command == "samples":
+        from rlhf_fast.monitor.browse import browse
+
+        browse(Path(find_home(flags.pop("run"), "RUN ")), **flags)
     elif command == "run":
         run_config = load_run(flags.pop("config", None), flags)
         if planned:

@@ -63,7 +63,10 @@ def body(row: Row, other: Row | None, *, at: int, diff: bool, shade: str | None 
         absent = f" (no {SHADES[shade]} of its tokens in the log)" if shade and not diff else absent
         parts += [Text(), Text.assemble(("Response", LABEL), (absent, "dim")), Text(printable(row["response"]))]
     if row.get("extra"):
-        cells = "  ".join(f"{name} {value}" for name, value in row["extra"].items())
+        extra = {
+            name: value if number(value) is None else figure(row["extra"], name) for name, value in row["extra"].items()
+        }
+        cells = "  ".join(f"{name} {value}" for name, value in extra.items())
         parts += [Text(), Text.assemble(("Columns  ", LABEL), one_line(cells))]
     return Text("\n").join(parts)
 
