@@ -28,7 +28,7 @@ def browse(
         path: as in :func:`read_log`.
         worst, best: the order; the newest first without either.
         diff, step, prompt: as in :func:`choose`.
-        plain: print text, as is done where standard output is no terminal.
+        plain: print text, as is done where the standard streams are no terminal.
         limit: samples printed as text at most.
 
     Raises:
@@ -38,7 +38,9 @@ def browse(
         raise UserError(f"--limit must be 1 or more; got {limit}")
     order = order_of(worst, best)
     samples = choose(path, diff=diff, step=step, prompt=prompt)
-    if plain or sys.stdout is None or not sys.stdout.isatty():
+    # Textual reads keys from standard input and draws on standard error
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    if plain or not all(stream is not None and stream.isatty() for stream in streams):
         print_samples(samples, order, diff=diff is not None, limit=limit)
         return
     try:

@@ -69,9 +69,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         if self._step != state.global_step:
             self._give(state, control)
         self._step = state.global_step
-        self._held = (self._held or {}) | finite(
-            logs or {}
-        )  # an evaluation logs at the step that has been logged before
+        # an evaluation logs at the step that has been logged before
+        self._held = (self._held or {}) | finite(logs or {})
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any

@@ -63,12 +63,11 @@ class SamplesApp(App[None]):
         self.query_one(DataTable).focus()
 
     def on_resize(self) -> None:
-        self._fill()
+        self._fill(self._places[self.query_one(DataTable).cursor_row] if self._places else None)
 
-    def _fill(self) -> None:
-        """Writes the list in the present order, with the cursor on the sample where it was."""
+    def _fill(self, place: int | None = None) -> None:
+        """Writes the list in the present order, with the cursor on the sample at ``place``, or on the first."""
         table = self.query_one(DataTable)
-        place = self._places[table.cursor_row] if self._places and table.row_count else None
         self._places = self._samples.sorted(self._order)
         table.clear(columns=True)
         left = self.size.width - sum(width + 2 for width in WIDTHS.values()) - 4

@@ -17,8 +17,8 @@ REMOVED, ADDED = "red", "green"
 LABEL = "bold cyan"
 # What the tokens of a response can be shaded by: key -> title, and whether the value has a sign.
 SHADES = {"token_kl": "KL", "token_advantage": "advantage"}
-POSITIVE = ("", "on #1d3a57", "on #1f5f8f underline", "bold white on #2483c5 underline")
-NEGATIVE = ("", "on #57331d", "on #8f4a1f underline", "bold white on #c5641f underline")
+POSITIVE = ("", "on #1d3a57", "on #1f5f8f underline", "bold #ffffff on #1668a8 underline")
+NEGATIVE = ("", "on #57331d", "on #8f4a1f underline", "bold #ffffff on #a8500f underline")
 NAMED_TOKENS = 5  # tokens whose values are written out
 
 
@@ -57,7 +57,7 @@ def body(row: Row, other: Row | None, *, at: int, diff: bool, shade: str | None 
         )
         parts += [Text(), title, diff_text(str(other.get("response", "")), row["response"])]
     elif shade and shaded_values(row, shade):
-        parts += [Text(), Text(f"Response, shaded by {SHADES[shade]}", style=LABEL), *shaded(row, shade)]
+        parts += [Text(), *shaded(row, shade)]
     else:
         absent = f" (no response of the {whose} to this prompt)" if diff else ""
         absent = f" (no {SHADES[shade]} of its tokens in the log)" if shade and not diff else absent
@@ -114,7 +114,7 @@ def shaded_values(row: Row, key: str) -> list[float] | None:
 
 
 def shaded(row: Row, key: str) -> list[Text]:
-    """The tokens, darker (and underlined, and bold) by the size of their values; and the largest values in words."""
+    """The largest values in words; and the tokens, darker (and underlined, and bold) by the size of their values."""
     values = shaded_values(row, key) or []
     largest = max(map(abs, values), default=0.0)
     text = Text()
@@ -125,7 +125,7 @@ def shaded(row: Row, key: str) -> list[Text]:
     named = "  ".join(
         f"{one_line(repr(row['tokens'][place]), 30)} {values[place]:+.3g}" for place in ranked if values[place]
     )
-    return [text, Text(), Text.assemble((f"Largest {SHADES[key]}  ", LABEL), named)]
+    return [Text.assemble((f"Response, shaded by {SHADES[key]}", LABEL), f"  largest {named}"), text]
 
 
 def print_samples(samples: Samples, order: Order, *, diff: bool, limit: int) -> None:
