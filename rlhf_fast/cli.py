@@ -1,9 +1,9 @@
-"""The command line: `rlhf-fast sft | reward | dpo | ppo | run | plan | merge | bench`. The stages' flags are their
-config's fields.
+"""The command line: `rlhf-fast sft | reward | dpo | ppo | run | plan | monitor | merge | bench`. The stages' flags are
+their config's fields.
 
 Nothing heavy (torch, transformers) is imported before the flags and the YAML are read, so that help and mistakes answer
-at once. Exit codes: 0 done, 1 an unexpected exception, 2 a mistake that the message names, 130 interrupted (Ctrl-C,
-SIGTERM, SIGHUP).
+at once. Exit codes: 0 done, 1 an unexpected exception, 2 a mistake that the message names, 3 the monitor has found
+something, 130 interrupted (Ctrl-C, SIGTERM, SIGHUP).
 """
 
 import argparse
@@ -12,14 +12,16 @@ import importlib.metadata
 import os
 import sys
 import typing
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_fast.config import STAGES, RunConfig, StageConfig
 from rlhf_fast.config_load import find_home, load_run, load_stage
-from rlhf_fast.config_values import field_kinds, split_optional
+from rlhf_fast.config_values import field_kinds, read_settings, split_optional
 from rlhf_fast.errors import Interrupted, UserError, is_out_of_memory, nearest
 from rlhf_fast.signals import Interruptible
 from rlhf_fast.text import one_line, safe_streams, shown, tell, traceback_text
+from rlhf_fast.verdicts import Thresholds
 
 OVERVIEW = """\
 rlhf-fast: SFT, reward model, DPO and PPO on one frozen base.
@@ -31,6 +33,7 @@ rlhf-fast: SFT, reward model, DPO and PPO on one frozen base.
                    --reward_adapter out/reward/adapter --output_dir out/ppo
   rlhf-fast dpo    --dataset_name pairs.jsonl --sft_adapter out/sft/adapter --output_dir out/dpo
   rlhf-fast plan run --config run.yaml                    memory and time, before any weights are loaded
+  rlhf-fast monitor out                                   what went wrong in a run, from its logs
   rlhf-fast merge  --adapter out/ppo/policy --output_dir out/model      an adapter into a plain model
   rlhf-fast bench  --only gae --threads 2                 the operations timed beside torch and other libraries
 
@@ -45,6 +48,7 @@ COMMANDS = {
     "ppo": "PPO with a KL leash to the SFT model.",
     "run": "The stages in a row. A plain flag holds for every stage, --STAGE.NAME for one.",
     "plan": "Memory and time on this CPU, before weights are loaded: plan STAGE or plan run, then its flags.",
+    "monitor": "What went wrong in a run, from its logs. Exit code 3 where something did.",
     "merge": "Merge an adapter into its base: a plain model folder.",
     "bench": "Time the operations beside torch and the other libraries that are installed.",
 }
@@ -55,7 +59,8 @@ METAVARS: dict[Any, str] = {
     bool: "true|false",
     list[str]: "A,B",
     list[float]: "N,N",
-    dict[str, str]: "OLD=NEW,..",
+    dict[str, str]: "A=B,..",
+    dict[str, float]: "NAME=N,..",
 }
 
 
@@ -106,8 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in argv
     with Interruptible(whole_process=own_process):
         try:
-            run_command(argv)
-            return 0
+            return run_command(argv)
         except BaseException as error:  # also what other people's code raises to end its process, such as sys.exit(0)
             message, code = explain(error)
             if debug or code == 1:
@@ -134,14 +138,15 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"rlhf-fast: internal error: {text} (the traceback is above)", 1
 
 
-def run_command(argv: list[str]) -> None:
+def run_command(argv: list[str]) -> int:
+    """Runs the command of ``argv``; returns its exit code."""
     command = argv[0] if argv else "--help"
     if command in ("--help", "-h"):
         tell(OVERVIEW, sys.stdout)
-        return
+        return 0
     if command == "--version":
         tell(f"rlhf-fast {installed_version()}", sys.stdout)
-        return
+        return 0
     if command not in COMMANDS:
         commands = ", ".join(COMMANDS)
         raise UserError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}; the commands are {commands}")
@@ -152,16 +157,16 @@ def run_command(argv: list[str]) -> None:
         command = argv[0] if argv else ""
         if command in ("--help", "-h"):
             tell(COMMANDS["plan"], sys.stdout)
-            return
+            return 0
         if command not in ("run", *STAGES):
             names = ", ".join(STAGES)
             raise UserError(f"plan takes the command line of {names} or run: plan ppo --FLAG; got {command!r}")
 
-    makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}
+    makers = {"run": run_parser, "monitor": monitor_parser, "merge": merge_parser, "bench": bench_parser}
     parser = makers.get(command, stage_parser)(command)
     if "--help" in argv or "-h" in argv:
         tell(parser.format_help().rstrip(), sys.stdout)
-        return
+        return 0
     flags = parser.read(argv[1:])
     flags.pop("debug", None)
     if command == "merge":
@@ -170,6 +175,11 @@ def run_command(argv: list[str]) -> None:
         folders = {name: find_home(flags[name], f"--{name} ") for name in ("adapter", "output_dir")}
         merge(folders["adapter"], folders["output_dir"], flags.get("dtype"))
         tell(f"merged model: {folders['output_dir']}", sys.stdout)
+    elif command == "monitor":
+        from rlhf_fast.monitor.command import monitor
+
+        path, as_json = Path(flags.pop("RUN_OR_LOG")), flags.pop("json", False)
+        return monitor(path, read_settings(flags, field_kinds(Thresholds), "--"), as_text=not as_json)
     elif command == "bench":
         from rlhf_fast.bench.command import bench
 
@@ -181,7 +191,7 @@ def run_command(argv: list[str]) -> None:
 
             for stage in run_config.stages:
                 plan(getattr(run_config, stage))
-            return
+            return 0
         from rlhf_fast.recipes.run import run
 
         run(run_config)
@@ -191,12 +201,13 @@ def run_command(argv: list[str]) -> None:
             from rlhf_fast.recipes.plan import plan
 
             plan(config)
-            return
+            return 0
         from rlhf_fast.recipes import dpo, ppo, reward, sft
         from rlhf_fast.recipes.failure import failure_kept
 
         with failure_kept(config.output_dir):
             {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}[command].train(config)
+    return 0
 
 
 def installed_version() -> str:
@@ -232,6 +243,17 @@ def run_parser(command: str) -> Parser:
         for item in dataclasses.fields(config_class):
             if item.name != "output_dir":  # always that of the run, and the stage's name
                 add_field(parser, group, config_class, item, stage)
+    return parser
+
+
+def monitor_parser(command: str) -> Parser:
+    parser = Parser(command)
+    parser.usage = "rlhf-fast monitor RUN_OR_LOG [--json] [--THRESHOLD NUMBER ...]"
+    parser.add_argument("RUN_OR_LOG", help="A run's folder, a stage's folder, or a log.")
+    parser.flag(parser, "json", "Print the verdicts as JSON.", action="store_true")
+    thresholds = parser.add_argument_group("thresholds")
+    for item in dataclasses.fields(Thresholds):
+        parser.flag(thresholds, item.name, f"{item.metadata['help']} [{item.default:g}]", metavar="NUMBER")
     return parser
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_fast.errors import UserError
 from rlhf_fast.metrics import RESERVED
 from rlhf_fast.text import shown
+from rlhf_fast.verdicts import KINDS, Thresholds
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 ALL_LINEAR = "all-linear"
@@ -167,6 +168,14 @@ class StageConfig:
         "Steps between two evaluations. Unset: at the start, ten times on the way, and at the end (PPO: start and "
         "end).",
     )
+    monitor_actions: dict[str, str] = option(
+        {},
+        "What to do when the monitor finds something, VERDICT=ACTION: stop; lower_learning_rate (by half); raise_kl_coef "
+        "(to twice, PPO); roll_back (to the last checkpoint before it, and half the learning rate). Unset: it is told.",
+    )
+    monitor_thresholds: dict[str, float] = option(
+        {}, "Thresholds of the monitor, by name; `rlhf-fast monitor --help` lists them."
+    )
     save_steps: int | None = option(None, "Steps between two checkpoints. Unset: ten a run.")
     save_total_limit: int = option(2, "Checkpoints kept; older ones are deleted.")
     resume_from_checkpoint: str | None = option(
@@ -182,6 +191,7 @@ class StageConfig:
     overwrite_output_dir: bool = option(False, "Delete an earlier run in output_dir first.")
 
     config_file = ""  # no setting: the --config file, which the run leaves as it is
+    actions = ("stop", "lower_learning_rate", "roll_back")  # no setting: what monitor_actions may name
 
     def validate(self) -> None:
         """Raises UserError that names the flag, what was expected and what came."""
@@ -208,6 +218,11 @@ class StageConfig:
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         require(self, "dataset_name", bool(self.dataset_name), "set: a file, a folder, a hub name or demo/NAME")
         require(self, "output_dir", bool(self.output_dir), "set: the folder to write to")
+        Thresholds.of(self.monitor_thresholds)
+        for verdict, action in self.monitor_actions.items():
+            known = verdict in KINDS and action in self.actions
+            expected = f"VERDICT=ACTION, of {', '.join(KINDS)} and of {', '.join(self.actions)}"
+            require(self, "monitor_actions", known, expected)
         for tracker in self.report_to:
             require(self, "report_to", tracker in ("tensorboard", "wandb"), "tensorboard, wandb or both")
         for item in dataclasses.fields(self):
@@ -396,6 +411,8 @@ class PPOConfig(StageConfig):
         "Fixed score of a response without a stop token, in place of the penalty.",
     )
     eval_prompts: int = option(64, "Held-out prompts answered at each evaluation.")
+
+    actions = (*StageConfig.actions, "raise_kl_coef")
 
     def validate(self) -> None:
         super().validate()
