@@ -164,3 +164,34 @@ class Thresholds:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise UserError(f"the monitor's threshold {name} must be a number above 0; got {shown(value)}")
         return cls(**settings)
+
+
+def markdown() -> str:
+    """docs/verdicts.md."""
+    lines = [
+        "# Verdicts of the monitor",
+        "",
+        "Made by `python -m rlhf_fast.verdicts > docs/verdicts.md`; change `rlhf_fast/verdicts.py` and make it again.",
+        "[Debugging](debugging.md) says how to use them.",
+        "",
+        "| name | what it means | what to try |",
+        "| --- | --- | --- |",
+    ]
+    lines += [f"| `{name}` | **{kind.title}.** {kind.meaning} | {kind.advice} |" for name, kind in KINDS.items()]
+    lines += [
+        "",
+        "## Thresholds",
+        "",
+        "Set them with `--monitor_thresholds NAME=NUMBER,...` in a run, `rlhf-fast monitor RUN --NAME NUMBER`, or",
+        "`Monitor({name: number})`.",
+        "",
+        "| name | default | what |",
+        "| --- | --- | --- |",
+    ]
+    for item in dataclasses.fields(Thresholds):
+        lines.append(f"| `{item.name}` | {item.default:g} | {item.metadata['help']} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

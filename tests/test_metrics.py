@@ -104,7 +104,10 @@ def test_the_reserved_names_are_those_of_the_runs_own_metrics():
         "kl_target",
         "entropy",
         "scores",
+        "scores_std",
+        "score_length_correlation",
         "reward_model",
+        "reward_model_std",
         "non_score_reward",
         "rlhf_reward",
     }
