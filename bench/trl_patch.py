@@ -98,7 +98,7 @@ def timed(seconds: list[float]) -> dict[str, Any]:
 
 
 def train_ours(work: Work, path: Path, steps: int) -> tuple[dict[str, Any], float]:
-    """`rlhf-fast dpo` on the work of TRL's DPO, in the project's own environment -> as ``train``; and the peak in GB."""
+    """`rlhf-fast dpo` on the work of TRL's DPO, in the project's own environment: as ``train``, and the peak in GB."""
     row = Row("dpo", OURS, "dpo", "rlhf-fast", BF16)
     output = path.parent / "ours"
     _, *command = our_command(row, work, WARM_UP + steps, output)

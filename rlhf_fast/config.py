@@ -170,8 +170,9 @@ class StageConfig:
     )
     monitor_actions: dict[str, str] = option(
         {},
-        "What to do when the monitor finds something, VERDICT=ACTION: stop; lower_learning_rate (by half); raise_kl_coef "
-        "(to twice, PPO); roll_back (to the last checkpoint before it, and half the learning rate). Unset: it is told.",
+        "What to do when the monitor finds something, VERDICT=ACTION: stop; lower_learning_rate (by half); "
+        "raise_kl_coef (to twice, PPO); roll_back (to the last checkpoint before it, and half the learning "
+        "rate). Unset: it is told.",
     )
     monitor_thresholds: dict[str, float] = option(
         {}, "Thresholds of the monitor, by name; `rlhf-fast monitor --help` lists them."

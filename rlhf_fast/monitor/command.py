@@ -69,7 +69,9 @@ def _print(path: Path, found: list[tuple[str, Verdict]]) -> None:
         body = [Text(f"{verdict.reason[0].upper()}{printable(verdict.reason[1:])}.")]
         body.append(Text(f"Metrics: {', '.join(verdict.metrics)}", style="dim"))
         for sample in verdict.samples:
-            numbers = [f"{key} {sample[key]:.3g}" for key in ("score", "kl") if isinstance(sample.get(key), int | float)]
+            numbers = [
+                f"{key} {sample[key]:.3g}" for key in ("score", "kl") if isinstance(sample.get(key), int | float)
+            ]
             said = one_line(str(sample.get("response", "")), 160)
             body.append(Text(f"  step {sample['step']}, {', '.join(numbers)}: {said}"))
         body.append(Text(f"Try: {verdict.advice}"))

@@ -258,7 +258,7 @@ def sampler_mismatch(history: History, at: Thresholds) -> Finding | None:
 
 
 def length_exploitation(history: History, at: Thresholds) -> Finding | None:
-    """Longer responses, a higher score, and scores that follow the length within a rollout; no gold score that rises."""
+    """Longer responses, a higher score, scores that follow the length in a rollout, and no gold score that rises."""
     window = int(at.window)
     length, score = history[m.LENGTH_MEAN.name].change(window), history[m.SCORES.name].change(window)
     if length is None or score is None or length.ratio < 1 + at.length_change or length.z < at.z or score.z < at.z:
@@ -308,7 +308,9 @@ def truncation(history: History, at: Thresholds) -> Finding | None:
         return None
     share = statistics.fmean(series.values[-window:])
     reason = f"{share:.0%} of the responses reach response_length without a stop token"
-    return Finding(series.since(cut), share / at.truncated + 0.5, [m.TRUNCATED.name, m.LENGTH_MEAN.name], reason, length_of)
+    return Finding(
+        series.since(cut), share / at.truncated + 0.5, [m.TRUNCATED.name, m.LENGTH_MEAN.name], reason, length_of
+    )
 
 
 def _and(parts: Sequence[str]) -> str:

@@ -67,39 +67,39 @@ class Monitor:
     def _note(self, name: str, finding: Finding) -> bool:
         """Makes or extends the verdict ``name``; True where it is new. It keeps the words of its strongest moment."""
         step = self._history.step
-        if name in self._found:
-            verdict, size = self._found[name]
-            if finding.size <= size:
-                self._found[name] = dataclasses.replace(verdict, last_step=step), size
-                return False
-        is_new = name not in self._found
-        first_step = finding.since if is_new else self._found[name][0].first_step
-        confidence = round(min(1 - 0.5 * max(finding.size, 1.0) ** -1.3, 0.99), 2)
-        verdict = Verdict(
-            name,
-            first_step,
-            step,
-            confidence,
-            list(finding.metrics),
-            self._worst(finding),
-            finding.reason,
-            KINDS[name].advice,
+        if name not in self._found:
+            confidence, samples = _confidence(finding.size), self._worst(finding, finding.since, [])
+            names = list(finding.metrics)
+            verdict = Verdict(name, finding.since, step, confidence, names, samples, finding.reason, KINDS[name].advice)
+            self._found[name] = verdict, finding.size
+            return True
+        verdict, size = self._found[name]
+        verdict = dataclasses.replace(
+            verdict, last_step=step, samples=self._worst(finding, verdict.first_step, verdict.samples)
         )
-        self._found[name] = verdict, finding.size
-        return is_new
+        if finding.size > size:
+            size = finding.size
+            verdict = dataclasses.replace(
+                verdict, confidence=_confidence(size), metrics=list(finding.metrics), reason=finding.reason
+            )
+        self._found[name] = verdict, size
+        return False
 
-    def _worst(self, finding: Finding) -> list[Row]:
-        """The samples since the signs stand that show them best, each prompt once."""
-        since = [sample for sample in self._history.samples if sample["step"] >= finding.since]
-        chosen: dict[Any, Row] = {}
-        for sample in sorted(since, key=finding.worst, reverse=True):
+    def _worst(self, finding: Finding, since: int, earlier: Sequence[Row]) -> list[Row]:
+        """Of ``earlier`` and the samples from step ``since`` on, those that show it best, each prompt once."""
+        candidates = [*earlier, *(sample for sample in self._history.samples if sample["step"] >= since)]
+        chosen: dict[str, Row] = {}
+        for sample in sorted(candidates, key=finding.worst, reverse=True):
             chosen.setdefault(str(sample.get("prompt")), sample)
         return list(chosen.values())[:SAMPLES_SHOWN]
 
 
-def watch(
-    rows: Iterable[Row], samples: Iterable[Row] = (), thresholds: Mapping[str, float] | None = None
-) -> Monitor:
+def _confidence(size: float) -> float:
+    """0.5 at the threshold, 0.8 at twice its size."""
+    return round(min(1 - 0.5 * max(size, 1.0) ** -1.3, 0.99), 2)
+
+
+def watch(rows: Iterable[Row], samples: Iterable[Row] = (), thresholds: Mapping[str, float] | None = None) -> Monitor:
     """A monitor that has seen a whole log.
 
     Args:

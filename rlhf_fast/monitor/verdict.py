@@ -16,7 +16,7 @@ TITLES = {name: kind.title for name, kind in KINDS.items()}
 
 
 def as_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """``{"verdicts": [{"name", "first_step", "last_step", "confidence", "metrics", "samples", "reason", "advice"}]}``."""
+    """``{"verdicts": [...]}``, each with the attributes of :class:`~rlhf_fast.verdicts.Verdict`."""
     return {"verdicts": [dataclasses.asdict(verdict) for verdict in verdicts]}
 
 

@@ -1,4 +1,4 @@
-"""The monitor of a running stage: fed with what the stage logs, its verdicts told and written; and what they trigger."""
+"""The monitor of a running stage: it reads what the stage logs, tells and writes verdicts, and may act on them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,7 +58,9 @@ class Watch:
             if new:
                 self.write()
         except Exception as error:
-            self._say(f"monitor: switched off by an error of its own: {one_line(f'{type(error).__name__}: {error}', 200)}")
+            self._say(
+                f"monitor: switched off by an error of its own: {one_line(f'{type(error).__name__}: {error}', 200)}"
+            )
             self._monitor = None
             return []
         return new

@@ -8,7 +8,9 @@ VOWELS = frozenset("aeiouAEIOU")
 
 def letters(completions: Sequence[str], **columns: Any) -> list[float]:
     """Share of letters and blanks, times 4: what a random model can learn without repeating itself."""
-    return [4 * sum(c.isascii() and (c.isalpha() or c == " ") for c in text) / max(len(text), 1) for text in completions]
+    return [
+        4 * sum(c.isascii() and (c.isalpha() or c == " ") for c in text) / max(len(text), 1) for text in completions
+    ]
 
 
 def vowels(completions: Sequence[str], **columns: Any) -> list[float]:

@@ -32,7 +32,8 @@ NO_END = "--ignore_eos true "
 LETTERS = f"--reward_functions {REWARDS}:letters --eval_functions {REWARDS}:variety "
 PAIRS = (
     "reward --model_name_or_path smollm2-135m-instruct --lora_layers 8 --learning_rate 3e-4 --batch_size 16 "
-    "--micro_batch_size 16 --max_length 96 --max_steps 30 --max_samples 600 --response_length 8 --calibration_prompts 4 "
+    "--micro_batch_size 16 --max_length 96 --max_steps 30 --max_samples 600 --response_length 8 "
+    "--calibration_prompts 4 "
     "--eval_steps 10 --save_steps 1000 --eval_dataset_name {pairs} "
 )
 DEMO = (
@@ -119,9 +120,7 @@ SETTINGS = {
     ),
     "mode_collapse": Setting(
         "mode_collapse",
-        TINY
-        + NO_END
-        + f"--kl_coef 0 --kl_target null --learning_rate 1e-2 --reward_functions {REWARDS}:one_letter ",
+        TINY + NO_END + f"--kl_coef 0 --kl_target null --learning_rate 1e-2 --reward_functions {REWARDS}:one_letter ",
     ),
     "not_learning": Setting("not_learning", TINY + NO_END + LETTERS + "--learning_rate 1e-7 "),
     "useless_critic": Setting("useless_critic", TINY + NO_END + LETTERS + "--value_coef 0 "),
@@ -140,7 +139,11 @@ def record(name: str, setting: Setting, seed: int, folder: Path) -> Path:
             raise SystemExit(f"{name}, seed {seed}: the run ended with code {code}")
         lines = [json.loads(line) for line in (Path(work) / "metrics.jsonl").read_text().splitlines()]
     path = folder / f"{name}-{seed}.json"
-    held = {"verdict": setting.verdict, "onset": setting.onset, "setting": setting.flags.replace(str(CORPUS.parent), ".")}
+    held = {
+        "verdict": setting.verdict,
+        "onset": setting.onset,
+        "setting": setting.flags.replace(str(CORPUS.parent), "."),
+    }
     path.write_text(json.dumps(held | {"metrics": columns(lines)}, separators=(",", ":")) + "\n")
     return path
 
