@@ -192,7 +192,11 @@ class StageConfig:
     overwrite_output_dir: bool = option(False, "Delete an earlier run in output_dir first.")
 
     config_file = ""  # no setting: the --config file, which the run leaves as it is
-    actions = ("stop", "lower_learning_rate", "roll_back")  # no setting: what monitor_actions may name
+
+    @property
+    def monitor_choices(self) -> tuple[str, ...]:
+        """The actions that monitor_actions may name."""
+        return ("stop", "lower_learning_rate", "roll_back")
 
     def validate(self) -> None:
         """Raises UserError that names the flag, what was expected and what came."""
@@ -221,8 +225,8 @@ class StageConfig:
         require(self, "output_dir", bool(self.output_dir), "set: the folder to write to")
         Thresholds.of(self.monitor_thresholds)
         for verdict, action in self.monitor_actions.items():
-            known = verdict in KINDS and action in self.actions
-            expected = f"VERDICT=ACTION, of {', '.join(KINDS)} and of {', '.join(self.actions)}"
+            known = verdict in KINDS and action in self.monitor_choices
+            expected = f"VERDICT=ACTION, of {', '.join(KINDS)} and of {', '.join(self.monitor_choices)}"
             require(self, "monitor_actions", known, expected)
         for tracker in self.report_to:
             require(self, "report_to", tracker in ("tensorboard", "wandb"), "tensorboard, wandb or both")
@@ -413,8 +417,6 @@ class PPOConfig(StageConfig):
     )
     eval_prompts: int = option(64, "Held-out prompts answered at each evaluation.")
 
-    actions = (*StageConfig.actions, "raise_kl_coef")
-
     def validate(self) -> None:
         super().validate()
         positive = ["num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length"]
@@ -459,6 +461,10 @@ class PPOConfig(StageConfig):
                 default = getattr(PPOConfig, name)
                 unset = f"left at {default}, its default, with {estimator}, which has no use for it"
                 require(self, name, getattr(self, name) == default, unset)
+
+    @property
+    def monitor_choices(self) -> tuple[str, ...]:
+        return (*super().monitor_choices, "raise_kl_coef")
 
     @property
     def has_critic(self) -> bool:

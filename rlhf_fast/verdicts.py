@@ -140,7 +140,9 @@ class Thresholds:
     still_kl: float = _at(0.005, "Not learning: KL below so many nats per token.")
 
     critic_warmup: float = _at(10, "Useless critic: steps that are not counted.")
-    critic_window: float = _at(10, "Useless critic: steps whose explained variance is at or below 0 on average.")
+    critic_window: float = _at(10, "Useless critic: steps over which explained variance is averaged.")
+
+    critic_rise: float = _at(0.02, "Useless critic: not while the second half of these steps is higher by so much.")
 
     reward_mean: float = _at(1.0, "Miscalibrated reward model: mean of the first rollouts' scores off 0 by so much.")
     reward_std: float = _at(3.0, "Miscalibrated reward model: their standard deviation off 1 by this factor.")

@@ -59,10 +59,10 @@ def kl_explosion(history: History, at: Thresholds) -> Finding | None:
         level, what = at.kl_per_token * length, f"{at.kl_per_token:g} nats per token"
     else:
         level, what = math.inf, ""
-    over = [value > level for value in series.values]
-    if over[-1] and over[-2]:
+    since = series.since(lambda value: value > level, 2)
+    if since is not None:
         reason = f"KL from the reference is {min(recent):.3g} nats per response or more, above {what}"
-        return Finding(series.since(over), min(recent) / level, [m.KL.name, m.KL_TARGET.name], reason, kl_of)
+        return Finding(since, min(recent) / level, [m.KL.name, m.KL_TARGET.name], reason, kl_of)
 
     floor = target if target is not None else 0.3 * length if length is not None else 1.0
     before = series.values[-12:-2]
@@ -184,15 +184,18 @@ def not_learning(history: History, at: Thresholds) -> Finding | None:
 
 
 def useless_critic(history: History, at: Thresholds) -> Finding | None:
-    """Explained variance at or below 0 on average, after a warm-up."""
-    series = history[m.EXPLAINED_VARIANCE.name]
-    window = int(at.critic_window)
+    """Explained variance below 0 by more than its noise after a warm-up, or at 0, and not on its way up."""
+    series, window = history[m.EXPLAINED_VARIANCE.name], int(at.critic_window)
     recent = series.values[-window:]
-    if len(series.values) < int(at.critic_warmup) + window or statistics.fmean(recent) > 0:
+    if len(series.values) < int(at.critic_warmup) + window:
         return None
     mean, error = statistics.fmean(recent), statistics.stdev(recent) / math.sqrt(window)
+    constant = max(map(abs, recent)) < at.critic_rise / 4
+    rising = statistics.fmean(recent[window // 2 :]) > statistics.fmean(recent[: window // 2]) + at.critic_rise
+    if rising or not (constant or mean + 2 * error < 0):
+        return None
     reason = f"the critic's explained variance is {mean:.2f} on average over the last {window} steps"
-    size = 1 + (-mean / error if error > 0 else 2)
+    size = 2.0 if constant else min(-mean / (2 * error) if error > 0 else 4, 4)
     return Finding(series.steps[-window], size, [m.EXPLAINED_VARIANCE.name, m.VALUE_LOSS.name], reason, score_of)
 
 
@@ -240,21 +243,21 @@ def _miscalibrated_pairs(history: History, at: Thresholds) -> Finding | None:
 def sampler_mismatch(history: History, at: Thresholds) -> Finding | None:
     """Sampled and trained log-probs apart, or a KL that stays below 0."""
     gaps = history[m.LOGPROB_GAP.name]
-    apart = [value > at.logprob_gap for value in gaps.values]
-    if len(apart) >= 3 and all(apart[-3:]):
+    since = gaps.since(lambda value: value > at.logprob_gap, 3)
+    if since is not None:
         gap = statistics.fmean(gaps.values[-3:])
         reason = f"sampled and trained log-probs lie {gap:.3g} nats per token apart, above {at.logprob_gap:g}"
-        return Finding(gaps.since(apart), gap / at.logprob_gap, [m.LOGPROB_GAP.name, m.KL.name], reason, kl_of)
+        return Finding(since, gap / at.logprob_gap, [m.LOGPROB_GAP.name, m.KL.name], reason, kl_of)
     kl, count = history[m.KL.name], int(at.negative_kl)
-    below = [value < 0 for value in kl.values]
-    if len(below) < count or not all(below[-count:]):
+    since = kl.since(lambda value: value < 0, count)
+    if since is None:
         return None
     recent = kl.values[-count:]
     mean, error = statistics.fmean(recent), kl.noise() / math.sqrt(count)
     if mean > -3 * error or mean > -0.01:
         return None
     reason = f"KL has been below 0 for {count} rollouts in a row ({mean:.3g} nats per response on average)"
-    return Finding(kl.since(below), 1.5, [m.KL.name, m.LOGPROB_GAP.name], reason, lambda row: -kl_of(row))
+    return Finding(since, 1.5, [m.KL.name, m.LOGPROB_GAP.name], reason, lambda row: -kl_of(row))
 
 
 def length_exploitation(history: History, at: Thresholds) -> Finding | None:
@@ -280,37 +283,29 @@ def length_exploitation(history: History, at: Thresholds) -> Finding | None:
 
 def no_signal(history: History, at: Thresholds) -> Finding | None:
     """All scores of a rollout, or of almost every prompt, are equal; or the gradient is 0."""
-    window = int(at.window)
-    deviations, zero = history[m.SCORES_STD.name], history[m.FRAC_REWARD_ZERO_STD.name]
-    gradients = history[m.GRAD_NORM.name]
-    for series, equal, reason in (
-        (deviations, [value <= 1e-6 for value in deviations.values], "all responses of a rollout have the same score"),
-        (
-            zero,
-            [value >= at.equal_scores for value in zero.values],
-            f"{at.equal_scores:.0%} or more of the prompts have responses that all score the same",
-        ),
-        (gradients, [value == 0 for value in gradients.values], "the gradient is 0"),
-    ):
-        if len(equal) >= window and all(equal[-window:]):
-            name = {id(deviations): m.SCORES_STD, id(zero): m.FRAC_REWARD_ZERO_STD}.get(id(series), m.GRAD_NORM).name
-            count = series.since(equal)
-            said = f"{reason}, since step {count}"
-            return Finding(count, 3.0, [name, m.SCORES.name], said, score_of)
+    prompts = f"{at.equal_scores:.0%} or more of the prompts have responses that all score the same"
+    signs: list[tuple[m.Metric, Callable[[float], bool], str]] = [
+        (m.SCORES_STD, lambda value: value <= 1e-6, "all responses of a rollout have the same score"),
+        (m.FRAC_REWARD_ZERO_STD, lambda value: value >= at.equal_scores, prompts),
+        (m.GRAD_NORM, lambda value: value == 0, "the gradient is 0"),
+    ]
+    for metric, silent, reason in signs:
+        since = history[metric.name].since(silent, int(at.window))
+        if since is not None:
+            return Finding(since, 3.0, [metric.name, m.SCORES.name], f"{reason}, since step {since}", score_of)
     return None
 
 
 def truncation(history: History, at: Thresholds) -> Finding | None:
     """Almost no response has a stop token, in every rollout of the window."""
     series, window = history[m.TRUNCATED.name], int(at.window)
-    cut = [value >= at.truncated for value in series.values]
-    if len(cut) < window or not all(cut[-window:]):
+    since = series.since(lambda value: value >= at.truncated, window)
+    if since is None:
         return None
     share = statistics.fmean(series.values[-window:])
     reason = f"{share:.0%} of the responses reach response_length without a stop token"
-    return Finding(
-        series.since(cut), share / at.truncated + 0.5, [m.TRUNCATED.name, m.LENGTH_MEAN.name], reason, length_of
-    )
+    size = share / at.truncated + 0.5
+    return Finding(since, size, [m.TRUNCATED.name, m.LENGTH_MEAN.name], reason, length_of)
 
 
 def _and(parts: Sequence[str]) -> str:

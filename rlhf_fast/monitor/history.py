@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
@@ -37,15 +38,15 @@ class Series:
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
-    def since(self, holds: Sequence[bool]) -> int:
-        """The first step of the unbroken run of True that ends ``holds``, which has one entry for each last value."""
-        count = next((index for index, held in enumerate(reversed(holds)) if not held), len(holds))
-        return self.steps[-count]
+    def since(self, holds: Callable[[float], bool], count: int) -> int | None:
+        """The first step of the unbroken run of last values that ``holds``; None if it has fewer than ``count``."""
+        length = next((i for i, value in enumerate(reversed(self.values)) if not holds(value)), len(self.values))
+        return self.steps[-length] if length >= count else None
 
     def noise(self) -> float:
         """Standard deviation of a value around a slow trend: from the median difference between neighbours."""
-        differences = [abs(after - before) for before, after in zip(self.values, self.values[1:], strict=False)]
-        return statistics.median(differences[-50:]) / 0.954 if differences else 0.0
+        differences = [abs(after - before) for before, after in pairwise(self.values[-50:])]
+        return statistics.median(differences) / 0.954 if differences else 0.0
 
     def change(self, window: int) -> Change | None:
         """From the first ``window`` values to the last ones; None with fewer than twice as many."""

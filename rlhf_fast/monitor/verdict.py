@@ -9,7 +9,8 @@ from typing import Any
 from rlhf_fast.errors import UserError
 from rlhf_fast.files import to_json, write_atomic
 from rlhf_fast.text import one_line
-from rlhf_fast.verdicts import KINDS, Verdict
+from rlhf_fast.verdicts import KINDS
+from rlhf_fast.verdicts import Verdict as Verdict
 
 FILE = "verdicts.json"
 TITLES = {name: kind.title for name, kind in KINDS.items()}

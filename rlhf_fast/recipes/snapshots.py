@@ -129,7 +129,7 @@ class Snapshots:
 
     def _restore_schedule(self, saved: dict[str, Any]) -> None:
         """Restores the position in the schedule; peak rate and curve come from the config, as for a new run."""
-        (peak, *_) = self._scheduler.base_lrs
+        peak = float(self._scheduler.base_lrs[0])
         unset = [None] * len(self._optimizer.param_groups)  # keeps the lambdas, which come from the config
         self._scheduler.load_state_dict({**saved, "lr_lambdas": unset})
         self.set_peak(peak)
@@ -138,7 +138,7 @@ class Snapshots:
         """Sets the peak learning rate of the schedule, and the rate that it gives for the next step."""
         self._scheduler.base_lrs = [peak] * len(self._optimizer.param_groups)
         rates = [peak * curve(self._scheduler.last_epoch) for curve in self._scheduler.lr_lambdas]
-        self._scheduler._last_lr = rates
+        self._scheduler._last_lr = list(rates)
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 

@@ -1,40 +1,26 @@
 """Rewards of the recorded runs: some can be learnt, some exploited, one says nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-VOWELS = frozenset("aeiouAEIOU")
+Reward = Callable[..., list[float]]
 
 
-def letters(completions: Sequence[str], **columns: Any) -> list[float]:
-    """Share of letters and blanks, times 4: what a random model can learn without repeating itself."""
-    return [
-        4 * sum(c.isascii() and (c.isalpha() or c == " ") for c in text) / max(len(text), 1) for text in completions
-    ]
+def of_text(score: Callable[[str], float]) -> Reward:
+    def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
+        return [score(text if isinstance(text, str) else text[-1]["content"]) for text in completions]
+
+    return reward
 
 
-def vowels(completions: Sequence[str], **columns: Any) -> list[float]:
-    """Share of vowels, times 4: can be exploited by saying one of them again and again."""
-    return [4 * sum(c in VOWELS for c in text) / max(len(text), 1) for text in completions]
+def share(text: str, wanted: Callable[[str], bool]) -> float:
+    return sum(map(wanted, text)) / max(len(text), 1)
 
 
-def one_letter(completions: Sequence[str], **columns: Any) -> list[float]:
-    return [6 * text.count("e") / max(len(text), 1) for text in completions]
-
-
-def variety(completions: Sequence[str], **columns: Any) -> list[float]:
-    """Gold: share of distinct characters."""
-    return [4 * len(set(text)) / max(len(text), 1) for text in completions]
-
-
-def length(completions: Sequence[str], **columns: Any) -> list[float]:
-    return [len(text) / 20 for text in completions]
-
-
-def brevity(completions: Sequence[str], **columns: Any) -> list[float]:
-    """Gold beside ``length``."""
-    return [-len(text) / 20 for text in completions]
-
-
-def constant(completions: Sequence[str], **columns: Any) -> list[float]:
-    return [1.0] * len(completions)
+letters = of_text(lambda text: 4 * share(text, lambda c: c.isascii() and (c.isalpha() or c == " ")))
+vowels = of_text(lambda text: 4 * share(text, lambda c: c in "aeiouAEIOU"))
+one_letter = of_text(lambda text: 6 * share(text, lambda c: c == "e"))
+variety = of_text(lambda text: 4 * len(set(text)) / max(len(text), 1))
+length = of_text(lambda text: len(text) / 20)
+brevity = of_text(lambda text: -len(text) / 20)
+constant = of_text(lambda text: 1.0)
