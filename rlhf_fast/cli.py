@@ -1,9 +1,9 @@
-"""The command line: `rlhf-fast sft | reward | dpo | ppo | run | plan | merge | bench`. The stages' flags are their
-config's fields.
+"""The command line: `rlhf-fast sft | reward | dpo | ppo | run | plan | doctor | merge | bench`. The stages' flags are
+their config's fields.
 
 Nothing heavy (torch, transformers) is imported before the flags and the YAML are read, so that help and mistakes answer
-at once. Exit codes: 0 done, 1 an unexpected exception, 2 a mistake that the message names, 130 interrupted (Ctrl-C,
-SIGTERM, SIGHUP).
+at once. Exit codes: 0 done, 1 an unexpected exception, 2 a mistake that the message names, 4 a check of the doctor is
+not passed, 130 interrupted (Ctrl-C, SIGTERM, SIGHUP).
 """
 
 import argparse
@@ -15,9 +15,9 @@ import typing
 from typing import Any, NoReturn
 
 from rlhf_fast.config import STAGES, RunConfig, StageConfig
-from rlhf_fast.config_load import find_home, load_run, load_stage
+from rlhf_fast.config_load import command_of, find_home, load_run, load_stage
 from rlhf_fast.config_values import field_kinds, split_optional
-from rlhf_fast.errors import Interrupted, UserError, is_out_of_memory, nearest
+from rlhf_fast.errors import ChecksFailed, Interrupted, UserError, is_out_of_memory, nearest
 from rlhf_fast.signals import Interruptible
 from rlhf_fast.text import one_line, safe_streams, shown, tell, traceback_text
 
@@ -31,6 +31,7 @@ rlhf-fast: SFT, reward model, DPO and PPO on one frozen base.
                    --reward_adapter out/reward/adapter --output_dir out/ppo
   rlhf-fast dpo    --dataset_name pairs.jsonl --sft_adapter out/sft/adapter --output_dir out/dpo
   rlhf-fast plan run --config run.yaml                    memory and time, before any weights are loaded
+  rlhf-fast doctor run.yaml                               model, tokenizer, data and settings checked before a run
   rlhf-fast merge  --adapter out/ppo/policy --output_dir out/model      an adapter into a plain model
   rlhf-fast bench  --only gae --threads 2                 the operations timed beside torch and other libraries
 
@@ -45,6 +46,8 @@ COMMANDS = {
     "ppo": "PPO with a KL leash to the SFT model.",
     "run": "The stages in a row. A plain flag holds for every stage, --STAGE.NAME for one.",
     "plan": "Memory and time on this CPU, before weights are loaded: plan STAGE or plan run, then its flags.",
+    "doctor": "Check model, tokenizer, data and settings before a run: doctor FILE.yaml, or doctor STAGE and its flags."
+    " --json prints JSON; --strict counts warnings as errors. Exit code 4 if a check is not passed.",
     "merge": "Merge an adapter into its base: a plain model folder.",
     "bench": "Time the operations beside torch and the other libraries that are installed.",
 }
@@ -120,6 +123,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     """The line for a person, and the exit code."""
     if isinstance(error, UserError):
         return f"rlhf-fast: error: {error}", 2
+    if isinstance(error, ChecksFailed):
+        return str(error), 4
     if isinstance(error, Interrupted):
         return str(error), 130
     if isinstance(error, KeyboardInterrupt):
@@ -146,16 +151,23 @@ def run_command(argv: list[str]) -> None:
         commands = ", ".join(COMMANDS)
         raise UserError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}; the commands are {commands}")
 
-    planned = command == "plan"
-    if planned:
+    before = command if command in ("plan", "doctor") else ""  # what is done with a stage's command line, not the stage
+    options: set[str] = set()
+    if before:
+        if before == "doctor":
+            options = {"--json", "--strict"} & set(argv)
+            argv = [argument for argument in argv if argument not in options]
         argv = argv[1:]
         command = argv[0] if argv else ""
         if command in ("--help", "-h"):
-            tell(COMMANDS["plan"], sys.stdout)
+            tell(COMMANDS[before], sys.stdout)
             return
+        if before == "doctor" and command.endswith((".yaml", ".yml")):
+            argv = [command_of(find_home(command, "")), "--config", *argv]
+            command = argv[0]
         if command not in ("run", *STAGES):
             names = ", ".join(STAGES)
-            raise UserError(f"plan takes the command line of {names} or run: plan ppo --FLAG; got {command!r}")
+            raise UserError(f"{before} takes the command line of {names} or run: {before} ppo --FLAG; got {command!r}")
 
     makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}
     parser = makers.get(command, stage_parser)(command)
@@ -176,27 +188,35 @@ def run_command(argv: list[str]) -> None:
         bench(flags)
     elif command == "run":
         run_config = load_run(flags.pop("config", None), flags)
-        if planned:
-            from rlhf_fast.recipes.plan import plan
-
-            for stage in run_config.stages:
-                plan(getattr(run_config, stage))
+        if before:
+            before_a_run(before, run_config, options)
             return
         from rlhf_fast.recipes.run import run
 
         run(run_config)
     else:
         config: Any = load_stage(command, flags.pop("config", None), flags)
-        if planned:
-            from rlhf_fast.recipes.plan import plan
-
-            plan(config)
+        if before:
+            before_a_run(before, config, options)
             return
         from rlhf_fast.recipes import dpo, ppo, reward, sft
         from rlhf_fast.recipes.failure import failure_kept
 
         with failure_kept(config.output_dir):
             {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}[command].train(config)
+
+
+def before_a_run(command: str, config: RunConfig | StageConfig, options: set[str]) -> None:
+    """``plan`` or ``doctor``, of a whole run or of one stage."""
+    if command == "doctor":
+        from rlhf_fast.doctor import doctor
+
+        doctor(config, as_json="--json" in options, strict="--strict" in options)
+        return
+    from rlhf_fast.recipes.plan import plan
+
+    for stage in [getattr(config, name) for name in config.stages] if isinstance(config, RunConfig) else [config]:
+        plan(stage)
 
 
 def installed_version() -> str:
