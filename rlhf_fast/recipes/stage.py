@@ -10,7 +10,7 @@ import copy
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -323,11 +323,18 @@ class Stage(Processes, Generic[Config]):
         self._records.report()
 
     def finish(
-        self, figures: dict[str, Any], rows: list[tuple[str, str, str]], roles: dict[str, str]
+        self,
+        figures: dict[str, Any],
+        rows: list[tuple[str, str, str]],
+        roles: dict[str, str],
+        also: Callable[[Path], None] | None = None,
     ) -> dict[str, Any]:
-        """Writes the final adapters (role -> folder name), summary and report, and prints the table."""
+        """Writes the final adapters (role -> folder name), summary and report, and prints the table.
+
+        ``also`` writes further files into the folder of each adapter.
+        """
         for role, name in roles.items():
-            self._save_adapter(role, name)
+            self._save_adapter(role, name, also=also)
         self._watch.write()
         figures = self._records.close(figures, rows, self.step)
         self._release()
@@ -354,12 +361,20 @@ class Stage(Processes, Generic[Config]):
         for role in self._snapshots.roles:
             self._save_adapter(role, name, under(f"{role}/", self._snapshots.best))
 
-    def _save_adapter(self, role: str, name: str, parameters: dict[str, torch.Tensor] | None = None) -> None:
+    def _save_adapter(
+        self,
+        role: str,
+        name: str,
+        parameters: dict[str, torch.Tensor] | None = None,
+        also: Callable[[Path], None] | None = None,
+    ) -> None:
         """Writes a role and the tokenizer in PEFT's format to the stage's folder, replacing the folder as a whole."""
         if self._output is not None:
             with checkpoint.whole_folder(self._output.claim(name)) as work:
                 adapters.save_role(self.base, role, work, parameters=parameters)
                 self.base.tokenizer.save_pretrained(work)
+                if also is not None:
+                    also(work)
 
     def _claim(self, name: str) -> None:
         if self._output is not None:
