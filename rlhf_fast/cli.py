@@ -1,5 +1,5 @@
-"""The command line: `rlhf-fast sft | reward | dpo | ppo | run | plan | merge | bench`. The stages' flags are their
-config's fields.
+"""The command line: `rlhf-fast sft | reward | dpo | ppo | run | plan | merge | bench | report`. The stages' flags are
+their config's fields.
 
 Nothing heavy (torch, transformers) is imported before the flags and the YAML are read, so that help and mistakes answer
 at once. Exit codes: 0 done, 1 an unexpected exception, 2 a mistake that the message names, 130 interrupted (Ctrl-C,
@@ -33,6 +33,7 @@ rlhf-fast: SFT, reward model, DPO and PPO on one frozen base.
   rlhf-fast plan run --config run.yaml                    memory and time, before any weights are loaded
   rlhf-fast merge  --adapter out/ppo/policy --output_dir out/model      an adapter into a plain model
   rlhf-fast bench  --only gae --threads 2                 the operations timed beside torch and other libraries
+  rlhf-fast report out --follow      the HTML page of a run, also while it runs; report A B compares runs
 
 Without --dataset_name the built-in model learns from built-in demo data.
 rlhf-fast COMMAND --help lists a command's flags; --config FILE.yaml sets them by name, and flags win over it.
@@ -47,6 +48,7 @@ COMMANDS = {
     "plan": "Memory and time on this CPU, before weights are loaded: plan STAGE or plan run, then its flags.",
     "merge": "Merge an adapter into its base: a plain model folder.",
     "bench": "Time the operations beside torch and the other libraries that are installed.",
+    "report": "Write the HTML page of a run, or of several runs beside each other.",
 }
 METAVARS: dict[Any, str] = {
     int: "N",
@@ -157,7 +159,7 @@ def run_command(argv: list[str]) -> None:
             names = ", ".join(STAGES)
             raise UserError(f"plan takes the command line of {names} or run: plan ppo --FLAG; got {command!r}")
 
-    makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}
+    makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser, "report": report_parser}
     parser = makers.get(command, stage_parser)(command)
     if "--help" in argv or "-h" in argv:
         tell(parser.format_help().rstrip(), sys.stdout)
@@ -174,6 +176,12 @@ def run_command(argv: list[str]) -> None:
         from rlhf_fast.bench.command import bench
 
         bench(flags)
+    elif command == "report":
+        from rlhf_fast.monitor.follow import report
+
+        runs = [find_home(run, "RUN ") for run in flags["runs"]]
+        output = find_home(flags["output"], "--output ") if "output" in flags else None
+        report(runs, output, following="follow" in flags)
     elif command == "run":
         run_config = load_run(flags.pop("config", None), flags)
         if planned:
@@ -253,6 +261,18 @@ def bench_parser(command: str) -> Parser:
     parser.flag(parser, "markdown", "Write tables here.", metavar="FILE")
     parser.flag(parser, "chart", "Write a bar chart here; needs matplotlib.", metavar="FILE.png")
     parser.flag(parser, "list", "Only list the workloads and their marks.", action="store_true")
+    return parser
+
+
+def report_parser(command: str) -> Parser:
+    parser = Parser(command)
+    parser.usage = f"rlhf-fast {command} RUN [RUN ...] [--FLAG VALUE ...]"
+    runs = "The output folder of a run or of a stage; several are shown beside each other."
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=runs)
+    default = "report.html in the run's folder; of several runs, comparison.html"
+    parser.flag(parser, "output", f"The page to write. [{default}]", metavar="FILE")
+    follow = "Write it again whenever the run's files change, until the run ends; Ctrl-C ends it."
+    parser.flag(parser, "follow", follow, action="store_true")
     return parser
 
 

@@ -19,6 +19,7 @@ from rlhf_fast.cli import (
     bench_parser,
     main,
     merge_parser,
+    report_parser,
     run_parser,
     stage_parser,
 )
@@ -162,7 +163,7 @@ def unknown(command: str, flag: str, near: str) -> str:
         (
             "pop",
             "unknown command 'pop' (did you mean 'ppo'?); "
-            "the commands are sft, reward, dpo, ppo, run, plan, merge, bench",
+            f"the commands are {', '.join(COMMANDS)}",
         ),
         ("ppo --kl_coeff 1", unknown("ppo", "--kl_coeff", "--kl_coef")),
         ("ppo --kl_coeff=1", unknown("ppo", "--kl_coeff", "--kl_coef")),
@@ -252,7 +253,7 @@ def test_the_flags_of_the_overview_exist() -> None:
     for line in OVERVIEW.replace("\\\n", " ").splitlines():
         words = line.split()
         if words[:1] == ["rlhf-fast"] and words[1] in COMMANDS:
-            makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser}
+            makers = {"run": run_parser, "merge": merge_parser, "bench": bench_parser, "report": report_parser}
             command = words[2] if words[1] == "plan" else words[1]
             flags = makers.get(command, stage_parser)(command).flags
             assert {word for word in words if word.startswith("--")} <= set(flags)
