@@ -162,8 +162,7 @@ def unknown(command: str, flag: str, near: str) -> str:
     [
         (
             "pop",
-            "unknown command 'pop' (did you mean 'ppo'?); "
-            f"the commands are {', '.join(COMMANDS)}",
+            f"unknown command 'pop' (did you mean 'ppo'?); the commands are {', '.join(COMMANDS)}",
         ),
         ("ppo --kl_coeff 1", unknown("ppo", "--kl_coeff", "--kl_coef")),
         ("ppo --kl_coeff=1", unknown("ppo", "--kl_coeff", "--kl_coef")),

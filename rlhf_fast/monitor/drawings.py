@@ -70,7 +70,7 @@ def lines(
     """
     words = [_line_in_words(line) for line in series] if not steps else [_outline_in_words(line, x) for line in series]
     words += [label for _, label in levels]
-    words += [f"marked: {label}, step {first} to {last}" for first, last, label in ranges]
+    words += [f"marked: {label}, steps {first} to {last}" for first, last, label in ranges]
     data = {
         "kind": "lines",
         "x": x,
@@ -96,7 +96,7 @@ def dots(
     frontiers: Sequence[Series] = (),
     sized: bool = False,
 ) -> Drawing:
-    """Dots at (x, y); the third number of a point is what ``third`` says: a step, which darkens the dots with time.
+    """Dots at (x, y); the third number of a point is what ``third`` says: a step, and later dots are stronger.
 
     Args:
         joined: a line goes from dot to dot.

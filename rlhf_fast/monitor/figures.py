@@ -28,7 +28,7 @@ WORDS = {
     "margin": Words("Margin", "score", "Score of the preferred side minus that of the other, mean."),
     "pairs": Words("Held-out pairs", "pairs"),
     "length_correlation": Words(
-        "Length correlation", "-1 to 1", "How far the score follows the length of the response; 0 is not at all."
+        "Length correlation", "", "How far the score follows the length of the response: 0 is not at all, 1 entirely."
     ),
     "length_accuracy": Words("Accuracy of length alone", "share of pairs", "Always the longer side, or the shorter."),
     "calibration_error": Words(
@@ -82,14 +82,19 @@ def entry_of(figure: Any) -> Mapping[str, Any]:
 
 
 def read_figures(figures: Mapping[str, Any]) -> dict[str, Figure]:
-    """The figures of a summary in the order of their declaration: gains first, what is not declared last."""
+    """The figures of a summary in the order of their declaration; gold scores and the score before them, what is not
+    declared after them."""
     order = {key: number for number, key in enumerate(WORDS)}
     endings = (GAIN, BEFORE, AFTER)
 
-    def place(key: str) -> tuple[int, str]:
+    def place(key: str) -> tuple[int, str, int]:
         if key in order:
-            return len(endings) + order[key], ""
-        return next((n for n, ending in enumerate(endings) if key.endswith(ending)), len(order) + len(endings)), key
+            return 2, "", order[key]
+        for number, ending in enumerate(endings):
+            if key.endswith(ending):
+                name = key.removesuffix(ending)
+                return int(name == "scores"), name, number
+        return 3, key, 0
 
     found = {}
     for key in sorted(figures, key=place):

@@ -49,7 +49,7 @@ def _so_far(stage: Stage) -> str:
     if len(values) < 2:
         return f"{where}: too early to say whether it works."
     what = "score" if stage.name == "ppo" else "training loss"
-    first, last = format_number(values[0]), format_number(values[-1])
+    first, last = _short(values[0]), _short(values[-1])
     return f"{where} and has not ended yet; its {what} went from {first} to {last} so far."
 
 
@@ -58,7 +58,7 @@ def _of_sft(figures: Row) -> tuple[str, str]:
     before, after = (number(entry_of(figures.get(key)).get("value")) for key in keys)
     if before is None or after is None:
         return UNCLEAR, "Fine-tuning has ended; without held-out rows there is no figure that says whether it worked."
-    change = f"from {format_number(before)} to {format_number(after)} nats per token"
+    change = f"from {_short(before)} to {_short(after)} nats per token"
     if after < before:
         return WORKED, f"It worked: the loss on held-out rows, which is better the lower it is, fell {change}."
     return FAILED, f"It did not work: the loss on held-out rows, which should fall, went {change}."
@@ -76,7 +76,7 @@ def _of_ppo(figures: Row) -> tuple[str, str]:
     if names[0] == "scores":
         words += "; it is the score that was trained on, so read some samples before you believe it"
     elif outcome != WORKED and (number(trained.get("low")) or 0) > 0:
-        gain = format_number(number(trained.get("value")) or 0)
+        gain = _short(number(trained.get("value")) or 0)
         words += f"; the score that was trained on rose by {gain} all the same"
     return outcome, f"{start}: {words}."
 
@@ -85,9 +85,9 @@ def _gain(name: str, figure: Row) -> tuple[str, str]:
     value, low, high = (number(figure.get(key)) for key in ("value", "low", "high"))
     if value is None or low is None or high is None:
         return UNCLEAR, f"there is no figure of the {name}'s gain"
-    interval = f"95% interval {format_number(low)} to {format_number(high)}"
+    interval = f"95% interval {_short(low)} to {_short(high)}"
     change = "rose" if value > 0 else "fell" if value < 0 else "changed"
-    words = f"on held-out prompts the {name} {change} by {format_number(abs(value))} ({interval})"
+    words = f"on held-out prompts the {name} {change} by {_short(abs(value))} ({interval})"
     if low > 0:
         return WORKED, words
     if high < 0:
@@ -164,6 +164,10 @@ def _steps(verdict: Verdict) -> str:
 
 def _sure(confidence: float) -> str:
     return "almost certain" if confidence >= 0.9 else "likely" if confidence >= 0.6 else "possible"
+
+
+def _short(value: float) -> str:
+    return format_number(value, 3)
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -89,23 +89,21 @@ def _lines(chart: Chart, metrics: Sequence[Metric], stages: Sequence[Stage]) -> 
     """A line for each metric of each run that has a value, and the level and the interval if there are any."""
     alone = not stages[0].mark
     drawn = {kind: [metric for metric in metrics if metric.drawn == kind] for kind in ("line", "low", "high", "level")}
-    series, each = [], 1
+    several = len(drawn["line"]) > 1
     most = min(MAX_POINTS, MAX_POINTS_OF_ALL // len(stages))
+    series, each = [], 1
     for stage in stages:
         for place, metric in enumerate(drawn["line"]):
             points = _points(stage.metrics, metric.name)
             if all(y is None for _, y in points):
                 continue
             each = max(each, math.ceil(len(points) / most))
-            label = metric.label if alone else f"{stage.mark} {metric.label}" if len(drawn["line"]) > 1 else stage.mark
-            series.append(Series(label, thinned(points, most), place if alone else stage.place, place, stage.mark))
+            label = metric.label if alone else f"{stage.mark} {metric.label}" if several else stage.mark
+            dash = place if alone or several else stage.place
+            series.append(Series(label, thinned(points, most), place if alone else stage.place, dash, stage.mark))
     if not series:
         return None
-    levels = []
-    for stage in stages:
-        for level in drawn["level"]:
-            if (value := _constant(level.name, stage)) is not None:
-                levels.append((value, f"{stage.mark} {level.label} {format_number(value)}".strip()))
+    levels = _levels(drawn["level"], stages)
     ends = zip(drawn["low"], drawn["high"], strict=True)
     names = frozenset(metric.name for metric in metrics)
     drawing = lines(
@@ -120,6 +118,21 @@ def _lines(chart: Chart, metrics: Sequence[Metric], stages: Sequence[Stage]) -> 
     )
     reading = chart.reading_with_level if levels else chart.reading
     return Panel(chart.card or chart.title, reading, [drawing], names)
+
+
+def _levels(metrics: Sequence[Metric], stages: Sequence[Stage]) -> list[tuple[float, str]]:
+    """(value, label) of the level lines; one that not all runs share has their marks."""
+    marks: dict[tuple[str, float], list[str]] = {}
+    for stage in stages:
+        for metric in metrics:
+            value = _constant(metric.name, stage)
+            if value is not None:
+                marks.setdefault((metric.label, value), []).append(stage.mark)
+    levels = []
+    for (label, value), own in marks.items():
+        text = f"{label} {format_number(value)}"
+        levels.append((value, text if len(own) == len(stages) else f"{', '.join(own)} {text}"))
+    return levels
 
 
 def _bars(chart: Chart, metrics: Sequence[Metric], stages: Sequence[Stage]) -> Panel | None:

@@ -43,7 +43,7 @@ def _score_against_kl(stages: Sequence[Stage]) -> Iterator[tuple[Drawing, str]]:
     if series:
         reading = (
             "Higher and further to the left is better: more score for less distance from the reference. Later steps "
-            "are darker; the stairs are the best score up to each KL."
+            "are stronger; the stairs are the best score up to each KL."
         )
         x, y = "KL (nats per response)", "mean score"
         yield dots("Score against KL", series, x=x, y=y, third="step", frontiers=frontiers), reading

@@ -100,7 +100,7 @@ def _page_of_several(runs: Sequence[Run], reload: bool) -> str:
             links[name] = metric_links(panels)
             sections.append(_section(stages, panels))
     return _render(
-        title=" and ".join(run.name for run in runs),
+        title=", ".join(run.name for run in runs),
         runs=[{"mark": run.mark, "name": run.name, "folder": run.folder, "said": sentences(run)[0]} for run in runs],
         verdicts=list(verdict_list([stage for run in runs for stage in run.stages], links)),
         stages=sections,

@@ -60,6 +60,8 @@ def test_the_page_works_offline_and_for_everybody(
     shown = page.locator("[data-step]:not([hidden])").evaluate_all("all => all.map((one) => one.dataset.step)")
     assert set(shown) == {"10"}
     page.locator(".by-a").check()
+    page.locator("#ppo-seconds-per-step rect").first.hover()
+    assert "rollout" in page.locator("#ppo-seconds-per-step [aria-label=tip]").text_content()
     page.locator("[data-chart=ppo-kl-coefficient] summary").click()
     numbers = page.locator("[data-chart=ppo-kl-coefficient] tbody tr")
     assert numbers.last.inner_text().split() == ["20", "0.08"] and numbers.count() == 21

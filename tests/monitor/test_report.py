@@ -136,7 +136,7 @@ def test_three_sentences_come_first_and_verdicts_lead_to_their_charts(run_folder
     found = page(run_folder)
     start = found.text.index("Something looks wrong") - 100
     expected = (
-        "It worked: on held-out prompts the gold score rose by 1.213 (95% interval 1.08 to 1.34). "
+        "It worked: on held-out prompts the gold score rose by 1.21 (95% interval 1.08 to 1.34). "
         "Something looks wrong: KL explosion (PPO, steps 40 to 60). Try next: Lower the learning rate <half>. "
         "KL explosion PPO, steps 40 to 60, likely (85%) KL rose from 2 to 20 nats"
     )
