@@ -60,8 +60,8 @@ def _frontier(points: Sequence[Dot]) -> list[tuple[float, float]]:
 
 
 def _proxy_against_gold(stages: Sequence[Stage]) -> Iterator[tuple[Drawing, str]]:
-    rows = [row for stage in stages for row in stage.metrics]
-    for name in sorted({name for row in rows for key in row if (name := metrics.EVAL_FUNCTION.named_by(key))}):
+    logged = {key for stage in stages for row in stage.metrics for key in row}
+    for name in sorted(name for key in logged if (name := metrics.EVAL_FUNCTION.named_by(key))):
         gold = metrics.EVAL_FUNCTION.of(name).name
         if gold == metrics.EVAL_SCORES.name:
             continue

@@ -50,10 +50,10 @@ def test_the_page_works_offline_and_for_everybody(
     reward(tmp_path / "reward", steps=20)
     ppo(tmp_path / "ppo", steps=20)
     with open(tmp_path / "ppo" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 20, "eval/</script><script>alert(1)</script>\\u202e": 1.0}\n')
+        file.write(2 * '{"step": 20, "eval/scores": 1.0, "eval/</script><script>alert(1)</script>\\u202e": 1.0}\n')
     faults: list[str] = []
     page = opened(browser, write_report(tmp_path), faults, width, scheme)
-    assert page.evaluate(FAULTY_PLOTS) == [] and page.locator(".plot svg").count() == 21
+    assert page.evaluate(FAULTY_PLOTS) == [] and page.locator(".plot svg").count() == 22
     assert not page.evaluate(WIDER_THAN_THE_WINDOW)
 
     page.locator("select.evaluation").select_option("10")

@@ -123,13 +123,14 @@ def test_the_page_may_run_its_own_scripts_alone_and_asks_for_nothing(run_folder:
 
 def test_texts_from_the_run_stay_text(run_folder: Path) -> None:
     (run_folder / "config.yaml").write_text("dataset_name: a\u202egnp.jsonl\n", encoding="utf-8")
-    (run_folder / "ppo" / "metrics.jsonl").open("a").write('{"step": 100, "eval/</script>\\u202e": 1.0}\n')
+    with open(run_folder / "ppo" / "metrics.jsonl", "a") as file:  # the charts of it have its name in their data
+        file.write(2 * '{"step": 100, "eval/scores": 1.0, "eval/</script>\\u202e": 1.0}\n')
     text = write_report(run_folder).read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; friends" in text
     assert "\x1b" not in text and r"It is wide \x1b[0m and" in text
     assert "\u202e" not in text and r"a\u202egnp.jsonl" in text
     assert text.count("</script>") == 4  # three scripts and their data
-    assert r"Gold score: </script>\u202e" in Page(text).charts
+    assert Page(text).charts[r"Trained score against </script>\u202e"]["y"] == r"</script>\u202e score"
 
 
 def test_three_sentences_come_first_and_verdicts_lead_to_their_charts(run_folder: Path) -> None:
