@@ -24,10 +24,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or said
 
 
-class ChecksFailed(Exception):
-    """`rlhf-fast doctor` has printed its findings, and some are bad. The message names them."""
-
-
 class Interrupted(Exception):
     """A person stopped the run. The message says where it stands and how to go on; it is printed as it is."""
 

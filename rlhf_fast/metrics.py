@@ -77,7 +77,13 @@ TOKENS_PER_SECOND = Metric(
     "tokens per second",
     "Response tokens (reward, dpo: tokens of both sides) per second.",
 )
-PEAK_MEMORY = Metric("perf/peak_memory", "GB", "Most memory so far: of the GPU, without one of the process.")
+PEAK_MEMORY = Metric(
+    "perf/peak_memory",
+    "GB",
+    "Most memory so far: of the GPU, without one of the process.",
+    Chart("Peak memory", "Levels off in the first steps; one that goes on climbing will run out.", "GB"),
+    "peak memory",
+)
 TRAINING = [LEARNING_RATE, GRAD_NORM, SECONDS_STEP, TOKENS_PER_SECOND, PEAK_MEMORY]
 
 # ---- sft -----------------------------------------------------------------------------------------------------------

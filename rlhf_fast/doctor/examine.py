@@ -9,21 +9,25 @@ from rlhf_fast.doctor import between, machine, pairs, rewards, rows, settings, s
 from rlhf_fast.doctor.findings import Finding, failed, named, refused, run_checks
 from rlhf_fast.doctor.output import print_findings, print_json
 from rlhf_fast.doctor.subject import StageData, opened, read_stage
-from rlhf_fast.errors import ChecksFailed, UserError
+from rlhf_fast.errors import UserError
 from rlhf_fast.recipes.heap import give_back_memory
 from rlhf_fast.recipes.plan import stage_name
 from rlhf_fast.recipes.stage import MICRO_BATCH_SIZE
 from rlhf_fast.text import tell
 
 
-def doctor(config: RunConfig | StageConfig, *, as_json: bool, strict: bool) -> None:
-    """Prints the findings on a run or a stage. Raises ChecksFailed if there are errors, or with ``strict`` warnings."""
+NOT_PASSED = 4  # the exit code where there are errors
+
+
+def doctor(config: RunConfig | StageConfig, *, as_json: bool, strict: bool) -> int:
+    """Prints the findings on a run or a stage; returns 0, or NOT_PASSED with errors, or with ``strict`` warnings."""
     found = list(examine(config))
     (print_json if as_json else print_findings)(found)
     bad = [finding for finding in found if finding.level == "error" or strict and finding.level == "warning"]
     if bad:
         names = ", ".join(dict.fromkeys(f"{finding.stage} {finding.name}".strip() for finding in bad))
-        raise ChecksFailed(f"rlhf-fast: doctor: {len(bad)} of {len(found)} checks are not passed: {names}")
+        tell(f"rlhf-fast: doctor: {len(bad)} of {len(found)} checks are not passed: {names}")
+    return NOT_PASSED if bad else 0
 
 
 def examine(config: RunConfig | StageConfig) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.monitor.log import read_steps
+from rlhf_fast.monitor.foreign import read_log
 from rlhf_fast.monitor.monitor import watch
 from rlhf_fast.monitor.terminal import Terminal
 from rlhf_fast.monitor.verdict import as_json
@@ -53,8 +53,8 @@ def _stages(path: Path) -> list[tuple[str, Path]]:
 
 
 def _verdicts(path: Path, thresholds: Mapping[str, float]) -> list[Verdict]:
-    rows, samples = read_stage(path)
-    return watch(rows, samples, thresholds).verdicts
+    log = read_log(path)
+    return watch(log.rows, log.samples, thresholds).verdicts
 
 
 def _print(path: Path, found: list[tuple[str, Verdict]]) -> None:
@@ -78,11 +78,3 @@ def _print(path: Path, found: list[tuple[str, Verdict]]) -> None:
         parts.append(Padding(Group(*body), (0, 0, 1, 2)))
     with unread_allowed(sys.stdout):
         Terminal().print(Group(*parts))
-
-
-def read_stage(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    metrics = path / "metrics.jsonl" if path.is_dir() else path
-    if not metrics.exists():
-        raise UserError(f"{path}: no metrics.jsonl in it; give a run's folder, a stage's folder, or a log file")
-    samples = metrics.with_name("samples.jsonl")
-    return read_steps(metrics), read_steps(samples) if samples.exists() else []
