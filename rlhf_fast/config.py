@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_fast.errors import UserError
 from rlhf_fast.metrics import RESERVED
 from rlhf_fast.text import shown
+from rlhf_fast.verdicts import KINDS, Thresholds
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 ALL_LINEAR = "all-linear"
@@ -167,6 +168,15 @@ class StageConfig:
         "Steps between two evaluations. Unset: at the start, ten times on the way, and at the end (PPO: start and "
         "end).",
     )
+    monitor_actions: dict[str, str] = option(
+        {},
+        "What to do when the monitor finds something, VERDICT=ACTION: stop; lower_learning_rate (by half); "
+        "raise_kl_coef (to twice, PPO); roll_back (to the last checkpoint before it, and half the learning "
+        "rate). Unset: it is told.",
+    )
+    monitor_thresholds: dict[str, float] = option(
+        {}, "Thresholds of the monitor, by name; `rlhf-fast monitor --help` lists them."
+    )
     save_steps: int | None = option(None, "Steps between two checkpoints. Unset: ten a run.")
     save_total_limit: int = option(2, "Checkpoints kept; older ones are deleted.")
     resume_from_checkpoint: str | None = option(
@@ -182,6 +192,11 @@ class StageConfig:
     overwrite_output_dir: bool = option(False, "Delete an earlier run in output_dir first.")
 
     config_file = ""  # no setting: the --config file, which the run leaves as it is
+
+    @property
+    def monitor_choices(self) -> tuple[str, ...]:
+        """The actions that monitor_actions may name."""
+        return ("stop", "lower_learning_rate", "roll_back")
 
     def validate(self) -> None:
         """Raises UserError that names the flag, what was expected and what came."""
@@ -208,6 +223,11 @@ class StageConfig:
         require(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         require(self, "dataset_name", bool(self.dataset_name), "set: a file, a folder, a hub name or demo/NAME")
         require(self, "output_dir", bool(self.output_dir), "set: the folder to write to")
+        Thresholds.of(self.monitor_thresholds)
+        for verdict, action in self.monitor_actions.items():
+            known = verdict in KINDS and action in self.monitor_choices
+            expected = f"VERDICT=ACTION, of {', '.join(KINDS)} and of {', '.join(self.monitor_choices)}"
+            require(self, "monitor_actions", known, expected)
         for tracker in self.report_to:
             require(self, "report_to", tracker in ("tensorboard", "wandb"), "tensorboard, wandb or both")
         for item in dataclasses.fields(self):
@@ -441,6 +461,10 @@ class PPOConfig(StageConfig):
                 default = getattr(PPOConfig, name)
                 unset = f"left at {default}, its default, with {estimator}, which has no use for it"
                 require(self, name, getattr(self, name) == default, unset)
+
+    @property
+    def monitor_choices(self) -> tuple[str, ...]:
+        return (*super().monitor_choices, "raise_kl_coef")
 
     @property
     def has_critic(self) -> bool:

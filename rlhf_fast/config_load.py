@@ -115,6 +115,21 @@ def load_run(yaml_path: str | None, flags: Settings) -> RunConfig:
     return whole
 
 
+def command_of(yaml_path: str) -> str:
+    """ "run" for a run YAML; else the one stage that has all of the file's settings.
+
+    Raises UserError if no stage has them, or several have.
+    """
+    document = read_yaml(yaml_path)
+    if "stages" in document or any(name in document for name in STAGES):
+        return "run"
+    fitting = [stage for stage, kind in STAGES.items() if document.keys() <= field_kinds(kind).keys()]
+    if len(fitting) == 1:
+        return fitting[0]
+    which = f"its settings are of {' or '.join(fitting)}" if fitting else "no stage has all of its settings"
+    raise UserError(f"{yaml_path}: {which}; name the stage: STAGE --config {yaml_path}")
+
+
 def dump_yaml(config: StageConfig | RunConfig, path: str | os.PathLike[str]) -> None:
     """Writes every field to ``path``, whole or not at all; loading the file again gives an equal config."""
     document = dataclasses.asdict(config)

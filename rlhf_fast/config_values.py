@@ -85,6 +85,12 @@ def convert(value: Any, kind: Any) -> Any:
         if isinstance(pairs, dict) and all(isinstance(item, str) for pair in pairs.items() for item in pair):
             return dict(pairs)
         raise ValueError("a mapping of text to text (as a flag: old=new,old2=new2)")
+    if kind == dict[str, float]:
+        pairs = dict_of_text(value) if isinstance(value, str) else value
+        if isinstance(pairs, dict) and all(isinstance(name, str) for name in pairs):
+            with contextlib.suppress(ValueError):
+                return {name: convert_number(number, float) for name, number in pairs.items()}
+        raise ValueError("a mapping of names to finite numbers (as a flag: name=1.5,name2=2)")
     raise TypeError(f"a config field of type {kind}: teach convert() to read it")
 
 

@@ -13,6 +13,8 @@ NAMES = {"manifest.json", "state.json", "state.safetensors"}
 NAMES |= {"adapter_config.json", "adapter_model.safetensors", "base_model.json", "calibration.json"}
 NAMES |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
 NAMES |= {"merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "hparams.yml"}
+CARDS = ("README.md", "card.html")  # of a reward model; ours if they say so at their beginning
+OUR_CARD = b"<!-- written by rlhf-fast"
 EVENTS = re.compile(r"events\.out\.tfevents\..*")
 
 
@@ -39,8 +41,16 @@ def others(folder: Path, listed: Container[str] = ()) -> Iterator[Path]:
     """
     for path in folder.rglob("*"):
         own = path.name in NAMES or EVENTS.fullmatch(path.name) or str(path.relative_to(folder)) in listed
+        own = own or path.name in CARDS and _is_our_card(path)
         if path.is_symlink() or not (own or path.is_dir()):
             yield path
+
+
+def _is_our_card(path: Path) -> bool:
+    try:
+        return OUR_CARD in read_plain(path, 4096)
+    except OSError:  # a link, a folder, a pipe
+        return False
 
 
 def delete(folder: Path, listed: Container[str] = ()) -> None:

@@ -77,7 +77,13 @@ TOKENS_PER_SECOND = Metric(
     "tokens per second",
     "Response tokens (reward, dpo: tokens of both sides) per second.",
 )
-PEAK_MEMORY = Metric("perf/peak_memory", "GB", "Most memory so far: of the GPU, without one of the process.")
+PEAK_MEMORY = Metric(
+    "perf/peak_memory",
+    "GB",
+    "Most memory so far: of the GPU, without one of the process.",
+    Chart("Peak memory", "Levels off in the first steps; one that goes on climbing will run out.", "GB"),
+    "peak memory",
+)
 TRAINING = [LEARNING_RATE, GRAD_NORM, SECONDS_STEP, TOKENS_PER_SECOND, PEAK_MEMORY]
 
 # ---- sft -----------------------------------------------------------------------------------------------------------
@@ -271,6 +277,24 @@ DISTINCT_2 = Metric(
     ),
     "diversity (distinct-2)",
 )
+REPETITION = Metric(
+    "response/repetition",
+    "share",
+    "Pairs of neighbouring tokens that stand earlier in the same response, over all such pairs of the rollout.",
+    Chart(
+        "Repetition and similarity",
+        "Stay level; repetition climbs where responses repeat themselves, similarity where they repeat one another.",
+        "token pairs (share)",
+    ),
+    "repetition",
+)
+SIMILARITY = Metric(
+    "response/similarity",
+    "share",
+    "Chance that a token pair of one response is in another response of the rollout, to another prompt.",
+    REPETITION.chart,
+    "similarity of the responses",
+)
 FRAC_REWARD_ZERO_STD = Metric(
     "frac_reward_zero_std",
     "share",
@@ -315,7 +339,16 @@ _SECONDS = Chart(
 SECONDS_ROLLOUT = Metric("perf/seconds_rollout", "seconds", "Time to sample the responses.", _SECONDS, "rollout")
 SECONDS_SCORE = Metric("perf/seconds_score", "seconds", "Time to score the responses.", _SECONDS, "score")
 SECONDS_UPDATE = Metric("perf/seconds_update", "seconds", "Time to train on the responses.", _SECONDS, "update")
+SCORES_STD = Metric("objective/scores_std", "score", "Standard deviation of objective/scores over the rollout.")
+SCORE_LENGTH_CORRELATION = Metric(
+    "objective/score_length_correlation",
+    "-1 to 1",
+    "Correlation of a response's score with its number of tokens over the rollout; null where one of them is constant.",
+)
 REWARD_MODEL = Metric("objective/reward_model", "score", "Mean score of the reward model, where there is one.")
+REWARD_MODEL_STD = Metric(
+    "objective/reward_model_std", "score", "Standard deviation of the reward model's scores over the rollout."
+)
 NON_SCORE_REWARD = Metric(
     "objective/non_score_reward",
     "score",
@@ -394,13 +427,18 @@ METRICS: dict[str, list[Metric]] = {
         ENTROPY,
         LENGTH_MEAN,
         DISTINCT_2,
+        REPETITION,
+        SIMILARITY,
         FRAC_REWARD_ZERO_STD,
         EXPLAINED_VARIANCE,
         CLIP_FRACTION,
         SECONDS_ROLLOUT,
         SECONDS_SCORE,
         SECONDS_UPDATE,
+        SCORES_STD,
+        SCORE_LENGTH_CORRELATION,
         REWARD_MODEL,
+        REWARD_MODEL_STD,
         NON_SCORE_REWARD,
         RLHF_REWARD,
         REWARD_MEAN,

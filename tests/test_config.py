@@ -53,9 +53,15 @@ def test_every_field_has_a_help_text_and_a_type_that_text_can_set(stage: str, it
         list[str]: "a,b",
         list[float]: "1,0.5",
         dict[str, str]: "a=b",
+        dict[str, float]: "a=0.5",
     }
     expected = {int: 3, float: 0.5, str: "a", bool: True}
-    expected |= {list[str]: ["a", "b"], list[float]: [1.0, 0.5], dict[str, str]: {"a": "b"}}
+    expected |= {
+        list[str]: ["a", "b"],
+        list[float]: [1.0, 0.5],
+        dict[str, str]: {"a": "b"},
+        dict[str, float]: {"a": 0.5},
+    }
     kinds = field_kinds(STAGES[stage])
     for kind in text:
         if kinds[item.name] in (kind, kind | None):

@@ -10,6 +10,7 @@ from rlhf_fast import metrics
 from rlhf_fast.cli import main
 from rlhf_fast.metrics import METRICS, Metric
 from rlhf_fast.monitor.panels import stage_panels
+from rlhf_fast.monitor.runs import Stage as LoggedStage
 from rlhf_fast.recipes.stage import Stage
 
 FUNCTIONS = """
@@ -63,11 +64,13 @@ def test_what_functions_log_keeps_its_own_name(logged):
 
 @pytest.mark.parametrize("stage", METRICS)
 def test_every_declared_chart_is_drawn_from_what_is_logged(stage, logged):
-    drawn = "".join(svg for panel in stage_panels(stage, logged[stage], {}) for svg in panel.charts)
+    panels = stage_panels([LoggedStage(stage, logged[stage])])
+    drawn = {drawing.title: drawing.description for panel in panels for drawing in panel.drawings}
     titles = [chart.title.format(name="gold") for chart in metrics.charts(stage)]
-    assert [title for title in titles if f"<title>{title}</title>" not in drawn] == []
+    assert [title for title in titles if title not in drawn] == []
     for metric in METRICS[stage]:
-        assert metric.chart is None or not metric.label or metric.label in drawn, metric.name
+        title = metric.chart.title.format(name="gold") if metric.chart else ""
+        assert metric.chart is None or not metric.label or metric.label in drawn[title], metric.name
 
 
 @pytest.mark.parametrize("metric", [Metric("los", "", ""), metrics.KL, metrics.EVAL_FUNCTION.of("gold")])
@@ -104,7 +107,10 @@ def test_the_reserved_names_are_those_of_the_runs_own_metrics():
         "kl_target",
         "entropy",
         "scores",
+        "scores_std",
+        "score_length_correlation",
         "reward_model",
+        "reward_model_std",
         "non_score_reward",
         "rlhf_reward",
     }

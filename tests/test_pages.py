@@ -116,20 +116,8 @@ def test_the_readmes_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_that_is_shown_exists(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     known = {field.name for config in STAGES.values() for field in fields(config)}
-    known |= {
-        "config",
-        "help",
-        "adapter",
-        "only",
-        "threads",
-        "json",
-        "chart",
-        "markdown",
-        "stages",
-        "version",
-        "debug",
-        "worst",
-    }
+    known |= {"config", "help", "adapter", "only", "threads", "json", "chart", "markdown", "stages", "version", "debug"}
+    known |= {"follow", "output", "worst"}
     shell = "\n".join(re.findall(r"^```(?:bash|sh)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
     for line in shell.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)

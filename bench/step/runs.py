@@ -64,7 +64,7 @@ def run_row(
 def our_command(row: Row, work: Work, steps: int, output: Path) -> list[str]:
     flags = {
         "model_name_or_path": work.model,
-        "dataset_name": {"ppo": work.prompts, "sft": work.sft, "reward": work.reward}[row.stage],
+        "dataset_name": {"ppo": work.prompts, "sft": work.sft, "reward": work.reward, "dpo": work.reward}[row.stage],
         "output_dir": str(output),
         "overwrite_output_dir": "true",
         "dtype": row.dtype,

@@ -207,18 +207,24 @@ def of_trainers(found: dict[str, Any]) -> str:
     """The table of ``bench/trl_patch.py``: a row a trainer and form, relative to TRL as it is."""
     rows = []
     for result in found["results"]:
-        of_trainer = [other for other in found["results"] if other["trainer"] == result["trainer"]]
-        seconds, peak = result["seconds"], result["peak_gb"]
-        faster, memory = of_trainer[0]["seconds"] / seconds, peak / of_trainer[0]["peak_gb"]
+        plain = next(other for other in found["results"] if other["trainer"] == result["trainer"])
         rows.append(
-            (result["trainer"], result["form"], f"{seconds:.2f} s", f"{faster:.2f}x", f"{peak:.2f} GB", f"{memory:.0%}")
+            (
+                result["trainer"],
+                result["form"],
+                f"{result['seconds']:.2f} s",
+                f"{plain['seconds'] / result['seconds']:.2f}x",
+                f"{plain['median'] / result['median']:.2f}x",
+                f"{result['peak_gb']:.2f} GB",
+                f"{result['peak_gb'] / plain['peak_gb']:.0%}",
+            )
         )
     settings, versions = found["settings"], ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     work = (
         f"{report.processor(found['machine'])}; {versions}. {settings['model']}, {settings['dtype']}, LoRA "
         f"r={settings['lora_r']} on all linear layers, batches of {settings['batch_size']}, at most "
-        f"{settings['max_length']} tokens; GRPO: {settings['response_length']} response tokens, sampled by TRL at "
-        "every fourth step, that time included."
+        f"{settings['max_length']} tokens; GRPO and RLOO: {settings['response_length']} response tokens, sampled by "
+        "TRL at every fourth step. The mean step has that time in it, the median step has not."
     )
-    headings = ("trainer", "with", "a step", "faster", "peak memory", "of TRL's")
+    headings = ("trainer", "with", "mean step", "faster", "median step: faster", "peak memory", "of TRL's")
     return f"{work}\n\n{report.table(headings, rows)}"

@@ -35,7 +35,8 @@ class SFTRow:
 @dataclass(frozen=True, slots=True)
 class PairRow:
     """``chosen_ids`` and ``rejected_ids`` each have prompt and response. The response lengths are in tokens, including
-    EOS. ``margin``: by how much chosen is better, if the data has it."""
+    EOS. ``margin``: by how much chosen is better, and ``subset``: to which part of a test set the pair belongs, if the
+    data has them."""
 
     index: int
     chosen_ids: list[int]
@@ -44,6 +45,7 @@ class PairRow:
     rejected_response_length: int
     margin: float | None
     prompt_key: str
+    subset: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ def preference_rows(
             rejected_response_length=len(rejected_ids) - rejected.prompt_length,
             margin=None if margin is None else float(margin),
             prompt_key=_prompt_key(example),
+            subset=example.columns["subset"],
         )
 
     return _encode(preference_examples, encode, dataset, tokenizer, max_length, source, reading)

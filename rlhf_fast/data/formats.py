@@ -108,7 +108,7 @@ def preference_examples(dataset: Table, report: DataReport) -> Iterator[Example]
     """Examples from ``chosen`` and ``rejected``. The prompt is the ``prompt`` column or the common first turns.
 
     A chat list that does not begin with an assistant turn is a whole conversation: the prompt is taken from it, not
-    from the ``prompt`` column. An optional ``margin`` (a number) is kept in ``columns``.
+    from the ``prompt`` column. An optional ``margin`` (a number) and ``subset`` (a name) are kept in ``columns``.
     """
     columns, known = known_columns(dataset.column_names)
     if "chosen" not in columns or "rejected" not in columns:
@@ -246,7 +246,7 @@ def _pair(row: Row) -> dict[str, Any]:
         if first == second:
             raise _Drop(SAME_SIDES)
         found = _found(prompt, first, second, transcript=transcript)
-    return {**found, "columns": {"margin": _margin(row.get("margin"))}}
+    return {**found, "columns": {"margin": _margin(row.get("margin")), "subset": _subset(row.get("subset"))}}
 
 
 def _margin(value: Any) -> float | None:
@@ -261,6 +261,11 @@ def _margin(value: Any) -> float | None:
         kind = type(value).__name__
         raise Wrong(f"margin must be a number, got {kind}", f" {shown(value)}; at most {LARGEST_MARGIN:g} in size")
     return value if isinstance(value, int) else number
+
+
+def _subset(value: Any) -> str | None:
+    """The name of a part of the data, as in RewardBench; None if there is none."""
+    return None if value is None or value == "" else one_line(str(value), 80)
 
 
 def _prompt(row: Row) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import rlhf_fast.metrics as metrics  # "from rlhf_fast import metrics" would import torch
 from rlhf_fast.metrics import Metric
-from rlhf_fast.monitor.axes import number
+from rlhf_fast.monitor.numbers import number
 
 OURS = "rlhf-fast"
 LENGTH = metrics.LENGTH_MEAN.name
@@ -48,7 +48,7 @@ TRL = {
 # of GRPO and RLOO; SFT and DPO call other things "entropy" and KTO calls something else "kl"
 TRL_ONLINE = TRL | {
     "reward": _same(metrics.SCORES),
-    "reward_std": Counterpart("objective/scores_std"),
+    "reward_std": _same(metrics.SCORES_STD),
     "kl": _kl("estimator k3"),
     "entropy": _same(metrics.TOKEN_ENTROPY),
     "completions/mean_length": _same(metrics.LENGTH_MEAN),
@@ -88,7 +88,7 @@ VERL = {
 }
 OPENRLHF = {
     "reward": _same(metrics.SCORES),
-    "rollout/reward_std": Counterpart("objective/scores_std"),
+    "rollout/reward_std": _same(metrics.SCORES_STD),
     "return": _same(metrics.RLHF_REWARD),
     "kl": _kl("a mean over responses of their means; with the KL as a loss, that of the updates"),
     "entropy_loss": _same(metrics.TOKEN_ENTROPY),

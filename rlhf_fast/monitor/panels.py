@@ -1,139 +1,181 @@
-"""The charts of each stage: those that ``rlhf_fast.metrics`` declares, and two from the summary of held-out pairs.
-Charts without data are left out."""
+"""The charts of each stage, of one run or of several: those that ``rlhf_fast.metrics`` declares, and those of
+``rlhf_fast.monitor.relations``. Charts without data are left out."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from rlhf_fast.metrics import FIXED_OF_PPO, Chart, Metric, charts
-from rlhf_fast.monitor.axes import Point, format_number, number
-from rlhf_fast.monitor.charts import Series, bar_chart, line_chart, reliability_chart, stacked_bars
+from rlhf_fast.monitor.drawings import MAX_BARS, MAX_POINTS, Drawing, Point, Series, bars, lines, thinned
+from rlhf_fast.monitor.numbers import format_number, number
+from rlhf_fast.monitor.relations import relations
+from rlhf_fast.monitor.runs import Row, Stage
+from rlhf_fast.monitor.verdict import TITLES
 
-MAX_POINTS = 400  # about the width of a chart in pixels
-MAX_BARS = 40
-
-Row = Mapping[str, Any]
+MAX_POINTS_OF_ALL = 1200  # of a metric in a comparison, all runs together
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One card of the report: its charts (SVG texts, stacked vertically) and an explanation."""
+    """One card of the report: its charts (one below the other) and an explanation.
+
+    Attributes:
+        metrics: the names of the metrics that it draws over the steps.
+    """
 
     title: str
     explanation: str
-    charts: Sequence[str]
+    drawings: Sequence[Drawing]
+    metrics: frozenset[str] = frozenset()
 
 
-def stage_panels(stage: str, rows: Sequence[Row], summary: Row) -> list[Panel]:
-    """The panels of the stage ``sft``, ``reward``, ``dpo`` or ``ppo`` that have data.
-
-    Args:
-        rows: the lines of metrics.jsonl, each with a ``step``.
-        summary: summary.json, or an empty mapping while the stage runs.
-    """
+def stage_panels(stages: Sequence[Stage]) -> list[Panel]:
+    """The panels that have data, of the same stage in one run or in several; of several, each has its ``mark``."""
+    name = stages[0].name
     panels: dict[Chart, Panel] = {}
-    for family, members in charts(stage).items():
-        for chart, metrics in _members(family, members, rows):
-            panel = _bars(chart, metrics, rows) if chart.bars else _lines(chart, metrics, rows, summary)
+    for family, members in charts(name).items():
+        for chart, metrics in _members(family, members, stages):
+            panel = (_bars if chart.bars else _lines)(chart, metrics, stages)
             if panel is None:
                 continue
-            if chart.below is None:
-                panels[chart] = panel
-            elif chart.below in panels:
-                above = panels[chart.below]
+            above = panels.get(chart.below) if chart.below else None
+            if above is not None and chart.below is not None:
                 explanation = f"{above.explanation} {panel.explanation}"
-                panels[chart.below] = Panel(above.title, explanation, [*above.charts, *panel.charts])
-    last = [_reliability(summary), _margins(summary)]
-    return [*panels.values(), *(panel for panel in last if panel is not None)]
+                drawn = [*above.drawings, *panel.drawings]
+                panels[chart.below] = Panel(above.title, explanation, drawn, above.metrics | panel.metrics)
+            elif chart.below is None:
+                panels[chart] = panel
+    others = [Panel(drawing.title, reading, [drawing]) for drawing, reading in relations(stages)]
+    return _with_ids(name, [*panels.values(), *others])
 
 
-def _members(chart: Chart, metrics: Sequence[Metric], rows: Sequence[Row]) -> Iterator[tuple[Chart, Sequence[Metric]]]:
+def metric_links(panels: Sequence[Panel]) -> dict[str, tuple[str, str]]:
+    """Metric name -> id and title of the first chart that draws it."""
+    found: dict[str, tuple[str, str]] = {}
+    for panel in panels:
+        for name in panel.metrics:
+            found.setdefault(name, (panel.drawings[0].id, panel.title))
+    return found
+
+
+def _with_ids(stage: str, panels: Sequence[Panel]) -> list[Panel]:
+    """The panels with an id for each chart, made from its title: names of functions may hold any character."""
+    taken: set[str] = set()
+
+    def named(drawing: Drawing) -> Drawing:
+        start = f"{stage}-{re.sub('[^a-z0-9]+', '-', drawing.title.lower()).strip('-')}"
+        id = next(id for number in count(1) if (id := f"{start}-{number}" if number > 1 else start) not in taken)
+        taken.add(id)
+        return replace(drawing, id=id)
+
+    return [replace(panel, drawings=[named(drawing) for drawing in panel.drawings]) for panel in panels]
+
+
+def _members(chart: Chart, metrics: Sequence[Metric], stages: Sequence[Stage]) -> Iterator[tuple[Chart, list[Metric]]]:
     """The chart with its metrics; for a family of metrics, one chart per function for which the first was logged."""
     first = metrics[0]
     if not first.is_family:
-        yield chart, metrics
+        yield chart, list(metrics)
         return
-    logged = {key for row in rows for key in row} - FIXED_OF_PPO
+    logged = {key for stage in stages for row in stage.metrics for key in row} - FIXED_OF_PPO
     for name in sorted({name for key in logged if (name := first.named_by(key)) is not None}):
         yield replace(chart, title=chart.title.format(name=name)), [metric.of(name) for metric in metrics]
 
 
-def _lines(chart: Chart, metrics: Sequence[Metric], rows: Sequence[Row], summary: Row) -> Panel | None:
-    """A line for each metric that has a value, and the horizontal level and the interval if there are any."""
+def _lines(chart: Chart, metrics: Sequence[Metric], stages: Sequence[Stage]) -> Panel | None:
+    """A line for each metric of each run that has a value, and the level and the interval if there are any."""
+    alone = not stages[0].mark
     drawn = {kind: [metric for metric in metrics if metric.drawn == kind] for kind in ("line", "low", "high", "level")}
-    found = {metric.label: _points(rows, metric.name) for metric in drawn["line"]}
-    found = {label: points for label, points in found.items() if any(number(y) is not None for _, y in points)}
-    if not found:
+    several = len(drawn["line"]) > 1
+    most = min(MAX_POINTS, MAX_POINTS_OF_ALL // len(stages))
+    series, each = [], 1
+    for stage in stages:
+        for place, metric in enumerate(drawn["line"]):
+            points = _points(stage.metrics, metric.name)
+            if all(y is None for _, y in points):
+                continue
+            each = max(each, math.ceil(len(points) / most))
+            label = metric.label if alone else f"{stage.mark} {metric.label}" if several else stage.mark
+            dash = place if alone or several else stage.place
+            series.append(Series(label, thinned(points, most), place if alone else stage.place, dash, stage.mark))
+    if not series:
         return None
-    levels = [(value, level) for level in drawn["level"] if (value := _constant(level.name, rows, summary)) is not None]
-    each = max(math.ceil(len(points) / MAX_POINTS) for points in found.values())
-    svg = line_chart(
-        [Series(label, _thinned(points)) for label, points in found.items()],
-        title=chart.title,
-        x_label="step" if each == 1 else f"step (each point the mean of {each} or fewer)",
-        y_label=chart.y_label,
-        reference=next(((value, f"{level.label} {format_number(value)}") for value, level in levels), None),
-        band=[point for low, high in zip(drawn["low"], drawn["high"], strict=True) for point in _band(rows, low, high)],
+    levels = _levels(drawn["level"], stages)
+    ends = zip(drawn["low"], drawn["high"], strict=True)
+    names = frozenset(metric.name for metric in metrics)
+    drawing = lines(
+        chart.title,
+        series,
+        x="step" if each == 1 else f"step (each point the mean of {each} or fewer)",
+        y=chart.y_label,
         height=chart.height,
+        levels=levels,
+        band=[row for low, high in ends for row in _band(stages[0].metrics, low, high)] if alone else (),
+        ranges=_ranges(stages[0], names) if alone else (),
     )
-    return Panel(chart.card or chart.title, chart.reading_with_level if levels else chart.reading, [svg])
+    reading = chart.reading_with_level if levels else chart.reading
+    return Panel(chart.card or chart.title, reading, [drawing], names)
 
 
-def _reliability(summary: Row) -> Panel | None:
-    points = [
-        (predicted, observed, int(entry.get("count") or 0))
-        for entry in summary.get("reliability") or []
-        if (predicted := number(entry.get("predicted"))) is not None
-        and (observed := number(entry.get("observed"))) is not None
-    ]
-    if not points:
-        return None
-    title = "Reliability"
-    chart = reliability_chart(
-        points, title=title, x_label="predicted chance (share)", y_label="observed (share of pairs)"
-    )
-    good = "Dots on the dashed diagonal mean that a stated 80% is right 8 times in 10; larger dots hold more pairs."
-    return Panel(title, good, [chart])
+def _levels(metrics: Sequence[Metric], stages: Sequence[Stage]) -> list[tuple[float, str]]:
+    """(value, label) of the level lines; one that not all runs share has their marks."""
+    marks: dict[tuple[str, float], list[str]] = {}
+    for stage in stages:
+        for metric in metrics:
+            value = _constant(metric.name, stage)
+            if value is not None:
+                marks.setdefault((metric.label, value), []).append(stage.mark)
+    levels = []
+    for (label, value), own in marks.items():
+        text = f"{label} {format_number(value)}"
+        levels.append((value, text if len(own) == len(stages) else f"{', '.join(own)} {text}"))
+    return levels
 
 
-def _margins(summary: Row) -> Panel | None:
-    bars = [
-        (_range(entry.get("low"), entry.get("high")), number(entry.get("accuracy")), f"n={entry.get('count', '?')}")
-        for entry in summary.get("margin_buckets") or []
-    ]
-    if all(accuracy is None for _, accuracy, _ in bars):
-        return None
-    title = "Accuracy by margin"
-    chart = bar_chart(
-        bars,
-        title=title,
-        x_label="size of the margin (difference of the two scores)",
-        y_label="pairs ranked right (share)",
-        reference=(0.5, "a coin"),
-        y_range=(0.0, 1.0),
-    )
-    good = "Climbs to the right: where the model is surer it is right more often. n is the number of pairs."
-    return Panel(title, good, [chart])
-
-
-def _bars(chart: Chart, metrics: Sequence[Metric], rows: Sequence[Row]) -> Panel | None:
-    """A stacked bar for each step, or for groups of consecutive steps. Uses the metrics that have values, and the steps
-    with a value of each of them."""
+def _bars(chart: Chart, metrics: Sequence[Metric], stages: Sequence[Stage]) -> Panel | None:
+    """A stacked bar for each step, or for groups of consecutive steps; of several runs, one for each, the mean of its
+    steps. Uses the metrics that have values, and the steps with a value of each of them."""
+    rows = [row for stage in stages for row in stage.metrics]
     parts = [metric for metric in metrics if any(number(row.get(metric.name)) is not None for row in rows)]
-    whole = [row for row in rows if parts and all(number(row.get(part.name)) is not None for part in parts)]
-    if not whole:
+    wholes = [
+        [row for row in stage.metrics if parts and all(number(row.get(part.name)) is not None for part in parts)]
+        for stage in stages
+    ]
+    marked = [(stage.mark, whole) for stage, whole in zip(stages, wholes, strict=True) if whole]
+    if not marked:
         return None
-    each = math.ceil(len(whole) / MAX_BARS)
-    groups = [whole[start : start + each] for start in range(0, len(whole), each)]
-    svg = stacked_bars(
-        [group[-1]["step"] for group in groups],
-        [(part.label, [sum(row[part.name] for row in group) / len(group) for group in groups]) for part in parts],
-        title=chart.title,
-        x_label="step" if each == 1 else f"step (each bar the mean of {each} or fewer)",
-        y_label=chart.y_label,
+    x = "run"
+    if not stages[0].mark:
+        (whole,) = wholes
+        each = math.ceil(len(whole) / MAX_BARS)
+        groups = [whole[start : start + each] for start in range(0, len(whole), each)]
+        marked = [(f"{group[-1]['step']:,}", group) for group in groups]
+        x = "step" if each == 1 else f"step (each bar the mean of {each} or fewer)"
+    drawing = bars(
+        chart.title,
+        [mark for mark, _ in marked],
+        [(part.label, [_mean(group, part.name) for _, group in marked]) for part in parts],
+        x=x,
+        y=chart.y_label,
     )
-    return Panel(chart.card or chart.title, chart.reading, [svg])
+    names = frozenset(metric.name for metric in metrics)
+    return Panel(chart.card or chart.title, chart.reading, [drawing], names)
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def _ranges(stage: Stage, names: frozenset[str]) -> list[tuple[int, int, str]]:
+    """The steps of the verdicts that joined one of the metrics."""
+    return [
+        (verdict.first_step, verdict.last_step, TITLES.get(verdict.name, verdict.name))
+        for verdict in stage.verdicts or ()
+        if not names.isdisjoint(verdict.metrics)
+    ]
 
 
 def _points(rows: Sequence[Row], key: str) -> list[Point]:
@@ -141,34 +183,16 @@ def _points(rows: Sequence[Row], key: str) -> list[Point]:
     return [(row["step"], number(row[key])) for row in rows if key in row]
 
 
-def _thinned(points: Sequence[Point]) -> list[Point]:
-    """At most MAX_POINTS points, each the mean of a group of neighbours; a group of gaps stays a gap."""
-    each = math.ceil(len(points) / MAX_POINTS)
-    thinned: list[Point] = []
-    for start in range(0, len(points), each):
-        group = points[start : start + each]
-        values = [value for _, value in group if value is not None]
-        thinned.append((group[-1][0], sum(values) / len(values) if values else None))
-    return thinned
-
-
 def _band(rows: Sequence[Row], low: Metric, high: Metric) -> list[tuple[float, float | None, float | None]]:
     whole = [row for row in rows if low.name in row and high.name in row]
-    return [(row["step"], number(row[low.name]), number(row[high.name])) for row in whole]
+    every = math.ceil(len(whole) / MAX_POINTS) or 1
+    return [(row["step"], number(row[low.name]), number(row[high.name])) for row in whole[::-every][::-1]]
 
 
-def _constant(name: str, rows: Sequence[Row], summary: Row) -> float | None:
+def _constant(name: str, stage: Stage) -> float | None:
     """A figure that is constant over a run: from the summary, else from the last line that has it."""
-    figure = (summary.get("figures") or {}).get(name, summary.get(name))
+    figure: Any = stage.figures.get(name, stage.summary.get(name))
     value = number(figure.get("value") if isinstance(figure, Mapping) else figure)
     if value is not None:
         return value
-    return next((value for row in reversed(rows) if (value := number(row.get(name))) is not None), None)
-
-
-def _range(low: Any, high: Any) -> str:
-    """The label of a bucket: only its upper end, to be short; the lower end is the upper end of the bar to the left."""
-    low, high = number(low), number(high)
-    if high is not None:
-        return f"≤ {format_number(high, 2)}"
-    return "all" if low is None else f"> {format_number(low, 2)}"
+    return next((value for row in reversed(stage.metrics) if (value := number(row.get(name))) is not None), None)

@@ -1,8 +1,13 @@
-"""``report.html``: a self-contained page made from the files of a run, also while it runs."""
+"""``report.html``: a self-contained page made from the files of a run, also while it runs; and of several runs beside
+each other."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +16,16 @@ from markupsafe import Markup
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.files import write_atomic
-from rlhf_fast.metrics import stage_of
-from rlhf_fast.monitor.axes import format_number, number
-from rlhf_fast.monitor.log import read_steps
-from rlhf_fast.monitor.panels import stage_panels
-from rlhf_fast.monitor.summary import read_summary
+from rlhf_fast.monitor.compare import figures_beside, settings_that_differ
+from rlhf_fast.monitor.figures import read_figures
+from rlhf_fast.monitor.overview import sentences, verdict_list
+from rlhf_fast.monitor.panels import Panel, metric_links, stage_panels
+from rlhf_fast.monitor.runs import MARKS, STAGES, Run, Stage, read_run
+from rlhf_fast.monitor.texts import extremes, held_out, level_words, token_samples
 from rlhf_fast.text import printable
 
-STAGES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO"}
-MAX_SAMPLES = 12
+GENERATOR = '<meta name="generator" content="rlhf-fast">'  # marks a page that we may write over
+SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "report.js")
 
 
 def _shown(value: Any) -> Any:
@@ -37,18 +43,6 @@ PAGES = Environment(
     keep_trailing_newline=True,
 )
 
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The files that one stage has written so far."""
-
-    name: str
-    metrics: Sequence[Row]
-    samples: Sequence[Row]
-    summary: Row
-
 
 def write_report(run_folder: Path) -> Path:
     """Write ``run_folder/report.html`` (atomically) and return its path.
@@ -60,112 +54,112 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         UserError: the folder contains no run; a file in it is broken; the page cannot be written.
     """
-    folder = Path(run_folder)
-    stages = _read_stages(folder)
-    if not stages:
-        names = ", ".join(f"{name}/metrics.jsonl" for name in STAGES)
-        raise UserError(
-            f"expected {folder} to hold metrics.jsonl or one of {names}; it holds none: give the output folder of a run"
-        )
-    resolved = folder / "config.resolved.yaml"  # exists if config.yaml is the user's file
-    config = resolved if resolved.exists() else folder / "config.yaml"
-    settings = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
-    path = folder / "report.html"
-    write_atomic(path, _page(folder.resolve().name, stages, settings))
+    return write_page([Path(run_folder)], Path(run_folder) / "report.html")
+
+
+def write_page(folders: Sequence[Path], path: Path, *, reload: bool = False) -> Path:
+    """Write the page of one run, or of several beside each other, to ``path``; returns ``path``.
+
+    Args:
+        reload: the page reloads itself every few seconds, while somebody writes it again and again.
+
+    Raises:
+        UserError: as in :func:`write_report`; more than six folders.
+    """
+    if len(folders) > len(MARKS):
+        raise UserError(f"expected at most {len(MARKS)} runs to compare, got {len(folders)}: name fewer")
+    if len(folders) == 1:
+        text = _page_of_one(read_run(folders[0]), reload)
+    else:
+        runs = [read_run(folder, mark) for folder, mark in zip(folders, MARKS, strict=False)]
+        text = _page_of_several(runs, reload)
+    write_atomic(path, text)
     return path
 
 
-def _read_stages(folder: Path) -> list[Stage]:
-    if (folder / "metrics.jsonl").exists():
-        return [_read_stage(folder, None)]
-    return [_read_stage(folder / name, name) for name in STAGES if (folder / name / "metrics.jsonl").exists()]
-
-
-def _read_stage(folder: Path, name: str | None) -> Stage:
-    metrics = read_steps(folder / "metrics.jsonl")
-    samples = folder / "samples.jsonl"
-    summary = read_summary(folder) or {}
-    # a single stage has no summary.json until it ends; its metrics show which stage it is
-    name = name or summary.get("stage") or stage_of({key for row in metrics for key in row})
-    if name not in STAGES:
-        raise UserError(f"{folder / 'summary.json'}: expected stage to be one of {', '.join(STAGES)}, got {name!r}")
-    return Stage(name, metrics, read_steps(samples) if samples.exists() else [], summary)
-
-
-def _page(title: str, stages: Sequence[Stage], settings: str | None) -> str:
-    return PAGES.get_template("report.html.jinja").render(
-        title=title,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        stages=[_section(stage) for stage in stages],
-        settings=settings,
+def _page_of_one(run: Run, reload: bool) -> str:
+    panels = {stage.name: stage_panels([stage]) for stage in run.stages}
+    links = {name: metric_links(found) for name, found in panels.items()}
+    return _render(
+        title=run.name,
+        runs=[],
+        sentences=sentences(run),
+        verdicts=list(verdict_list(run.stages, links)),
+        stages=[_section([stage], panels[stage.name]) | _samples(stage) for stage in run.stages],
+        settings=run.settings,
+        reload=reload,
     )
 
 
-def _section(stage: Stage) -> dict[str, Any]:
+def _page_of_several(runs: Sequence[Run], reload: bool) -> str:
+    sections, links = [], {}
+    for name in STAGES:
+        stages = [stage for run in runs for stage in run.stages if stage.name == name]
+        if stages:
+            panels = stage_panels(stages)
+            links[name] = metric_links(panels)
+            sections.append(_section(stages, panels))
+    return _render(
+        title=", ".join(run.name for run in runs),
+        runs=[{"mark": run.mark, "name": run.name, "folder": run.folder, "said": sentences(run)[0]} for run in runs],
+        verdicts=list(verdict_list([stage for run in runs for stage in run.stages], links)),
+        stages=sections,
+        differing=settings_that_differ(runs),
+        reload=reload,
+    )
+
+
+def _section(stages: Sequence[Stage], panels: Sequence[Panel]) -> dict[str, Any]:
+    name = stages[0].name
+    last = max((stage.last_step for stage in stages if stage.last_step is not None), default=None)
+    beside = {"marks": [stage.mark for stage in stages], "rows": figures_beside(stages)} if stages[0].mark else None
     return {
-        "id": stage.name,
-        "title": STAGES[stage.name],
-        "last_step": f"{max(row['step'] for row in stage.metrics):,}" if stage.metrics else "",
-        "headline": _headline(stage.summary.get("figures") or {}),
-        "panels": stage_panels(stage.name, stage.metrics, stage.summary),
-        "samples": _samples(stage),
+        "id": name,
+        "title": STAGES[name],
+        "last_step": "" if last is None else f"{last:,}",
+        "figures": [] if beside else list(read_figures(stages[0].figures).values()),
+        "beside": beside,
+        "panels": panels,
     }
-
-
-def _headline(figures: Row) -> dict[str, Any]:
-    """The stage's figures; whether any has an interval, and whether any has a note."""
-    rows = []
-    for name, figure in figures.items():
-        entry = figure if isinstance(figure, Mapping) else {"value": figure}
-        value, low, high = entry.get("value"), entry.get("low"), entry.get("high")
-        rows.append(
-            {
-                "name": name,
-                "value": _value(value),
-                "kind": "words" if isinstance(value, str) else "number",
-                "interval": "" if low is None or high is None else f"{_value(low)} to {_value(high)}",
-                "note": entry.get("note") or "",
-            }
-        )
-    return {"rows": rows, "intervals": any(row["interval"] for row in rows), "notes": any(row["note"] for row in rows)}
 
 
 def _samples(stage: Stage) -> dict[str, Any]:
-    """Held-out prompts with the responses at the first and the last evaluation, paired by index."""
-    rows = [row for row in stage.samples if row.get("split") == "eval" and "response" in row and "index" in row]
-    steps = sorted({min(row["step"] for row in rows), max(row["step"] for row in rows)}) if rows else []
-    at = [{row["index"]: row for row in rows if row["step"] == step} for step in steps]
-    shared = sorted(set(at[0]).intersection(*at[1:]))[:MAX_SAMPLES] if at else []
-    return {
-        "title": "Held-out prompts" if len(steps) == 1 else "The same held-out prompts, before and after",
-        "labels": [_sample_label(stage.name, step) for step in steps],
-        "rows": [
-            {
-                "prompt": at[0][index].get("prompt", ""),
-                "responses": [{"text": one[index]["response"], "scores": _scores(one[index])} for one in at],
-            }
-            for index in shared
-        ],
-    }
+    return {"held_out": held_out(stage), "extremes": extremes(stage), "tokens": token_samples(stage)}
 
 
-def _sample_label(stage: str, step: int) -> str:
-    if stage == "ppo":
-        return "SFT model (step 0)" if step == 0 else f"PPO policy, step {step:,}"
-    return f"Step {step:,}"
+def _render(*, stages: Sequence[dict[str, Any]], **values: Any) -> str:
+    drawings = [drawing for stage in stages for panel in stage["panels"] for drawing in panel.drawings]
+    return PAGES.get_template("report.html.jinja").render(
+        generator=Markup(GENERATOR),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        scripts=[script for script, _ in _scripts()],
+        hashes=" ".join(f"'sha256-{digest}'" for _, digest in _scripts()),
+        data=as_data({drawing.id: drawing.data for drawing in drawings}),
+        stages=stages,
+        levels=level_words(),
+        **values,
+    )
 
 
-def _scores(row: Row) -> str:
-    named = {"score": row.get("score"), "gold": row.get("gold")}
-    return " · ".join(f"{name} {_value(value)}" for name, value in named.items() if value is not None)
+def as_data(value: Any) -> Markup:
+    """JSON for a <script type="application/json">: no text in it can end the script, and none is raw markup."""
+    text = json.dumps(_printable(value), allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
 
 
-def _value(value: Any) -> str:
-    """A formatted figure; a dash for null and numbers that are not finite."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return "–" if number(value) is None else format_number(value)
-    return str(value)
+def _printable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _printable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(entry) for entry in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+@cache
+def _scripts() -> list[tuple[Markup, str]]:
+    """The page's scripts, each with the base64 of its SHA-256, by which the Content-Security-Policy allows it."""
+    page = files("rlhf_fast.monitor") / "page"
+    texts = [(page / name).read_text(encoding="utf-8").strip() for name in SCRIPTS]
+    return [(Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()) for text in texts]

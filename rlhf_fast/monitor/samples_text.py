@@ -3,12 +3,12 @@ markup, and what a terminal would act on is shown as escapes."""
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from difflib import SequenceMatcher
 
 from rich.text import Text
 
-from rlhf_fast.monitor.axes import format_number, number
+from rlhf_fast.monitor.numbers import format_number, format_value, number
 from rlhf_fast.monitor.samples import SFT_STEP, Order, Row, Samples
 from rlhf_fast.monitor.terminal import Terminal
 from rlhf_fast.text import one_line, printable, unread_allowed
@@ -62,11 +62,8 @@ def body(row: Row, other: Row | None, *, at: int, diff: bool, shade: str | None 
         absent = f" (no response of the {whose} to this prompt)" if diff else ""
         absent = f" (no {SHADES[shade]} of its tokens in the log)" if shade and not diff else absent
         parts += [Text(), Text.assemble(("Response", LABEL), (absent, "dim")), Text(printable(row["response"]))]
-    if row.get("extra"):
-        extra = {
-            name: value if number(value) is None else figure(row["extra"], name) for name, value in row["extra"].items()
-        }
-        cells = "  ".join(f"{name} {value}" for name, value in extra.items())
+    if isinstance(row.get("extra"), Mapping):
+        cells = "  ".join(f"{name} {format_value(value)}" for name, value in row["extra"].items())
         parts += [Text(), Text.assemble(("Columns  ", LABEL), one_line(cells))]
     return Text("\n").join(parts)
 

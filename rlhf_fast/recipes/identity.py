@@ -25,6 +25,7 @@ FREE = {"output_dir", "report_to", "run_name", "logging_steps", "save_steps", "s
 FREE |= {
     "reward_timeout",
     "allow_pickle_weights",
+    "monitor_thresholds",
     "resume_from_checkpoint",
     "resume_with_changes",
     "overwrite_output_dir",
@@ -44,7 +45,7 @@ COMPARED |= {
 }
 # Settings that may change and are reported: the length of the run, its evaluation, and what changes only rounding.
 SAID = {"max_steps", "num_train_epochs", "patience", "eval_steps", "micro_batch_size", "micro_batch_tokens"}
-SAID |= {"gradient_checkpointing"}
+SAID |= {"gradient_checkpointing", "monitor_actions"}
 SAID |= {"rollout_batch_size", "rollout_engine", "calibration_prompts", "label_noise_ceiling"}
 SAMPLES = 16  # values of each weight in the digest of the base
 

@@ -23,9 +23,10 @@ from rlhf_fast.text import one_line, shown
 
 MARKER = ".rlhf-fast.json"
 CONFIG, RESOLVED, REPORT, ERROR = "config.yaml", "config.resolved.yaml", "report.html", "error.txt"
+VERDICTS = "verdicts.json"
 RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json")  # a folder with one of these contains a run
 ADAPTERS = ("adapter", "best", "policy", "critic")
-NAMES = {CONFIG, RESOLVED, REPORT, ERROR, *RECORDS, *ADAPTERS, "runs"}
+NAMES = {CONFIG, RESOLVED, REPORT, ERROR, VERDICTS, *RECORDS, *ADAPTERS, "runs"}
 WHOLE_RUN = "run"
 SETTINGS_OF_A_RUN = 30  # a config.yaml with this many settings was written by a run; users write only a few
 

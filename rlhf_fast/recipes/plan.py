@@ -15,19 +15,10 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_fast.config import STAGES, DPOConfig, PPOConfig, RewardConfig, SFTConfig, StageConfig
-from rlhf_fast.data import (
-    PairRow,
-    PromptRow,
-    Reading,
-    load_dataset,
-    preference_rows,
-    prepare_tokenizer,
-    prompt_rows,
-    sft_rows,
-)
+from rlhf_fast.data import PairRow, PromptRow, preference_rows, prepare_tokenizer, prompt_rows, sft_rows
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase, pretrained, targets
 from rlhf_fast.models.attention import SHORT
@@ -45,9 +36,16 @@ from rlhf_fast.recipes.experience import (
     trained_roles,
 )
 from rlhf_fast.recipes.heap import give_back_memory
+from rlhf_fast.recipes.rows import encode_table, open_table
 from rlhf_fast.recipes.stage import MICRO_BATCH_SIZE
 from rlhf_fast.rollout import Response, generate
 
+ENCODERS: dict[str, Callable[..., Any]] = {
+    "sft": sft_rows,
+    "reward": preference_rows,
+    "dpo": preference_rows,
+    "ppo": prompt_rows,
+}
 DEPTHS = (2, 6)  # layers of the models that are timed
 REPEATS = 3  # of each timing; the fastest is used
 SAMPLED = 8  # tokens of the timed rollout
@@ -80,12 +78,7 @@ def plan(config: StageConfig) -> dict[str, float]:
     """
     if torch.cuda.is_available():
         raise UserError("plan predicts runs on a CPU; hide the GPU (CUDA_VISIBLE_DEVICES=) to plan one")
-    with pretrained.located(config.model_name_or_path) as source:
-        tokenizer = pretrained.load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-        model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        shape = read_shape(config, model_config)
-    text = model_config.get_text_config(decoder=True)
-    prepare_tokenizer(tokenizer, vocab_size=text.vocab_size, chat_template=config.chat_template)
+    tokenizer, shape, _ = open_shape(config)
     rows = read_rows(config, tokenizer)
     lengths = [sequence_lengths(config, row) for row in rows]
     parts = micro_batches(config, [sum(row) for row in lengths])
@@ -97,6 +90,17 @@ def plan(config: StageConfig) -> dict[str, float]:
     return {f"memory_{name}": value / 1e9 for name, value in memory.items()} | {
         f"seconds_{name}": value for name, value in seconds.items()
     }
+
+
+def open_shape(config: StageConfig) -> tuple[PreTrainedTokenizerBase, Shape, list[str]]:
+    """The prepared tokenizer, the model's sizes, and a line for each change to the tokenizer. Loads no weights."""
+    with pretrained.located(config.model_name_or_path) as source:
+        tokenizer = pretrained.load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        shape = read_shape(config, model_config)
+    text = model_config.get_text_config(decoder=True)
+    notes = prepare_tokenizer(tokenizer, vocab_size=text.vocab_size, chat_template=config.chat_template)
+    return tokenizer, shape, notes
 
 
 def read_shape(config: StageConfig, model_config: Any) -> Shape:
@@ -133,23 +137,14 @@ def read_shape(config: StageConfig, model_config: Any) -> Shape:
 
 
 def read_rows(config: StageConfig, tokenizer: Any) -> list[Any]:
-    dataset = load_dataset(
-        config.dataset_name,
-        split=config.dataset_split,
-        rename=config.rename_columns,
-        limit=config.max_samples,
-        strict=config.strict,
-    )
-    kinds = {"sft": sft_rows, "reward": preference_rows, "dpo": preference_rows, "ppo": prompt_rows}
-    encode: Any = kinds[stage_name(config)]
-    rows, _ = encode(
-        dataset,
-        tokenizer,
-        max_length=config.max_length - (config.response_length if isinstance(config, PPOConfig) else 0),
-        source=config.dataset_name,
-        reading=Reading(config.strict, config.max_unusable_rows, config.special_tokens_in_data),
-    )
-    return rows
+    dataset = open_table(config, config.dataset_name, config.dataset_split, config.max_samples)
+    encode = ENCODERS[stage_name(config)]
+    return encode_table(config, tokenizer, encode, dataset, row_window(config), config.dataset_name)[0]
+
+
+def row_window(config: StageConfig) -> int:
+    """The longest row in tokens: a prompt of PPO leaves room for its response."""
+    return config.max_length - (config.response_length if isinstance(config, PPOConfig) else 0)
 
 
 def sequence_lengths(config: StageConfig, row: Any) -> tuple[int, ...]:

@@ -84,7 +84,6 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
         "moments": asdict(RunningMoments()),
     }
     stage.start(trained_roles(config), total, values=fresh)
-    controller.kl_coef, moments = stage.values["kl_coef"], RunningMoments(**stage.values["moments"])
     critic.restore(stage)
 
     if stage.values["baseline"] and len(stage.values["baseline"]["scores"]) != len(held_out):
@@ -110,10 +109,11 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
                 check_start(experiences, stage.base.dtype)
             judged = judging.judge(stage, rewarders, responses, epoch=(step - 1) * prompts_a_step / len(prompts))
             scores = total_scores(config, experiences, rewarders.weighted(judged.each, len(responses)))
+            moments = RunningMoments(**stage.values["moments"])
             if config.scale_scores:
                 moments.update(torch.tensor(stage.gather(scores.tolist())))
                 scores = scores / moments.std
-            kl_coef = controller.kl_coef
+            kl_coef = controller.kl_coef = stage.values["kl_coef"]
             set_rewards(experiences, scores, config, kl_coef=kl_coef, group=stage.group)
             if step == 1 and {CRITIC, REWARD} <= set(stage.base.roles):
                 critic.fit(stage, experiences)
@@ -134,9 +134,11 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             controller.update(values[metrics.KL], config.batch_size)
             stage.values.update(kl_coef=controller.kl_coef, moments=asdict(moments))
             stage.values["kl_history"].append(values[metrics.KL])
-            ppo_report.log_step(stage, step, values, logged, responses, scores, judged.view.extras)
+            ppo_report.log_step(stage, step, values, logged, responses, experiences, scores, judged.view.extras)
             if held_out and stage.evaluation_due(step, times=1):
                 ppo_report.evaluate(stage, held_out, rewarders, scorers, step=step)
+        if held_out and stage.stopped_early:
+            ppo_report.evaluate(stage, held_out, rewarders, scorers, step=stage.step)
 
     return ppo_report.finish(stage, scorers)
 

@@ -1,6 +1,7 @@
 """PPO's output: metrics of a rollout, held-out evaluations against the SFT model, samples, the final table."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,14 +12,15 @@ from rlhf_fast import metrics
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import PromptRow
 from rlhf_fast.metrics import Metric
+from rlhf_fast.recipes.diversity import distinct_2, repetition, similarity
 from rlhf_fast.recipes.experience import POLICY, REWARD, Experience, trained_roles
 from rlhf_fast.recipes.judging import judge, mean, present
 from rlhf_fast.recipes.memory import MICRO_BATCH, memory_for, response_lengths, sampling_lengths
+from rlhf_fast.recipes.ppo_samples import sample, train_samples
 from rlhf_fast.recipes.stage import Stage, seeded
 from rlhf_fast.rewards import Functions, Numbers
 from rlhf_fast.rollout import Response, collate_episodes, generate
 
-SHOWN_SAMPLES = 4  # training samples written per step
 RESAMPLES = 10_000
 PATIENCE_NEGATIVE_KL = 5
 
@@ -33,6 +35,7 @@ def rollout_metrics(
     kl = torch.cat([experience.kl for experience in experiences])
     samples = config.num_generations
     groups = scores.view(-1, samples)
+    model = torch.cat([experience.scores for experience in experiences])
     gaps = torch.cat([(e.logprobs - e.episodes.sampled_logprobs).abs()[e.mask] for e in experiences])
     sums = {
         "episodes": torch.tensor(float(len(responses)), device=scores.device),
@@ -40,7 +43,7 @@ def rollout_metrics(
         "entropy": -torch.cat([(e.logprobs * e.mask).sum(dim=1) for e in experiences]).sum(),
         "scores": scores.sum(),
         "equal": (groups.amax(dim=1) == groups.amin(dim=1)).sum(),
-        "model": torch.cat([experience.scores for experience in experiences]).sum(),
+        "model": model.sum(),
         "penalty": torch.cat([experience.penalties for experience in experiences]).sum(),
         "stopped": torch.cat([experience.episodes.stopped for experience in experiences]).sum(),
         "lengths": lengths.sum(),
@@ -48,6 +51,10 @@ def rollout_metrics(
     }
     total = stage.sum(sums)
     episodes, tokens = total.pop("episodes"), total["lengths"]
+    each = stage.gather(
+        [(r.row.index, r.token_ids, *rest) for r, *rest in zip(responses, scores.tolist(), model.tolist(), strict=True)]
+    )
+    prompts, token_ids, all_scores, model_scores = map(list, zip(*each, strict=True))
     negative = stage.values.get("negative_kl", 0) + 1 if total["kl"] < 0 else 0
     stage.values["negative_kl"] = negative
     if negative == PATIENCE_NEGATIVE_KL:
@@ -63,16 +70,37 @@ def rollout_metrics(
         metrics.NON_SCORE_REWARD: total["penalty"] / episodes,
         metrics.RLHF_REWARD: (total["penalty"] + total["scores"]) / episodes,
         metrics.SCORES: total["scores"] / episodes,
-        **({metrics.REWARD_MODEL: total["model"] / episodes} if REWARD in stage.base.roles else {}),
+        metrics.SCORES_STD: _std(all_scores),
+        metrics.SCORE_LENGTH_CORRELATION: _correlation(all_scores, [len(ids) for ids in token_ids]),
+        **(
+            {metrics.REWARD_MODEL: total["model"] / episodes, metrics.REWARD_MODEL_STD: _std(model_scores)}
+            if REWARD in stage.base.roles
+            else {}
+        ),
         **({metrics.FRAC_REWARD_ZERO_STD: total["equal"] * samples / episodes} if samples > 1 else {}),
         **({metrics.EXPLAINED_VARIANCE: _explained_variance(stage, experiences, tokens)} if config.has_critic else {}),
         metrics.LOGPROB_GAP: total["gaps"] / tokens,
         metrics.LOGPROB_GAP_MAX: max(stage.gather([gaps.max().item()])),
         metrics.LENGTH_MEAN: tokens / episodes,
-        metrics.TRUNCATED: 1 - total["stopped"] / episodes,
-        metrics.DISTINCT_2: distinct_2(stage.gather([response.token_ids for response in responses])),
+        **({metrics.TRUNCATED: 1 - total["stopped"] / episodes} if not config.ignore_eos else {}),
+        metrics.DISTINCT_2: distinct_2(token_ids),
+        metrics.REPETITION: repetition(token_ids),
+        metrics.SIMILARITY: similarity(prompts, token_ids),
         metrics.EOS_TOKENS: total["stopped"],
     }
+
+
+def _std(values: Sequence[float]) -> float:
+    """Standard deviation; 0 for one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _correlation(left: Sequence[float], right: Sequence[float]) -> float:
+    """Pearson's; NaN where one side is constant."""
+    try:
+        return statistics.correlation(left, right)
+    except statistics.StatisticsError:
+        return math.nan
 
 
 def _explained_variance(stage: Stage[PPOConfig], experiences: Sequence[Experience], tokens: float) -> float:
@@ -91,12 +119,6 @@ def _explained_variance(stage: Stage[PPOConfig], experiences: Sequence[Experienc
     return 1 - left / variance if variance > 0 else math.nan
 
 
-def distinct_2(token_ids: Sequence[Sequence[int]]) -> float:
-    """The share of distinct bigrams among all bigrams of the responses (Li et al. 2016); 1 if there are none."""
-    bigrams = [pair for tokens in token_ids for pair in pairwise(tokens)]
-    return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
-
-
 def phase_seconds(clock: Sequence[float]) -> dict[Metric, float]:
     """``clock``: the times before rollout, before scoring, before the update and after it."""
     phases = (metrics.SECONDS_ROLLOUT, metrics.SECONDS_SCORE, metrics.SECONDS_UPDATE)
@@ -109,6 +131,7 @@ def log_step(
     values: Mapping[Metric, float],
     logged: Mapping[str, float],
     responses: Sequence[Response],
+    experiences: Sequence[Experience],
     scores: torch.Tensor,
     extras: Mapping[str, Sequence[Any]],
 ) -> None:
@@ -116,27 +139,7 @@ def log_step(
     tokens = round(values[metrics.LENGTH_MEAN] * stage.config.batch_size)
     shown = {"score": f"{values[metrics.SCORES]:+.2f}", "KL": f"{values[metrics.KL]:.2f}"}
     stage.log(step, {**values, metrics.EPISODES: episodes}, tokens=tokens, shown=shown, logged=logged)
-    samples = []
-    for index, (response, number) in enumerate(list(zip(responses, scores.tolist(), strict=True))[:SHOWN_SAMPLES]):
-        extra = {name: _cell(each[index]) for name, each in extras.items()}
-        samples.append({"split": "train", **_sample(response, number), **({"extra": extra} if extra else {})})
-    stage.log_samples(step, samples)
-
-
-def _sample(response: Response, number: float) -> dict[str, Any]:
-    prompt = response.row.prompt
-    shown = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
-    return {
-        "index": response.row.index,
-        "prompt": shown,
-        "response": response.text,
-        "stopped": response.stopped,
-        "score": number,
-    }
-
-
-def _cell(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | None) else str(value)
+    stage.log_samples(step, train_samples(stage, responses, experiences, scores.tolist(), extras))
 
 
 @torch.no_grad()
@@ -181,7 +184,7 @@ def evaluate(
     stage.log(step, line, shown={metric.name: f"{value:+.2f}" for metric, value in line.items()})
     true_scores = gold.each[scorers.names[0]] if scorers.names else [None] * len(responses)
     samples = [
-        {"split": "eval", **_sample(response, number), "gold": true_score}
+        {"split": "eval", **sample(response, number), "gold": true_score}
         for response, number, true_score in zip(responses, scores, true_scores, strict=True)
     ]
     stage.log_samples(step, stage.gather(samples))

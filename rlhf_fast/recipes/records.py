@@ -50,6 +50,10 @@ class Records:
             settings = {key: _flat(value) for key, value in asdict(self._config).items()}
             self._processes.accelerator.init_trackers("rlhf-fast", config=settings, init_kwargs={"wandb": run})
 
+    def rewind(self, step: int) -> None:
+        """Drops the lines of later steps, which will be repeated."""
+        self._log = RunLog(self._folder, resume_step=step)
+
     def start_progress(self, step: int, total: int) -> None:
         self._progress = Progress(self._name, total, start=step, enabled=self._processes.main).__enter__()
 

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from rlhf_fast.models import adapters
 from rlhf_fast.ops import pairwise_loss
 from rlhf_fast.recipes.memory import MICRO_BATCH, memory_for, response_lengths, sampling_lengths
 from rlhf_fast.recipes.pairs import both_lengths, length_difference, pair_lengths, quality_figures, quality_rows
+from rlhf_fast.recipes.reward_card import Calibration, HeldOut, write_card
 from rlhf_fast.recipes.rows import load_prompts, load_rows
 from rlhf_fast.recipes.stage import Stage, seeded
-from rlhf_fast.rewards.quality import Quality, assess
+from rlhf_fast.rewards.quality import assess
 from rlhf_fast.rollout import collate_episodes, generate
 
 ROLE, SFT = "reward", "sft"
@@ -41,9 +44,9 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
     total = config.max_steps or math.ceil(len(rows) * config.num_train_epochs / config.batch_size)
     stage.start([ROLE], total, values={"evaluated": False})
 
-    quality = None
+    found = None
     if held_out and not stage.values["evaluated"]:
-        quality = evaluate(stage, held_out, step=0)
+        found = evaluate(stage, held_out, step=0)
         stage.values["evaluated"] = True
     with stage:
         for step in stage.steps():
@@ -70,11 +73,13 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
             tokens = sum(len(row.chosen_ids) + len(row.rejected_ids) for row in batch)
             stage.log(step, values, tokens=tokens, shown={"loss": f"{loss:.3f}"})
             if held_out and stage.evaluation_due(step):
-                quality = evaluate(stage, held_out, step=step)
+                found = evaluate(stage, held_out, step=step)
 
-    if held_out and quality is None:  # resumed after its last step
-        quality = evaluate(stage, held_out, step=None)
-    return finish(stage, quality, calibrate(stage, sft, prompts))
+    if held_out and found is None:  # resumed after its last step
+        found = evaluate(stage, held_out, step=None)
+    if found is not None:
+        found = tried(stage, held_out, found)
+    return finish(stage, found, calibrate(stage, sft, prompts))
 
 
 def score_pairs(
@@ -90,16 +95,22 @@ def score_pairs(
 
 
 @torch.no_grad()
-def evaluate(stage: Stage[RewardConfig], rows: Sequence[PairRow], *, step: int | None) -> Quality:
-    """Quality on held-out pairs, logged under ``step`` if it is given."""
-    found: list[tuple[float, float, int]] = []
-    by_length = sorted(stage.share(rows), key=lambda row: len(row.chosen_ids))
-    for part in stage.micro_batches(by_length, both_lengths(by_length)):
-        with memory_for(stage, "evaluation", pair_lengths(part), *MEMORY):
-            chosen, rejected, _ = score_pairs(stage, part)
-        lengths = [length_difference(row) for row in part]
-        found += zip(chosen.tolist(), rejected.tolist(), lengths, strict=True)
-    quality = assess(*torch.tensor(stage.gather(found), dtype=torch.float64).unbind(dim=1))
+def held_out_scores(stage: Stage[RewardConfig], rows: Sequence[PairRow]) -> torch.Tensor:
+    """(N, 2) float64: the scores of the chosen and of the rejected side, in the order of ``rows``."""
+    found: list[tuple[int, float, float]] = []
+    own = sorted(stage.share(list(enumerate(rows))), key=lambda item: len(item[1].chosen_ids))
+    for part in stage.micro_batches(own, both_lengths([row for _, row in own])):
+        pairs = [row for _, row in part]
+        with memory_for(stage, "evaluation", pair_lengths(pairs), *MEMORY):
+            chosen, rejected, _ = score_pairs(stage, pairs)
+        found += zip([place for place, _ in part], chosen.tolist(), rejected.tolist(), strict=True)
+    return torch.tensor([scores for _, *scores in sorted(stage.gather(found))], dtype=torch.float64)
+
+
+def evaluate(stage: Stage[RewardConfig], rows: Sequence[PairRow], *, step: int | None) -> HeldOut:
+    """Scores and quality on held-out pairs, logged under ``step`` if it is given."""
+    scores = held_out_scores(stage, rows)
+    quality = assess(scores[:, 0], scores[:, 1], torch.tensor([length_difference(row) for row in rows]))
     if step is not None:
         line: dict[Metric, float] = {
             metrics.EVAL_PAIRS: quality.pairs,
@@ -116,11 +127,40 @@ def evaluate(stage: Stage[RewardConfig], rows: Sequence[PairRow], *, step: int |
             line[metrics.NOISE_CEILING] = stage.config.label_noise_ceiling
         stage.log(step, line, shown={"accuracy": f"{quality.accuracy:.1%}"})
         stage.report()
-    return quality
+    return HeldOut(rows, quality, scores)
+
+
+def tried(stage: Stage[RewardConfig], rows: Sequence[PairRow], found: HeldOut) -> HeldOut:
+    """``found`` with the scores of responses cut to half their tokens, and of a quarter of the pairs with their sides
+    exchanged: together less than one more pass over the pairs, since the cut ones are shorter."""
+    exchanged = [
+        replace(
+            row,
+            chosen_ids=row.rejected_ids,
+            rejected_ids=row.chosen_ids,
+            chosen_response_length=row.rejected_response_length,
+            rejected_response_length=row.chosen_response_length,
+        )
+        for row in rows[: max(1, len(rows) // 4)]
+    ]
+    half = held_out_scores(stage, [halved(row) for row in rows])
+    return found._replace(half=half, exchanged=held_out_scores(stage, exchanged))
+
+
+def halved(row: PairRow) -> PairRow:
+    """The pair with each response cut to half its tokens, rounded up."""
+    chosen, rejected = row.chosen_response_length // 2, row.rejected_response_length // 2
+    return replace(
+        row,
+        chosen_ids=row.chosen_ids[: len(row.chosen_ids) - chosen],
+        rejected_ids=row.rejected_ids[: len(row.rejected_ids) - rejected],
+        chosen_response_length=row.chosen_response_length - chosen,
+        rejected_response_length=row.rejected_response_length - rejected,
+    )
 
 
 @torch.no_grad()
-def calibrate(stage: Stage[RewardConfig], sft: str | None, prompts: Sequence[PromptRow]) -> tuple[float, float]:
+def calibrate(stage: Stage[RewardConfig], sft: str | None, prompts: Sequence[PromptRow]) -> Calibration:
     """Mean and std of the raw scores of responses sampled from the SFT model. Calibrates the head with them."""
     config = stage.config
     chosen = [prompts[i] for i in epoch_order(len(prompts), config.seed, 0)]
@@ -156,12 +196,12 @@ def calibrate(stage: Stage[RewardConfig], sft: str | None, prompts: Sequence[Pro
         stage.say("reward: every sample of the SFT model has the same score; scores are shifted and not scaled")
         std = 1.0
     head.calibrate(mean, std)
-    return mean, std
+    return Calibration(mean, std, all_scores)
 
 
-def finish(stage: Stage[RewardConfig], quality: Quality | None, constants: tuple[float, float]) -> dict[str, Any]:
+def finish(stage: Stage[RewardConfig], found: HeldOut | None, constants: Calibration) -> dict[str, Any]:
     config = stage.config
-    mean, std = constants
+    mean, std, _ = constants
     figures: dict[str, Any] = {
         "dataset": config.dataset_name,
         "base": config.model_name_or_path,
@@ -171,7 +211,8 @@ def finish(stage: Stage[RewardConfig], quality: Quality | None, constants: tuple
     table: list[tuple[str, str, str]] = [
         ("steps", str(stage.step), f"data {config.dataset_name}, base {config.model_name_or_path}")
     ]
-    if quality is not None:
+    if found is not None:
+        quality = found.quality
         ceiling = config.label_noise_ceiling
         if ceiling is not None:
             figures["label_noise_ceiling"] = ceiling
@@ -180,4 +221,5 @@ def finish(stage: Stage[RewardConfig], quality: Quality | None, constants: tuple
         for warning in quality.warnings(ceiling):
             stage.say(f"reward: {warning}")
     table.append(("scores of SFT samples", f"{mean:+.3f} ± {std:.3f}", "shifted and scaled to 0 ± 1 for PPO"))
-    return stage.finish(figures, table, roles={ROLE: "adapter"})
+    card = partial(write_card, config=config, steps=stage.step, found=found, calibration=constants)
+    return stage.finish(figures, table, roles={ROLE: "adapter"}, also=card)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
 from rlhf_fast.config import StageConfig
 from rlhf_fast.data import (
     DataReport,
@@ -55,12 +57,16 @@ def _split_rows(
             if not held_out:
                 raise UserError(f"{config.eval_dataset_name}: every held-out prompt is trained on; name other data")
         return rows, held_out
+    return hold_out(config, rows)
+
+
+def hold_out(config: StageConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows): eval_size of ``rows`` held out, by prompt."""
     size = int(config.eval_size) if config.eval_size >= 1 or config.eval_size == 0 else config.eval_size
     try:
-        train, held_out = split_train_eval(rows, size, config.seed)
+        return split_train_eval(rows, size, config.seed)
     except UserError as error:
         raise UserError(f"{config.dataset_name}, --eval_size {config.eval_size:g}: {error}") from error
-    return train, held_out
 
 
 def load_prompts(stage: Stage[StageConfig], name: str, split: str, max_length: int) -> list[PromptRow]:
@@ -77,13 +83,29 @@ def _read(
     limit: int | None,
     purpose: str = "",
 ) -> Any:
-    config = stage.config
-    dataset = load_dataset(name, split=split, rename=config.rename_columns, limit=limit, strict=config.strict)
-    reading = Reading(config.strict, config.max_unusable_rows, config.special_tokens_in_data)
-    rows, report = encode(dataset, stage.base.tokenizer, max_length=max_length, source=name + purpose, reading=reading)
+    dataset = open_table(stage.config, name, split, limit)
+    rows, report = encode_table(stage.config, stage.base.tokenizer, encode, dataset, max_length, name + purpose)
     for line in [*report.lines(), report.form()]:
         stage.say(line)
     for row in rows:
         ids = [*row.chosen_ids, *row.rejected_ids] if isinstance(row, PairRow) else row.input_ids
         stage.base.check_tokens(name, row.index, ids)
     return rows
+
+
+def open_table(config: StageConfig, name: str, split: str, limit: int | None) -> Any:
+    """A data set's rows as the config reads them: with its renames, before they are encoded."""
+    return load_dataset(name, split=split, rename=config.rename_columns, limit=limit, strict=config.strict)
+
+
+def encode_table(
+    config: StageConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[..., Any],
+    dataset: Any,
+    max_length: int,
+    source: str,
+) -> tuple[Any, DataReport]:
+    """``encode`` is sft_rows, preference_rows or prompt_rows; returns what it returns."""
+    reading = Reading(config.strict, config.max_unusable_rows, config.special_tokens_in_data)
+    return encode(dataset, tokenizer, max_length=max_length, source=source, reading=reading)

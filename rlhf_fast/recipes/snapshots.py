@@ -129,13 +129,17 @@ class Snapshots:
 
     def _restore_schedule(self, saved: dict[str, Any]) -> None:
         """Restores the position in the schedule; peak rate and curve come from the config, as for a new run."""
-        peaks = self._scheduler.base_lrs
+        peak = float(self._scheduler.base_lrs[0])
         unset = [None] * len(self._optimizer.param_groups)  # keeps the lambdas, which come from the config
         self._scheduler.load_state_dict({**saved, "lr_lambdas": unset})
-        self._scheduler.base_lrs = peaks
-        factors = [curve(self._scheduler.last_epoch) for curve in self._scheduler.lr_lambdas]
-        self._scheduler._last_lr = [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
-        for group, rate in zip(self._optimizer.param_groups, self._scheduler._last_lr, strict=True):
+        self.set_peak(peak)
+
+    def set_peak(self, peak: float) -> None:
+        """Sets the peak learning rate of the schedule, and the rate that it gives for the next step."""
+        self._scheduler.base_lrs = [peak] * len(self._optimizer.param_groups)
+        rates = [peak * curve(self._scheduler.last_epoch) for curve in self._scheduler.lr_lambdas]
+        self._scheduler._last_lr = list(rates)
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
     def _restore_role(self, path: Path, role: str, changed: Changes | None) -> None:

@@ -10,7 +10,7 @@ import copy
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -29,10 +29,11 @@ from rlhf_fast.models import adapters
 from rlhf_fast.recipes.heap import Heap
 from rlhf_fast.recipes.identity import identity, told
 from rlhf_fast.recipes.opening import open_base, open_optimizer
-from rlhf_fast.recipes.output import OutputFolder, open_output
+from rlhf_fast.recipes.output import VERDICTS, OutputFolder, open_output
 from rlhf_fast.recipes.processes import Item, Processes
 from rlhf_fast.recipes.records import Records, check_trackers, peak_memory
 from rlhf_fast.recipes.snapshots import Snapshots, under
+from rlhf_fast.recipes.watch import Watch, react
 from rlhf_fast.signals import Interruptible
 from rlhf_fast.text import one_line, shown
 
@@ -66,6 +67,7 @@ class Stage(Processes, Generic[Config]):
         self.name, self.folder = name, Path(config.output_dir)
         super().__init__(Accelerator(log_with=config.report_to or None, project_dir=str(self.folder / "runs")))
         self._records = Records(name, config, self)
+        self._watch = Watch(config.monitor_thresholds, self.say)
         self._output: OutputFolder | None = None  # set in the main process, the only one that writes
         self._resume_path = self.on_main_first(self._open_output)
         set_seed(config.seed)
@@ -101,6 +103,10 @@ class Stage(Processes, Generic[Config]):
         if self._resume_path is not None:
             self._resume(self._resume_path)
         self._records.open(self._output, self.step if self._resume_path is not None else None)
+        self._set_learning_rate()
+        if self._output is not None:
+            self._output.claim(VERDICTS)
+            self._watch.open(self.folder)
 
     def _resume(self, path: Path) -> None:
         fresh = self.values
@@ -184,6 +190,8 @@ class Stage(Processes, Generic[Config]):
             heap.after_step()
             self._scheduler.step()
             self.step += 1
+            for verdict in self.gather(self._watch.look(self.step)):
+                react(self, verdict)
             if self.step % every == 0 or self.step == self.total or self.stopped_early:
                 self._snapshot = self._snapshots.take(self.step, self.values)
                 self._claim(f"{checkpoint.PREFIX}{self.step}")
@@ -237,6 +245,32 @@ class Stage(Processes, Generic[Config]):
     def learning_rate(self) -> float:
         return self._optimizer.param_groups[0]["lr"]
 
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiplies the learning rate by ``factor`` from the next step on, also in runs that resume this one."""
+        self.values["learning_rate_scale"] = self.values.get("learning_rate_scale", 1.0) * factor
+        self._set_learning_rate()
+        self.say(f"{self.name}: learning rate times {factor:g} from step {self.step + 1} on")
+
+    def _set_learning_rate(self) -> None:
+        peak = self.config.learning_rate * self.values.get("learning_rate_scale", 1.0)
+        self._snapshots.set_peak(peak)
+
+    def roll_back(self, step: int) -> bool:
+        """Restores the newest checkpoint from before ``step``; False if there is none. All processes must call."""
+        whole = [path for path in checkpoint.list_checkpoints(self.folder) if checkpoint.step_of(path.name) < step]
+        path = next((path for path in reversed(whole) if checkpoint.damage(path) is None), None)
+        if path is None:
+            return False
+        scale = self.values.get("learning_rate_scale", 1.0)
+        self.step, self.values, _ = self._snapshots.restore(path)
+        self.values["learning_rate_scale"] = scale
+        if self._output is not None:
+            checkpoint.drop_after(self.folder, self.step)
+            self._records.rewind(self.step)
+            self._watch.open(self.folder)
+        self.say(f"{self.name}: rolled back to {path}")
+        return True
+
     def evaluation_due(self, step: int, *, times: int = 10) -> bool:
         """True after every eval_steps steps (unset: ``times`` times per run) and after the last step."""
         every = self.config.eval_steps or max(1, math.ceil(self.total / times))
@@ -274,22 +308,34 @@ class Stage(Processes, Generic[Config]):
             }
             texts["speed"] = f"{tokens / seconds:.0f} tok/s"
         self._records.show(step, texts)
+        line = {metrics.declared(self.name, metric).name: value for metric, value in values.items()}
+        line |= logged or {}
+        self._watch.metrics(line)
         if tokens is None or step % self.config.logging_steps == 0 or step == self.total:
-            line = {metrics.declared(self.name, metric).name: value for metric, value in values.items()}
-            self._records.metrics(step, line | dict(logged or {}))
+            self._records.metrics(step, line)
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._watch.samples(rows)
         self._records.samples(step, rows)
 
     def report(self) -> None:
+        self._watch.write()
         self._records.report()
 
     def finish(
-        self, figures: dict[str, Any], rows: list[tuple[str, str, str]], roles: dict[str, str]
+        self,
+        figures: dict[str, Any],
+        rows: list[tuple[str, str, str]],
+        roles: dict[str, str],
+        also: Callable[[Path], None] | None = None,
     ) -> dict[str, Any]:
-        """Writes the final adapters (role -> folder name), summary and report, and prints the table."""
+        """Writes the final adapters (role -> folder name), summary and report, and prints the table.
+
+        ``also`` writes further files into the folder of each adapter.
+        """
         for role, name in roles.items():
-            self._save_adapter(role, name)
+            self._save_adapter(role, name, also=also)
+        self._watch.write()
         figures = self._records.close(figures, rows, self.step)
         self._release()
         return figures
@@ -315,12 +361,20 @@ class Stage(Processes, Generic[Config]):
         for role in self._snapshots.roles:
             self._save_adapter(role, name, under(f"{role}/", self._snapshots.best))
 
-    def _save_adapter(self, role: str, name: str, parameters: dict[str, torch.Tensor] | None = None) -> None:
+    def _save_adapter(
+        self,
+        role: str,
+        name: str,
+        parameters: dict[str, torch.Tensor] | None = None,
+        also: Callable[[Path], None] | None = None,
+    ) -> None:
         """Writes a role and the tokenizer in PEFT's format to the stage's folder, replacing the folder as a whole."""
         if self._output is not None:
             with checkpoint.whole_folder(self._output.claim(name)) as work:
                 adapters.save_role(self.base, role, work, parameters=parameters)
                 self.base.tokenizer.save_pretrained(work)
+                if also is not None:
+                    also(work)
 
     def _claim(self, name: str) -> None:
         if self._output is not None:

@@ -72,7 +72,7 @@ def assess(chosen: torch.Tensor, rejected: torch.Tensor, length_difference: torc
         length_correlation=_correlation(margin, lengths),
         length_accuracy=max(longer, 1 - longer),
         calibration_error=error,
-        margin_buckets=_buckets(margin.abs(), right),
+        margin_buckets=buckets(margin.abs(), right),
         reliability=reliability,
     )
 
@@ -85,7 +85,8 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _buckets(size: torch.Tensor, right: torch.Tensor) -> list[dict[str, float]]:
+def buckets(size: torch.Tensor, right: torch.Tensor) -> list[dict[str, float]]:
+    """Accuracy by fifths of ``size`` (N,): low, high, accuracy, count. ``right`` (N,): 1 = ranked right, 0.5 a tie."""
     order = size.argsort()
     return [
         {

@@ -1,5 +1,6 @@
 """A synthetic run folder with every chart, written by the package's writers; and a disk that fills up."""
 
+import json
 import math
 import resource
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ def write_sft(folder: Path, steps: int = 60) -> None:
             log.metrics(step, {"eval_loss": 1.72 + 1.6 * math.exp(-step / 15)})
     log.samples(steps, [{"split": "eval", "index": 0, "prompt": "Say hello.", "response": "Hello."}])
     figures = {
-        "validation loss": {"value": 1.7493, "note": "nats per token"},
+        "validation_loss": {"value": 1.7493, "note": "best, at step 60"},
+        "validation_loss_first": 3.3,
         "steps": steps,
         "training tokens": 1234567,
         "dataset": "demo/kind <sea>",
@@ -54,9 +56,9 @@ def write_reward(folder: Path, steps: int = 80) -> None:
     ]
     figures = {
         "accuracy": {"value": 0.7769, "low": 0.752, "high": 0.801, "note": "held-out pairs"},
-        "expected calibration error": 0.0231,
+        "calibration_error": 0.0231,
         "label_noise_ceiling": 0.85,
-        "score of an empty response": math.nan,
+        "margin": math.nan,
         "reliability": reliability,
         "margin_buckets": margins,
     }
@@ -81,18 +83,34 @@ def write_ppo(folder: Path, steps: int = 100, *, ended: bool = True) -> None:
             "perf/seconds_rollout": 6.1 + noise.gauss(0, 0.2),
             "perf/seconds_score": 1.2,
             "perf/seconds_update": 4.4 + noise.gauss(0, 0.1),
+            "perf/peak_memory": 1.5,
         }
         log.metrics(step, values)
+        if step:
+            log.samples(step, [train_sample(step, done, why) for why in ("first", "highest_kl")])
         if step % 10 == 0:
             log.metrics(step, {"eval/gold": 1.5 * math.sin(2.2 * done), "eval/scores": 2.3 * (1 - math.exp(-2 * done))})
             log.samples(step, [sample(step, done, index) for index in range(15)])
     if ended:
         figures = {
-            "gold score": {"value": 1.213, "low": 1.08, "high": 1.34, "note": "held-out prompts"},
-            "reward-model score": 2.21,
-            "KL": {"value": 8.3, "note": "nats per response"},
+            "gold_gain": {"value": 1.213, "low": 1.08, "high": 1.34, "note": "64 held-out prompts"},
+            "scores_gain": {"value": 2.2, "low": 2.1, "high": 2.3},
+            "scores_ppo": 2.21,
+            "kl_last_third": {"value": 8.3, "note": "target 6"},
+            "my own": 5,
         }
         write_summary(folder, "ppo", figures)
+        verdict = {
+            "name": "kl_explosion",
+            "first_step": round(0.4 * steps),
+            "last_step": round(0.6 * steps),
+            "confidence": 0.85,
+            "metrics": ["objective/kl", "objective/scores", "val/ratio"],
+            "samples": [train_sample(steps, 1.0, "highest_kl")],
+            "reason": "KL rose from 2 to 20 nats, more than three times its target.",
+            "advice": "Lower the learning rate <half>.",
+        }
+        (folder / "verdicts.json").write_text(json.dumps({"verdicts": [verdict]}), encoding="utf-8")
 
 
 def sample(step: int, done: float, index: int) -> dict[str, object]:
@@ -104,6 +122,27 @@ def sample(step: int, done: float, index: int) -> dict[str, object]:
         "response": f"It is wide \x1b[0m and {'blue, calm and generous' if step else 'wet'}.\nstep {step} row {index}",
         "score": 2.0 * done + index / 10,
         "gold": None if index == 1 else 1.1 * done,
+        "length": 12 + index + (8 if step else 0),
+        "stopped": True,
+    }
+
+
+def train_sample(step: int, done: float, why: str) -> dict[str, object]:
+    tokens = [HOSTILE, " is", " wide\n", "\u202eand", "\x1b[31m", " b" + "l" * 300 + "ue", "."]
+    return {
+        "step": step,
+        "split": "train",
+        "index": step,
+        "prompt": "Write about the sea.",
+        "response": "".join(tokens),
+        "stopped": False,
+        "score": 2.0 * done,
+        "kl": 1.0 + 3 * done,
+        "length": len(tokens),
+        "why": why,
+        "tokens": tokens,
+        "token_kl": [0.0, 0.2, 0.7, 2.5, -0.3, -1.0, -4.0],
+        "token_advantage": [1.0, -0.2, 0.05, 0.0, 3.0, -3.0, 0.7],
     }
 
 

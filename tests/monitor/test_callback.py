@@ -2,22 +2,16 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from transformers import TrainerControl, TrainerState
 
 from rlhf_fast.monitor.callback import MonitorCallback
+from rlhf_fast.verdicts import Verdict
 
-
-@dataclass(frozen=True)
-class Verdict:
-    name: str = "kl_explosion"
-    first_step: int = 4
-    confidence: float = 0.875
-    reason: str = "KL rose to 40\x1b[2J."
-    advice: str = "Raise kl_coef."
+REASON, ADVICE = "KL rose to 40\x1b[2J", "Raise kl_coef."
+VERDICT = Verdict("kl_explosion", 4, 5, 0.875, ["objective/kl"], [], REASON, ADVICE)
 
 
 class Watch:
@@ -30,7 +24,7 @@ class Watch:
         self.calls.append((step, dict(metrics)))
         if step == 9:
             raise RuntimeError("no\nmemory")
-        return [Verdict()] if step == 5 else []
+        return [VERDICT] if step == 5 else []
 
 
 def log(callback: MonitorCallback, step: int, *logs: dict[str, Any], first: bool = True) -> bool:
@@ -44,7 +38,7 @@ def log(callback: MonitorCallback, step: int, *logs: dict[str, Any], first: bool
 
 
 def test_logs_reach_the_monitor_under_our_names_and_verdicts_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    watch, acted = Watch(), []
+    watch, acted = Watch(), list[Verdict]()
     callback = MonitorCallback(watch, actions=[acted.append])
     grpo = {"kl": 0.5, "completions/mean_length": 20.0, "reward": float("nan"), "learning_rate": 0.1, "note": "text"}
     assert not log(callback, 4, grpo) and not log(callback, 5, {"loss": 1.0, "epoch": 1}, {"eval_reward": 0.5})
@@ -53,9 +47,9 @@ def test_logs_reach_the_monitor_under_our_names_and_verdicts_are_told(capsys: py
         (4, {"objective/kl": 10.0, "response/length_mean": 20.0, "lr": 0.1}),
         (5, {"loss": 1.0, "epoch": 1.0, "eval/scores": 0.5}),
     ]
-    assert acted == [Verdict()]
+    assert acted == [VERDICT]
     told = capsys.readouterr().err
-    assert told == ("rlhf-fast: kl_explosion since step 4 (confidence 0.88): KL rose to 40\\x1b[2J. Raise kl_coef.\n")
+    assert told == "monitor: KL explosion since step 4 (confidence 88%): KL rose to 40\\x1b[2J. Raise kl_coef.\n"
 
 
 def test_a_verdict_stops_the_training_where_that_is_asked_for() -> None:
@@ -67,7 +61,7 @@ def test_a_monitor_or_an_action_that_fails_is_told_once_and_stops_nothing(capsys
     watch = Watch()
     callback = MonitorCallback(watch, stop=True)
     assert not log(callback, 9, {"loss": 1.0}) and not log(callback, 10, {"loss": 1.0})
-    line = "rlhf-fast: the monitor failed at step 9 and is off from now on: RuntimeError: no memory\n"
+    line = "monitor: it failed at step 9 and is off from now on: RuntimeError: no memory\n"
     assert capsys.readouterr().err == line and len(watch.calls) == 1
 
     def fail(verdict: Any) -> None:
@@ -75,7 +69,7 @@ def test_a_monitor_or_an_action_that_fails_is_told_once_and_stops_nothing(capsys
 
     callback = MonitorCallback(Watch(), actions=[fail], stop=True)
     assert log(callback, 5, {"loss": 1.0}) and log(callback, 5, {"loss": 1.0})
-    line = "rlhf-fast: an action of the monitor failed at step 5 and is off from now on: OSError: no network"
+    line = "monitor: an action failed at step 5 and is off from now on: OSError: no network"
     assert capsys.readouterr().err.splitlines()[1::2] == [line]
 
 

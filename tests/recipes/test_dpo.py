@@ -42,7 +42,7 @@ def test_learns_a_difference_that_is_there(dpo_config, trained, tmp_path):
     evaluation = [line for line in lines(tmp_path / "dpo") if "eval_loss" in line][-1]
     assert evaluation["eval_rewards/accuracies_low"] < evaluation["eval_rewards/accuracies"] == 1.0
     report = (tmp_path / "dpo" / "report.html").read_text()
-    assert "<title>Implicit rewards</title>" in report and "Reliability" in report
+    assert "<h3>Implicit rewards</h3>" in report and "Reliability" in report
 
 
 @pytest.mark.parametrize("with_sft", [False, True])

@@ -19,7 +19,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models import SharedBase
 from rlhf_fast.models.builtin import tiny_model
 from rlhf_fast.ops import linear_policy_loss
-from rlhf_fast.recipes import experience, ppo, ppo_report
+from rlhf_fast.recipes import diversity, experience, ppo, ppo_report
 from rlhf_fast.recipes.experience import check_first_ratio, check_start
 
 
@@ -348,8 +348,8 @@ def test_paired_interval_by_hand():
 
 
 def test_distinct_2_by_hand():
-    assert ppo_report.distinct_2([[1, 2, 1, 2], [1, 2]]) == 2 / 4  # 12 21 12 | 12
-    assert ppo_report.distinct_2([[5], []]) == 1.0
+    assert diversity.distinct_2([[1, 2, 1, 2], [1, 2]]) == 2 / 4  # 12 21 12 | 12
+    assert diversity.distinct_2([[5], []]) == 1.0
 
 
 def test_reward_functions_get_columns_and_are_summed_with_the_model(ppo_config, tmp_path):

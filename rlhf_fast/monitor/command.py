@@ -1,0 +1,80 @@
+"""`rlhf-fast monitor RUN_OR_LOG`: what went wrong in a run, from its logs."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.padding import Padding
+from rich.text import Text
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.monitor.foreign import read_log
+from rlhf_fast.monitor.monitor import watch
+from rlhf_fast.monitor.terminal import Terminal
+from rlhf_fast.monitor.verdict import as_json
+from rlhf_fast.text import one_line, printable, tell, unread_allowed
+from rlhf_fast.verdicts import Verdict
+
+FOUND = 3  # the exit code where there is a verdict
+STAGES = ("sft", "reward", "dpo", "ppo")
+
+
+def monitor(path: Path, thresholds: Mapping[str, float], *, as_text: bool) -> int:
+    """Prints the verdicts on a run or log; returns 0, or FOUND where there is one.
+
+    Args:
+        path: a run's folder, a stage's folder, or a log file.
+        thresholds: name -> number, as :class:`~rlhf_fast.monitor.Monitor` takes them.
+        as_text: for a person; otherwise as JSON, with the stage beside each verdict.
+
+    Raises:
+        UserError: no log there, a broken one, an unknown threshold.
+    """
+    found = [(stage, verdict) for stage, folder in _stages(path) for verdict in _verdicts(folder, thresholds)]
+    if as_text:
+        _print(path, found)
+    else:
+        entries = as_json([verdict for _, verdict in found])
+        for (stage, _), entry in zip(found, entries["verdicts"], strict=True):
+            entry["stage"] = stage
+        tell(json.dumps(entries, indent=1), sys.stdout)
+    return FOUND if found else 0
+
+
+def _stages(path: Path) -> list[tuple[str, Path]]:
+    """(stage or "", folder or file) of each log under ``path``."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a run's folder, a stage's folder, or a log file")
+    whole = [(stage, path / stage) for stage in STAGES if (path / stage / "metrics.jsonl").exists()]
+    return whole or [("", path)]
+
+
+def _verdicts(path: Path, thresholds: Mapping[str, float]) -> list[Verdict]:
+    log = read_log(path)
+    return watch(log.rows, log.samples, thresholds).verdicts
+
+
+def _print(path: Path, found: list[tuple[str, Verdict]]) -> None:
+    if not found:
+        tell(f"{path}: nothing found", sys.stdout)
+        return
+    parts: list[Any] = []
+    for stage, verdict in found:
+        steps = f"steps {verdict.first_step:,} to {verdict.last_step:,}, confidence {verdict.confidence:.0%}"
+        where = f"{stage}: " if stage else ""
+        parts.append(Text(f"{where}{verdict.title} ({verdict.name}), {steps}", style="bold"))
+        body = [Text(f"{verdict.reason[0].upper()}{printable(verdict.reason[1:])}.")]
+        body.append(Text(f"Metrics: {', '.join(verdict.metrics)}", style="dim"))
+        for sample in verdict.samples:
+            numbers = [
+                f"{key} {sample[key]:.3g}" for key in ("score", "kl") if isinstance(sample.get(key), int | float)
+            ]
+            said = one_line(str(sample.get("response", "")), 160)
+            body.append(Text(f"  step {sample['step']}, {', '.join(numbers)}: {said}"))
+        body.append(Text(f"Try: {verdict.advice}"))
+        parts.append(Padding(Group(*body), (0, 0, 1, 2)))
+    with unread_allowed(sys.stdout):
+        Terminal().print(Group(*parts))
