@@ -4,31 +4,15 @@ Import it from here: the rest of ``rlhf_fast.monitor`` does not need transformer
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_fast.monitor.foreign_names import finite, kind_of, renamed
+from rlhf_fast.monitor.monitor import Monitor
 from rlhf_fast.text import one_line, tell
-
-
-class Finding(Protocol):
-    """What the callback reads of a verdict."""
-
-    name: str
-    first_step: int
-    confidence: float
-    reason: str
-    advice: str
-
-
-class Watching(Protocol):
-    """What the callback needs of a monitor."""
-
-    def update(
-        self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]] = ()
-    ) -> Sequence[Finding]: ...
+from rlhf_fast.verdicts import Verdict
 
 
 class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not type-checked
@@ -40,19 +24,15 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
     What is logged at a step reaches the monitor when the next one begins, so that an evaluation is part of its step.
 
     Args:
-        monitor: with ``update(step, metrics)``, which returns the verdicts that are new. None: ``Monitor()``.
+        monitor: None: ``Monitor()``.
         actions: functions that are called with each new verdict.
         stop: end the training at the first verdict, after the step that follows.
     """
 
     def __init__(
-        self, monitor: Watching | None = None, actions: Sequence[Callable[[Any], object]] = (), *, stop: bool = False
+        self, monitor: Monitor | None = None, actions: Sequence[Callable[[Verdict], object]] = (), *, stop: bool = False
     ) -> None:
-        if monitor is None:
-            from rlhf_fast.monitor.monitor import Monitor  # type: ignore[import-not-found]
-
-            monitor = Monitor()
-        self.monitor, self._actions, self._stop = monitor, list(actions), stop
+        self.monitor, self._actions, self._stop = monitor or Monitor(), list(actions), stop
         self._names: set[str] = set()
         self._step = 0
         self._held: dict[str, float] | None = None  # logged at this step and not yet given to the monitor
@@ -69,9 +49,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         if self._step != state.global_step:
             self._give(state, control)
         self._step = state.global_step
-        self._held = (self._held or {}) | finite(
-            logs or {}
-        )  # an evaluation logs at the step that has been logged before
+        # an evaluation logs at the step that has been logged before
+        self._held = (self._held or {}) | finite(logs or {})
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
@@ -105,7 +84,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             _tell_failure("the monitor", step, error)
             return False
         for verdict in verdicts:
-            tell(one_line(describe(verdict)))
+            tell(one_line(f"rlhf-fast: {verdict.told()}"))
             for action in list(self._actions):
                 try:
                     action(verdict)
@@ -118,10 +97,3 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
 def _tell_failure(who: str, step: int, error: Exception) -> None:
     what = f"{type(error).__name__}: {error}"
     tell(one_line(f"rlhf-fast: {who} failed at step {step} and is off from now on: {what}"))
-
-
-def describe(verdict: Finding) -> str:
-    return (
-        f"rlhf-fast: {verdict.name} since step {verdict.first_step} (confidence {verdict.confidence:.2f}): "
-        f"{verdict.reason} {verdict.advice}"
-    )

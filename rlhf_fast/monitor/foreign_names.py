@@ -11,7 +11,7 @@ from typing import Any
 
 import rlhf_fast.metrics as metrics  # "from rlhf_fast import metrics" would import torch
 from rlhf_fast.metrics import Metric
-from rlhf_fast.monitor.axes import number
+from rlhf_fast.monitor.numbers import number
 
 OURS = "rlhf-fast"
 LENGTH = metrics.LENGTH_MEAN.name

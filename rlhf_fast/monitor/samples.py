@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.monitor.axes import number
 from rlhf_fast.monitor.foreign import read_log
+from rlhf_fast.monitor.numbers import number
 
 Row = Mapping[str, Any]
 KEYS = ("step", "score", "kl", "length")  # what samples are sorted by

@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 
 from rich.text import Text
 
-from rlhf_fast.monitor.axes import format_number, number
+from rlhf_fast.monitor.numbers import format_number, number
 from rlhf_fast.monitor.samples import SFT_STEP, Order, Row, Samples
 from rlhf_fast.monitor.terminal import Terminal
 from rlhf_fast.text import one_line, printable, unread_allowed

@@ -2,22 +2,15 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from transformers import TrainerControl, TrainerState
 
 from rlhf_fast.monitor.callback import MonitorCallback
+from rlhf_fast.verdicts import Verdict
 
-
-@dataclass(frozen=True)
-class Verdict:
-    name: str = "kl_explosion"
-    first_step: int = 4
-    confidence: float = 0.875
-    reason: str = "KL rose to 40\x1b[2J."
-    advice: str = "Raise kl_coef."
+FOUND = Verdict("kl_explosion", 4, 5, 0.875, ["objective/kl"], [], "KL rose to 40\x1b[2J", "Raise kl_coef.")
 
 
 class Watch:
@@ -30,7 +23,7 @@ class Watch:
         self.calls.append((step, dict(metrics)))
         if step == 9:
             raise RuntimeError("no\nmemory")
-        return [Verdict()] if step == 5 else []
+        return [FOUND] if step == 5 else []
 
 
 def log(callback: MonitorCallback, step: int, *logs: dict[str, Any], first: bool = True) -> bool:
@@ -53,9 +46,9 @@ def test_logs_reach_the_monitor_under_our_names_and_verdicts_are_told(capsys: py
         (4, {"objective/kl": 10.0, "response/length_mean": 20.0, "lr": 0.1}),
         (5, {"loss": 1.0, "epoch": 1.0, "eval/scores": 0.5}),
     ]
-    assert acted == [Verdict()]
+    assert acted == [FOUND]
     told = capsys.readouterr().err
-    assert told == ("rlhf-fast: kl_explosion since step 4 (confidence 0.88): KL rose to 40\\x1b[2J. Raise kl_coef.\n")
+    assert told == ("rlhf-fast: KL explosion since step 4 (confidence 88%): KL rose to 40\\x1b[2J. Raise kl_coef.\n")
 
 
 def test_a_verdict_stops_the_training_where_that_is_asked_for() -> None:
