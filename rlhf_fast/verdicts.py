@@ -112,6 +112,11 @@ class Verdict:
     def title(self) -> str:
         return KINDS[self.name].title
 
+    def told(self) -> str:
+        """The verdict as one line."""
+        since = f"{self.title} since step {self.first_step} (confidence {self.confidence:.0%})"
+        return f"{since}: {self.reason}. {self.advice}"
+
 
 def _at(default: float, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})

@@ -15,7 +15,6 @@ from rlhf_fast.recipes.plan import stage_name
 from rlhf_fast.recipes.stage import MICRO_BATCH_SIZE
 from rlhf_fast.text import tell
 
-
 NOT_PASSED = 4  # the exit code where there are errors
 
 

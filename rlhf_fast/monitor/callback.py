@@ -24,7 +24,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
     What is logged at a step reaches the monitor when the next one begins, so that an evaluation is part of its step.
 
     Args:
-        monitor: the monitor, with thresholds of your own. None: ``Monitor()``.
+        monitor: None: ``Monitor()``.
         actions: functions that are called with each new verdict.
         stop: end the training at the first verdict, after the step that follows.
     """
@@ -81,26 +81,19 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             verdicts = self.monitor.update(step, renamed(kind_of(self._names), numbers))
         except Exception as error:  # somebody else's training must go on
             self._failed = True
-            _tell_failure("it", step, error)
+            _tell_failure("the monitor", step, error)
             return False
         for verdict in verdicts:
-            tell(one_line(describe(verdict)))
+            tell(one_line(f"rlhf-fast: {verdict.told()}"))
             for action in list(self._actions):
                 try:
                     action(verdict)
                 except Exception as error:
                     self._actions.remove(action)
-                    _tell_failure("an action", step, error)
+                    _tell_failure("an action of the monitor", step, error)
         return bool(verdicts)
 
 
 def _tell_failure(who: str, step: int, error: Exception) -> None:
     what = f"{type(error).__name__}: {error}"
-    tell(one_line(f"monitor: {who} failed at step {step} and is off from now on: {what}"))
-
-
-def describe(verdict: Verdict) -> str:
-    return (
-        f"monitor: {verdict.title} since step {verdict.first_step} (confidence {verdict.confidence:.0%}): "
-        f"{verdict.reason}. {verdict.advice}"
-    )
+    tell(one_line(f"rlhf-fast: {who} failed at step {step} and is off from now on: {what}"))

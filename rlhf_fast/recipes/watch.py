@@ -51,10 +51,7 @@ class Watch:
         try:
             new = self._monitor.update(step, found, samples)
             for verdict in new:
-                self._say(
-                    f"monitor: {verdict.title} since step {verdict.first_step} (confidence {verdict.confidence:.0%}): "
-                    f"{verdict.reason}. {verdict.advice}"
-                )
+                self._say(f"monitor: {verdict.told()}")
             if new:
                 self.write()
         except Exception as error:

@@ -27,8 +27,15 @@ MODEL = "--model_name_or_path tiny-random --dtype float32 --lora_r 8 --max_lengt
 TINY = (
     f"ppo {MODEL} --lora_layers 2 --learning_rate 1e-3 --batch_size 24 --micro_batch_size 24 --response_length 16 "
     "--max_steps 28 --dataset_name demo/prompts --max_samples 128 --num_ppo_epochs 2 --kl_target 6 --kl_horizon 200 "
-    "--eval_size 0 --value_coef 0.5 --value_clip 1000 "
+    "--eval_size 0 --value_coef 1 --value_clip 1000 "
 )
+DEMO = (
+    "ppo --model_name_or_path smollm2-135m-instruct --lora_layers 8 --learning_rate 6e-4 --batch_size 16 "
+    "--micro_batch_size 16 --response_length 20 --max_length 96 --max_steps 24 --dataset_name demo/prompts "
+    "--num_ppo_epochs 2 --kl_target 4 --kl_horizon 100 --eval_size 0 --value_coef 0.5 --value_clip 1000 "
+    "--save_steps 1000 "
+)
+GOLD = "rlhf_fast.data.demo.gold:gold "
 NO_END = "--ignore_eos true "
 LETTERS = f"--reward_functions {REWARDS}:letters --eval_functions {REWARDS}:variety "
 FREE = "--kl_coef 0 --kl_target null "
@@ -100,10 +107,10 @@ class Setting:
 
 
 SETTINGS = {
-    "healthy": Setting("", TINY + NO_END + LETTERS),
+    "healthy": Setting("", TINY + NO_END + LETTERS + "--learning_rate 2e-3 "),
     "healthy_short": Setting("", TINY + SHORT + LETTERS),
     "healthy_judged": Setting("", TINY + JUDGED),
-    "healthy_groups": Setting("", TINY + NO_END + LETTERS + NO_CRITIC),
+    "healthy_groups": Setting("", TINY + NO_END + LETTERS + NO_CRITIC + "--learning_rate 2e-3 "),
     "healthy_reward": Setting("", PAIRS + "--dataset_name {pairs} "),
     "healthy_sft": Setting("", SFT),
     "kl_explosion": Setting("kl_explosion", TINY + NO_END + LETTERS + "--learning_rate 0.1 "),
@@ -119,7 +126,8 @@ SETTINGS = {
         TINY
         + NO_END
         + FREE
-        + f"--learning_rate 0.03 --num_ppo_epochs 4 --max_steps 36 --reward_functions {REWARDS}:one_letter ",
+        + "--learning_rate 0.02 --num_ppo_epochs 4 --lora_target_modules all-linear,lm_head "
+        + f"--reward_functions {REWARDS}:one_letter ",
         onset=16,
     ),
     "not_learning": Setting("not_learning", TINY + NO_END + LETTERS + "--learning_rate 1e-7 "),
@@ -136,6 +144,16 @@ SETTINGS = {
     ),
     "no_signal": Setting("no_signal", TINY + NO_END + f"--reward_functions {REWARDS}:constant "),
     "truncation": Setting("truncation", TINY + SHORT + LETTERS, never_ending),
+    "demo_healthy": Setting("", DEMO + f"--reward_functions {GOLD}", seeds=(0, 1)),
+    "demo_kl_explosion": Setting("kl_explosion", DEMO + f"--reward_functions {GOLD}--learning_rate 0.02 ", seeds=(0,)),
+    "demo_sampler_mismatch": Setting(
+        "sampler_mismatch", DEMO + f"--reward_functions {GOLD}", lambda: sampled_at(0.7), seeds=(0,)
+    ),
+    "demo_reward_hacking": Setting(
+        "reward_hacking",
+        DEMO + FREE + f"--learning_rate 2e-3 --reward_functions {REWARDS}:thanks --eval_functions {GOLD}",
+        seeds=(0,),
+    ),
 }
 
 

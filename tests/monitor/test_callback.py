@@ -10,8 +10,7 @@ from transformers import TrainerControl, TrainerState
 from rlhf_fast.monitor.callback import MonitorCallback
 from rlhf_fast.verdicts import Verdict
 
-REASON, ADVICE = "KL rose to 40\x1b[2J", "Raise kl_coef."
-VERDICT = Verdict("kl_explosion", 4, 5, 0.875, ["objective/kl"], [], REASON, ADVICE)
+FOUND = Verdict("kl_explosion", 4, 5, 0.875, ["objective/kl"], [], "KL rose to 40\x1b[2J", "Raise kl_coef.")
 
 
 class Watch:
@@ -24,7 +23,7 @@ class Watch:
         self.calls.append((step, dict(metrics)))
         if step == 9:
             raise RuntimeError("no\nmemory")
-        return [VERDICT] if step == 5 else []
+        return [FOUND] if step == 5 else []
 
 
 def log(callback: MonitorCallback, step: int, *logs: dict[str, Any], first: bool = True) -> bool:
@@ -38,7 +37,7 @@ def log(callback: MonitorCallback, step: int, *logs: dict[str, Any], first: bool
 
 
 def test_logs_reach_the_monitor_under_our_names_and_verdicts_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    watch, acted = Watch(), list[Verdict]()
+    watch, acted = Watch(), []
     callback = MonitorCallback(watch, actions=[acted.append])
     grpo = {"kl": 0.5, "completions/mean_length": 20.0, "reward": float("nan"), "learning_rate": 0.1, "note": "text"}
     assert not log(callback, 4, grpo) and not log(callback, 5, {"loss": 1.0, "epoch": 1}, {"eval_reward": 0.5})
@@ -47,9 +46,9 @@ def test_logs_reach_the_monitor_under_our_names_and_verdicts_are_told(capsys: py
         (4, {"objective/kl": 10.0, "response/length_mean": 20.0, "lr": 0.1}),
         (5, {"loss": 1.0, "epoch": 1.0, "eval/scores": 0.5}),
     ]
-    assert acted == [VERDICT]
+    assert acted == [FOUND]
     told = capsys.readouterr().err
-    assert told == "monitor: KL explosion since step 4 (confidence 88%): KL rose to 40\\x1b[2J. Raise kl_coef.\n"
+    assert told == ("rlhf-fast: KL explosion since step 4 (confidence 88%): KL rose to 40\\x1b[2J. Raise kl_coef.\n")
 
 
 def test_a_verdict_stops_the_training_where_that_is_asked_for() -> None:
@@ -61,7 +60,7 @@ def test_a_monitor_or_an_action_that_fails_is_told_once_and_stops_nothing(capsys
     watch = Watch()
     callback = MonitorCallback(watch, stop=True)
     assert not log(callback, 9, {"loss": 1.0}) and not log(callback, 10, {"loss": 1.0})
-    line = "monitor: it failed at step 9 and is off from now on: RuntimeError: no memory\n"
+    line = "rlhf-fast: the monitor failed at step 9 and is off from now on: RuntimeError: no memory\n"
     assert capsys.readouterr().err == line and len(watch.calls) == 1
 
     def fail(verdict: Any) -> None:
@@ -69,7 +68,7 @@ def test_a_monitor_or_an_action_that_fails_is_told_once_and_stops_nothing(capsys
 
     callback = MonitorCallback(Watch(), actions=[fail], stop=True)
     assert log(callback, 5, {"loss": 1.0}) and log(callback, 5, {"loss": 1.0})
-    line = "monitor: an action failed at step 5 and is off from now on: OSError: no network"
+    line = "rlhf-fast: an action of the monitor failed at step 5 and is off from now on: OSError: no network"
     assert capsys.readouterr().err.splitlines()[1::2] == [line]
 
 

@@ -124,7 +124,7 @@ def watch_ppo(folder: Path) -> list[verdicts.Verdict]:
     "arguments, said",
     [
         (["nowhere"], "nowhere does not exist: give a run's folder"),
-        (["."], "no metrics.jsonl in it"),
+        (["."], "expected a run or stage folder"),
         ([], "RUN_OR_LOG"),
         ([".", "--z", "high"], "--z must be a number; got 'high'"),
     ],
