@@ -133,6 +133,7 @@ class Thresholds:
     kl_per_token: float = _at(1.0, "KL explosion without a target: nats per token.")
     kl_jump: float = _at(4.0, "KL explosion: KL above so many times its median of the 10 steps before.")
 
+    gold_z: float = _at(4.0, "Reward hacking: a gold score has fallen from so many standard errors on.")
     diversity_fall: float = _at(0.25, "Reward hacking: distinct_2 lower by this share.")
     repetition_rise: float = _at(0.15, "Reward hacking: repetition or similarity higher by so much.")
     length_change: float = _at(0.3, "Reward hacking, length exploitation: responses longer by this share.")

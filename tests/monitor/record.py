@@ -128,7 +128,6 @@ SETTINGS = {
         + FREE
         + "--learning_rate 0.02 --num_ppo_epochs 4 --lora_target_modules all-linear,lm_head "
         + f"--reward_functions {REWARDS}:one_letter ",
-        onset=16,
     ),
     "not_learning": Setting("not_learning", TINY + NO_END + LETTERS + "--learning_rate 1e-7 "),
     "useless_critic": Setting("useless_critic", TINY + NO_END + LETTERS + "--value_coef 0 "),

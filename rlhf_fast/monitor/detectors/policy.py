@@ -48,14 +48,14 @@ def reward_hacking(history: History, at: Thresholds) -> Finding | None:
     if climb is None or climb.z < at.z:
         return None
     gold = {name: change for name in _gold(history) if (change := _gold_change(history, name, window)) is not None}
-    falling = {name: change for name, change in gold.items() if change.z <= -at.z}
+    falling = {name: change for name, change in gold.items() if change.z <= -at.gold_z}
     rising = [name for name, change in gold.items() if change.z >= at.z]
     signs = [] if rising else list(_degenerating(history, at))
     if not falling and not signs:
         return None
     said = [f"{name} fell from {change.before:.3g} to {change.now:.3g}" for name, change in falling.items()]
     said += [text for _, text, _ in signs]
-    sizes = [-change.z / at.z for change in falling.values()] + [size for _, _, size in signs]
+    sizes = [-change.z / at.gold_z for change in falling.values()] + [size for _, _, size in signs]
     strongest = max(sizes) + 0.5 * (len(sizes) - 1)
     reason = f"the score climbed from {climb.before:.3g} to {climb.now:.3g} while {in_words(said)}"
     names = [m.SCORES.name, *falling, *(name for name, _, _ in signs)]
