@@ -1,16 +1,16 @@
 """A sample as text for the terminal. Prompts and responses are data: they go into rich's Text objects, never into
 markup, and what a terminal would act on is shown as escapes."""
 
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from difflib import SequenceMatcher
+from collections.abc import Callable, Mapping
 
 from rich.text import Text
 
 from rlhf_fast.monitor.numbers import format_number, format_value, number
 from rlhf_fast.monitor.samples import SFT_STEP, Order, Row, Samples
 from rlhf_fast.monitor.terminal import Terminal
+from rlhf_fast.monitor.texts import level
+from rlhf_fast.monitor.words import joined, word_diff
 from rlhf_fast.text import one_line, printable, unread_allowed
 
 REMOVED, ADDED = "red", "green"
@@ -68,26 +68,11 @@ def body(row: Row, other: Row | None, *, at: int, diff: bool, shade: str | None 
     return Text("\n").join(parts)
 
 
-def word_diff(old: str, new: str) -> Iterator[tuple[str, str]]:
-    """``("=", text)`` for words in both, ``("-", text)`` for those of ``old`` alone, ``("+", text)`` of ``new``."""
-    before, after = re.findall(r"\s*\S+|\s+$", old), re.findall(r"\s*\S+|\s+$", new)
-    matcher = SequenceMatcher(None, [word.strip() for word in before], [word.strip() for word in after], autojunk=False)
-    for kind, i1, i2, j1, j2 in matcher.get_opcodes():
-        if kind == "equal":
-            yield "=", "".join(after[j1:j2])
-            continue
-        if i2 > i1:
-            yield "-", "".join(before[i1:i2])
-        if j2 > j1:
-            yield "+", "".join(after[j1:j2])
-
-
 def diff_text(old: str, new: str) -> Text:
     """``new``, with words that only ``old`` has as ``[-words-]`` and words that only ``new`` has as ``{+words+}``."""
     text, last = Text(), "="
     for kind, part in word_diff(old, new):
-        shown = printable(part)
-        space, words = shown[: len(shown) - len(shown.lstrip())], shown.lstrip()
+        space, words = map(printable, joined(part))
         text.append(space or (" " if last == "-" and text else ""))
         text.append(words if kind == "=" or not words else _removed(words) if kind == "-" else _added(words))
         last = kind
@@ -111,13 +96,11 @@ def shaded_values(row: Row, key: str) -> list[float] | None:
 
 
 def shaded(row: Row, key: str) -> list[Text]:
-    """The largest values in words; and the tokens, darker (and underlined, and bold) by the size of their values."""
+    """The largest values in words; and the tokens, brighter (underlined, bold) by the level of their values."""
     values = shaded_values(row, key) or []
-    largest = max(map(abs, values), default=0.0)
     text = Text()
     for token, value in zip(row["tokens"], values, strict=True):
-        level = min(3, int(4 * abs(value) / largest)) if largest else 0
-        text.append(printable(str(token)), (POSITIVE if value >= 0 else NEGATIVE)[level])
+        text.append(printable(str(token)), (POSITIVE if value >= 0 else NEGATIVE)[abs(level(value))])
     ranked = sorted(range(len(values)), key=lambda place: -abs(values[place]))[:NAMED_TOKENS]
     named = "  ".join(
         f"{one_line(repr(row['tokens'][place]), 30)} {values[place]:+.3g}" for place in ranked if values[place]

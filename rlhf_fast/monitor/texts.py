@@ -1,21 +1,21 @@
 """The samples of a stage as the report shows them: held-out responses through time, the best and the worst, and
 training responses with a colour for each token."""
 
-import re
 from collections.abc import Mapping
-from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from rlhf_fast.monitor.drawings import spread
 from rlhf_fast.monitor.numbers import format_number, format_value, number
 from rlhf_fast.monitor.runs import Row, Stage
+from rlhf_fast.monitor.words import joined, word_diff
 from rlhf_fast.text import printable
 
 MAX_PROMPTS, MAX_EVALUATIONS = 24, 12
 ALL_CHARACTERS, MOST_CHARACTERS, FEWEST_CHARACTERS = 700_000, 4000, 300  # of held-out responses; of each
+MARKS = {"=": "{}{}", "-": "{}<del>{}</del>", "+": "{}<ins>{}</ins>"}
 LEAST_ALIKE = 0.25  # below this share of common words, a response is new and its differences say nothing
 MAX_TOKEN_ROWS, MAX_TOKENS = 8, 256
 EXTREMES = 3
@@ -140,20 +140,11 @@ def level_words() -> list[tuple[int, str]]:
 @lru_cache(maxsize=4096)  # a report that is written again has the earlier evaluations already
 def differences(first: str, later: str) -> Markup:
     """``later`` as HTML, with words that ``first`` lacks in <ins> and words that it lost in <del>."""
-    a, b = (re.findall(r"\S+\s*|\s+", text) for text in (first, later))
-    matcher = SequenceMatcher(None, a, b, autojunk=False)
-    if first and later and matcher.ratio() < LEAST_ALIKE:
+    parts = word_diff(first, later)
+    words, common = sum(len(part) for _, part in parts), sum(len(part) for kind, part in parts if kind == "=")
+    if first and later and 2 * common < LEAST_ALIKE * (words + common):  # the common ones are in both texts
         return Markup("<p class='note'>Rewritten: hardly a word is where it was.</p>{}").format(printable(later))
-    parts = []
-    for kind, a_start, a_end, b_start, b_end in matcher.get_opcodes():
-        if kind == "equal":
-            parts.append(escape(printable("".join(b[b_start:b_end]))))
-            continue
-        if a_end > a_start:
-            parts.append(Markup("<del>{}</del>").format(printable("".join(a[a_start:a_end]))))
-        if b_end > b_start:
-            parts.append(Markup("<ins>{}</ins>").format(printable("".join(b[b_start:b_end]))))
-    return Markup("").join(parts)
+    return Markup("").join(Markup(MARKS[kind]).format(*map(printable, joined(part))) for kind, part in parts)
 
 
 def cut(text: str, longest: int) -> str:

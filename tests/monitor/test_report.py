@@ -182,13 +182,13 @@ def test_samples_of_each_evaluation_stand_beside_the_first(run_folder: Path) -> 
     assert re.findall(r'<option value="(\d+)"', text) == [str(step) for step in range(10, 101, 10)]
     shown = re.findall(r'<div data-step="(\d+)">', text)
     assert shown == ["100"] * 15  # of the others, each is hidden
-    assert "and <del>wet.\n</del><ins>blue, calm and generous.\n</ins>step <del>0 </del><ins>100 </ins>row 3" in text
+    assert "and <del>wet.</del> <ins>blue, calm and generous.</ins>\nstep <del>0</del> <ins>100</ins> row 3" in text
     assert "score 2.2 · gold 1.1 · tokens 22" in text and "score 2.1 · tokens 21" in text  # its gold score is null
 
 
 def test_differences_mark_words_and_escape_them() -> None:
     marked = differences("a <b> c\x1b", "a <i> c\x1b d")
-    assert marked == r"a <del>&lt;b&gt; c\x1b</del><ins>&lt;i&gt; c\x1b d</ins>"
+    assert marked == r"a <del>&lt;b&gt;</del> <ins>&lt;i&gt;</ins> c\x1b <ins>d</ins>"
     assert "<ins>" not in differences("one two three four", "quite something else here")
 
 

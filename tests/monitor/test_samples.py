@@ -13,7 +13,8 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.monitor.log import RunLog
 from rlhf_fast.monitor.samples import Order, Samples, choose, order_of
 from rlhf_fast.monitor.samples_app import SamplesApp
-from rlhf_fast.monitor.samples_text import body, diff_text, print_samples, word_diff
+from rlhf_fast.monitor.samples_text import body, diff_text, print_samples
+from rlhf_fast.monitor.words import word_diff
 
 HOSTILE = "[bold]a\x1b[2J\u202eb[/bold] :smile: " + "x" * 300
 TOKENS = {
@@ -79,7 +80,8 @@ def test_what_is_chosen_and_paired(log: Path) -> None:
 
 
 def test_a_diff_of_words_is_marked_without_colour_too() -> None:
-    assert list(word_diff("a b  c", "a x\nc d")) == [("=", "a"), ("-", " b"), ("+", " x"), ("=", "\nc"), ("+", " d")]
+    parts = [("=", ["a"]), ("-", [" b"]), ("+", [" x"]), ("=", ["\nc"]), ("+", [" d"])]
+    assert word_diff("a b  c", "a x\nc d") == parts
     assert diff_text("a b c", "a x\nc d").plain == "a [-b-] {+x+}\nc {+d+}"
     assert diff_text("", "a").plain == "{+a+}"
     assert diff_text("a", "").plain == "[-a-]" and diff_text("", "").plain == ""
