@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.monitor.follow import report
 from rlhf_fast.recipes import lock as folder_lock
+from rlhf_fast.recipes.records import Records
 
 OTHERS = {
     "adapter/weights.txt": "mine",
@@ -105,6 +107,18 @@ def test_a_report_above_the_folder_is_nobodys_but_a_whole_runs(command, tmp_path
     mine = put(tmp_path, "report.html")
     assert command("sft", "--output_dir sft").code == 0
     assert mine.read_text() == "mine" and (tmp_path / "sft" / "report.html").is_file()
+
+
+def test_a_report_that_a_follower_wrote_is_not_in_the_runs_way(command, tmp_path, monkeypatch):
+    real = Records.metrics
+
+    def metrics(records, *line):
+        real(records, *line)
+        report([tmp_path / "out"])
+
+    monkeypatch.setattr(Records, "metrics", metrics)
+    assert command("sft", "--eval_size 0").code == 0
+    assert command("sft", "--eval_size 0 --overwrite_output_dir true").code == 0
 
 
 def test_a_run_of_a_version_without_marks_is_known(command, tmp_path):

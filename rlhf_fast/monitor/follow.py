@@ -1,5 +1,6 @@
 """``rlhf-fast report``: writes the page of a run or of several, once or again whenever a run's files change."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rlhf_fast.errors import Interrupted, UserError
+from rlhf_fast.files import cannot_write
 from rlhf_fast.monitor.report import GENERATOR, write_page
 from rlhf_fast.monitor.runs import READ, has_ended, settings_file, stage_folders
 from rlhf_fast.text import tell
@@ -34,7 +36,7 @@ def report(runs: Sequence[str | Path], output: str | Path | None = None, *, foll
     if following:
         _follow(folders, path)
     else:
-        write_page(folders, path)
+        _write(folders, path)
         tell(f"report: {path}", sys.stdout)
 
 
@@ -54,25 +56,36 @@ def check_ours(path: Path) -> None:
 def _follow(folders: Sequence[Path], path: Path) -> None:
     seen: dict[Path, tuple[int, int]] = {}
     try:
+        if not all(map(stage_folders, folders)):
+            tell("report: waiting for the first line of metrics; Ctrl-C ends this", sys.stdout)
         while not all(map(stage_folders, folders)):
-            if not seen:
-                tell("report: waiting for the first line of metrics; Ctrl-C ends this", sys.stdout)
-                seen = _state(folders, path)
             time.sleep(SECONDS_BETWEEN_LOOKS)
         tell(f"report: {path} follows the run; Ctrl-C ends this", sys.stdout)
         while True:
             now, ended = _state(folders, path), all(map(has_ended, folders))
             if now != seen or ended:
-                write_page(folders, path, reload=not ended)
+                _write(folders, path, reload=not ended)
                 seen = _state(folders, path)
             if ended:
                 break
             time.sleep(SECONDS_BETWEEN_LOOKS)
     except KeyboardInterrupt:
         if all(map(stage_folders, folders)):
-            write_page(folders, path)  # one that does not reload itself
+            _write(folders, path)  # one that does not reload itself
         raise Interrupted(f"report: no longer following; {path} has the run up to now") from None
     tell(f"report: the run has ended: {path}", sys.stdout)
+
+
+def _write(folders: Sequence[Path], path: Path, *, reload: bool = False) -> None:
+    """Writes the page under a name of this process first: the run writes its own at the same time."""
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_page(folders, own, reload=reload)
+        os.replace(own, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def _state(folders: Sequence[Path], path: Path) -> dict[Path, tuple[int, int]]:

@@ -38,7 +38,8 @@ class Records:
         writes the settings. ``output``: the stage's folder in process 0, else None."""
         self._output, self._resumed = output, resume_step is not None
         if output is not None:
-            output.claim("metrics.jsonl"), output.claim("samples.jsonl")
+            # the report too, which `rlhf-fast report` may write before the run does
+            output.claim("metrics.jsonl"), output.claim("samples.jsonl"), output.claim(REPORT)
             self._log = RunLog(self._folder, resume_step=resume_step)
             dump_yaml(self._config, output.claim(output.record))
             if output.record != RESOLVED:
@@ -92,7 +93,6 @@ class Records:
         if above.kind == WHOLE_RUN and self._folder.name == self._name and above.made(REPORT):
             write_report(above.path)
         else:
-            self._output.claim(REPORT)
             write_report(self._folder)
 
     def close(self, figures: Mapping[str, Any], rows: Sequence[tuple[str, str, str]], steps: int) -> dict[str, Any]:

@@ -76,7 +76,9 @@ def test_mistakes_are_one_line(
     assert Path("mine.html").read_text() == "mine" and not Path("comparison.html").exists()
 
 
-def test_a_live_run_is_followed_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_run_is_followed_until_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(follow, "SECONDS_BETWEEN_LOOKS", 0.02)
     page = tmp_path / "report.html"
     seen = []
@@ -99,6 +101,7 @@ def test_a_live_run_is_followed_until_it_ends(tmp_path: Path, monkeypatch: pytes
     thread.start()
     assert main(["report", str(tmp_path), "--follow"]) == 0
     thread.join()
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["waiting", str(page), "the"]
     assert seen == [True, True] and 'id="reload"' not in page.read_text(encoding="utf-8")
 
 
