@@ -317,7 +317,10 @@ def cell(value: Any) -> str:
 
 def for_markdown(value: Any) -> Any:
     """Text for Markdown, in which neither HTML nor Markdown of the data acts."""
-    return value if isinstance(value, Markup) else Markup(str(escape(one_line(cell(value)))).translate(MARKUP))
+    if isinstance(value, Markup):
+        return value
+    text = str(escape(one_line(cell(value)))).replace("&#39;", "'").replace("&#34;", '"')  # they act in tags alone
+    return Markup(text.translate(MARKUP))
 
 
 def for_html(value: Any) -> Any:

@@ -67,12 +67,14 @@ def test_sft_from_the_chosen_side(rows_of: RowsOf):
 
 
 def test_preferences_from_three_columns(rows_of: RowsOf):
-    strings = one(preference_examples, rows_of({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}))
-    assert (strings.prompt, strings.responses, strings.columns) == ("a", ("b", "c"), {"margin": 2})
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2, "subset": "chat\nhard"}
+    strings = one(preference_examples, rows_of(row))
+    columns = {"margin": 2, "subset": "chat hard"}
+    assert (strings.prompt, strings.responses, strings.columns) == ("a", ("b", "c"), columns)
     row = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
     chats = one(preference_examples, rows_of(row))
     assert (chats.prompt, chats.responses) == ([user("a")], ([assistant("b")], [assistant("c")]))
-    assert chats.columns == {"margin": None}
+    assert chats.columns == {"margin": None, "subset": None}
 
 
 @pytest.mark.parametrize("extra", [{}, {"prompt": "a"}])

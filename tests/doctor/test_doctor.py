@@ -39,12 +39,10 @@ def sft_yaml(tmp_path, monkeypatch):
 
 
 def test_exit_codes_and_strict(sft_yaml, capsys):
-    sft_yaml()
+    sft_yaml(eval_size=0)
     assert main(["doctor", "sft.yaml"]) == 0
     out = capsys.readouterr().out
     assert "sft trained_tokens" in out and "\u202e" not in out and "\\u202e" in out
-    sft_yaml(eval_size=0)
-    assert main(["doctor", "sft.yaml"]) == 0
     assert main(["doctor", "sft", "--config", "sft.yaml", "--strict"]) == 4
     outcome = capsys.readouterr()
     assert "Change: Set --eval_size" in outcome.out and outcome.err.splitlines()[-1].endswith("sft held_out")
