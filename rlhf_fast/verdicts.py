@@ -148,7 +148,8 @@ class Thresholds:
     critic_warmup: float = _at(10, "Useless critic: steps that are not counted.")
     critic_window: float = _at(10, "Useless critic: steps over which explained variance is averaged.")
 
-    critic_rise: float = _at(0.02, "Useless critic: not while the second half of these steps is higher by so much.")
+    critic_below: float = _at(0.1, "Useless critic: explained variance below 0 by more than this and its noise.")
+    critic_stuck: float = _at(0.005, "Useless critic: or within this of 0 at every step.")
 
     reward_mean: float = _at(1.0, "Miscalibrated reward model: mean of the first rollouts' scores off 0 by so much.")
     reward_std: float = _at(3.0, "Miscalibrated reward model: their standard deviation off 1 by this factor.")

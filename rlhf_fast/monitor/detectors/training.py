@@ -39,18 +39,18 @@ def not_learning(history: History, at: Thresholds) -> Finding | None:
 
 
 def useless_critic(history: History, at: Thresholds) -> Finding | None:
-    """Explained variance below 0 by more than its noise after a warm-up, or at 0, and not on its way up."""
+    """Explained variance clearly below 0 after a warm-up and not on its way up, or stuck at 0."""
     series, window = history[m.EXPLAINED_VARIANCE.name], int(at.critic_window)
     recent = series.values[-window:]
     if len(series.values) < int(at.critic_warmup) + window:
         return None
     mean, error = statistics.fmean(recent), statistics.stdev(recent) / math.sqrt(window)
-    constant = max(map(abs, recent)) < at.critic_rise / 4
-    rising = statistics.fmean(recent[window // 2 :]) > statistics.fmean(recent[: window // 2]) + at.critic_rise
-    if rising or not (constant or mean + 2 * error < 0):
+    rise = statistics.fmean(recent[window // 2 :]) - statistics.fmean(recent[: window // 2])
+    stuck = max(map(abs, recent)) < at.critic_stuck
+    if not stuck and (mean + 2 * error > -at.critic_below or rise > 4 * error):  # 4: twice the error of the rise
         return None
     reason = f"the critic's explained variance is {mean:.2f} on average over the last {window} steps"
-    size = 2.0 if constant else min(-mean / (2 * error) if error > 0 else 4, 4)
+    size = 2.0 if stuck else min(-mean / (at.critic_below + 2 * error), 4)
     return Finding(series.steps[-window], size, [m.EXPLAINED_VARIANCE.name, m.VALUE_LOSS.name], reason, score_of)
 
 
