@@ -155,6 +155,28 @@ SETTINGS = {
     ),
 }
 
+# Other settings and seeds, which no threshold was set by: scored once, into docs/verdicts.md.
+HELD_OUT = {
+    name: Setting(SETTINGS[like].verdict, SETTINGS[like].flags + more, inside or SETTINGS[like].inside, seeds=(10, 11))
+    for name, like, more, inside in (
+        ("healthy", "healthy", "--batch_size 32 --response_length 12 --learning_rate 1.5e-3 ", None),
+        ("healthy_short", "healthy_short", "--kl_target 4 --num_ppo_epochs 3 ", None),
+        ("healthy_judged", "healthy_judged", "--learning_rate 5e-4 --batch_size 32 ", None),
+        ("healthy_groups", "healthy_groups", "--advantage_estimator grpo --num_generations 6 ", None),
+        ("kl_explosion", "kl_explosion", "--learning_rate 0.05 --batch_size 16 ", None),
+        ("reward_hacking", "reward_hacking", "--learning_rate 0.015 --batch_size 32 ", None),
+        ("mode_collapse", "mode_collapse", "--learning_rate 0.01 ", None),
+        ("not_learning", "not_learning", "--learning_rate 1e-6 --batch_size 32 ", None),
+        ("useless_critic", "useless_critic", "--value_coef 0.0001 --learning_rate 5e-4 ", None),
+        ("miscalibrated_scores", "miscalibrated_scores", "", lambda: scores_of(-1.5, 0.2)),
+        ("swapped_labels", "swapped_labels", "--batch_size 8 --learning_rate 1e-3 ", None),
+        ("sampler_mismatch", "sampler_mismatch", "", lambda: sampled_at(1.5)),
+        ("length_exploitation", "length_exploitation", "--learning_rate 0.002 ", None),
+        ("no_signal", "no_signal", "--learning_rate 3e-3 --batch_size 16 ", None),
+        ("truncation", "truncation", "--response_length 24 ", None),
+    )
+}
+
 
 def prepare(folder: Path) -> dict[str, str]:
     """Data, an SFT adapter and a reward adapter that the settings name."""
@@ -215,10 +237,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", help="names of settings, A,B")
     parser.add_argument("--seeds", help="in place of the settings' own, 0,1")
-    parser.add_argument("--into", type=Path, default=CORPUS)
+    parser.add_argument("--held-out", action="store_true", help="the second set")
+    parser.add_argument("--into", type=Path)
     args = parser.parse_args()
+    settings, into = (HELD_OUT, CORPUS / "held_out") if args.held_out else (SETTINGS, CORPUS)
+    into = args.into or into
+    into.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         inputs = prepare(Path(folder))
-        for name in args.only.split(",") if args.only else SETTINGS:
-            for seed in map(int, args.seeds.split(",")) if args.seeds else SETTINGS[name].seeds:
-                print(record(name, SETTINGS[name], seed, inputs, args.into), flush=True)
+        for name in args.only.split(",") if args.only else settings:
+            for seed in map(int, args.seeds.split(",")) if args.seeds else settings[name].seeds:
+                print(record(name, settings[name], seed, inputs, into), flush=True)
