@@ -48,11 +48,12 @@ class Series:
         differences = [abs(after - before) for before, after in pairwise(self.values[-50:])]
         return statistics.median(differences) / 0.954 if differences else 0.0
 
-    def change(self, window: int) -> Change | None:
-        """From the first ``window`` values to the last ones; None with fewer than twice as many."""
-        if len(self.values) < 2 * window:
+    def change(self, window: int, back: int | None = None) -> Change | None:
+        """From the first ``window`` values, or those of ``back`` values ago, to the last ones; None with too few."""
+        if len(self.values) < window + (back or window):
             return None
-        before, now = (statistics.fmean(part) for part in (self.values[:window], self.values[-window:]))
+        earlier = self.values[:window] if back is None else self.values[-back - window : -back]
+        before, now = statistics.fmean(earlier), statistics.fmean(self.values[-window:])
         error = self.noise() * math.sqrt(2 / window)
         difference = now - before
         z = difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0

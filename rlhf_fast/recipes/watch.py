@@ -31,6 +31,7 @@ class Watch:
         rows, samples = (self._lines(name) for name in ("metrics.jsonl", "samples.jsonl"))
         self._monitor = watch(rows, samples, self._thresholds)
         self._written = self._monitor.verdicts
+        write_verdicts(folder, self._written)  # also where there is none: the run is being watched
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self._folder / name

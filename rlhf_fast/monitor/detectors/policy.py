@@ -9,6 +9,8 @@ from rlhf_fast.monitor.detectors.finding import Finding, in_words, kl_of, length
 from rlhf_fast.monitor.history import Change, History
 from rlhf_fast.verdicts import Thresholds
 
+SPANS = (None, 30)  # a change is one since the beginning of the run, or since 30 steps ago
+
 
 def kl_explosion(history: History, at: Thresholds) -> Finding | None:
     """KL several times its target, or its level of the steps before, twice in a row."""
@@ -43,14 +45,17 @@ def kl_explosion(history: History, at: Thresholds) -> Finding | None:
 
 def reward_hacking(history: History, at: Thresholds) -> Finding | None:
     """The score climbs while a gold score falls; or, where no gold score rises with it, while the texts degenerate."""
-    window = int(at.window)
-    climb = history[m.SCORES.name].change(window)
+    return next((found for back in SPANS if (found := _hacking(history, at, back)) is not None), None)
+
+
+def _hacking(history: History, at: Thresholds, back: int | None) -> Finding | None:
+    climb = history[m.SCORES.name].change(int(at.window), back)
     if climb is None or climb.z < at.z:
         return None
-    gold = {name: change for name in _gold(history) if (change := _gold_change(history, name, window)) is not None}
+    gold = _gold(history, at, back)
     falling = {name: change for name, change in gold.items() if change.z <= -at.gold_z}
     rising = [name for name, change in gold.items() if change.z >= at.z]
-    signs = [] if rising else list(_degenerating(history, at))
+    signs = [] if rising else list(_degenerating(history, at, back))
     if not falling and not signs:
         return None
     said = [f"{name} fell from {change.before:.3g} to {change.now:.3g}" for name, change in falling.items()]
@@ -62,31 +67,37 @@ def reward_hacking(history: History, at: Thresholds) -> Finding | None:
     return Finding(climb.since, strongest, names, reason, score_of)
 
 
-def _gold(history: History) -> list[str]:
-    """The metrics of eval functions, which are measured and never trained on; and the score on held-out prompts."""
+def _gold(history: History, at: Thresholds, back: int | None) -> dict[str, Change]:
+    """The changes of eval functions, which are measured and never trained on, and of the score on held-out prompts.
+
+    Evaluations are few and each is the mean of many prompts: of them two values are enough, and only whole runs are
+    compared.
+    """
     own = FIXED_OF_PPO - {m.EVAL_SCORES.name}
-    return [name for name in history.names("objective/") + history.names("eval/") if name not in own]
+    found = {}
+    for name in history.names("objective/") + history.names("eval/"):
+        evaluation = name.startswith("eval/")
+        if name in own or (evaluation and back is not None):
+            continue
+        change = history[name].change(2 if evaluation else int(at.window), back)
+        if change is not None:
+            found[name] = change
+    return found
 
 
-def _gold_change(history: History, name: str, window: int) -> Change | None:
-    """Evaluations are few and each is the mean of many prompts: then two values are enough at each end."""
-    count = 2 if name.startswith("eval/") else window
-    return history[name].change(count)
-
-
-def _degenerating(history: History, at: Thresholds) -> list[tuple[str, str, float]]:
+def _degenerating(history: History, at: Thresholds, back: int | None) -> list[tuple[str, str, float]]:
     """(metric, words, size) of each sign that the texts get worse."""
     window, found = int(at.window), []
-    distinct = history[m.DISTINCT_2.name].change(window)
+    distinct = history[m.DISTINCT_2.name].change(window, back)
     if distinct is not None and distinct.ratio <= 1 - at.diversity_fall and distinct.z <= -at.z:
         text = f"diversity (distinct-2) fell from {distinct.before:.2f} to {distinct.now:.2f}"
         found.append((m.DISTINCT_2.name, text, (1 - distinct.ratio) / at.diversity_fall))
     for metric, words in ((m.REPETITION, "repetition"), (m.SIMILARITY, "similarity of the responses")):
-        rise = history[metric.name].change(window)
+        rise = history[metric.name].change(window, back)
         if rise is not None and rise.difference >= at.repetition_rise and rise.z >= at.z:
             text = f"{words} rose from {rise.before:.2f} to {rise.now:.2f}"
             found.append((metric.name, text, rise.difference / at.repetition_rise))
-    length = history[m.LENGTH_MEAN.name].change(window)
+    length = history[m.LENGTH_MEAN.name].change(window, back)
     if length is not None and length.ratio >= 1 + at.length_change and length.z >= at.z:
         text = f"the responses grew from {length.before:.0f} to {length.now:.0f} tokens"
         found.append((m.LENGTH_MEAN.name, text, (length.ratio - 1) / at.length_change))
@@ -121,14 +132,19 @@ def mode_collapse(history: History, at: Thresholds) -> Finding | None:
 
 def length_exploitation(history: History, at: Thresholds) -> Finding | None:
     """Longer responses, a higher score, scores that follow the length in a rollout, and no gold score that rises."""
+    return next((found for back in SPANS if (found := _longer(history, at, back)) is not None), None)
+
+
+def _longer(history: History, at: Thresholds, back: int | None) -> Finding | None:
     window = int(at.window)
-    length, score = history[m.LENGTH_MEAN.name].change(window), history[m.SCORES.name].change(window)
-    if length is None or score is None or length.ratio < 1 + at.length_change or length.z < at.z or score.z < at.z:
+    length = history[m.LENGTH_MEAN.name].change(window, back)
+    score = history[m.SCORES.name].change(window, back)
+    if length is None or score is None or length.ratio < 1 + at.length_change or min(length.z, score.z) < at.z:
         return None
-    if any((c := _gold_change(history, name, window)) is not None and c.z >= at.z for name in _gold(history)):
+    if any(change.z >= at.z for change in _gold(history, at, back).values()):
         return None
-    correlations = history[m.SCORE_LENGTH_CORRELATION.name].values
-    correlation = statistics.fmean(correlations[-3 * window :]) if correlations else None
+    correlations = history[m.SCORE_LENGTH_CORRELATION.name].values[-3 * window :]
+    correlation = statistics.fmean(correlations) if correlations else None
     if correlation is not None and correlation < at.length_correlation:
         return None
     followed = "" if correlation is None else f", and within a rollout they correlate ({correlation:+.2f})"
