@@ -113,7 +113,7 @@ SETTINGS = {
     "healthy_groups": Setting("", TINY + NO_END + LETTERS + NO_CRITIC + "--learning_rate 2e-3 "),
     "healthy_reward": Setting("", PAIRS + "--dataset_name {pairs} "),
     "healthy_sft": Setting("", SFT),
-    "kl_explosion": Setting("kl_explosion", TINY + NO_END + LETTERS + "--learning_rate 0.1 "),
+    "kl_explosion": Setting("kl_explosion", TINY + NO_END + LETTERS + "--learning_rate 0.1 --kl_target 1.5 "),
     "reward_hacking": Setting(
         "reward_hacking",
         TINY
