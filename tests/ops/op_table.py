@@ -260,27 +260,6 @@ def _naive_dppo(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tenso
     return (_mean(-weights * x["advantages"] * x["logprobs"] * inside, mask),)
 
 
-def _naive_gpg(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-    return (_mean(-x["advantages"] * x["logprobs"], mask),)
-
-
-def _naive_dft(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-    return (_mean(-x["logprobs"].detach().exp() * x["logprobs"], mask),)
-
-
-def _naive_weighted_kl(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-    ratio = (x["logprobs"] - x["old_logprobs"]).exp()
-    return (_masked(ratio * _k3(x["logprobs"], x["ref_logprobs"]), mask),)
-
-
-def _naive_row_whiten(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-    live = torch.ones_like(x["x"]) if mask is None else mask.to(x["x"].dtype)
-    count = live.sum(-1, keepdim=True)
-    deviation = (x["x"] - (x["x"] * live).sum(-1, keepdim=True) / count.clamp(min=1)) * live
-    variance = deviation.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
-    return (deviation / (variance + 1e-8).sqrt(),)
-
-
 def _naive_weights(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
     return (_masked((x["logprobs"] - x["rollout_logprobs"]).exp().clamp(0.5, 2.0), mask),)
 
@@ -455,37 +434,6 @@ OPS = [
         ("logprobs",),
         per_token=False,
         constants=("logprobs",),
-    ),
-    Op(
-        "gpg_loss",
-        lambda x, targets, mask: (ops.gpg_loss(**x, mask=mask),),
-        _naive_gpg,
-        {"logprobs": (), "advantages": ()},
-        ("logprobs",),
-        per_token=False,
-    ),
-    Op(
-        "dft_loss",
-        lambda x, targets, mask: (ops.dft_loss(x["logprobs"], mask),),
-        _naive_dft,
-        {"logprobs": ()},
-        ("logprobs",),
-        per_token=False,
-        constants=("logprobs",),
-    ),
-    Op(
-        "importance_weighted_kl",
-        lambda x, targets, mask: (ops.importance_weighted_kl(**x, mask=mask),),
-        _naive_weighted_kl,
-        {"logprobs": (), "old_logprobs": (), "ref_logprobs": ()},
-        ("logprobs",),
-    ),
-    Op(
-        "group_whiten",
-        lambda x, targets, mask: (ops.group_whiten(x["x"], 1, mask),),
-        _naive_row_whiten,
-        {"x": ()},
-        (),
     ),
     Op(
         "truncated_importance_weights",

@@ -1,4 +1,4 @@
-"""The KL of an older policy's tokens has the gradient of KL(policy || reference). Edge cases are in op_table.py."""
+"""The KL of an older policy's tokens has the gradient of KL(policy || reference)."""
 
 import pytest
 import torch
@@ -40,3 +40,15 @@ def test_bad_arguments() -> None:
         importance_weighted_kl(x, x, x, estimator="k3+")
     with pytest.raises(ValueError, match="importance_weighted_kl: max_kl must be a finite number > 0; got 0"):
         importance_weighted_kl(x, x, x, max_kl=0)
+
+
+def test_masked_tokens_are_not_read() -> None:
+    logprobs, old, ref = torch.randn(3, 2, 4, generator=seeded(0)).unbind()
+    mask = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]])
+    poisoned = [each.masked_fill(mask == 0, torch.nan) for each in (logprobs, old, ref)]
+    poisoned[0].requires_grad_()
+    kl = importance_weighted_kl(*poisoned, mask, max_ratio=3.0, max_kl=5.0)
+    assert torch.equal(kl, importance_weighted_kl(logprobs, old, ref, max_ratio=3.0, max_kl=5.0) * mask)
+    (grad,) = torch.autograd.grad(kl.sum(), poisoned[0])
+    assert grad.isfinite().all() and not grad[mask == 0].any()
+    assert importance_weighted_kl(poisoned[0], old, ref).isnan().sum() == 3

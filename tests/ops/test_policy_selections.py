@@ -1,4 +1,6 @@
-"""DPPO, Clip-Cov and KL-Cov: cases worked by hand, and against the papers' formulas."""
+"""DPPO, Clip-Cov and KL-Cov: cases worked by hand, and against the papers' formulas. The edge cases of DPPO are in
+op_table.py, those of the two that depend on ranks or chance are here.
+"""
 
 import math
 

@@ -1,5 +1,5 @@
 """GSPO, CISPO, SAPO, VESPO, GMPO and GPG: cases worked by hand, and what sets each apart from the clipped loss.
-Formulas and edge cases are in op_table.py.
+The formulas and edge cases of all but GPG are in op_table.py.
 """
 
 import math
