@@ -36,6 +36,7 @@ DPO_LOSSES = (
     "nca_pair",
     "bco_pair",
     "sppo_hard",
+    "discopop",
 )
 SMOOTHED_DPO_LOSSES = ("sigmoid", "robust", "exo_pair")
 

@@ -24,22 +24,34 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import (
-    PolicyLoss,
     aggregate,
-    cispo_loss,
-    clipped_policy_loss,
     clipped_value_loss,
     gae,
     group_advantages,
     linear_logprobs,
     masked_logprobs,
-    sapo_loss,
     token_kl,
 )
 from rlhf_fast.ops import masked_whiten as ops_masked_whiten
 
 from ._logits import entropy_from_logits
 from ._patch import Patch, Replacement, Step
+from ._verl_policy_losses import (
+    LOG_RATIO_BOUND,
+    aggregation_of,
+    compute_policy_loss,
+    compute_policy_loss_cispo,
+    compute_policy_loss_clip_cov,
+    compute_policy_loss_dppo_kl,
+    compute_policy_loss_dppo_tv,
+    compute_policy_loss_dro,
+    compute_policy_loss_geo_mean,
+    compute_policy_loss_gpg,
+    compute_policy_loss_gspo,
+    compute_policy_loss_kl_cov,
+    compute_policy_loss_sapo,
+    compute_policy_loss_vanilla,
+)
 
 __all__ = [
     "FusedLinearForPPO",
@@ -49,7 +61,14 @@ __all__ = [
     "compute_grpo_outcome_advantage",
     "compute_policy_loss",
     "compute_policy_loss_cispo",
+    "compute_policy_loss_clip_cov",
+    "compute_policy_loss_dppo_kl",
+    "compute_policy_loss_dppo_tv",
+    "compute_policy_loss_dro",
+    "compute_policy_loss_geo_mean",
+    "compute_policy_loss_gpg",
     "compute_policy_loss_gspo",
+    "compute_policy_loss_kl_cov",
     "compute_policy_loss_sapo",
     "compute_policy_loss_vanilla",
     "compute_rloo_outcome_advantage",
@@ -65,10 +84,6 @@ __all__ = [
     "report",
     "unpatch",
 ]
-
-LOG_RATIO_BOUND = 20.0
-Metrics = dict[str, float]
-
 
 # ---- verl.utils.torch_functional and the fused heads ----------------------------------------------------------------
 
@@ -155,32 +170,8 @@ def agg_loss(
     return aggregate(
         loss_mat,
         loss_mask,
-        **_aggregation(loss_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor),
+        **aggregation_of(loss_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor),
     )
-
-
-def _aggregation(
-    mask: Tensor,
-    mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: float | Tensor | None = None,
-    global_batch_size: float | Tensor | None = None,
-    loss_scale_factor: float | None = None,
-) -> dict[str, Any]:
-    """verl's arguments as ``aggregation`` and ``num_items``."""
-    if mode == "token-sum":
-        return {"aggregation": "token-mean", "num_items": 1 / dp_size}
-    name, items = ("batch_num_tokens", batch_num_tokens)
-    if mode != "token-mean":
-        name, items = ("global_batch_size", global_batch_size)
-    if items is None and dp_size > 1:
-        raise ValueError(f"agg_loss: {name} is None and dp_size {dp_size}: expected the number of the whole batch")
-    if items is not None:
-        items = items / dp_size
-    if mode == "seq-mean-token-sum-norm" and loss_scale_factor is not None:
-        sequences = (mask != 0).any(-1).sum() if items is None else items
-        return {"aggregation": "seq-mean-token-sum", "num_items": sequences * loss_scale_factor}
-    return {"aggregation": mode, "num_items": items}
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
@@ -219,157 +210,9 @@ def compute_value_loss(
     loss_scale_factor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> the clipped value loss, and the share of tokens whose loss is clipped."""
-    how = _aggregation(response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    how = aggregation_of(response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
     result = clipped_value_loss(vpreds, values, returns, response_mask, clip=cliprange_value, **how)
     return result.loss, result.clip_fraction
-
-
-# ---- policy losses --------------------------------------------------------------------------------------------------
-
-
-def compute_policy_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    cliprange: float | None = None,
-    cliprange_low: float | None = None,
-    cliprange_high: float | None = None,
-    clip_ratio_c: float = 3.0,
-    loss_agg_mode: str = "token-mean",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> the loss, the share of tokens clipped by the range, the mean of -(log ratio), the share clipped by c."""
-    clips: dict[str, Any] = {
-        "clip_low": cliprange if cliprange_low is None else cliprange_low,
-        "clip_high": cliprange if cliprange_high is None else cliprange_high,
-    }
-    how = _aggregation(response_mask, loss_agg_mode)
-    result = clipped_policy_loss(
-        log_prob, old_log_prob, advantages, response_mask, **clips, dual_clip=clip_ratio_c, **how
-    )
-    return result.loss, *_measured(log_prob, old_log_prob, advantages, response_mask, clips, clip_ratio_c)
-
-
-def compute_policy_loss_vanilla(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, Metrics]:
-    """PPO with dual clip. Reads clip_ratio, clip_ratio_low, clip_ratio_high and clip_ratio_c of ``config``."""
-    ceiling = config.get("clip_ratio_c", 3.0)
-    clips = _clips(config)
-    result = clipped_policy_loss(
-        log_prob, old_log_prob, _weighted(advantages, rollout_is_weights), response_mask, **clips, dual_clip=ceiling,
-        **_aggregation(response_mask, loss_agg_mode, **config.global_batch_info),
-    )  # fmt: skip
-    clipped, kl, lower = _measured(log_prob, old_log_prob, advantages, response_mask, clips, ceiling)
-    return result.loss, _metrics(clipped, kl, lower)
-
-
-def compute_policy_loss_gspo(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "seq-mean-token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, Metrics]:
-    """GSPO with the gradient of GSPO-token, as verl's; ``gspo_loss`` has the gradient of the reported loss."""
-    loss_of = _with(clipped_policy_loss, config, ratio_level="sequence", **_clips(config))
-    return _variant(loss_of, log_prob, old_log_prob, advantages, response_mask, loss_agg_mode, rollout_is_weights)
-
-
-def compute_policy_loss_cispo(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, Metrics]:
-    """CISPO. Reads clip_ratio, clip_ratio_low and clip_ratio_high of ``config``."""
-    loss_of = _with(cispo_loss, config, **_clips(config))
-    return _variant(loss_of, log_prob, old_log_prob, advantages, response_mask, loss_agg_mode, rollout_is_weights)
-
-
-def compute_policy_loss_sapo(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "seq-mean-token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, Metrics]:
-    """SAPO. Reads tau_pos and tau_neg of ``config``; always a mean over sequences of token means, as in verl."""
-    loss_of = _with(sapo_loss, config, temperature_positive=config.tau_pos, temperature_negative=config.tau_neg)
-    mode = "seq-mean-token-mean"
-    return _variant(loss_of, log_prob, old_log_prob, advantages, response_mask, mode, rollout_is_weights)
-
-
-def _clips(config: Any) -> dict[str, Any]:
-    low, high = config.clip_ratio_low, config.clip_ratio_high
-    return {
-        "clip_low": config.clip_ratio if low is None else low,
-        "clip_high": config.clip_ratio if high is None else high,
-    }
-
-
-def _with(loss: Callable[..., PolicyLoss], config: Any, **options: Any) -> Callable[..., PolicyLoss]:
-    """The loss with these options, and with verl's numbers of the whole batch."""
-
-    def of(*tokens: Tensor, mode: str) -> PolicyLoss:
-        return loss(*tokens, **options, **_aggregation(tokens[-1], mode, **config.global_batch_info))
-
-    return of
-
-
-def _variant(
-    loss_of: Callable[..., PolicyLoss],
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    mode: str,
-    weights: Tensor | None,
-) -> tuple[Tensor, Metrics]:
-    result = loss_of(log_prob, old_log_prob, _weighted(advantages, weights), mask, mode=mode)
-    return result.loss, _metrics(result.clip_fraction, _mean_kl(log_prob, old_log_prob, mask), torch.zeros(()))
-
-
-def _weighted(advantages: Tensor, weights: Tensor | None) -> Tensor:
-    """A weight >= 0 of an advantage is the weight of its token's loss, clipped or not."""
-    return advantages if weights is None else advantages * weights
-
-
-def _mean_kl(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
-    """The mean of -(log ratio), bounded to +-20."""
-    log_ratio = token_kl(log_prob.detach(), old_log_prob, mask).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return -aggregate(log_ratio, mask)
-
-
-def _measured(
-    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, mask: Tensor, clips: dict[str, Any], ceiling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """verl's statistics: the shares of tokens clipped by the range and by c, apart, and between them the mean KL."""
-    log_prob = log_prob.detach()
-    clipped = clipped_policy_loss(log_prob, old_log_prob, advantages, mask, **clips).clip_fraction
-    lower = (advantages < 0) & (torch.exp(log_prob - old_log_prob) > ceiling)
-    return clipped, _mean_kl(log_prob, old_log_prob, mask), aggregate(lower.float(), mask)
-
-
-def _metrics(clipped: Tensor, kl: Tensor, lower: Tensor) -> Metrics:
-    return {
-        "actor/pg_clipfrac": clipped.item(),
-        "actor/ppo_kl": kl.item(),
-        "actor/pg_clipfrac_lower": lower.item(),
-    }
 
 
 # ---- advantages -----------------------------------------------------------------------------------------------------
@@ -436,6 +279,13 @@ _POLICY_LOSSES: dict[str, Callable[..., Any]] = {
     "gspo": compute_policy_loss_gspo,
     "cispo": compute_policy_loss_cispo,
     "sapo": compute_policy_loss_sapo,
+    "dppo_tv": compute_policy_loss_dppo_tv,
+    "dppo_kl": compute_policy_loss_dppo_kl,
+    "gpg": compute_policy_loss_gpg,
+    "clip_cov": compute_policy_loss_clip_cov,
+    "kl_cov": compute_policy_loss_kl_cov,
+    "geo_mean": compute_policy_loss_geo_mean,
+    "dro": compute_policy_loss_dro,
 }
 _ESTIMATORS: dict[str, Callable[..., Any]] = {
     "gae": compute_gae_advantage_return,
@@ -491,7 +341,7 @@ _patch = Patch(
         ),
     ],  # fmt: skip
     left={
-        "the policy losses dppo_tv, dppo_kl, gpg, clip_cov, kl_cov, geo_mean and dro": "no operation of ours has them",
+        "the policy loss bypass_mode": "it calls one of verl's own, on weights that it computes itself",
         "linear_cross_entropy": "verl's also splits the vocabulary over ranks; for a whole head call ours",
         "masked_whiten": "other code may read the values that it leaves at masked tokens",
     },

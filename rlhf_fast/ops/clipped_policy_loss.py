@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels import records
+
 from . import _checks
 from ._aggregate import check_aggregation, masked_mean, ordered_sum, reduced, scalar_tensor, upcast
 from ._dispatch import implementation, implements
@@ -89,6 +91,55 @@ def clipped_policy_loss(
     )
 
 
+class ClipFractions(NamedTuple):
+    """0-dim, without gradient: shares of live tokens. No token is in two of them."""
+
+    low: Tensor  # A < 0 and r < 1 - clip_low
+    high: Tensor  # A > 0 and r > 1 + clip_high
+    dual: Tensor  # A < 0 and r > dual_clip
+
+
+def clip_fractions(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_level: str = "token",
+) -> ClipFractions:
+    """``clipped_policy_loss``'s clip_fraction by which bound clips: low, high and the dual clip, whose sum it is.
+
+    A function of its own, in torch, since the kernels of the losses count the three together. TRL logs the first two as
+    clip_ratio/low_mean and clip_ratio/high_mean; verl low + high as pg_clipfrac and dual as pg_clipfrac_lower.
+
+    Args:
+        logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, ratio_level: as in
+            ``clipped_policy_loss``.
+
+    Returns:
+        ``ClipFractions``, float32 (float64 when an input is), all 0 when nothing is live.
+
+    Raises:
+        TypeError: an input is not a floating-point tensor.
+        ValueError: shapes or devices differ; an argument outside the ranges of ``clipped_policy_loss``.
+    """
+    op = "clip_fractions"
+    _checks.alike(op, "that of logprobs", logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    terms = policy_terms(op, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    check_ratio_level(op, logprobs, ratio_level)
+    live = _checks.live_mask(op, mask, logprobs.shape, logprobs.device)
+    logprobs, old_logprobs, advantages = upcast(logprobs.detach(), old_logprobs.detach(), advantages.detach())
+    if live is None:
+        live = torch.ones_like(logprobs, dtype=torch.bool)
+    ratio = _ratio(logprobs, old_logprobs, live, ratio_level == "sequence")[1]
+    _, by_range, over = _clipped(ratio, advantages, terms)
+    kinds = (by_range & (advantages < 0), by_range & (advantages > 0), over)
+    return ClipFractions(*(masked_mean(kind.to(ratio.dtype), live) for kind in kinds))
+
+
 def policy_loss(inputs: LossInputs) -> PolicyLoss:
     """``clipped_policy_loss`` without checks."""
     loss, statistics = implementation("clipped_policy_loss", inputs.logprobs)(inputs)
@@ -102,21 +153,9 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     terms, live = inputs.terms, inputs.live
     if live is None:
         live = torch.ones_like(logprobs, dtype=torch.bool)
-    # Masked advantages may be NaN: this where stops their gradient, and aggregate ignores their loss.
-    log_ratio = bounded_log_ratio(torch.where(live, logprobs - old_logprobs, 0.0))
-    ratio = _sequence_ratio(log_ratio, live) if inputs.sequence_level else torch.exp(log_ratio)
-
-    # where instead of maximum, which would split the gradient at a tie. The clipped branch is selected only beyond a
-    # bound, where it is constant. Detaching the ratio there also avoids 0 * inf for an infinite advantage.
-    unclipped = -advantages * ratio
-    at_bound = -advantages * ratio.detach().clamp(1 - terms.clip_low, 1 + terms.clip_high)
-    clipped = at_bound > unclipped
-    losses = torch.where(clipped, at_bound, unclipped)
-    if terms.dual_clip < math.inf:
-        ceiling = -terms.dual_clip * advantages
-        over = (advantages < 0) & (losses > ceiling)
-        clipped = clipped | over
-        losses = torch.where(over, ceiling, losses)
+    log_ratio, ratio = _ratio(logprobs, old_logprobs, live, inputs.sequence_level)
+    losses, by_range, over = _clipped(ratio, advantages, terms)
+    clipped = by_range | over
     loss = reduced(losses, live, aggregation=inputs.aggregation, num_items=inputs.num_items)
 
     with torch.no_grad():
@@ -129,6 +168,29 @@ def reference(inputs: LossInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
             torch.where(live, ratio, 0.0).amax() if ratio.numel() else torch.zeros_like(ratio_mean),
             masked_mean((ratio - ratio_mean).square(), live),
         )
+
+
+def _ratio(logprobs: Tensor, old_logprobs: Tensor, live: Tensor, sequence_level: bool) -> tuple[Tensor, Tensor]:
+    """-> the bounded log ratio of each token, 0 where masked, and its ratio."""
+    # Masked data may be NaN: this where stops their gradient, and aggregate ignores their loss.
+    log_ratio = bounded_log_ratio(torch.where(live, logprobs - old_logprobs, 0.0))
+    return log_ratio, _sequence_ratio(log_ratio, live) if sequence_level else torch.exp(log_ratio)
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, terms: records.PolicyTerms) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the loss of each token, whether the range clips it, and whether the dual clip does."""
+    # where instead of maximum, which would split the gradient at a tie. The clipped branch is selected only beyond a
+    # bound, where it is constant. Detaching the ratio there also avoids 0 * inf for an infinite advantage.
+    unclipped = -advantages * ratio
+    at_bound = -advantages * ratio.detach().clamp(1 - terms.clip_low, 1 + terms.clip_high)
+    by_range = at_bound > unclipped
+    losses = torch.where(by_range, at_bound, unclipped)
+    over = torch.zeros_like(by_range)
+    if terms.dual_clip < math.inf:
+        ceiling = -terms.dual_clip * advantages
+        over = (advantages < 0) & (losses > ceiling)
+        losses = torch.where(over, ceiling, losses)
+    return losses, by_range, over
 
 
 def bounded_log_ratio(log_ratio: Tensor) -> Tensor:

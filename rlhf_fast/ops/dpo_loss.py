@@ -27,9 +27,10 @@ class _Pairs(NamedTuple):
 
     chosen: Tensor  # the rewards, c and r below
     rejected: Tensor
-    margin: Tensor  # c - r - margin, d below
+    margin: Tensor  # d below
     smoothing: float
     beta: float
+    tau: float  # of discopop
 
 
 def _sigmoid(pairs: _Pairs) -> Tensor:
@@ -48,6 +49,12 @@ def _robust(pairs: _Pairs) -> Tensor:
     return ((1 - pairs.smoothing) * clean - pairs.smoothing * flipped) / (1 - 2 * pairs.smoothing)
 
 
+def _discopop(pairs: _Pairs) -> Tensor:
+    """The exponential of the second part is joined with its weight, so that neither overflows for a large -d."""
+    logistic = -logsigmoid(pairs.margin) * torch.sigmoid(-pairs.margin / pairs.tau)
+    return logistic + torch.exp(logsigmoid(pairs.margin / pairs.tau) - pairs.margin)
+
+
 _LOSSES: dict[str, Callable[[_Pairs], Tensor]] = {
     "sigmoid": _sigmoid,
     "ipo": lambda pairs: ((pairs.margin - 0.5) / pairs.beta).square(),
@@ -63,9 +70,13 @@ _LOSSES: dict[str, Callable[[_Pairs], Tensor]] = {
     "sppo_hard": lambda pairs: (
         ((pairs.chosen - 0.5) / pairs.beta).square() + ((pairs.rejected + 0.5) / pairs.beta).square()
     ),
+    "discopop": _discopop,
 }
 _SMOOTHED = ("sigmoid", "robust", "exo_pair")
-_WITH_MARGIN = ("sigmoid", "ipo", "hinge", "robust", "exo_pair", "apo_down")
+_WITH_MARGIN = ("sigmoid", "ipo", "hinge", "robust", "exo_pair", "apo_down", "discopop")
+_WITH_DIVERGENCE = tuple(name for name in _WITH_MARGIN if name != "apo_down")
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+HIGHEST_EXPONENT = 80.0  # e^80 is finite in float32
 
 
 def dpo_loss(
@@ -78,6 +89,9 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     loss_type: str = "sigmoid",
     margin: float | Tensor = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    discopop_tau: float = 0.05,
     reduction: str = "mean",
 ) -> DPOLoss:
     """The mean preference loss over N pairs.
@@ -97,6 +111,18 @@ def dpo_loss(
     | nca_pair  | -log sigmoid(c) - (log sigmoid(-c) + log sigmoid(-r)) / 2 | NCA, arXiv 2402.05369               |
     | bco_pair  | -log sigmoid(c) - log sigmoid(-r)                         | BCO, arXiv 2404.04656, no shift     |
     | sppo_hard | ((c - 1/2) / beta)^2 + ((r + 1/2) / beta)^2               | SPPO, arXiv 2405.00675, sure labels |
+    | discopop  | -sigmoid(-d/tau) log sigmoid(d) + sigmoid(d/tau) e^-d     | DiscoPOP, arXiv 2406.08414, eq. 5   |
+
+    With another divergence than the reverse KL (f-DPO, arXiv 2309.16240), d = beta (s(t) - s(t')) - margin with the
+    ratios t and t' of policy to reference of the two responses; c and r stay. The losses with d other than apo_down
+    take it.
+
+    | f_divergence_type | s(t) = f'(t), but for a constant                                       |
+    |-------------------|------------------------------------------------------------------------|
+    | reverse_kl        | log t                                                                  |
+    | forward_kl        | -1 / t                                                                 |
+    | js_divergence     | log(t / (1 + t))                                                       |
+    | alpha_divergence  | (t^(a-1) - 1) / (a - 1), a = f_alpha_divergence_coef; log t at a = 1   |
 
     With e > 0, sigmoid is cDPO (Mitchell, "A note on DPO with noisy preferences", 2023).
     Without a reference (None for both) c and r are beta times the policy's log-probs. With these as means per token and
@@ -111,6 +137,10 @@ def dpo_loss(
         loss_type: a name of the table.
         margin: by how much the chosen reward should be larger, in units of reward: a number or (N,), a constant; for
             the losses with d.
+        f_divergence_type: a name of the second table. A power t^x is bounded by e^80, where its slope is 0.
+        f_alpha_divergence_coef: a in [0, 2], as TRL computes it: 0 is forward_kl, 1 reverse_kl, 2 half of chi squared.
+            The paper's alpha is 1 - a.
+        discopop_tau: tau, in (0, 1].
         reduction: "mean", or "none" for the loss of each pair, such as to weigh them.
 
     Returns:
@@ -135,6 +165,15 @@ def dpo_loss(
     _checks.same_device(op, policy_chosen=policy_chosen, policy_rejected=policy_rejected, **constants)
     _checks.positive(op, beta=beta)
     _checks.one_of(op, "loss_type", loss_type, tuple(_LOSSES))
+    _checks.one_of(op, "f_divergence_type", f_divergence_type, DIVERGENCES)
+    _checks.positive(op, discopop_tau=discopop_tau)
+    _checks.within(op, 0, 1, discopop_tau=discopop_tau)
+    _checks.within(op, 0, 2, f_alpha_divergence_coef=f_alpha_divergence_coef)
+    if f_divergence_type != "reverse_kl" and loss_type not in _WITH_DIVERGENCE:
+        raise ValueError(
+            f"{op}: f_divergence_type {f_divergence_type!r} is defined for loss_type {', '.join(_WITH_DIVERGENCE)}; "
+            f"got {loss_type!r}"
+        )
     _checks.one_of(op, "reduction", reduction, ("mean", "none"))
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"{op}: label_smoothing must be in [0, 0.5); got {label_smoothing!r}")
@@ -153,6 +192,7 @@ def dpo_loss(
     return implementation(op, policy_chosen)(
         **{"ref_chosen": 0.0, "ref_rejected": 0.0, "margin": margin} | inputs,
         beta=beta, label_smoothing=label_smoothing, loss_type=loss_type, reduction=reduction,
+        f_divergence_type=f_divergence_type, alpha=f_alpha_divergence_coef, tau=discopop_tau,
     )  # fmt: skip
 
 
@@ -167,14 +207,28 @@ def _torch(
     label_smoothing: float,
     loss_type: str,
     reduction: str,
+    f_divergence_type: str,
+    alpha: float,
+    tau: float,
 ) -> DPOLoss:
     """All tensors (N,), one dtype; 0 in place of an absent reference."""
-    chosen = beta * (policy_chosen - ref_chosen)
-    rejected = beta * (policy_rejected - ref_rejected)
-    losses = _LOSSES[loss_type](_Pairs(chosen, rejected, chosen - rejected - margin, label_smoothing, beta))
+    log_ratios = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    chosen, rejected = (beta * log_ratio for log_ratio in log_ratios)
+    better, worse = (beta * _score(log_ratio, f_divergence_type, alpha) for log_ratio in log_ratios)
+    losses = _LOSSES[loss_type](_Pairs(chosen, rejected, better - worse - margin, label_smoothing, beta, tau))
     return DPOLoss(
         loss=losses if reduction == "none" else masked_mean(losses, None),
         chosen_rewards=chosen.detach(),
         rejected_rewards=rejected.detach(),
         accuracy=masked_mean((chosen > rejected).to(losses.dtype), None),
     )
+
+
+def _score(log_ratio: Tensor, f_divergence_type: str, alpha: float) -> Tensor:
+    """f'(t) but for a constant, which cancels, from log t."""
+    if f_divergence_type == "js_divergence":
+        return logsigmoid(log_ratio)
+    power = {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha_divergence": alpha - 1}[f_divergence_type]
+    if power == 0:
+        return log_ratio
+    return torch.expm1((power * log_ratio).clamp(max=HIGHEST_EXPONENT)) / power

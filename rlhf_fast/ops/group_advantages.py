@@ -47,14 +47,14 @@ def group_advantages(
         raise ValueError(f"{op}: rewards must have shape (N,), one a response; got {tuple(rewards.shape)}")
     _checks.one_of(op, "estimator", estimator, ESTIMATORS)
     _checks.non_negative(op, epsilon=epsilon)
-    group = _group_of_each(op, groups, rewards)
+    group = group_of_each(op, groups, "rewards", rewards)
     (wide,) = upcast(rewards.detach())
     values = wide.double()
     if estimator == "reinforce++":
         return _standardised(values, torch.zeros_like(group), epsilon).to(wide.dtype)
     if estimator == "grpo":
         return _standardised(values, group, epsilon).to(wide.dtype)
-    advantages = values - _sums(values, group) / _sizes(group)
+    advantages = values - sums_of_groups(values, group) / _sizes(group)
     if estimator == "rloo":
         advantages = advantages * (_sizes(group) / (_sizes(group) - 1).clamp(min=1))
     if estimator == "reinforce++-baseline":
@@ -62,16 +62,16 @@ def group_advantages(
     return advantages.to(wide.dtype)
 
 
-def _group_of_each(op: str, groups: Tensor | int, rewards: Tensor) -> Tensor:
-    """(N,) int64: the number of each response's group, from 0 on."""
-    count = rewards.shape[0]
+def group_of_each(op: str, groups: Tensor | int, name: str, rows: Tensor) -> Tensor:
+    """(N,) int64: the number of the group of each row of ``rows`` (N, ...), which errors call ``name``; from 0 on."""
+    count = rows.shape[0]
     if isinstance(groups, int):
         if groups < 1 or count % groups:
             raise ValueError(f"{op}: groups must be (N,) ids or a size that divides N = {count}; got {groups}")
-        return torch.arange(count, device=rewards.device) // groups
+        return torch.arange(count, device=rows.device) // groups
     _checks.integral(op, groups=groups)
-    _checks.shaped(op, rewards.shape, "that of rewards", groups=groups)
-    _checks.same_device(op, rewards=rewards, groups=groups)
+    _checks.shaped(op, rows.shape[:1], f"one id a row of {name}", groups=groups)
+    _checks.same_device(op, **{name: rows}, groups=groups)
     # numbered in the order of the sorted ids: torch.unique would make a GPU wait
     ids, order = groups.long().sort()
     numbers = torch.zeros_like(ids)
@@ -79,21 +79,21 @@ def _group_of_each(op: str, groups: Tensor | int, rewards: Tensor) -> Tensor:
     return torch.empty_like(numbers).index_copy_(0, order, numbers)
 
 
-def _sums(values: Tensor, group: Tensor) -> Tensor:
+def sums_of_groups(values: Tensor, group: Tensor) -> Tensor:
     """(N,) -> (N,): at each place the sum over its group."""
     return torch.zeros_like(values).index_add_(0, group, values)[group]
 
 
 def _sizes(group: Tensor) -> Tensor:
-    return _sums(torch.ones_like(group, dtype=torch.float64), group)
+    return sums_of_groups(torch.ones_like(group, dtype=torch.float64), group)
 
 
 def _standardised(values: Tensor, group: Tensor, epsilon: float) -> Tensor:
-    deviations = values - _sums(values, group) / _sizes(group)
+    deviations = values - sums_of_groups(values, group) / _sizes(group)
     return _scaled(deviations, deviations, group, epsilon)
 
 
 def _scaled(values: Tensor, deviations: Tensor, group: Tensor, epsilon: float) -> Tensor:
     """values / (std + epsilon) with the standard deviation of each group's deviations; 0 where that is 0."""
-    std = (_sums(deviations.square(), group) / (_sizes(group) - 1).clamp(min=1)).sqrt()
+    std = (sums_of_groups(deviations.square(), group) / (_sizes(group) - 1).clamp(min=1)).sqrt()
     return torch.where(std == 0, 0.0, values / (std + epsilon))

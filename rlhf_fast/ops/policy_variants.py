@@ -1,12 +1,11 @@
-"""Policy losses that are no clipped loss of a token: GSPO, CISPO and SAPO. Each is composed of public parts."""
-
-from typing import NamedTuple
+"""Policy losses that are no clipped loss of a token: GSPO, CISPO, SAPO, VESPO, GMPO and GPG."""
 
 import torch
 from torch import Tensor
 
 from . import _checks
-from ._aggregate import check_aggregation, masked_mean, ordered_sum, reduced, upcast
+from ._aggregate import ordered_sum, reduced
+from ._policy_tokens import check_sequences, checked_tokens, lengths, with_statistics
 from .clipped_policy_loss import PolicyLoss, bounded_log_ratio, clipped_policy_loss
 
 
@@ -48,12 +47,10 @@ def gspo_loss(
         ValueError: shapes or devices differ, or are not (B, T); an argument outside the ranges above.
     """
     op = "gspo_loss"
-    if isinstance(logprobs, Tensor) and logprobs.dim() != 2:
-        raise ValueError(f"{op}: logprobs must have shape (B, T), one row a sequence; got {tuple(logprobs.shape)}")
-    given = _checked(op, logprobs, old_logprobs, advantages, mask, aggregation, num_items)
-    log_ratio = _live(given.live, given.logprobs - given.old_logprobs)
-    length = logprobs.shape[1] if given.live is None else given.live.sum(-1).clamp(min=1)
-    mean = (ordered_sum(log_ratio) / length).unsqueeze(-1).expand(logprobs.shape)
+    check_sequences(op, logprobs)
+    given = checked_tokens(op, logprobs, old_logprobs, advantages, mask, aggregation, num_items)
+    log_ratio = given.logprobs - given.old_logprobs  # 0 at masked tokens
+    mean = (ordered_sum(log_ratio) / lengths(given)).unsqueeze(-1).expand(logprobs.shape)
     return clipped_policy_loss(
         mean, torch.zeros_like(mean), given.advantages, given.live, clip_low=clip_low, clip_high=clip_high,
         dual_clip=dual_clip, aggregation=aggregation, num_items=num_items,
@@ -92,11 +89,11 @@ def cispo_loss(
     op = "cispo_loss"
     _checks.within(op, 0, 1, clip_low=clip_low)
     _checks.non_negative(op, clip_high=clip_high)
-    given = _checked(op, logprobs, old_logprobs, advantages, mask, aggregation, num_items)
+    given = checked_tokens(op, logprobs, old_logprobs, advantages, mask, aggregation, num_items)
     ratio = torch.exp(bounded_log_ratio(given.logprobs.detach() - given.old_logprobs))
     weights = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -weights * given.advantages * given.logprobs
-    return _with_statistics(given, loss, weights != ratio, aggregation, num_items)
+    return with_statistics(given, loss, weights != ratio, aggregation, num_items)
 
 
 def sapo_loss(
@@ -131,51 +128,135 @@ def sapo_loss(
     for name, value in (("positive", temperature_positive), ("negative", temperature_negative)):
         _checks.positive(op, **{f"temperature_{name}": value})
         _checks.within(op, 0, 64, **{f"temperature_{name}": value})  # e^64 is finite in float32
-    given = _checked(op, logprobs, old_logprobs, advantages, mask, aggregation, num_items)
+    given = checked_tokens(op, logprobs, old_logprobs, advantages, mask, aggregation, num_items)
     ratio = torch.exp(bounded_log_ratio(given.logprobs - given.old_logprobs))
     temperature = torch.where(given.advantages > 0, temperature_positive, temperature_negative).to(ratio.dtype)
     # the logistic function by exp: torch.sigmoid gives other bits at other places of a tensor
     loss = -given.advantages * (4 / temperature) / (1 + torch.exp(-temperature * (ratio - 1)))
-    return _with_statistics(given, loss, torch.zeros_like(loss, dtype=torch.bool), aggregation, num_items)
+    return with_statistics(given, loss, torch.zeros_like(loss, dtype=torch.bool), aggregation, num_items)
 
 
-class _Tokens(NamedTuple):
-    """Checked inputs of one dtype; masked entries of the three are 0, and their gradient too."""
-
-    logprobs: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor
-    live: Tensor | None
-
-
-def _checked(
-    op: str,
+def vespo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
     advantages: Tensor,
-    mask: Tensor | None,
-    aggregation: str,
-    num_items: float | Tensor | None,
-) -> _Tokens:
-    if old_logprobs is None:
-        old_logprobs = logprobs
-    _checks.alike(op, "that of logprobs", logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    check_aggregation(op, logprobs, aggregation, num_items)
-    live = _checks.live_mask(op, mask, logprobs.shape, logprobs.device)
-    given = upcast(logprobs, _checks.constant(old_logprobs), _checks.constant(advantages))
-    logprobs, old_logprobs, advantages = (_live(live, tensor) for tensor in given)
-    return _Tokens(logprobs, old_logprobs, advantages, live)
-
-
-def _live(live: Tensor | None, tensor: Tensor) -> Tensor:
-    return tensor if live is None else torch.where(live, tensor, 0.0)
-
-
-def _with_statistics(
-    given: _Tokens, losses: Tensor, clipped: Tensor, aggregation: str, num_items: float | Tensor | None
+    mask: Tensor | None = None,
+    *,
+    k_positive: float = 2.0,
+    lambda_positive: float = 3.0,
+    k_negative: float = 3.0,
+    lambda_negative: float = 2.0,
+    aggregation: str = "token-mean",
+    num_items: float | Tensor | None = None,
 ) -> PolicyLoss:
-    measured = clipped_policy_loss(given.logprobs.detach(), given.old_logprobs, given.advantages, given.live)
-    return measured._replace(
-        loss=reduced(losses, given.live, aggregation=aggregation, num_items=num_items),
-        clip_fraction=masked_mean(clipped.to(losses.dtype), given.live),
-    )
+    """-sg[w^k e^(lambda (1 - w))] A logprob per token, aggregated, with w the ratio of the whole sequence (VESPO,
+    arXiv 2602.10693).
+
+    w is the product of the ratios of the sequence's live tokens, not their mean. Its weight is 1 at w = 1, largest at
+    w = k / lambda, and falls to 0 on both sides. The log ratios of a token and of the sequence are bounded to +-20.
+    For rollouts of another engine subtract the logarithm of a weight per token from ``old_logprobs``.
+
+    Args:
+        logprobs: (B, T), float. The only input with a gradient.
+        old_logprobs, advantages, mask, aggregation, num_items: as in ``clipped_policy_loss``.
+        k_positive, lambda_positive: of tokens with an advantage >= 0; >= 0. The defaults are TRL's.
+        k_negative, lambda_negative: of tokens with a negative advantage; >= 0.
+
+    Returns:
+        ``PolicyLoss``, float32 (float64 when an input is), all 0 when nothing is live; clip_fraction is 0, and the
+        ratios are those of tokens.
+
+    Raises:
+        TypeError: an input is not a floating-point tensor.
+        ValueError: shapes or devices differ, or are not (B, T); an argument outside the ranges above.
+    """
+    op = "vespo_loss"
+    _checks.non_negative(
+        op, k_positive=k_positive, lambda_positive=lambda_positive, k_negative=k_negative,
+        lambda_negative=lambda_negative,
+    )  # fmt: skip
+    check_sequences(op, logprobs)
+    given = checked_tokens(op, logprobs, old_logprobs, advantages, mask, aggregation, num_items)
+    log_ratio = bounded_log_ratio(given.logprobs.detach() - given.old_logprobs)
+    log_w = bounded_log_ratio(ordered_sum(log_ratio)).unsqueeze(-1)
+    positive = given.advantages >= 0
+    k = torch.where(positive, k_positive, k_negative).to(log_w.dtype)
+    decay = torch.where(positive, lambda_positive, lambda_negative).to(log_w.dtype)
+    weights = torch.exp(k * log_w - decay * torch.expm1(log_w))
+    loss = -weights * given.advantages * given.logprobs
+    return with_statistics(given, loss, torch.zeros_like(loss, dtype=torch.bool), aggregation, num_items)
+
+
+def gmpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.4,
+    clip_high: float = 0.4,
+    num_items: float | Tensor | None = None,
+) -> PolicyLoss:
+    """-A exp(mean of the clipped log ratios) per sequence, averaged over sequences (GMPO, arXiv 2507.20673;
+    verl's geo_mean).
+
+    A token's log ratio is clipped on the side to which its advantage pushes it: from above at clip_high where A > 0,
+    from below at -clip_low elsewhere. A clipped token has no gradient; the others share that of the sequence equally.
+
+    Args:
+        logprobs: (B, T), float. The only input with a gradient.
+        old_logprobs, mask: as in ``clipped_policy_loss``.
+        advantages: same shape, as a rule one number a sequence at each of its tokens; of several, A is the mean.
+        clip_low, clip_high: bounds of a token's log ratio, >= 0. The defaults are the paper's.
+        num_items: replaces the number of sequences with a live token as the divisor, as in ``aggregate``.
+
+    Returns:
+        ``PolicyLoss``, float32 (float64 when an input is), all 0 when nothing is live. clip_fraction is the share of
+        tokens whose log ratio is clipped.
+
+    Raises:
+        TypeError: an input is not a floating-point tensor.
+        ValueError: shapes or devices differ, or are not (B, T); an argument outside the ranges above.
+    """
+    op = "gmpo_loss"
+    _checks.non_negative(op, clip_low=clip_low, clip_high=clip_high)
+    check_sequences(op, logprobs)
+    aggregation = "seq-mean-token-mean"
+    given = checked_tokens(op, logprobs, old_logprobs, advantages, mask, aggregation, num_items)
+    log_ratio = bounded_log_ratio(given.logprobs - given.old_logprobs)
+    above = (given.advantages > 0) & (log_ratio > clip_high)
+    below = (given.advantages <= 0) & (log_ratio < -clip_low)
+    bounded = torch.where(below, -clip_low, torch.where(above, clip_high, log_ratio))
+    count = lengths(given)
+    ratio = torch.exp(ordered_sum(bounded) / count)
+    loss = -ordered_sum(given.advantages) / count * ratio
+    # the same at each of its tokens, so that their mean is the sequence's own
+    return with_statistics(given, loss.unsqueeze(-1).expand(logprobs.shape), above | below, aggregation, num_items)
+
+
+def gpg_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    aggregation: str = "token-mean",
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """-A logprob per token, aggregated: the policy gradient without a ratio (REINFORCE; GPG, arXiv 2504.02546).
+
+    ``clipped_policy_loss`` with old_logprobs=None has the same gradient, another value (-A) and statistics.
+
+    Args:
+        logprobs: (B, T), or any shape with token-mean; float. The only input with a gradient.
+        advantages: same shape; positive for tokens that were better than expected; a constant.
+        mask, aggregation, num_items: as in ``aggregate``.
+
+    Returns:
+        0-dim, float32 (float64 when an input is); 0 with zero gradient when nothing is live.
+
+    Raises:
+        TypeError: an input is not a floating-point tensor.
+        ValueError: shapes or devices differ; an argument outside the ranges of ``aggregate``.
+    """
+    given = checked_tokens("gpg_loss", logprobs, None, advantages, mask, aggregation, num_items)
+    return reduced(-given.advantages * given.logprobs, given.live, aggregation=aggregation, num_items=num_items)

@@ -236,6 +236,30 @@ def _naive_sapo(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tenso
     return _naive_aggregate({"values": -x["advantages"] * gate}, targets, mask)
 
 
+def _naive_vespo(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    log_w = _masked(x["logprobs"] - x["old_logprobs"], mask).sum(-1, keepdim=True).detach()
+    k, decay = (torch.where(x["advantages"] >= 0, *pair).to(log_w.dtype) for pair in ((2.0, 3.0), (3.0, 2.0)))
+    weights = (k * log_w + decay * (1 - log_w.exp())).exp()
+    return (_mean(-weights * x["advantages"] * x["logprobs"], mask),)
+
+
+def _naive_gmpo(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    log_ratio = x["logprobs"] - x["old_logprobs"]
+    live = torch.ones_like(log_ratio) if mask is None else mask.to(log_ratio.dtype)
+    near = log_ratio.clamp(-0.4, 0.4)
+    log_ratio = torch.where(x["advantages"] > 0, torch.minimum(log_ratio, near), torch.maximum(log_ratio, near))
+    count = live.sum(-1).clamp(min=1)
+    losses = -(x["advantages"] * live).sum(-1) / count * ((log_ratio * live).sum(-1) / count).exp()
+    return (losses.sum() / live.any(-1).sum(),)
+
+
+def _naive_dppo(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    rise = x["logprobs"].detach().exp() - x["old_logprobs"].exp()
+    inside = torch.where(x["advantages"] > 0, rise <= 0.2, rise >= -0.1)
+    weights = (x["logprobs"] - x["old_logprobs"]).exp().clamp(max=3.0).detach()
+    return (_mean(-weights * x["advantages"] * x["logprobs"] * inside, mask),)
+
+
 def _naive_weights(x: Tensors, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
     return (_masked((x["logprobs"] - x["rollout_logprobs"]).exp().clamp(0.5, 2.0), mask),)
 
@@ -384,6 +408,32 @@ OPS = [
         {"logprobs": (), "old_logprobs": (), "advantages": ()},
         ("logprobs",),
         per_token=False,
+    ),
+    Op(
+        "vespo_loss",
+        lambda x, targets, mask: (ops.vespo_loss(**x, mask=mask).loss,),
+        _naive_vespo,
+        {"logprobs": (), "old_logprobs": (), "advantages": ()},
+        ("logprobs",),
+        per_token=False,
+        constants=("logprobs",),
+    ),
+    Op(
+        "gmpo_loss",
+        lambda x, targets, mask: (ops.gmpo_loss(**x, mask=mask).loss,),
+        _naive_gmpo,
+        {"logprobs": (), "old_logprobs": (), "advantages": ()},
+        ("logprobs",),
+        per_token=False,
+    ),
+    Op(
+        "dppo_loss",
+        lambda x, targets, mask: (ops.dppo_loss(**x, mask=mask, clip_low=0.1, clip_high=0.2, max_ratio=3.0).loss,),
+        _naive_dppo,
+        {"logprobs": (), "old_logprobs": (), "advantages": ()},
+        ("logprobs",),
+        per_token=False,
+        constants=("logprobs",),
     ),
     Op(
         "truncated_importance_weights",

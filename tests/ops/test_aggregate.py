@@ -166,3 +166,23 @@ def test_bad_arguments() -> None:
         aggregate(VALUES, LIVE, aggregation="token-mean", num_items=torch.ones(1))
     with pytest.raises(ValueError, match="num_items must be on (cpu|cuda:0); got meta"):
         aggregate(VALUES, LIVE, aggregation="token-mean", num_items=torch.ones((), device="meta"))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_weights_are_factors_that_leave_the_divisor(aggregation: str) -> None:
+    weights = torch.tensor([[0.5, 2.0, torch.nan], [3.0, torch.inf, -1.0], [1.0, 1.0, 1.0]])
+    factors = torch.where(LIVE, weights, 0.0)
+    values = VALUES.masked_fill(~LIVE, torch.nan).requires_grad_()
+    own = aggregate(values, LIVE, weights=weights, aggregation=aggregation)
+    true = aggregate(values * factors, LIVE, aggregation=aggregation)
+    torch.testing.assert_close(own, true)
+    torch.testing.assert_close(*(torch.autograd.grad(each, values)[0] for each in (own, true)))
+    mean = aggregate(values, LIVE, weights=weights, num_items=factors.sum())
+    assert mean.item() == pytest.approx((0.5 * 1 + 2 * 2 + 3 * 4) / 5.5)
+
+
+def test_bad_weights() -> None:
+    with pytest.raises(ValueError, match=r"aggregate: weights must have shape \(3, 3\)"):
+        aggregate(VALUES, weights=VALUES[:1])
+    with pytest.raises(TypeError, match="aggregate: weights must be float64"):
+        aggregate(VALUES, weights=LIVE)

@@ -6,7 +6,7 @@ from devices import seeded
 
 from rlhf_fast.ops import aggregate
 from rlhf_fast.ops._aggregate import AGGREGATIONS
-from rlhf_fast.ops.clipped_policy_loss import PolicyLoss, clipped_policy_loss
+from rlhf_fast.ops.clipped_policy_loss import PolicyLoss, clip_fractions, clipped_policy_loss
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -43,6 +43,27 @@ def test_by_hand() -> None:
     assert result.ratio_mean.item() == pytest.approx(1.0)
     assert result.ratio_max.item() == pytest.approx(1.5)
     assert result.ratio_var.item() == pytest.approx(4 * 0.25 / 5)
+
+
+def test_clip_fractions_by_hand() -> None:
+    # low: A = -1, r = 0.5.  high: A = 1, r = 1.5 and 5.  dual: A = -1, r = 5.  Not: A = 1, r = 0.5; A = -1, r = 1.5.
+    ratios = torch.tensor([0.5, 1.5, 5.0, 5.0, 0.5, 1.5, torch.nan])
+    advantages = torch.tensor([-1.0, 1.0, 1.0, -1.0, 1.0, -1.0, torch.nan])
+    mask = torch.tensor([1, 1, 1, 1, 1, 1, 0])
+    found = clip_fractions(ratios.log(), torch.zeros(7), advantages, mask, dual_clip=3.0)
+    assert [each.item() for each in found] == pytest.approx([1 / 6, 2 / 6, 1 / 6])
+    assert clip_fractions(ratios.log(), torch.zeros(7), advantages, mask).dual.item() == 0
+
+
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_clip_fractions_add_up(ratio_level: str) -> None:
+    logprobs, old, advantages, mask = sample(0, 40, 6)
+    options = {"clip_low": 0.1, "clip_high": 0.05, "dual_clip": 1.2, "ratio_level": ratio_level}
+    found = clip_fractions(3 * logprobs, 3 * old, advantages, mask, **options)
+    whole = clipped_policy_loss(3 * logprobs, 3 * old, advantages, mask, **options).clip_fraction
+    assert all(each > 0 for each in found) and sum(found).item() == pytest.approx(whole.item())
+    nothing = clip_fractions(logprobs, old, advantages, torch.zeros_like(mask), **options)
+    assert all(each == 0 for each in nothing)
 
 
 def test_each_side_has_its_own_clip_by_hand() -> None:

@@ -210,8 +210,9 @@ def test_backends_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch)
 
 # of torch's functions and other operations
 COMPOSED = {
-    "aggregate", "cispo_loss", "group_advantages", "gspo_loss", "kto_loss", "orpo_loss", "sapo_loss",
-    "truncated_importance_weights",
+    "aggregate", "cispo_loss", "clip_cov_loss", "clip_fractions", "dft_loss", "dppo_loss", "gmpo_loss", "gpg_loss",
+    "group_advantages", "group_whiten", "gspo_loss", "importance_weighted_kl", "kl_cov_loss", "kto_loss", "orpo_loss",
+    "sapo_loss", "truncated_importance_weights", "vespo_loss",
 }  # fmt: skip
 
 

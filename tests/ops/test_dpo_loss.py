@@ -66,6 +66,10 @@ FORMULAS = {
     "nca_pair": lambda c, r, b: softplus(-b * c) + 0.5 * softplus(b * c) + 0.5 * softplus(b * r),
     "bco_pair": lambda c, r, b: softplus(-b * c) + softplus(b * r),
     "sppo_hard": lambda c, r, b: (c - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2,
+    "discopop": lambda c, r, b: (
+        (1 - sigmoid(b * (c - r) / 0.05)) * softplus(-b * (c - r))
+        + sigmoid(b * (c - r) / 0.05) * math.exp(-b * (c - r))
+    ),
 }
 SMOOTHING = {"robust": 0.1, "exo_pair": 0.1}
 
@@ -91,6 +95,52 @@ def test_every_loss_is_its_formula(loss_type: str) -> None:
     assert torch.autograd.gradcheck(
         lambda *policy: dpo_loss(*policy, *pairs[2:], **options, reduction="none").loss, (chosen, rejected)
     )
+
+
+# f' of a ratio t, in the words of the f-DPO paper and, for alpha, of TRL
+DIVERGENCES = {
+    "reverse_kl": lambda t: math.log(t) + 1,
+    "forward_kl": lambda t: -1 / t,
+    "js_divergence": lambda t: math.log(2 * t / (1 + t)),
+    "alpha_divergence": lambda t: (t ** (0.3 - 1) - 1) / (0.3 - 1),
+}
+
+
+@pytest.mark.parametrize("f_divergence_type", DIVERGENCES)
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust", "exo_pair", "discopop"])
+def test_divergences(f_divergence_type: str, loss_type: str) -> None:
+    """A loss of c - r is given f'(t) in place of log t, and the rewards stay what they are."""
+    pairs = 0.5 * torch.randn(4, 6, dtype=torch.float64, generator=seeded(0))
+    slope, beta, smoothing = DIVERGENCES[f_divergence_type], 0.7, SMOOTHING.get(loss_type, 0.0)
+    options = {
+        "beta": beta, "loss_type": loss_type, "label_smoothing": smoothing, "f_divergence_type": f_divergence_type,
+        "f_alpha_divergence_coef": 0.3,
+    }  # fmt: skip
+    ratios = (pairs[:2] - pairs[2:]).exp().T.tolist()
+    expected = [FORMULAS[loss_type](slope(t), slope(u), beta) for t, u in ratios]
+    result = dpo_loss(*pairs, **options, reduction="none")
+    assert result.loss.tolist() == pytest.approx(expected, rel=1e-9)
+    torch.testing.assert_close(result.chosen_rewards, beta * (pairs[0] - pairs[2]))
+    chosen, rejected = (each.requires_grad_() for each in pairs[:2].clone())
+    assert torch.autograd.gradcheck(
+        lambda *policy: dpo_loss(*policy, *pairs[2:], **options, reduction="none").loss, (chosen, rejected)
+    )
+
+
+def test_the_ends_of_alpha() -> None:
+    pairs = torch.randn(4, 6, generator=seeded(0))
+    for alpha, name in ((0.0, "forward_kl"), (1.0, "reverse_kl")):
+        own = dpo_loss(*pairs, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=alpha)
+        assert torch.equal(own.loss, dpo_loss(*pairs, f_divergence_type=name).loss)
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "discopop"}, *({"f_divergence_type": name} for name in DIVERGENCES)])
+def test_far_log_ratios_are_finite(options: dict) -> None:
+    """Where e^-d or a power of t overflows float32."""
+    policy = torch.tensor([-400.0, 400.0], requires_grad=True)
+    result = dpo_loss(policy, -policy.detach(), torch.zeros(2), torch.zeros(2), beta=1.0, **options)
+    (grad,) = torch.autograd.grad(result.loss, policy)
+    assert result.loss.isfinite() and grad.isfinite().all()
 
 
 def test_without_a_reference_and_with_a_margin_it_is_simpo() -> None:
@@ -186,6 +236,14 @@ def test_bad_arguments() -> None:
         dpo_loss(*PAIRS, loss_type="exo_pair")
     with pytest.raises(ValueError, match="margin is defined for loss_type sigmoid, .*; got 'apo_zero'"):
         dpo_loss(*PAIRS, loss_type="apo_zero", margin=1.0)
+    with pytest.raises(ValueError, match="f_divergence_type must be one of reverse_kl, .*; got 'kl'"):
+        dpo_loss(*PAIRS, f_divergence_type="kl")
+    with pytest.raises(ValueError, match="f_divergence_type 'forward_kl' is defined for .*; got 'apo_down'"):
+        dpo_loss(*PAIRS, loss_type="apo_down", f_divergence_type="forward_kl")
+    with pytest.raises(ValueError, match=r"f_alpha_divergence_coef must be in \[0, 2\]; got 3"):
+        dpo_loss(*PAIRS, f_alpha_divergence_coef=3)
+    with pytest.raises(ValueError, match="discopop_tau must be a finite number > 0; got 0"):
+        dpo_loss(*PAIRS, loss_type="discopop", discopop_tau=0)
     with pytest.raises(ValueError, match="both given or both None"):
         dpo_loss(*PAIRS[:3], None)
     with pytest.raises(TypeError, match="margin must be a torch.Tensor; got list"):

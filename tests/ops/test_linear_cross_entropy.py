@@ -85,6 +85,45 @@ def test_the_sum_of_the_parts(options: dict[str, Any], dtype: torch.dtype) -> No
         torch.testing.assert_close(grads, torch.autograd.grad((whole * weights).sum(), trained), **close)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_weights_and_label_smoothing(reduction: str, dtype: torch.dtype, smoothing: float) -> None:
+    """Against torch's own on whole logits in float64; a masked state and a masked weight are never read."""
+    generator = seeded(2)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    trained = hidden, weight, bias, down, up = normal(2, 4, 3), normal(9, 3), normal(9), normal(2, 3), normal(9, 2)
+    labels = torch.randint(7, (2, 4), generator=generator)
+    labels[0, 1] = -100
+    weights = torch.linspace(0.1, 1.5, 8).view(2, 4)
+    temperature = torch.linspace(0.5, 2, 8).view(2, 4)
+    dead = labels == -100
+    loss = linear_cross_entropy(
+        hidden.masked_fill(dead[..., None], math.nan), weight, labels, bias=bias, lora=(down, up, 0.5), vocab_size=7,
+        temperature=temperature, reduction=reduction, label_smoothing=smoothing,
+        weights=weights.masked_fill(dead, math.nan),
+    )  # fmt: skip
+    grads = torch.autograd.grad(loss.sum(), trained)
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in trained]
+    h, w, b, a, u = exact
+    logits = ((h @ w.T + b + 0.5 * (h @ a.T) @ u.T) / temperature[..., None])[..., :7]
+    true = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=smoothing
+    ).view(2, 4)
+    true = true * weights
+    true = true if reduction == "none" else true.sum() / (7 if reduction == "mean" else 1)
+    close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 5e-6}
+    torch.testing.assert_close(loss.double(), true, **close)
+    if dtype == torch.bfloat16:
+        close = {"rtol": 2e-2, "atol": 2e-2}
+    for own, right in zip(grads, torch.autograd.grad(true.sum(), exact), strict=True):
+        torch.testing.assert_close(own.double(), right, **close)
+
+
 def test_no_label_counts() -> None:
     hidden = HIDDEN.clone().requires_grad_()
     loss = linear_cross_entropy(hidden, WEIGHT, torch.full_like(LABELS, -100))
@@ -98,6 +137,9 @@ def test_no_label_counts() -> None:
         ({"reduction": "average"}, "reduction must be one of mean, sum, none; got 'average'"),
         ({"reduction": "sum", "num_items": 3}, "num_items is the divisor of reduction='mean'; got reduction='sum'"),
         ({"num_items": -1}, "num_items must be a finite number >= 0; got -1"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\); got 1"),
+        ({"label_smoothing": 0.1, "softcap": 5.0}, "label_smoothing needs softcap=None.*got 5"),
+        ({"weights": torch.zeros(2, 4)}, r"weights must have shape \(1, 4\)"),
         ({"num_items": torch.ones(2)}, r"num_items must be a number or a 0-dim tensor; got shape \(2,\)"),
     ],
 )

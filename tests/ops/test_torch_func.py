@@ -82,8 +82,8 @@ def test_autograd_through_vmap(op: Op) -> None:
 
 @trained_op
 def test_grad_of_grad_is_right_or_refused(op: Op) -> None:
-    if op.name == "cispo_loss":
-        return  # its first derivative takes the ratio as a constant, which differences of it do not
+    if op.name == "cispo_loss" or op.grads[0] in op.constants:
+        return  # its first derivative takes a weight as a constant, which differences of it do not
     case = make(op, dtype=torch.float64)
     name = op.grads[0]
 

@@ -52,7 +52,10 @@ def config(**changes: Any) -> Config:
     """What the losses read of verl's ActorConfig."""
     made = {
         "clip_ratio": 0.2, "clip_ratio_low": None, "clip_ratio_high": 0.28, "clip_ratio_c": 3.0, "tau_pos": 1.0,
-        "tau_neg": 1.05, "global_batch_info": {},
+        "tau_neg": 1.05, "global_batch_info": {}, "policy_loss": Config(
+            clip_cov_ratio=None, clip_cov_lb=None, clip_cov_ub=None, kl_cov_ratio=None, ppo_kl_coef=None,
+            dro_beta=0.3,
+        ),
     }  # fmt: skip
     return Config(**made | changes)
 
@@ -98,6 +101,54 @@ def test_policy_losses(seed: int, loss: str, mode: str, weighted: bool, monkeypa
     same(own, theirs, x.log_prob)
     assert metrics == pytest.approx(their_metrics, rel=1e-6, abs=1e-7)
     assert metrics["actor/pg_clipfrac"] > 0 or loss == "sapo"
+
+
+SELECTIONS = {
+    # every token between the bounds, so that chance has no part
+    "clip_cov": {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.2, "clip_cov_ub": 2.0},
+    "kl_cov": {"kl_cov_ratio": 0.3, "ppo_kl_coef": 0.7},
+}
+
+
+@seeds
+@pytest.mark.parametrize("loss", ["dppo_tv", "dppo_kl", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro"])
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_more_policy_losses(seed: int, loss: str, mode: str, weighted: bool) -> None:
+    x = tokens(seed)
+    x.old = x.old.clamp(max=-0.05)
+    x.log_prob = x.log_prob.detach().clamp(max=-0.05).requires_grad_()
+    settings = config(
+        global_batch_info=BATCHES[seed % 3], clip_ratio_c=1.5, clip_ratio=0.05 if loss == "dppo_kl" else 0.2,
+        policy_loss=Config(**vars(config().policy_loss) | SELECTIONS.get(loss, {})),
+    )  # fmt: skip
+    args = (x.old, x.log_prob, x.advantages, x.mask, mode, settings, x.weights if weighted else None)
+    name = f"compute_policy_loss_{loss}"
+    (own, metrics), (theirs, their_metrics) = (getattr(module, name)(*args) for module in (ours, core))
+    same(own, theirs, x.log_prob)
+    assert metrics == pytest.approx(their_metrics, rel=1e-6, abs=1e-7)
+    assert all(value > 0 for name, value in metrics.items() if "clipfrac" in name)
+
+
+@seeds
+def test_dro_needs_its_beta(seed: int) -> None:
+    x = tokens(seed)
+    for beta in (None, 0.0):
+        settings = config(policy_loss=Config(dro_beta=beta))
+        for module in (ours, core):
+            with pytest.raises(ValueError, match="dro_beta must be"):
+                module.compute_policy_loss_dro(x.old, x.log_prob, x.advantages, x.mask, "token-mean", settings)
+
+
+@seeds
+def test_clip_cov_drops_as_many_tokens(seed: int) -> None:
+    x = tokens(seed)
+    settings = config(
+        policy_loss=Config(**vars(config().policy_loss) | SELECTIONS["clip_cov"] | {"clip_cov_ratio": 0.1})
+    )
+    args = (x.old, x.log_prob, x.advantages, x.mask, "token-mean", settings)
+    own, theirs = (module.compute_policy_loss_clip_cov(*args)[1] for module in (ours, core))
+    assert own == pytest.approx(theirs, rel=1e-6) and own["actor/pg_clipfrac"] > 0
 
 
 @seeds
@@ -216,11 +267,11 @@ def test_the_patch() -> None:
             core.agg_loss(x.log_prob, x.mask, "token-mean")
             assert core.get_policy_loss_fn("vanilla") is ours.compute_policy_loss_vanilla
             assert core.get_policy_loss_fn("sapo") is own_sapo
-            assert core.get_policy_loss_fn("gpg") is core.compute_policy_loss_gpg
+            assert core.get_policy_loss_fn("geo_mean") is ours.compute_policy_loss_geo_mean
             assert core.get_adv_estimator_fn(core.AdvantageEstimator.RLOO) is ours.compute_rloo_outcome_advantage
             with pytest.raises(ValueError, match="expected one of .*vanilla.*; got 'nothing'"):
                 core.get_policy_loss_fn("nothing")
-            core.compute_policy_loss_gpg(x.old, x.log_prob, x.advantages, x.mask, "token-mean", config())
+            core.compute_policy_loss_clip_cov(x.old, x.log_prob, x.advantages, x.mask, "token-mean", config())
         assert report.calls["agg_loss"] == 2
         assert "importer.agg" in report.replaced["agg_loss"]
     finally:
