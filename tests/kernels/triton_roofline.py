@@ -19,10 +19,8 @@ H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
 # Shares of a copy's speed on an H100: what every row reaches at least, and those that do not, with what stops them.
 LEAST = 1.0
 LIMITED = {
-    # five sums over a tile of 4 numbers a thread, each with shuffles and a barrier
+    # four sums over a tile of 4 numbers a thread, each with shuffles and a barrier
     "`masked_whiten`, `_measure`": 0.9,
-    # comparisons and selections of each of 16 columns, and half the bytes of float32
-    "`sums`, `sum_segments`, bf16": 0.9,
 }
 # Kernels of a row, of a mask alone or of a few parts, whose time is that of a launch.
 LEFT_OUT = (
