@@ -109,6 +109,8 @@ def row_of(kernel: str, form: str, wide: bool) -> str | None:
 
 def path(kernel: str, row: str, code: list[tuple[int, sass.Instruction]]) -> Report:
     """The figures of a thread of a kernel."""
+    copies = [step.name for _, step in code if step.name.startswith(("LDGSTS", "UBLKCP", "UTMA"))]
+    assert not copies, f"{kernel}: {copies[0]} loads without waiting, which sass.path does not follow"
     options = next((options for name, options in USUAL.items() if row.startswith(name)), {"stores": None})
     found = sass.path(code, **options)
     assert found is not None, f"{kernel} loads or stores nothing"
