@@ -120,20 +120,20 @@ def load_slopes(slopes, index, length):
 
 @triton.jit
 def block_gradient(row, ref_row, at, columns, rate, slopes):
-    """The gradient of the block at ``at``. ``ref_row`` is None without a reference."""
+    """The gradient of the block at ``at``. ``ref_row.data`` is None without a reference."""
     x = load_block(row, at, columns)
     gap = x - slopes.shift
     e = tl.exp2(gap * rate)
     # A gap of -inf has e = 0, and 0 * -inf must be 0. A NaN in the slopes still reaches the gradient.
     factor = slopes.constant + slopes.slope * tl.where(e == 0.0, 0.0, gap)
-    if ref_row is not None:
+    if ref_row.data is not None:
         ref_x = load_block(ref_row, at, columns)
         # subtract the gaps first and divide by the temperature afterwards, so that equal rows give exactly 0
         ratio = ((ref_x - slopes.ref_shift) - gap) * (rate / LOG2E) + slopes.offset
         factor += slopes.ratio_slope * tl.where(e * slopes.ratio_slope == 0.0, 0.0, ratio)
     g = e * factor * cap_slope(x, row.softcap)
-    g = tl.where(at + columns == row.target, slopes.at_target, g)
-    return tl.where(at + columns < row.vocab, g, 0.0)
+    g = tl.where(columns == row.target - at, slopes.at_target, g)
+    return tl.where(columns < row.vocab - at, g, 0.0)
 
 
 @kernel(general=GENERAL)
@@ -160,18 +160,19 @@ def write_segments(
         rate = LOG2E / temperature_of_row(temperature, temperature_stride, index)
         target = row_target(targets, index, vocab)
         row = Row(logits + tl.multiple_of(index * logits_stride, VECTOR), vocab, target, softcap)
-        ref_row = None
+        ref_data = ref_logits
         if ref_logits is not None:
-            ref_row = Row(ref_logits + tl.multiple_of(index * ref_stride, VECTOR), vocab, target, softcap)
+            ref_data += tl.multiple_of(index * ref_stride, VECTOR)
+        ref_row = Row(ref_data, vocab, target, softcap)  # Triton 3.6 cannot tell whether a tuple with a None is None
         of_row = load_slopes(slopes, index, length)
         # 2. Block by block: read, compute, write.
         for at in range(start, stop, BLOCK):
             g = block_gradient(row, ref_row, at, offsets, rate=rate, slopes=of_row)
-            tl.store(out + at + offsets, rounded(g, kind), mask=at + begins < stop)
+            tl.store(out + at + offsets, rounded(g, kind), mask=begins < stop - at)
     else:
         # A dead row is not read, because its logits may be NaN.
         for at in range(start, stop, BLOCK):
-            tl.store(out + at + offsets, tl.zeros(offsets.shape, kind), mask=at + begins < stop)
+            tl.store(out + at + offsets, tl.zeros(offsets.shape, kind), mask=begins < stop - at)
 
 
 def write_gradient(

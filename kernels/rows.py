@@ -195,9 +195,11 @@ def load_block(row, start, columns):
     bytes are aligned, so they lie in one page, and the next row does not start within them.
     """
     # A mask per vector, not per column, keeps the load 16 bytes wide. The excluded columns are replaced afterwards.
-    begins = start + vector_starts(columns.shape[2]) < row.vocab
+    # Comparisons are relative to the block: of start + columns they would take 64 bits, twice the instructions.
+    size = row.vocab - start
+    begins = vector_starts(columns.shape[2]) < size
     x = capped(tl.load(row.data + start + columns, mask=begins, other=0.0).to(tl.float32), row.softcap)
-    other = (start + columns < row.vocab) & (start + columns != row.target)
+    other = (columns < size) & (columns != row.target - start)
     return tl.where(other, x, -float("inf"))
 
 

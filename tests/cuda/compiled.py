@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "machine_code"))
 import sass
 
 SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").glob("*.cu"))

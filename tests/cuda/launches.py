@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.append(str(Path(__file__).parents[1] / "ops"))
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("ops", "machine_code"))
 import emulation
+from roofline_page import renew
 
 from rlhf_fast import ops
 from rlhf_fast.ops import _op, _products, _sweep, use_backend
 from rlhf_fast.ops._dispatch import ENGINES
 
-PAGE = Path(__file__).parents[2] / "docs" / "roofline.md"
 TOKENS, SEQUENCES = 5000, 4  # several tiles
 ROWS, VOCAB, HIDDEN = 16, 9000, 32  # two segments
 MANY_ROWS = 128
@@ -138,13 +138,6 @@ def table() -> str:
         cells = [f"`{op}`{comma}{options}", *(str(number) for pair in numbers for number in pair)]
         lines.append(f"| {' | '.join(cells + [''] * (5 - len(cells)))} |")
     return "\n".join(lines)
-
-
-def renew(name: str, table: str) -> None:
-    """Writes a table of the page."""
-    begin, text = f"<!-- {name} -->", PAGE.read_text()
-    before, _, after = text.partition(begin)
-    PAGE.write_text(f"{before}{begin}\n{table}\n<!-- end -->{after.partition('<!-- end -->')[2]}")
 
 
 if __name__ == "__main__":

@@ -12,20 +12,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[2] / "docs" / "roofline.md"
+sys.path.append(str(Path(__file__).parents[1] / "machine_code"))
+from limits import GPUS
+from roofline_page import rows
+
 # The operations whose kernels are those of another.
 KERNELS_OF = {"clipped_policy_loss": "ppo_loss", "clipped_value_loss": "ppo_loss"}
 
 
 def predictions(gpu: str) -> dict[str, list[tuple[float, str]]]:
-    """Operation -> (share, limit) of each of its kernels; empty for a GPU that the page does not have."""
-    lines = PAGE.read_text().partition("<!-- roofline -->")[2].partition("<!-- end -->")[0].strip().splitlines()
-    columns, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    place = next((i for i, name in enumerate(columns) if re.search(rf"\b{name}\b", gpu) and i > 3), None)
+    """Operation -> (share, limit) of each of its CUDA kernels; empty for a GPU that the page does not have."""
+    column = next((each.name for each in GPUS if re.search(rf"\b{each.name}\b", gpu)), None)
     found: dict[str, list[tuple[float, str]]] = {}
-    for cells in rows[1:] if place is not None else ():
-        share, limit = re.fullmatch(r"(\d+)%(?: \(.*x)?, (\w+)\)?", cells[place]).groups()
-        found.setdefault(cells[0].split("`")[1], []).append((int(share) / 100, limit))
+    for row in rows("roofline") if column is not None else ():
+        share, limit = re.fullmatch(r"(\d+)%(?: \(.*x)?, (\w+)\)?", row[column]).groups()
+        found.setdefault(row["kernel"].split("`")[1], []).append((int(share) / 100, limit))
     return found
 
 

@@ -124,8 +124,8 @@ def gae() -> Iterator[Call]:
 def whitening() -> Iterator[Call]:
     for count, live, options in (
         (64, mask(64), {}),
-        (4096, None, {"shift_mean": False}),
-        (4095, mask(4095), {"unbiased": False}),
+        (4096, mask(4096), {"shift_mean": False}),
+        (4095, None, {"unbiased": False}),
     ):
         yield Call(partial(ops.masked_whiten, floats(count), live, **options), count != 4095)
     for mean in (None, torch.zeros((), dtype=torch.float64)):

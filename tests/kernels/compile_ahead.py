@@ -3,6 +3,7 @@
     python tests/kernels/compile_ahead.py sm_90       -> one line of JSON a kernel and specialisation
     python tests/kernels/compile_ahead.py --renew     -> budget.json anew, of all targets
     python tests/kernels/compile_ahead.py --extend    -> budget.json to hold for this version of Triton as well
+    python tests/kernels/compile_ahead.py --roofline  -> the table of Triton kernels in docs/roofline.md anew
 
 The public functions run on CPU tensors with the triton backend forced; in place of a launch each kernel is compiled for
 the target named, with what Triton would specialise on: dtypes, sizes that are 1 or divisible by 16, alignments. What
@@ -17,21 +18,25 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import triton_roofline
 from budget import TARGETS, Budget, extended, read_budget, write_budget
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # which Triton reads when a kernel is defined
 
+import cubin
 import torch
 import triton
+from limits import GPUS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def gpu_target(name: str) -> GPUTarget:
@@ -74,7 +79,27 @@ def compile_all(target: GPUTarget) -> list[dict[str, Any]]:
     with triton_forced():
         for call in calls():
             call.run()
-    return [{"kernel": name, "wide": wide, **report(kernel)} for name, kernel, wide in kernels.values()]
+    reports = [{"kernel": name, "wide": wide, **report(kernel)} for name, kernel, wide in kernels.values()]
+    if target.backend == "cuda":
+        add_paths(reports, [kernel for _, kernel, _ in kernels.values()], target)
+    return reports
+
+
+def add_paths(reports: list[dict[str, Any]], kernels: list[Any], target: GPUTarget) -> None:
+    """Adds to a report its row in the table of docs/roofline.md, if it has one; threads of a program; and what
+    sass.path says.
+    """
+    in_table = []
+    for report, kernel in zip(reports, kernels, strict=True):
+        report["row"] = triton_roofline.row_of(report["kernel"], report["form"], report["wide"])
+        report["threads"] = 32 * kernel.metadata.num_warps
+        if report["row"] is not None:
+            in_table.append((report, cubin.code_of(kernel.asm["cubin"])))
+    # the instructions of one architecture alone are in its variant with an a
+    architecture = f"{target.arch}a" if target.arch >= 90 else str(target.arch)
+    codes = cubin.disassembled([code for _, code in in_table], architecture, TOOLS / "nvdisasm")
+    for (report, _), code in zip(in_table, codes, strict=True):
+        report |= triton_roofline.path(report["kernel"], report["row"], code)
 
 
 def form(kernel: Any) -> str:
@@ -99,7 +124,7 @@ def _cubin() -> Path:
 
 def _of_cubin(kernel: Any) -> dict[str, int]:
     _cubin().write_bytes(kernel.asm["cubin"])
-    command = [CUOBJDUMP, "-res-usage", _cubin()]
+    command = [TOOLS / "cuobjdump", "-res-usage", _cubin()]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     found = {"registers": used["REG"], "stack": used["STACK"], "local": used["LOCAL"], "spills": 0}  # on the stack
@@ -124,15 +149,20 @@ def _of_amdgcn(kernel: Any) -> dict[str, int]:
     return found
 
 
+def compile_for(targets: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """Target -> what compile_all says of it. The targets are compiled in processes side by side."""
+    here = [sys.executable, __file__]
+    runs = {target: subprocess.Popen([*here, target], stdout=subprocess.PIPE, text=True) for target in targets}
+    outputs = {target: run.communicate()[0] for target, run in runs.items()}
+    if failed := [target for target, run in runs.items() if run.returncode != 0]:
+        raise SystemExit(f"compile_ahead: {', '.join(failed)} failed; nothing was written")
+    return {target: [json.loads(line) for line in output.splitlines()] for target, output in outputs.items()}
+
+
 def extend(budget: Budget) -> None:
     """Writes the budget, and what this version of Triton needs beyond it."""
-    here = [sys.executable, __file__]
-    runs = {target: subprocess.Popen([*here, target], stdout=subprocess.PIPE, text=True) for target in TARGETS}
-    for target, run in runs.items():
-        output, _ = run.communicate()
-        if run.returncode != 0:
-            raise SystemExit(f"compile_ahead: {target} failed; budget.json is as it was")
-        budget = extended(budget, [json.loads(line) for line in output.splitlines()], target)
+    for target, reports in compile_for(TARGETS).items():
+        budget = extended(budget, reports, target)
     write_budget(budget)
 
 
@@ -141,8 +171,10 @@ if __name__ == "__main__":
         extend({})
     elif sys.argv[1:] == ["--extend"]:
         extend(read_budget())
+    elif sys.argv[1:] == ["--roofline"]:
+        triton_roofline.renew(compile_for({f"sm_{gpu.architecture}" for gpu in GPUS}))
     elif len(sys.argv) == 2 and sys.argv[1] in TARGETS:
         for found in compile_all(gpu_target(sys.argv[1])):
             print(json.dumps(found))
     else:
-        raise SystemExit(f"usage: {sys.argv[0]} {'|'.join(TARGETS)}|--renew|--extend")
+        raise SystemExit(f"usage: {sys.argv[0]} {'|'.join(TARGETS)}|--renew|--extend|--roofline")

@@ -33,14 +33,16 @@ class Path(NamedTuple):
 def kernels(text: str) -> dict[str, list[tuple[int, Instruction]]]:
     """Of the output of ``cuobjdump -sass``: each kernel's instructions with their addresses, by its mangled name."""
     functions = re.findall(r"Function : (\S+)\n((?:(?!\s*Function :).*\n)*)", text)
+    return {name: instructions(body) for name, body in functions}
+
+
+def instructions(text: str) -> list[tuple[int, Instruction]]:
+    """Of disassembled code: its instructions with their addresses."""
     line = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)\s*(.*?);")
-    return {
-        name: [
-            (int(address, 16), _instruction(opcode, predicate, operands))
-            for address, predicate, opcode, operands in line.findall(body)
-        ]
-        for name, body in functions
-    }
+    return [
+        (int(address, 16), _instruction(opcode, predicate, operands))
+        for address, predicate, opcode, operands in line.findall(text)
+    ]
 
 
 def _instruction(name: str, predicate: str, operands: str) -> Instruction:
@@ -63,18 +65,22 @@ def path(
     *,
     load: int | None = None,
     over: str | None = None,
-    stores: int = 1,
+    stores: int | None = 1,
     walks: bool = False,
 ) -> Path | None:
     """None for a kernel that loads or stores nothing in global memory.
 
     Where the shortest path is not the usual one: ``load``, the bytes of the loads that count, if they are not the
-    widest; ``over``, an instruction that the path goes over between load and store; ``stores``, how many it goes over.
-    ``walks``: the path is the shortest round of a loop with the widest loads, which are used in the next round, so that
-    all of them are in flight.
+    widest; ``over``, an instruction that the path goes over between load and store; ``stores``, how many it goes over,
+    None for as many as some path does. ``walks``: the path is the shortest round of a loop with the loads that count.
     """
     steps = [instruction for _, instruction in code]
-    route = _round(code) if walks else _route(code, load, over, stores)
+    if walks:
+        route = _round(code, load)
+    else:
+        counts = [stores] if stores is not None else range(len(_accesses(code, "STG", None)), 0, -1)
+        routes = (_route(code, load, over, count) for count in counts)
+        route = next((found for found in routes if found is not None), None)
     if route is None:
         return None
     taken = [steps[i] for i in route]
@@ -86,26 +92,24 @@ def path(
         special=sum(step.name.startswith("MUFU") for step in taken),
         loaded=loaded,
         stored=max(kept) * kept.count(max(kept)) if kept else 0,
-        flight=loaded if walks else _flight(taken),
+        flight=_flight([*taken, *taken] if walks else taken),
     )
 
 
-def _round(code: Sequence[tuple[int, Instruction]]) -> list[int] | None:
-    """The places of the shortest way from one of the widest loads back to it."""
-    steps, next_of = [step for _, step in code], _successors(code)
-    widths = {i: width(step.name) for i, step in enumerate(steps) if step.name.startswith("LDG")}
-    found = []
-    for load in (i for i in widths if widths[i] == max(widths.values())):
-        before: dict[tuple[int, int], tuple[int, int] | None] = {(place, 0): None for place in next_of[load]}
+def _round(code: Sequence[tuple[int, Instruction]], load: int | None) -> list[int] | None:
+    """The places of the shortest way from one of the loads that count back to it."""
+    next_of, found = _successors(code), []
+    for start in _accesses(code, "LDG", load):
+        before: dict[tuple[int, int], tuple[int, int] | None] = {(place, 0): None for place in next_of[start]}
         queue = deque(before)
-        while queue and (load, 0) not in before:
+        while queue and (start, 0) not in before:
             node = queue.popleft()
             for after in next_of[node[0]] if node[0] != END else ():
                 if (after, 0) not in before:
                     before[after, 0] = node
                     queue.append((after, 0))
-        if (load, 0) in before:
-            found.append([*_back(before, (load, 0)), load])
+        if (start, 0) in before:
+            found.append([*_back(before, (start, 0)), start])
     return min(found, key=len, default=None)
 
 
@@ -113,15 +117,9 @@ def _route(
     code: Sequence[tuple[int, Instruction]], load: int | None, over: str | None, stores: int
 ) -> list[int] | None:
     """The places of the shortest way from the entry over a load, ``over`` and the stores to an exit."""
-    steps = [step for _, step in code]
-
-    def accesses(kind: str, bytes_: int | None) -> set[int]:
-        widths = {i: width(step.name) for i, step in enumerate(steps) if step.name.startswith(kind)}
-        return {i for i in widths if widths[i] == (bytes_ or max(widths.values()))}
-
-    wanted = [accesses("LDG", load), *[accesses("STG", None)] * stores]
+    wanted = [_accesses(code, "LDG", load), *[_accesses(code, "STG", None)] * stores]
     if over is not None:
-        wanted.insert(1, {i for i, step in enumerate(steps) if step.name.startswith(over)})
+        wanted.insert(1, {i for i, (_, step) in enumerate(code) if step.name.startswith(over)})
     next_of = _successors(code)
     # a node is a place, and how many of ``wanted`` lie behind it
     before: dict[tuple[int, int], tuple[int, int] | None] = {(0, 0): None}
@@ -140,6 +138,12 @@ def _route(
                 before[after, done] = node
                 queue.append((after, done))
     return None
+
+
+def _accesses(code: Sequence[tuple[int, Instruction]], kind: str, bytes_: int | None) -> set[int]:
+    """The places of the accesses of so many bytes, or of the widest ones."""
+    widths = {i: width(step.name) for i, (_, step) in enumerate(code) if step.name.startswith(kind)}
+    return {i for i in widths if widths[i] == (bytes_ or max(widths.values()))}
 
 
 def _successors(code: Sequence[tuple[int, Instruction]]) -> list[list[int]]:
