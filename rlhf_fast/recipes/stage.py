@@ -264,6 +264,7 @@ class Stage(Processes, Generic[Config]):
         scale = self.values.get("learning_rate_scale", 1.0)
         self.step, self.values, _ = self._snapshots.restore(path)
         self.values["learning_rate_scale"] = scale
+        self.accelerator.wait_for_everyone()  # each reads the checkpoint before the later ones are deleted
         if self._output is not None:
             checkpoint.drop_after(self.folder, self.step)
             self._records.rewind(self.step)

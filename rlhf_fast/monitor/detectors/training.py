@@ -42,7 +42,7 @@ def useless_critic(history: History, at: Thresholds) -> Finding | None:
     """Explained variance clearly below 0 after a warm-up and not on its way up, or stuck at 0."""
     series, window = history[m.EXPLAINED_VARIANCE.name], int(at.critic_window)
     recent = series.values[-window:]
-    if len(series.values) < int(at.critic_warmup) + window:
+    if len(series.values) < int(at.critic_warmup) + window or no_signal(history, at) is not None:
         return None
     mean, error = statistics.fmean(recent), statistics.stdev(recent) / math.sqrt(window)
     rise = statistics.fmean(recent[window // 2 :]) - statistics.fmean(recent[: window // 2])
