@@ -1,6 +1,7 @@
 """Records the runs of tests/monitor/corpus: healthy ones, and each failure provoked in the real trainer.
 
     python tests/monitor/record.py [--only NAME] [--held-out]
+    python tests/monitor/record.py --score        -> the table of docs/debugging.md: what is found in the second set
 
 A run is a file of columns: {"verdict", "onset", "setting", "metrics": {name: [values by step]}}; "verdict" is the name
 that the monitor must give it ("" where it must give none), "onset" the step from which the setting works.
@@ -13,12 +14,14 @@ import json
 import random
 import shlex
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 from rlhf_fast.cli import main
+from rlhf_fast.monitor import Monitor
 from rlhf_fast.recipes import ppo, stage
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -233,13 +236,43 @@ def _short(value: float | None) -> float | None:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def score(folder: Path) -> str:
+    """What the monitor finds in each run of ``folder``, as a table."""
+    found: dict[tuple[str, str], list[dict[str, int]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        held = json.loads(path.read_text())
+        found.setdefault((path.stem.rpartition("-")[0], held["verdict"]), []).append(first_found(held))
+    lines = ["| setting | wanted | runs | found, by step | also told |", "| --- | --- | --- | --- | --- |"]
+    for (name, wanted), runs in found.items():
+        right = [str(told[wanted]) if wanted in told else "not found" for told in runs] if wanted else []
+        others = Counter(name for told in runs for name in told if name != wanted)
+        also = ", ".join(f"`{name}` in {count}" for name, count in others.most_common())
+        lines.append(f"| {name} | {f'`{wanted}`' if wanted else 'none'} | {len(runs)} | {', '.join(right)} | {also} |")
+    return "\n".join(lines)
+
+
+def first_found(run: dict) -> dict[str, int]:
+    """Verdict -> the step at which the monitor tells it."""
+    monitor, found = Monitor(), {}
+    columns = run["metrics"]
+    for index, step in enumerate(columns["step"]):
+        line = {name: values[index] for name, values in columns.items() if values[index] is not None}
+        for verdict in monitor.update(step, line):
+            found[verdict.name] = step
+    return found
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", help="names of settings, A,B")
     parser.add_argument("--seeds", help="in place of the settings' own, 0,1")
     parser.add_argument("--held-out", action="store_true", help="the second set")
+    parser.add_argument("--score", action="store_true", help="record nothing: score the second set")
     parser.add_argument("--into", type=Path)
     args = parser.parse_args()
+    if args.score:
+        print(score(CORPUS / "held_out"))
+        raise SystemExit
     settings, into = (HELD_OUT, CORPUS / "held_out") if args.held_out else (SETTINGS, CORPUS)
     into = args.into or into
     into.mkdir(exist_ok=True)

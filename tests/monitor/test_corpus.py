@@ -5,22 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+from record import first_found
 
-from rlhf_fast.monitor import Monitor
+from rlhf_fast.verdicts import KINDS
 
 RUNS = sorted((Path(__file__).parent / "corpus").glob("*.json"))
 LATEST = 20  # steps after the onset
-
-
-def first_found(run: dict) -> dict[str, int]:
-    """Verdict -> the step at which the monitor told it."""
-    monitor, found = Monitor(), {}
-    columns = run["metrics"]
-    for index, step in enumerate(columns["step"]):
-        line = {name: values[index] for name, values in columns.items() if values[index] is not None}
-        for verdict in monitor.update(step, line):
-            found[verdict.name] = step
-    return found
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -34,8 +24,6 @@ def test_recorded_run(path):
 
 
 def test_the_corpus_has_three_runs_of_each_verdict_and_thirty_in_all():
-    from rlhf_fast.verdicts import KINDS
-
     verdicts = [json.loads(path.read_text())["verdict"] for path in RUNS]
     assert all(verdicts.count(name) >= 3 for name in [*KINDS, ""]), verdicts
     assert len(verdicts) >= 30
