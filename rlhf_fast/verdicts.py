@@ -118,15 +118,20 @@ class Verdict:
         return f"{since}: {self.reason}. {self.advice}"
 
 
-def _at(default: float, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _at(default: float, help: str, *, least: float = 0) -> Any:
+    """``least``: the smallest value of a count; any other threshold must be above it."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """When a sign counts. Changes are measured against the run's own noise: "z" is a change over its standard error."""
+    """When a sign counts.
 
-    window: float = _at(5, "Steps whose mean is compared: the first so many and the last so many.")
+    Changes are measured against the run's own noise: "z" is a change over its standard error. Steps are those that are
+    logged (logging_steps).
+    """
+
+    window: int = _at(5, "Steps whose mean is compared: the first so many and the last so many.", least=2)
     z: float = _at(3.0, "A rise or fall counts from so many standard errors on.")
 
     kl_over_target: float = _at(3.0, "KL explosion: KL above so many times kl_target.")
@@ -142,21 +147,21 @@ class Thresholds:
     collapse_entropy: float = _at(0.35, "Mode collapse: entropy per token below this share of where it began.")
     collapse_similarity: float = _at(0.3, "Mode collapse: similarity or repetition higher by so much.")
 
-    patience: float = _at(20, "Not learning: steps without a gain.")
+    patience: int = _at(20, "Not learning: steps since the start of the run without a gain.", least=4)
     still_kl: float = _at(0.005, "Not learning: KL below so many nats per token.")
 
-    critic_warmup: float = _at(10, "Useless critic: steps that are not counted.")
-    critic_window: float = _at(10, "Useless critic: steps over which explained variance is averaged.")
+    critic_warmup: int = _at(10, "Useless critic: steps that are not counted.", least=1)
+    critic_window: int = _at(10, "Useless critic: steps over which explained variance is averaged.", least=4)
 
     critic_below: float = _at(0.1, "Useless critic: explained variance below 0 by more than this and its noise.")
     critic_stuck: float = _at(0.005, "Useless critic: or within this of 0 at every step.")
 
     reward_mean: float = _at(1.0, "Miscalibrated reward model: mean of the first rollouts' scores off 0 by so much.")
-    reward_std: float = _at(3.0, "Miscalibrated reward model: their standard deviation off 1 by this factor.")
+    reward_std: float = _at(3.0, "Miscalibrated reward model: their standard deviation off 1 by this factor.", least=1)
     calibration_error: float = _at(0.15, "Miscalibrated reward model: expected calibration error on held-out pairs.")
 
     logprob_gap: float = _at(0.05, "Sampler mismatch: nats per token between sampled and trained log-probs.")
-    negative_kl: float = _at(5, "Sampler mismatch: rollouts in a row with a KL below 0.")
+    negative_kl: int = _at(5, "Sampler mismatch: rollouts in a row with a KL below 0.", least=2)
 
     length_correlation: float = _at(0.3, "Length exploitation: correlation of score and length in a rollout.")
 
@@ -165,14 +170,18 @@ class Thresholds:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Thresholds":
-        """Thresholds with some set by name; UserError for an unknown name or a value that is no number above 0."""
-        names = [item.name for item in dataclasses.fields(cls)]
+        """Thresholds with some set by name; UserError for an unknown name or a value out of its range."""
+        fields = {item.name: item for item in dataclasses.fields(cls)}
         for name, value in settings.items():
-            if name not in names:
-                raise UserError(f"no threshold of the monitor is called {shown(name)}{nearest(name, names)}")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise UserError(f"the monitor's threshold {name} must be a number above 0; got {shown(value)}")
-        return cls(**settings)
+            if name not in fields:
+                raise UserError(f"no threshold of the monitor is called {shown(name)}{nearest(name, list(fields))}")
+            count, least = isinstance(fields[name].default, int), fields[name].metadata["least"]
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or (value != int(value) or value < least if count else value <= least):
+                expected = f"a whole number from {least} on" if count else f"a number above {least}"
+                raise UserError(f"the monitor's threshold {name} must be {expected}; got {shown(value)}")
+        whole = {name: int(value) for name, value in settings.items() if isinstance(fields[name].default, int)}
+        return cls(**{**settings, **whole})
 
 
 def markdown() -> str:
@@ -191,6 +200,8 @@ def markdown() -> str:
         "",
         "## Thresholds",
         "",
+        "A step is one that is logged (`--logging_steps`). z is a change over its standard error, which comes from the",
+        "run's own noise.",
         "Set them with `--monitor_thresholds NAME=NUMBER,...` in a run, `rlhf-fast monitor RUN --NAME NUMBER`, or",
         "`Monitor({name: number})`.",
         "",

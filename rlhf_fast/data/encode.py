@@ -15,6 +15,7 @@ from rlhf_fast.data.report import MAX_UNUSABLE, DataReport
 from rlhf_fast.data.turns import Text, Wrong
 
 PROMPT_TOO_LONG = "the prompt fills the window"
+PROMPT_BEYOND_WINDOW = "the prompt is longer than the window"
 SAME_TOKENS = "chosen and rejected are the same tokens within the window"
 SPECIAL_TEXT = (
     "rows spell a special token: it is taken as ordinary text; --special_tokens_in_data true takes it as the token"
@@ -155,7 +156,7 @@ def prompt_rows(
         if not ids:
             raise _Drop(EMPTY_PROMPT)
         if len(ids) > max_length:
-            raise _Drop("the prompt is longer than the window")
+            raise _Drop(PROMPT_BEYOND_WINDOW)
         return PromptRow(example.index, ids, example.prompt, example.columns, _prompt_key(example))
 
     return _encode(prompt_examples, encode, dataset, tokenizer, max_length, source, reading)

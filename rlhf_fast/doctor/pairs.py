@@ -23,7 +23,7 @@ def length_bias(data: StageData) -> Finding:
         f"{low:.1%} to {high:.1%}){data.scope}"
     )
     why = "A reward model takes the shortcut, and PPO then writes answers of another length, not better ones."
-    change = "Balance the pairs by length; watch eval/length_correlation, and response/length_mean in PPO."
+    change = "Balance the pairs by length; watch eval_length_correlation, and response/length_mean in PPO."
     if low > SHORTCUT or high < 1 - SHORTCUT:
         return warning(found, why, change)
     return ok(found) if low <= 0.5 <= high else note(found, why, change)
@@ -36,9 +36,9 @@ def label_agreement(data: StageData) -> Finding:
     for row in rows:
         labels.setdefault((tuple(row.chosen_ids), tuple(row.rejected_ids)), row.index)
     contradicted = [
-        (index, labels[rejected, chosen])
+        sorted((index, labels[rejected, chosen]))
         for (chosen, rejected), index in labels.items()
-        if (rejected, chosen) in labels and index < labels[rejected, chosen]
+        if (rejected, chosen) in labels and chosen < rejected  # each pair once
     ]
     if not contradicted:
         return ok(f"no pair of {len(rows)} is labelled both ways{data.scope}")

@@ -6,17 +6,12 @@ from typing import Any
 
 from rlhf_fast.config import PPOConfig, RewardConfig
 from rlhf_fast.data import DataReport, PairRow, SFTRow
-from rlhf_fast.data.encode import PROMPT_TOO_LONG, SAME_TOKENS
+from rlhf_fast.data.encode import PROMPT_BEYOND_WINDOW, PROMPT_TOO_LONG, SAME_TOKENS
 from rlhf_fast.data.formats import SAME_SIDES
 from rlhf_fast.doctor.findings import Check, Finding, note, ok, share, warning
 from rlhf_fast.doctor.subject import StageData
 
-ELSEWHERE = {
-    PROMPT_TOO_LONG,
-    SAME_TOKENS,
-    SAME_SIDES,
-    "the prompt is longer than the window",
-}  # other checks count them
+ELSEWHERE = {PROMPT_TOO_LONG, PROMPT_BEYOND_WINDOW, SAME_TOKENS, SAME_SIDES}  # other checks count them
 FEW_PAIRS, FEW_STEPS = 100, 10
 
 
@@ -68,7 +63,7 @@ def prompt_window(data: StageData) -> Finding | None:
     config, report = data.config, data.sampled
     if report is None or not isinstance(config, PPOConfig | RewardConfig):
         return None
-    long = report.dropped.get("the prompt is longer than the window", 0)
+    long = report.dropped.get(PROMPT_BEYOND_WINDOW, 0)
     room = config.max_length - config.response_length
     if not long:
         return ok(f"each of {report.kept} prompts fits into {room} tokens (max_length - response_length){data.scope}")

@@ -38,6 +38,12 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._held: dict[str, float] | None = None  # logged at this step and not yet given to the monitor
         self._failed = False
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        if state.global_step < self._step:  # another training with the same callback
+            self.monitor, self._step, self._held = self.monitor.afresh(), state.global_step, None
+
     def on_log(
         self,
         args: TrainingArguments,

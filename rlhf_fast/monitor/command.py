@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.padding import Padding
 from rich.text import Text
 
+from rlhf_fast.config import STAGES
 from rlhf_fast.errors import UserError
 from rlhf_fast.monitor.foreign import read_log
 from rlhf_fast.monitor.monitor import watch
@@ -19,7 +20,6 @@ from rlhf_fast.text import one_line, printable, tell, unread_allowed
 from rlhf_fast.verdicts import Verdict
 
 FOUND = 3  # the exit code where there is a verdict
-STAGES = ("sft", "reward", "dpo", "ppo")
 
 
 def monitor(path: Path, thresholds: Mapping[str, float], *, as_text: bool) -> int:
@@ -69,11 +69,10 @@ def _print(path: Path, found: list[tuple[str, Verdict]]) -> None:
         body = [Text(f"{verdict.reason[0].upper()}{printable(verdict.reason[1:])}.")]
         body.append(Text(f"Metrics: {', '.join(verdict.metrics)}", style="dim"))
         for sample in verdict.samples:
-            numbers = [
-                f"{key} {sample[key]:.3g}" for key in ("score", "kl") if isinstance(sample.get(key), int | float)
-            ]
+            at = [f"step {sample['step']}"]
+            at += [f"{key} {sample[key]:.3g}" for key in ("score", "kl") if isinstance(sample.get(key), int | float)]
             said = one_line(str(sample.get("response", "")), 160)
-            body.append(Text(f"  step {sample['step']}, {', '.join(numbers)}: {said}"))
+            body.append(Text(f"  {', '.join(at)}: {said}"))
         body.append(Text(f"Try: {verdict.advice}"))
         parts.append(Padding(Group(*body), (0, 0, 1, 2)))
     with unread_allowed(sys.stdout):

@@ -1,5 +1,6 @@
 """What several runs have beside each other: their figures, and the settings that differ."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def _flat(config: Row) -> dict[str, str]:
                 walk(f"{prefix}.{key}" if prefix else str(key), entry)
         elif prefix.rpartition(".")[2] not in ("output_dir", "run_name"):
             text = ", ".join(map(str, value)) if isinstance(value, list) else format_value(value)
-            found[prefix] = text.replace(home, ".") if home else text
+            found[prefix] = re.sub(rf"(?<![^,\s]){re.escape(home)}(?![^/,:])", ".", text) if home else text
 
     walk("", config)
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.config import STAGES
 from rlhf_fast.errors import UserError
 from rlhf_fast.folders import EVENTS
 from rlhf_fast.monitor.foreign_names import OURS, finite, kind_of, renamed
@@ -16,7 +17,7 @@ from rlhf_fast.monitor.foreign_text import console_steps, csv_steps
 from rlhf_fast.monitor.log import read_lines
 from rlhf_fast.text import shown
 
-STAGES = ("ppo", "dpo", "reward", "sft")  # the last one of a run first
+LAST_FIRST = tuple(STAGES)[::-1]
 # Where a line has its step, the best first: wandb's own _step counts calls of its log function.
 STEPS = ("step", "train/global_step", "training/global_step", "global_step", "trainer/global_step", "_step", "Step")
 READABLE = (
@@ -76,7 +77,7 @@ def read_log(path: str | Path) -> Log:
 
 
 def _read_folder(folder: Path) -> Log:
-    for metrics in (folder / "metrics.jsonl", *(folder / stage / "metrics.jsonl" for stage in STAGES)):
+    for metrics in (folder / "metrics.jsonl", *(folder / stage / "metrics.jsonl" for stage in LAST_FIRST)):
         if metrics.exists():
             return _read_jsonl(metrics)
     checkpoints = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if _numbered(path)}

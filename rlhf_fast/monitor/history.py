@@ -70,15 +70,14 @@ class History:
         self.step = -1
 
     def add(self, step: int, metrics: Row, samples: Sequence[Row]) -> None:
-        """Adds one step. Values that are not finite numbers are gaps; a metric's second value at a step is ignored."""
+        """Adds one step, later than those before. Values that are not finite numbers are gaps."""
         self.step = step
         for name, value in metrics.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             series = self._series.setdefault(name, Series())
-            if not series.steps or series.steps[-1] < step:
-                series.steps.append(step)
-                series.values.append(float(value))
+            series.steps.append(step)
+            series.values.append(float(value))
         self.samples += [{"step": step, **sample} for sample in samples]
         del self.samples[: -self._kept]
 

@@ -1,6 +1,7 @@
 """The monitor: reads a stream of metrics and samples, and says what goes wrong, since when, and by which signs."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ class Monitor:
     """
 
     def __init__(self, thresholds: Mapping[str, float] | None = None) -> None:
-        self._at = Thresholds.of(thresholds or {})
+        self._thresholds = dict(thresholds or {})
+        self._at = Thresholds.of(self._thresholds)
         self._history = History(SAMPLES_KEPT)
         self._found: dict[str, tuple[Verdict, float]] = {}
 
@@ -42,6 +44,10 @@ class Monitor:
     def verdicts(self) -> list[Verdict]:
         """All verdicts so far, one a name, in the order of their first steps."""
         return sorted((verdict for verdict, _ in self._found.values()), key=lambda verdict: verdict.first_step)
+
+    def afresh(self) -> "Monitor":
+        """A new monitor with the same thresholds."""
+        return Monitor(self._thresholds)
 
     def update(self, step: int, metrics: Mapping[str, Any], samples: Sequence[Row] = ()) -> list[Verdict]:
         """Takes in one step; returns the verdicts that are new with it.
@@ -89,7 +95,8 @@ class Monitor:
         """Of ``earlier`` and the samples from step ``since`` on, those that show it best, each prompt once."""
         candidates = [*earlier, *(sample for sample in self._history.samples if sample["step"] >= since)]
         chosen: dict[str, Row] = {}
-        for sample in sorted(candidates, key=finding.worst, reverse=True):
+        telling = [sample for sample in candidates if finding.worst(sample) > -math.inf]
+        for sample in sorted(telling, key=finding.worst, reverse=True):
             chosen.setdefault(str(sample.get("prompt")), sample)
         return list(chosen.values())[:SAMPLES_SHOWN]
 
@@ -114,7 +121,7 @@ def watch(rows: Iterable[Row], samples: Iterable[Row] = (), thresholds: Mapping[
     for row in rows:
         steps.setdefault(row["step"], ({}, []))[0].update(row)
     for sample in samples:
-        if sample["step"] in steps:
+        if sample.get("step") in steps:
             steps[sample["step"]][1].append(sample)
     for step in sorted(steps):
         monitor.update(step, *steps[step])

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_fast import metrics
+from rlhf_fast.monitor.detectors.finding import in_words
 from rlhf_fast.monitor.figures import GAIN, entry_of, score_words
 from rlhf_fast.monitor.numbers import format_number, number
 from rlhf_fast.monitor.runs import STAGES, Row, Run, Stage
 from rlhf_fast.monitor.texts import sample
-from rlhf_fast.monitor.verdict import TITLES, Verdict
+from rlhf_fast.monitor.verdict import Verdict
 
 Link = tuple[str, str]
 WORKED, UNCLEAR, FAILED, RUNNING = "worked", "unclear", "failed", "running"
@@ -20,7 +21,7 @@ def sentences(run: Run) -> list[str]:
     found = [(stage, verdict) for stage in run.stages for verdict in stage.verdicts or ()]
     found.sort(key=lambda pair: pair[1].confidence, reverse=True)
     if found:
-        named = _listed([f"{_title(verdict)} ({STAGES[stage.name]}, {_steps(verdict)})" for stage, verdict in found])
+        named = in_words([f"{verdict.title} ({STAGES[stage.name]}, {_steps(verdict)})" for stage, verdict in found])
         wrong = f"Something looks wrong: {named}."
         return [worked, wrong, f"Try next: {found[0][1].advice}"]
     if any(stage.verdicts is not None for stage in run.stages):
@@ -138,7 +139,7 @@ def verdict_list(stages: Sequence[Stage], links: Mapping[str, Mapping[str, Link]
     """The verdicts of all stages, the surest first. ``links``: stage -> metric name -> id and title of its chart."""
     found = [(verdict, stage) for stage in stages for verdict in stage.verdicts or ()]
     for verdict, stage in sorted(found, key=lambda pair: pair[0].confidence, reverse=True):
-        title = _title(verdict)
+        title = verdict.title
         yield {
             "title": title,
             "stage": STAGES[stage.name],
@@ -150,10 +151,6 @@ def verdict_list(stages: Sequence[Stage], links: Mapping[str, Mapping[str, Link]
             "metrics": [(name, links.get(stage.name, {}).get(name)) for name in verdict.metrics],
             "samples": [sample(row, "Sample") for row in verdict.samples],
         }
-
-
-def _title(verdict: Verdict) -> str:
-    return TITLES.get(verdict.name, verdict.name)
 
 
 def _steps(verdict: Verdict) -> str:
@@ -168,7 +165,3 @@ def _sure(confidence: float) -> str:
 
 def _short(value: float) -> str:
     return format_number(value, 3)
-
-
-def _listed(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -13,7 +13,6 @@ from rlhf_fast.monitor.drawings import MAX_BARS, MAX_POINTS, Drawing, Point, Ser
 from rlhf_fast.monitor.numbers import format_number, number
 from rlhf_fast.monitor.relations import relations
 from rlhf_fast.monitor.runs import Row, Stage
-from rlhf_fast.monitor.verdict import TITLES
 
 MAX_POINTS_OF_ALL = 1200  # of a metric in a comparison, all runs together
 
@@ -172,7 +171,7 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 def _ranges(stage: Stage, names: frozenset[str]) -> list[tuple[int, int, str]]:
     """The steps of the verdicts that joined one of the metrics."""
     return [
-        (verdict.first_step, verdict.last_step, TITLES.get(verdict.name, verdict.name))
+        (verdict.first_step, verdict.last_step, verdict.title)
         for verdict in stage.verdicts or ()
         if not names.isdisjoint(verdict.metrics)
     ]

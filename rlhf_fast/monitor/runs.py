@@ -10,11 +10,11 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.metrics import stage_of
 from rlhf_fast.monitor.log import read_steps
 from rlhf_fast.monitor.summary import read_summary
-from rlhf_fast.monitor.verdict import Verdict, read_verdicts
+from rlhf_fast.monitor.verdict import FILE, Verdict, read_verdicts
 
 STAGES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 MARKS = "ABCDEF"  # of runs beside each other; the style sheet has as many colours and shapes
-READ = ("metrics.jsonl", "samples.jsonl", "summary.json", "verdicts.json")
+READ = ("metrics.jsonl", "samples.jsonl", "summary.json", FILE)
 
 Row = Mapping[str, Any]
 
@@ -125,6 +125,6 @@ def _read_stage(folder: Path, name: str | None, mark: str) -> Stage:
         metrics,
         read_steps(samples) if samples.exists() else [],
         summary,
-        read_verdicts(folder) if (folder / "verdicts.json").exists() else None,
+        read_verdicts(folder) if (folder / FILE).exists() else None,
         mark,
     )

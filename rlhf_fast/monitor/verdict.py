@@ -13,7 +13,6 @@ from rlhf_fast.verdicts import KINDS
 from rlhf_fast.verdicts import Verdict as Verdict
 
 FILE = "verdicts.json"
-TITLES = {name: kind.title for name, kind in KINDS.items()}
 
 
 def as_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -64,11 +64,11 @@ def train(config: DPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             }
             shown = {"loss": f"{loss:.3f}", "margin": f"{chosen - rejected:.3f}"}
             stage.log(step, values, tokens=sum(both_lengths(batch)), shown=shown)
-            if held_out and stage.evaluation_due(step):
-                quality = evaluate(stage, held_out, reference, step=step)
+            due = held_out and stage.evaluation_due(step)
+            quality = evaluate(stage, held_out, reference, step=step) if due else None
 
-    if held_out and quality is None:  # resumed after its last step
-        quality = evaluate(stage, held_out, reference, step=None)
+    if held_out and quality is None:  # stopped between two evaluations, or resumed after its last step
+        quality = evaluate(stage, held_out, reference, step=stage.step if stage.stopped_early else None)
     return finish(stage, quality)
 
 

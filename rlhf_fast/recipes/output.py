@@ -18,12 +18,12 @@ from rlhf_fast.config import STAGES, RunConfig, StageConfig
 from rlhf_fast.config_yaml import read_yaml
 from rlhf_fast.errors import UserError
 from rlhf_fast.files import write_atomic
+from rlhf_fast.monitor.verdict import FILE as VERDICTS
 from rlhf_fast.recipes import lock
 from rlhf_fast.text import one_line, shown
 
 MARKER = ".rlhf-fast.json"
 CONFIG, RESOLVED, REPORT, ERROR = "config.yaml", "config.resolved.yaml", "report.html", "error.txt"
-VERDICTS = "verdicts.json"
 RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json")  # a folder with one of these contains a run
 ADAPTERS = ("adapter", "best", "policy", "critic")
 NAMES = {CONFIG, RESOLVED, REPORT, ERROR, VERDICTS, *RECORDS, *ADAPTERS, "runs"}

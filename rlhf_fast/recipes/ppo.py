@@ -93,6 +93,7 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
         )
     if not stage.values["baseline"] and held_out:
         ppo_report.evaluate(stage, held_out, rewarders, scorers, step=0)
+    evaluated = False
     with stage:
         for step in stage.steps():
             batch = [prompts[i] for i in batch_indices(len(prompts), prompts_a_step, step - 1, config.seed)]
@@ -135,9 +136,10 @@ def train(config: PPOConfig, resume_from_checkpoint: str | None = None) -> dict[
             stage.values.update(kl_coef=controller.kl_coef, moments=asdict(moments))
             stage.values["kl_history"].append(values[metrics.KL])
             ppo_report.log_step(stage, step, values, logged, responses, experiences, scores, judged.view.extras)
-            if held_out and stage.evaluation_due(step, times=1):
+            evaluated = bool(held_out) and stage.evaluation_due(step, times=1)
+            if evaluated:
                 ppo_report.evaluate(stage, held_out, rewarders, scorers, step=step)
-        if held_out and stage.stopped_early:
+        if held_out and stage.stopped_early and not evaluated:
             ppo_report.evaluate(stage, held_out, rewarders, scorers, step=stage.step)
 
     return ppo_report.finish(stage, scorers)

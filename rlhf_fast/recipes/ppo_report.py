@@ -22,7 +22,6 @@ from rlhf_fast.rewards import Functions, Numbers
 from rlhf_fast.rollout import Response, collate_episodes, generate
 
 RESAMPLES = 10_000
-PATIENCE_NEGATIVE_KL = 5
 
 
 def rollout_metrics(
@@ -55,13 +54,6 @@ def rollout_metrics(
         [(r.row.index, r.token_ids, *rest) for r, *rest in zip(responses, scores.tolist(), model.tolist(), strict=True)]
     )
     prompts, token_ids, all_scores, model_scores = map(list, zip(*each, strict=True))
-    negative = stage.values.get("negative_kl", 0) + 1 if total["kl"] < 0 else 0
-    stage.values["negative_kl"] = negative
-    if negative == PATIENCE_NEGATIVE_KL:
-        stage.say(
-            f"ppo: KL has been negative for {negative} rollouts in a row: sampling and training disagree "
-            "(temperature, padding, dtype), or the reference is not the model that the policy started from"
-        )
     return {
         metrics.KL: total["kl"] / episodes,
         metrics.KL_COEF: kl_coef,

@@ -72,11 +72,10 @@ def train(config: RewardConfig, resume_from_checkpoint: str | None = None) -> di
             }
             tokens = sum(len(row.chosen_ids) + len(row.rejected_ids) for row in batch)
             stage.log(step, values, tokens=tokens, shown={"loss": f"{loss:.3f}"})
-            if held_out and stage.evaluation_due(step):
-                found = evaluate(stage, held_out, step=step)
+            found = evaluate(stage, held_out, step=step) if held_out and stage.evaluation_due(step) else None
 
-    if held_out and found is None:  # resumed after its last step
-        found = evaluate(stage, held_out, step=None)
+    if held_out and found is None:  # stopped between two evaluations, or resumed after its last step
+        found = evaluate(stage, held_out, step=stage.step if stage.stopped_early else None)
     if found is not None:
         found = tried(stage, held_out, found)
     return finish(stage, found, calibrate(stage, sft, prompts))

@@ -26,10 +26,11 @@ from rlhf_fast.config import StageConfig
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.metrics import Metric
 from rlhf_fast.models import adapters
+from rlhf_fast.monitor.verdict import FILE as VERDICTS
 from rlhf_fast.recipes.heap import Heap
 from rlhf_fast.recipes.identity import identity, told
 from rlhf_fast.recipes.opening import open_base, open_optimizer
-from rlhf_fast.recipes.output import VERDICTS, OutputFolder, open_output
+from rlhf_fast.recipes.output import OutputFolder, open_output
 from rlhf_fast.recipes.processes import Item, Processes
 from rlhf_fast.recipes.records import Records, check_trackers, peak_memory
 from rlhf_fast.recipes.snapshots import Snapshots, under
@@ -106,7 +107,7 @@ class Stage(Processes, Generic[Config]):
         self._set_learning_rate()
         if self._output is not None:
             self._output.claim(VERDICTS)
-            self._watch.open(self.folder)
+            self._watch.open(self.folder, self.values.get("rolled_back", []))
 
     def _resume(self, path: Path) -> None:
         fresh = self.values
@@ -190,8 +191,7 @@ class Stage(Processes, Generic[Config]):
             heap.after_step()
             self._scheduler.step()
             self.step += 1
-            for verdict in self.gather(self._watch.look(self.step)):
-                react(self, verdict)
+            react(self, self.gather(self._watch.look()))
             if self.step % every == 0 or self.step == self.total or self.stopped_early:
                 self._snapshot = self._snapshots.take(self.step, self.values)
                 self._claim(f"{checkpoint.PREFIX}{self.step}")
@@ -255,20 +255,26 @@ class Stage(Processes, Generic[Config]):
         peak = self.config.learning_rate * self.values.get("learning_rate_scale", 1.0)
         self._snapshots.set_peak(peak)
 
-    def roll_back(self, step: int) -> bool:
-        """Restores the newest checkpoint from before ``step``; False if there is none. All processes must call."""
+    def roll_back(self, step: int, rolled_back: Sequence[Mapping[str, Any]]) -> bool:
+        """Restores the newest checkpoint from before ``step``; False if there is none. All processes must call.
+
+        ``rolled_back``: the verdicts, as JSON, for which the run has been rolled back, this time included.
+        """
         whole = [path for path in checkpoint.list_checkpoints(self.folder) if checkpoint.step_of(path.name) < step]
         path = next((path for path in reversed(whole) if checkpoint.damage(path) is None), None)
         if path is None:
             return False
         scale = self.values.get("learning_rate_scale", 1.0)
         self.step, self.values, _ = self._snapshots.restore(path)
-        self.values["learning_rate_scale"] = scale
+        self.values |= {"learning_rate_scale": scale, "rolled_back": list(rolled_back)}
         self.accelerator.wait_for_everyone()  # each reads the checkpoint before the later ones are deleted
         if self._output is not None:
             checkpoint.drop_after(self.folder, self.step)
             self._records.rewind(self.step)
-            self._watch.open(self.folder)
+            self._watch.open(self.folder, rolled_back)
+            if self._snapshots.best:
+                self._save_best("best")
+        self.accelerator.wait_for_everyone()
         self.say(f"{self.name}: rolled back to {path}")
         return True
 
@@ -311,12 +317,12 @@ class Stage(Processes, Generic[Config]):
         self._records.show(step, texts)
         line = {metrics.declared(self.name, metric).name: value for metric, value in values.items()}
         line |= logged or {}
-        self._watch.metrics(line)
         if tokens is None or step % self.config.logging_steps == 0 or step == self.total:
+            self._watch.metrics(step, line)
             self._records.metrics(step, line)
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._watch.samples(rows)
+        self._watch.samples(step, rows)
         self._records.samples(step, rows)
 
     def report(self) -> None:

@@ -1,18 +1,19 @@
 """The monitor of a running stage: it reads what the stage logs, tells and writes verdicts, and may act on them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_fast.config import StageConfig
-from rlhf_fast.monitor import Monitor, read_steps, watch, write_verdicts
+from rlhf_fast.monitor import Monitor, Verdict, read_steps, watch, write_verdicts
 from rlhf_fast.text import one_line
-from rlhf_fast.verdicts import Verdict
 
 if TYPE_CHECKING:
     from rlhf_fast.recipes.stage import Stage
 
 MOST_ROLL_BACKS = 3
+Row = Mapping[str, Any]
 
 
 class Watch:
@@ -21,72 +22,99 @@ class Watch:
     def __init__(self, thresholds: Mapping[str, float], say: Callable[[str], None]) -> None:
         self._thresholds, self._say = thresholds, say
         self._monitor: Monitor | None = None
+        self._failed = False
+        self._acted_on: list[Verdict] = []
         self._written: list[Verdict] = []
-        self._metrics: dict[str, Any] = {}
-        self._samples: list[Mapping[str, Any]] = []
+        self._logged: dict[int, tuple[dict[str, Any], list[Row]]] = {}  # step -> metrics and samples not yet looked at
 
-    def open(self, folder: Path) -> None:
-        """Starts with what the folder's logs have, which a resumed run goes on with."""
+    def open(self, folder: Path, acted_on: Sequence[Row]) -> None:
+        """Starts with what the folder's logs have, from which a resumed run or one that was rolled back goes on.
+
+        ``acted_on``: the verdicts, as JSON, for which the run was rolled back; the logs no longer show them.
+        """
         self._folder = folder
-        rows, samples = (self._lines(name) for name in ("metrics.jsonl", "samples.jsonl"))
-        self._monitor = watch(rows, samples, self._thresholds)
-        self._written = self._monitor.verdicts
-        write_verdicts(folder, self._written)  # also where there is none: the run is being watched
+        if self._failed:
+            return
+        try:
+            rows, samples = (self._lines(name) for name in ("metrics.jsonl", "samples.jsonl"))
+            self._monitor = watch(rows, samples, self._thresholds)
+            self._acted_on = [Verdict(**entry) for entry in acted_on]
+            self._written = self._all()
+            write_verdicts(folder, self._written)  # also where there is none: the run is being watched
+        except Exception as error:
+            self._fail(error)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self._folder / name
         return read_steps(path) if path.exists() else []
 
-    def metrics(self, line: Mapping[str, float]) -> None:
-        self._metrics |= line
+    def metrics(self, step: int, line: Mapping[str, float]) -> None:
+        self._logged.setdefault(step, ({}, []))[0].update(line)
 
-    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._samples += rows
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
+        self._logged.setdefault(step, ({}, []))[1].extend(rows)
 
-    def look(self, step: int) -> list[Verdict]:
-        """The verdicts that are new with ``step``, which has ended."""
-        found, samples = self._metrics, self._samples
-        self._metrics, self._samples = {}, []
+    def look(self) -> list[Verdict]:
+        """The verdicts that are new with what was logged since the last call; all steps up to now have ended."""
+        logged, self._logged = self._logged, {}
         if self._monitor is None:
             return []
+        new: list[Verdict] = []
         try:
-            new = self._monitor.update(step, found, samples)
+            for step in sorted(logged):
+                new += self._monitor.update(step, *logged[step])
             for verdict in new:
                 self._say(f"monitor: {verdict.told()}")
             if new:
                 self.write()
         except Exception as error:
-            self._say(
-                f"monitor: switched off by an error of its own: {one_line(f'{type(error).__name__}: {error}', 200)}"
-            )
-            self._monitor = None
+            self._fail(error)
             return []
         return new
 
     def write(self) -> None:
         """Writes verdicts.json if it would change."""
-        if self._monitor is not None and self._monitor.verdicts != self._written:
-            self._written = self._monitor.verdicts
+        if self._monitor is not None and self._all() != self._written:
+            self._written = self._all()
             write_verdicts(self._folder, self._written)
 
+    def _all(self) -> list[Verdict]:
+        return [*self._acted_on, *(self._monitor.verdicts if self._monitor is not None else [])]
 
-def react(stage: "Stage[StageConfig]", verdict: Verdict) -> None:
-    """Does what ``monitor_actions`` says for a new verdict. All processes must call."""
-    action = stage.config.monitor_actions.get(verdict.name)
-    if action == "stop":
-        stage.say(f"{stage.name}: stopped by the monitor after step {stage.step} ({verdict.title})")
-        stage.stopped_early = True
-    elif action == "lower_learning_rate":
+    def _fail(self, error: Exception) -> None:
+        self._say(f"monitor: switched off by an error of its own: {one_line(f'{type(error).__name__}: {error}', 200)}")
+        self._monitor, self._failed = None, True
+
+
+def react(stage: "Stage[StageConfig]", verdicts: Sequence[Verdict]) -> None:
+    """Does what ``monitor_actions`` says for the verdicts that are new with a step. All processes must call.
+
+    Of several that ask for a roll-back the one that began first is followed.
+    """
+    actions = {verdict.name: stage.config.monitor_actions.get(verdict.name) for verdict in verdicts}
+    for verdict in verdicts:
+        if actions[verdict.name] == "stop":
+            _stop(stage, verdict.title)
+        elif actions[verdict.name] == "lower_learning_rate":
+            stage.scale_learning_rate(0.5)
+        elif actions[verdict.name] == "raise_kl_coef":
+            stage.values["kl_coef"] *= 2
+            stage.say(f"{stage.name}: KL coefficient doubled to {stage.values['kl_coef']:.4g} ({verdict.title})")
+    back = [verdict for verdict in verdicts if actions[verdict.name] == "roll_back"]
+    if back and not stage.stopped_early:
+        _roll_back(stage, min(back, key=lambda verdict: verdict.first_step))
+
+
+def _roll_back(stage: "Stage[StageConfig]", verdict: Verdict) -> None:
+    earlier = stage.values.get("rolled_back", [])
+    if len(earlier) == MOST_ROLL_BACKS:
+        _stop(stage, f"{verdict.title}; rolled back {MOST_ROLL_BACKS} times")
+    elif stage.roll_back(verdict.first_step, [*earlier, asdict(verdict)]):
         stage.scale_learning_rate(0.5)
-    elif action == "raise_kl_coef":
-        stage.values["kl_coef"] *= 2
-        stage.say(f"{stage.name}: KL coefficient doubled to {stage.values['kl_coef']:.4g} ({verdict.title})")
-    elif action == "roll_back":
-        count = stage.values.get("roll_backs", 0)
-        if count == MOST_ROLL_BACKS or not stage.roll_back(verdict.first_step):
-            why = f"rolled back {count} times" if count == MOST_ROLL_BACKS else "no checkpoint from before it"
-            stage.say(f"{stage.name}: stopped by the monitor after step {stage.step} ({verdict.title}; {why})")
-            stage.stopped_early = True
-            return
-        stage.values["roll_backs"] = count + 1
-        stage.scale_learning_rate(0.5)
+    else:
+        _stop(stage, f"{verdict.title}; no checkpoint from before it to roll back to")
+
+
+def _stop(stage: "Stage[StageConfig]", why: str) -> None:
+    stage.say(f"{stage.name}: stopped by the monitor after step {stage.step} ({why})")
+    stage.stopped_early = True

@@ -35,8 +35,8 @@ TINY = (
 DEMO = (
     "ppo --model_name_or_path smollm2-135m-instruct --lora_layers 8 --learning_rate 6e-4 --batch_size 16 "
     "--micro_batch_size 16 --response_length 20 --max_length 96 --max_steps 24 --dataset_name demo/prompts "
-    "--num_ppo_epochs 2 --kl_target 4 --kl_horizon 100 --eval_size 0 --value_coef 0.5 --value_clip 1000 "
-    "--save_steps 1000 "
+    "--num_ppo_epochs 2 --kl_target 4 --kl_horizon 100 --eval_size 0 --save_steps 1000 --ignore_eos true "
+    "--advantage_estimator rloo --num_generations 4 "
 )
 GOLD = "rlhf_fast.data.demo.gold:gold "
 NO_END = "--ignore_eos true "
@@ -158,7 +158,7 @@ SETTINGS = {
     ),
 }
 
-# Other settings and seeds, which no threshold was set by: scored once, into docs/verdicts.md.
+# Other settings and seeds, which no threshold was set by: scored once, into docs/debugging.md.
 HELD_OUT = {
     name: Setting(SETTINGS[like].verdict, SETTINGS[like].flags + more, inside or SETTINGS[like].inside, seeds=(10, 11))
     for name, like, more, inside in (

@@ -54,6 +54,21 @@ def test_gaps_and_texts_are_left_out():
         assert monitor.update(step, line) == []
 
 
+def test_a_sample_that_cannot_show_it_is_not_among_the_worst():
+    rows = [{"step": step, **exploding(step)} for step in range(1, 12)]
+    texts = [{"step": 11, "prompt": "with", "kl": 3.0}, {"step": 11, "prompt": "without"}, {"prompt": "no step"}]
+    assert [sample["prompt"] for sample in watch(rows, texts).verdicts[0].samples] == ["with"]
+
+
+def test_logs_with_holes():
+    """Scores at every second step alone, and a target of 0."""
+    monitor = Monitor()
+    for step in range(1, 45):
+        scores = {"objective/scores": 1.0} if step % 2 else {}
+        monitor.update(step, {"objective/kl": 0.001, "objective/kl_target": 0.0, **scores})
+    assert [verdict.name for verdict in monitor.verdicts] == ["not_learning"]
+
+
 def test_steps_go_forward():
     monitor = Monitor()
     monitor.update(3, {})
@@ -65,7 +80,9 @@ def test_steps_go_forward():
     "thresholds, said",
     [
         ({"kl_over_targets": 5}, "no threshold of the monitor is called 'kl_over_targets'.*kl_over_target"),
-        ({"window": 0}, "window must be a number above 0; got 0"),
+        ({"window": 1}, "window must be a whole number from 2 on; got 1"),
+        ({"patience": 20.5}, "patience must be a whole number from 4 on; got 20.5"),
+        ({"reward_std": 1}, "reward_std must be a number above 1; got 1"),
         ({"z": math.nan}, "z must be a number above 0; got nan"),
         ({"z": "3"}, "z must be a number above 0; got '3'"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from rlhf_fast.errors import UserError
 from rlhf_fast.monitor import detectors, read_verdicts
 from rlhf_fast.monitor.detectors import Finding
-from rlhf_fast.recipes import ppo
+from rlhf_fast.recipes import ppo, reward
 
 
 @pytest.fixture
@@ -79,9 +79,11 @@ def test_raise_kl_coef(ppo_config, found_at):
 
 def test_roll_back(ppo_config, found_at):
     found_at(4)
-    lines = trained_lines(ppo_config(**acting("roll_back"), max_steps=5))
+    config = ppo_config(**acting("roll_back"), max_steps=5)
+    lines = trained_lines(config)
     assert steps_of(lines) == [1, 2, 3, 4, 5]
     assert [line["lr"] for line in lines] == [1e-2, 1e-2, 5e-3, 5e-3, 5e-3]  # steps 3 and 4 once more
+    assert [verdict.first_step for verdict in read_verdicts(Path(config.output_dir))] == [4]  # though the log is cut
 
 
 def test_roll_back_ends(ppo_config, found_at, capfd):
@@ -101,9 +103,25 @@ def test_a_monitor_that_fails_ends_nothing(ppo_config, monkeypatch, capfd):
     def broken(history, at):
         raise ZeroDivisionError("made up")
 
+    told = "switched off by an error of its own: ZeroDivisionError: made up"
     monkeypatch.setitem(detectors.DETECTORS, "kl_explosion", broken)
-    assert len(trained_lines(ppo_config())) == 4
-    assert capfd.readouterr().err.count("switched off by an error of its own: ZeroDivisionError: made up") == 1
+    config = ppo_config()
+    assert len(trained_lines(config)) == 4
+    assert capfd.readouterr().err.count(told) == 1
+    config.resume_from_checkpoint = str(Path(config.output_dir) / "checkpoint-2")
+    assert len(trained_lines(config)) == 4  # it fails on the log of the first steps too
+    assert capfd.readouterr().err.count(told) == 1
+
+
+def test_a_stopped_reward_model_is_judged_as_it_is_saved(reward_config, monkeypatch):
+    def detector(history, at):
+        return Finding(2, 3.0, ["loss"], "made up", lambda row: 0.0) if history.step == 2 else None
+
+    monkeypatch.setitem(detectors.DETECTORS, "not_learning", detector)
+    config = reward_config(monitor_actions={"not_learning": "stop"}, eval_steps=3)
+    reward.train(config)
+    lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_accuracy" in line] == [0, 2]
 
 
 @pytest.mark.parametrize("actions", [{"kl_explosions": "stop"}, {"kl_explosion": "panic"}])

@@ -12,7 +12,7 @@ class Finding:
     """The signs of one verdict at one step.
 
     ``since``: the first step at which they stand. ``size``: how far past the threshold, 1 at it. ``worst``: the key by
-    which the samples that show it are sorted, highest first.
+    which the samples that show it are sorted, highest first; -inf for a sample that cannot show it.
     """
 
     since: int
@@ -24,6 +24,17 @@ class Finding:
 
 def score_of(row: Row) -> float:
     return _number(row.get("score"))
+
+
+def distance_of_score(row: Row) -> float:
+    """The score's distance from 0."""
+    score = score_of(row)
+    return abs(score) if math.isfinite(score) else score
+
+
+def negative_kl_of(row: Row) -> float:
+    kl = kl_of(row)
+    return -kl if math.isfinite(kl) else kl
 
 
 def kl_of(row: Row) -> float:

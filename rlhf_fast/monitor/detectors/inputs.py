@@ -4,7 +4,15 @@ import math
 import statistics
 
 from rlhf_fast import metrics as m
-from rlhf_fast.monitor.detectors.finding import Finding, in_words, kl_of, length_of, score_of
+from rlhf_fast.monitor.detectors.finding import (
+    Finding,
+    distance_of_score,
+    in_words,
+    kl_of,
+    length_of,
+    negative_kl_of,
+    score_of,
+)
 from rlhf_fast.monitor.history import History
 from rlhf_fast.verdicts import Thresholds
 
@@ -22,7 +30,7 @@ def miscalibrated_reward(history: History, at: Thresholds) -> Finding | None:
                 f"{deviation:.2f} instead of 0 and 1"
             )
             names = [m.REWARD_MODEL.name, m.REWARD_MODEL_STD.name]
-            return Finding(history[m.REWARD_MODEL.name].steps[0], off, names, reason, lambda row: abs(score_of(row)))
+            return Finding(history[m.REWARD_MODEL.name].steps[0], off, names, reason, distance_of_score)
     return _miscalibrated_pairs(history, at)
 
 
@@ -57,8 +65,8 @@ def sampler_mismatch(history: History, at: Thresholds) -> Finding | None:
     if since is not None:
         gap = statistics.fmean(gaps.values[-3:])
         reason = f"sampled and trained log-probs lie {gap:.3g} nats per token apart, above {at.logprob_gap:g}"
-        return Finding(since, gap / at.logprob_gap, [m.LOGPROB_GAP.name, m.KL.name], reason, kl_of)
-    kl, count = history[m.KL.name], int(at.negative_kl)
+        return Finding(since, gap / at.logprob_gap, [m.LOGPROB_GAP.name], reason, kl_of)
+    kl, count = history[m.KL.name], at.negative_kl
     since = kl.since(lambda value: value < 0, count)
     if since is None:
         return None
@@ -67,12 +75,12 @@ def sampler_mismatch(history: History, at: Thresholds) -> Finding | None:
     if mean > -3 * error or mean > -0.01:
         return None
     reason = f"KL has been below 0 for {count} rollouts in a row ({mean:.3g} nats per response on average)"
-    return Finding(since, 1.5, [m.KL.name, m.LOGPROB_GAP.name], reason, lambda row: -kl_of(row))
+    return Finding(since, 1.5, [m.KL.name], reason, negative_kl_of)
 
 
 def truncation(history: History, at: Thresholds) -> Finding | None:
     """Almost no response has a stop token, in every rollout of the window."""
-    series, window = history[m.TRUNCATED.name], int(at.window)
+    series, window = history[m.TRUNCATED.name], at.window
     since = series.since(lambda value: value >= at.truncated, window)
     if since is None:
         return None

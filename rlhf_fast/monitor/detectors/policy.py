@@ -18,17 +18,18 @@ def kl_explosion(history: History, at: Thresholds) -> Finding | None:
     recent = series.values[-2:]
     if len(recent) < 2:
         return None
-    length, target = history.latest(m.LENGTH_MEAN.name), history.latest(m.KL_TARGET.name)
+    length, target = history.latest(m.LENGTH_MEAN.name), history.latest(m.KL_TARGET.name) or None
+    level, what, names = math.inf, "", [m.KL.name]
     if target is not None:
         level, what = at.kl_over_target * target, f"{at.kl_over_target:g} times its target of {target:g}"
+        names.append(m.KL_TARGET.name)
     elif length is not None:
         level, what = at.kl_per_token * length, f"{at.kl_per_token:g} nats per token"
-    else:
-        level, what = math.inf, ""
+        names.append(m.LENGTH_MEAN.name)
     since = series.since(lambda value: value > level, 2)
     if since is not None:
         reason = f"KL from the reference is {min(recent):.3g} nats per response or more, above {what}"
-        return Finding(since, min(recent) / level, [m.KL.name, m.KL_TARGET.name], reason, kl_of)
+        return Finding(since, min(recent) / level, names, reason, kl_of)
 
     floor = target if target is not None else 0.3 * length if length is not None else 1.0
     before = series.values[-12:-2]
@@ -49,7 +50,7 @@ def reward_hacking(history: History, at: Thresholds) -> Finding | None:
 
 
 def _hacking(history: History, at: Thresholds, back: int | None) -> Finding | None:
-    climb = history[m.SCORES.name].change(int(at.window), back)
+    climb = history[m.SCORES.name].change(at.window, back)
     if climb is None or climb.z < at.z:
         return None
     gold = _gold(history, at, back)
@@ -70,8 +71,8 @@ def _hacking(history: History, at: Thresholds, back: int | None) -> Finding | No
 def _gold(history: History, at: Thresholds, back: int | None) -> dict[str, Change]:
     """The changes of eval functions, which are measured and never trained on, and of the score on held-out prompts.
 
-    Evaluations are few and each is the mean of many prompts: of them two values are enough, and only whole runs are
-    compared.
+    Evaluations are few and each is the mean of many prompts: of them the first two are compared with the last two, and
+    only over the whole run.
     """
     own = FIXED_OF_PPO - {m.EVAL_SCORES.name}
     found = {}
@@ -79,7 +80,7 @@ def _gold(history: History, at: Thresholds, back: int | None) -> dict[str, Chang
         evaluation = name.startswith("eval/")
         if name in own or (evaluation and back is not None):
             continue
-        change = history[name].change(2 if evaluation else int(at.window), back)
+        change = history[name].change(2 if evaluation else at.window, back)
         if change is not None:
             found[name] = change
     return found
@@ -87,10 +88,10 @@ def _gold(history: History, at: Thresholds, back: int | None) -> dict[str, Chang
 
 def _degenerating(history: History, at: Thresholds, back: int | None) -> list[tuple[str, str, float]]:
     """(metric, words, size) of each sign that the texts get worse."""
-    window, found = int(at.window), []
+    window, found = at.window, []
     distinct = history[m.DISTINCT_2.name].change(window, back)
     if distinct is not None and distinct.ratio <= 1 - at.diversity_fall and distinct.z <= -at.z:
-        text = f"diversity (distinct-2) fell from {distinct.before:.2f} to {distinct.now:.2f}"
+        text = _less_diverse(distinct)
         found.append((m.DISTINCT_2.name, text, (1 - distinct.ratio) / at.diversity_fall))
     for metric, words in ((m.REPETITION, "repetition"), (m.SIMILARITY, "similarity of the responses")):
         rise = history[metric.name].change(window, back)
@@ -104,13 +105,17 @@ def _degenerating(history: History, at: Thresholds, back: int | None) -> list[tu
     return found
 
 
+def _less_diverse(distinct: Change) -> str:
+    return f"diversity (distinct-2) fell from {distinct.before:.2f} to {distinct.now:.2f}"
+
+
 def mode_collapse(history: History, at: Thresholds) -> Finding | None:
     """Two of: diversity halved, entropy nearly gone, responses alike."""
-    window = int(at.window)
+    window = at.window
     signs: list[tuple[str, str, float, int]] = []
     distinct = history[m.DISTINCT_2.name].change(window)
     if distinct is not None and distinct.ratio <= at.collapse_diversity:
-        text = f"diversity (distinct-2) fell from {distinct.before:.2f} to {distinct.now:.2f}"
+        text = _less_diverse(distinct)
         signs.append((m.DISTINCT_2.name, text, at.collapse_diversity / max(distinct.ratio, 0.05), distinct.since))
     entropy = history[m.TOKEN_ENTROPY.name].change(window)
     if entropy is not None and entropy.ratio <= at.collapse_entropy:
@@ -136,7 +141,7 @@ def length_exploitation(history: History, at: Thresholds) -> Finding | None:
 
 
 def _longer(history: History, at: Thresholds, back: int | None) -> Finding | None:
-    window = int(at.window)
+    window = at.window
     length = history[m.LENGTH_MEAN.name].change(window, back)
     score = history[m.SCORES.name].change(window, back)
     if length is None or score is None or length.ratio < 1 + at.length_change or min(length.z, score.z) < at.z:
@@ -152,5 +157,7 @@ def _longer(history: History, at: Thresholds, back: int | None) -> Finding | Non
         f"the responses grew from {length.before:.0f} to {length.now:.0f} tokens while the score climbed from "
         f"{score.before:.3g} to {score.now:.3g}{followed}"
     )
-    names = [m.LENGTH_MEAN.name, m.SCORES.name, m.SCORE_LENGTH_CORRELATION.name]
+    names = [m.LENGTH_MEAN.name, m.SCORES.name]
+    if correlation is not None:
+        names.append(m.SCORE_LENGTH_CORRELATION.name)
     return Finding(length.since, (length.ratio - 1) / at.length_change, names, reason, length_of)

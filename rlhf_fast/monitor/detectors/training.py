@@ -12,14 +12,20 @@ from rlhf_fast.verdicts import Thresholds
 
 def not_learning(history: History, at: Thresholds) -> Finding | None:
     """PPO: no gain of score and hardly any KL over many steps. Other stages: a loss that does not fall."""
-    patience, window = int(at.patience), int(at.window)
+    patience, window = at.patience, at.window
     kl, length = history.last(m.KL.name, patience), history.latest(m.LENGTH_MEAN.name)
     if kl and m.SCORES.name in history.names("objective/scores"):
         scores = history[m.SCORES.name]
         gain = scores.change(window)
         still = at.still_kl * (length or 20)
         moved = max(statistics.fmean(kl[-window:]), 0.0)
-        if gain is None or gain.z >= 2 or moved >= still or no_signal(history, at) is not None:
+        if (
+            len(scores.values) < patience
+            or gain is None
+            or gain.z >= 2
+            or moved >= still
+            or no_signal(history, at) is not None
+        ):
             return None
         reason = (
             f"over {len(scores.values)} steps the score went from {gain.before:.3g} to {gain.now:.3g} and KL is "
@@ -40,9 +46,9 @@ def not_learning(history: History, at: Thresholds) -> Finding | None:
 
 def useless_critic(history: History, at: Thresholds) -> Finding | None:
     """Explained variance clearly below 0 after a warm-up and not on its way up, or stuck at 0."""
-    series, window = history[m.EXPLAINED_VARIANCE.name], int(at.critic_window)
+    series, window = history[m.EXPLAINED_VARIANCE.name], at.critic_window
     recent = series.values[-window:]
-    if len(series.values) < int(at.critic_warmup) + window or no_signal(history, at) is not None:
+    if len(series.values) < at.critic_warmup + window or no_signal(history, at) is not None:
         return None
     mean, error = statistics.fmean(recent), statistics.stdev(recent) / math.sqrt(window)
     rise = statistics.fmean(recent[window // 2 :]) - statistics.fmean(recent[: window // 2])
@@ -63,7 +69,7 @@ def no_signal(history: History, at: Thresholds) -> Finding | None:
         (m.GRAD_NORM, lambda value: value == 0, "the gradient is 0"),
     ]
     for metric, silent, reason in signs:
-        since = history[metric.name].since(silent, int(at.window))
+        since = history[metric.name].since(silent, at.window)
         if since is not None:
             return Finding(since, 3.0, [metric.name, m.SCORES.name], f"{reason}, since step {since}", score_of)
     return None
