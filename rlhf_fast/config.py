@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, nearest
 from rlhf_fast.metrics import RESERVED
 from rlhf_fast.text import shown
 from rlhf_fast.verdicts import KINDS, Thresholds
@@ -226,9 +226,10 @@ class StageConfig:
         require(self, "output_dir", bool(self.output_dir), "set: the folder to write to")
         Thresholds.of(self.monitor_thresholds)
         for verdict, action in self.monitor_actions.items():
-            known = verdict in KINDS and action in self.monitor_choices
-            expected = f"VERDICT=ACTION, of {', '.join(KINDS)} and of {', '.join(self.monitor_choices)}"
-            require(self, "monitor_actions", known, expected)
+            for what, name, known in (("verdict", verdict, list(KINDS)), ("action", action, [*self.monitor_choices])):
+                if name not in known:
+                    unknown = f"no {what} {shown(name)}{nearest(name, known)}"
+                    raise UserError(f"--monitor_actions: {unknown}; there are {', '.join(known)}")
         for tracker in self.report_to:
             require(self, "report_to", tracker in ("tensorboard", "wandb"), "tensorboard, wandb or both")
         for item in dataclasses.fields(self):

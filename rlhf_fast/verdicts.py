@@ -154,11 +154,15 @@ class Thresholds:
     critic_window: int = _at(10, "Useless critic: steps over which explained variance is averaged.", least=4)
 
     critic_below: float = _at(0.1, "Useless critic: explained variance below 0 by more than this and its noise.")
-    critic_stuck: float = _at(0.005, "Useless critic: or within this of 0 at every step.")
+    critic_stuck: float = _at(0.005, "Useless critic: or no farther than this from 0 at each of these steps.")
 
     reward_mean: float = _at(1.0, "Miscalibrated reward model: mean of the first rollouts' scores off 0 by so much.")
-    reward_std: float = _at(3.0, "Miscalibrated reward model: their standard deviation off 1 by this factor.", least=1)
-    calibration_error: float = _at(0.15, "Miscalibrated reward model: expected calibration error on held-out pairs.")
+    reward_std: float = _at(
+        3.0, "Miscalibrated reward model: their standard deviation above this, or below 1 over this.", least=1
+    )
+    calibration_error: float = _at(
+        0.15, "Miscalibrated reward model: expected calibration error above this plus 1/sqrt(pairs)."
+    )
 
     logprob_gap: float = _at(0.05, "Sampler mismatch: nats per token between sampled and trained log-probs.")
     negative_kl: int = _at(5, "Sampler mismatch: rollouts in a row with a KL below 0.", least=2)

@@ -11,8 +11,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from rlhf_fast.config import STAGES
+from rlhf_fast.config_yaml import read_yaml
 from rlhf_fast.errors import UserError
-from rlhf_fast.monitor.foreign import read_log
+from rlhf_fast.monitor.foreign import Log, read_log
 from rlhf_fast.monitor.monitor import watch
 from rlhf_fast.monitor.terminal import Terminal
 from rlhf_fast.monitor.verdict import as_json
@@ -27,15 +28,18 @@ def monitor(path: Path, thresholds: Mapping[str, float], *, as_text: bool) -> in
 
     Args:
         path: a run's folder, a stage's folder, or a log file.
-        thresholds: name -> number, as :class:`~rlhf_fast.monitor.Monitor` takes them.
+        thresholds: name -> number, in place of the run's own or the defaults.
         as_text: for a person; otherwise as JSON, with the stage beside each verdict.
 
     Raises:
         UserError: no log there, a broken one, an unknown threshold.
     """
-    found = [(stage, verdict) for stage, folder in _stages(path) for verdict in _verdicts(folder, thresholds)]
+    logs = {stage: read_log(folder) for stage, folder in _stages(path)}
+    found = [(stage, verdict) for stage, log in logs.items() for verdict in _verdicts(log, thresholds)]
     if as_text:
-        _print(path, found)
+        for log in logs.values():
+            tell(f"{log.path} ({log.kind}): {len(log.rows)} logged steps", sys.stdout)
+        _print(found)
     else:
         entries = as_json([verdict for _, verdict in found])
         for (stage, _), entry in zip(found, entries["verdicts"], strict=True):
@@ -52,14 +56,20 @@ def _stages(path: Path) -> list[tuple[str, Path]]:
     return whole or [("", path)]
 
 
-def _verdicts(path: Path, thresholds: Mapping[str, float]) -> list[Verdict]:
-    log = read_log(path)
-    return watch(log.rows, log.samples, thresholds).verdicts
+def _verdicts(log: Log, thresholds: Mapping[str, float]) -> list[Verdict]:
+    return watch(log.rows, log.samples, {**_own_thresholds(log.path), **thresholds}).verdicts
 
 
-def _print(path: Path, found: list[tuple[str, Verdict]]) -> None:
+def _own_thresholds(path: Path) -> dict[str, float]:
+    """Those of the run's own settings, where it is one of ours."""
+    folder = path if path.is_dir() else path.parent
+    files = [folder / name for name in ("config.resolved.yaml", "config.yaml") if (folder / name).exists()]
+    return (read_yaml(str(files[0])).get("monitor_thresholds") or {}) if files else {}
+
+
+def _print(found: list[tuple[str, Verdict]]) -> None:
     if not found:
-        tell(f"{path}: nothing found", sys.stdout)
+        tell("nothing found", sys.stdout)
         return
     parts: list[Any] = []
     for stage, verdict in found:

@@ -40,6 +40,8 @@ WORDS = {
     "dataset": Words("Dataset"),
     "base": Words("Base model"),
     "steps": Words("Steps"),
+    "stopped_by_monitor": Words("Stopped by the monitor"),
+    "rolled_back": Words("Rolled back by the monitor"),
     "seconds": Words("Time", "seconds", "Set-up and evaluations included."),
     "peak_memory_gb": Words("Peak memory", "GB", "Of the GPU; without one, of the process."),
 }

@@ -70,9 +70,14 @@ class History:
         self.step = -1
 
     def add(self, step: int, metrics: Row, samples: Sequence[Row]) -> None:
-        """Adds one step, later than those before. Values that are not finite numbers are gaps."""
+        """Adds one step, later than those before. Values that are not finite numbers are gaps.
+
+        Tensors without dimensions and numpy's numbers are numbers.
+        """
         self.step = step
         for name, value in metrics.items():
+            if getattr(value, "shape", None) == ():
+                value = value.item()
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             series = self._series.setdefault(name, Series())

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.files import to_json, write_atomic
-from rlhf_fast.text import one_line
+from rlhf_fast.text import one_line, shown
 from rlhf_fast.verdicts import KINDS
 from rlhf_fast.verdicts import Verdict as Verdict
 
@@ -42,9 +42,26 @@ def read_verdicts(folder: Path) -> list[Verdict]:
         return []
     try:
         found = [Verdict(**entry) for entry in json.loads(path.read_bytes())["verdicts"]]
-        if all(verdict.name in KINDS for verdict in found):
+        wrong = [shown(verdict.name) for verdict in found if not _is_whole(verdict)]
+        if not wrong:
             return found
-        what = "an unknown name"
+        what = f"wrong values, or a name that this version does not know, in {wrong[0]}"
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}"
     raise UserError(f'{path}: expected {{"verdicts": [...]}} ({one_line(what, 200)}); remove the file')
+
+
+def _is_whole(verdict: Verdict) -> bool:
+    """Whether each attribute has the type that it must have."""
+    lists = isinstance(verdict.metrics, list) and isinstance(verdict.samples, list)
+    return (
+        verdict.name in KINDS
+        and isinstance(verdict.first_step, int)
+        and isinstance(verdict.last_step, int)
+        and isinstance(verdict.confidence, int | float)
+        and lists
+        and all(isinstance(name, str) for name in verdict.metrics)
+        and all(isinstance(sample, dict) for sample in verdict.samples)
+        and isinstance(verdict.reason, str)
+        and isinstance(verdict.advice, str)
+    )

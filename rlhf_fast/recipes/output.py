@@ -296,7 +296,7 @@ def _unmarked_run(folder: Path) -> tuple[str, set[str]]:
     begun = (folder / "metrics.jsonl").is_file() or any(map(checkpoint.is_ours, checkpoint.list_checkpoints(folder)))
     if len(settings) < SETTINGS_OF_A_RUN or not begun:
         return "", set()
-    names = {name for name in (CONFIG, REPORT, *RECORDS) if (folder / name).is_file()}
+    names = {name for name in (CONFIG, REPORT, VERDICTS, *RECORDS) if (folder / name).is_file()}
     names |= {name for name in ADAPTERS if (folder / name / "adapter_config.json").is_file()}
     names |= {"runs"} if next((folder / "runs").rglob("events.out.tfevents*"), None) else set()
     return _stage_of(settings), names | {path.name for path in checkpoint.list_checkpoints(folder)}

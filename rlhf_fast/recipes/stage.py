@@ -34,7 +34,7 @@ from rlhf_fast.recipes.output import OutputFolder, open_output
 from rlhf_fast.recipes.processes import Item, Processes
 from rlhf_fast.recipes.records import Records, check_trackers, peak_memory
 from rlhf_fast.recipes.snapshots import Snapshots, under
-from rlhf_fast.recipes.watch import Watch, react
+from rlhf_fast.recipes.watch import Watch, outcome, react
 from rlhf_fast.signals import Interruptible
 from rlhf_fast.text import one_line, shown
 
@@ -249,7 +249,8 @@ class Stage(Processes, Generic[Config]):
         """Multiplies the learning rate by ``factor`` from the next step on, also in runs that resume this one."""
         self.values["learning_rate_scale"] = self.values.get("learning_rate_scale", 1.0) * factor
         self._set_learning_rate()
-        self.say(f"{self.name}: learning rate times {factor:g} from step {self.step + 1} on")
+        scale = self.values["learning_rate_scale"]
+        self.say(f"{self.name}: learning rate {scale:g} times the configured one from step {self.step + 1} on")
 
     def _set_learning_rate(self) -> None:
         peak = self.config.learning_rate * self.values.get("learning_rate_scale", 1.0)
@@ -343,7 +344,8 @@ class Stage(Processes, Generic[Config]):
         for role, name in roles.items():
             self._save_adapter(role, name, also=also)
         self._watch.write()
-        figures = self._records.close(figures, rows, self.step)
+        more_figures, more_rows = outcome(self)
+        figures = self._records.close(figures | more_figures, [*rows, *more_rows], self.step)
         self._release()
         return figures
 

@@ -40,6 +40,9 @@ class Watch:
             self._monitor = watch(rows, samples, self._thresholds)
             self._acted_on = [Verdict(**entry) for entry in acted_on]
             self._written = self._all()
+            for verdict in self._monitor.verdicts:
+                known = f"{verdict.title}, since step {verdict.first_step}"
+                self._say(f"monitor: known from before: {known}; it is not acted on again")
             write_verdicts(folder, self._written)  # also where there is none: the run is being watched
         except Exception as error:
             self._fail(error)
@@ -109,12 +112,27 @@ def _roll_back(stage: "Stage[StageConfig]", verdict: Verdict) -> None:
     earlier = stage.values.get("rolled_back", [])
     if len(earlier) == MOST_ROLL_BACKS:
         _stop(stage, f"{verdict.title}; rolled back {MOST_ROLL_BACKS} times")
-    elif stage.roll_back(verdict.first_step, [*earlier, asdict(verdict)]):
+    # a step's metrics are of the policy before its update: the one that shows the failure is that of the step before
+    elif stage.roll_back(verdict.first_step - 1, [*earlier, asdict(verdict)]):
         stage.scale_learning_rate(0.5)
     else:
         _stop(stage, f"{verdict.title}; no checkpoint from before it to roll back to")
 
 
 def _stop(stage: "Stage[StageConfig]", why: str) -> None:
+    stage.values["stopped_by_monitor"] = why
     stage.say(f"{stage.name}: stopped by the monitor after step {stage.step} ({why})")
     stage.stopped_early = True
+
+
+def outcome(stage: "Stage[StageConfig]") -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+    """What the monitor did to the run, as figures of summary.json and as rows of the final table."""
+    figures: dict[str, Any] = {}
+    if "stopped_by_monitor" in stage.values:
+        after = f"after step {stage.step} of {stage.total}"
+        figures["stopped_by_monitor"] = {"value": after, "note": stage.values["stopped_by_monitor"]}
+    back = stage.values.get("rolled_back", [])
+    if back:
+        why = ", ".join(f"{Verdict(**entry).title} from step {entry['first_step']}" for entry in back)
+        figures["rolled_back"] = {"value": f"{len(back)} times", "note": why}
+    return figures, [(name.replace("_", " "), entry["value"], entry["note"]) for name, entry in figures.items()]

@@ -5,7 +5,9 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from rlhf_fast import verdicts
 from rlhf_fast.cli import main
@@ -32,7 +34,7 @@ def test_a_verdict_is_told_once_and_grows():
     (verdict,) = monitor.verdicts
     assert (verdict.first_step, verdict.last_step) == (10, 15)
     assert verdict.confidence > 0.9 and verdict.metrics[0] == "objective/kl"
-    assert "50" in verdict.reason and verdict.advice
+    assert "50 nats" in verdict.reason and verdict.advice
 
 
 def test_the_samples_are_the_worst_since_it_began_each_prompt_once():
@@ -69,6 +71,14 @@ def test_logs_with_holes():
     assert [verdict.name for verdict in monitor.verdicts] == ["not_learning"]
 
 
+def test_tensors_and_numpy_numbers_are_numbers():
+    for kind in (torch.tensor, np.float32):
+        monitor = Monitor()
+        for step in range(1, 12):
+            monitor.update(step, {name: kind(value) for name, value in exploding(step).items()})
+        assert [verdict.name for verdict in monitor.verdicts] == ["kl_explosion"]
+
+
 def test_steps_go_forward():
     monitor = Monitor()
     monitor.update(3, {})
@@ -101,9 +111,11 @@ def test_the_file_gives_back_what_was_written(tmp_path):
     found = watch([{"step": step, **exploding(step)} for step in range(1, 12)]).verdicts
     write_verdicts(tmp_path, found)
     assert read_verdicts(tmp_path) == found
-    (tmp_path / "verdicts.json").write_text('{"verdicts": [{"name": "unheard_of"}]}')
-    with pytest.raises(UserError, match="verdicts.json: expected"):
-        read_verdicts(tmp_path)
+    for changes in ({"name": "unheard_of"}, {"first_step": "a"}, {"samples": [1]}, {"more": 1}):
+        entries = as_json(found)["verdicts"]
+        (tmp_path / "verdicts.json").write_text(json.dumps({"verdicts": [{**entries[0], **changes}]}))
+        with pytest.raises(UserError, match="verdicts.json: expected"):
+            read_verdicts(tmp_path)
 
 
 def write_run(folder: Path) -> None:
@@ -126,7 +138,11 @@ def test_the_command_says_what_it_found(tmp_path, capsys):
     assert entry.pop("stage") == "ppo"
     assert [entry] == json.loads(json.dumps(as_json(watch_ppo(tmp_path))))["verdicts"]
     assert main(["monitor", str(tmp_path), "--kl_over_target", "26", "--kl_jump", "60"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: nothing found\n"
+    log = tmp_path / "ppo" / "metrics.jsonl"
+    assert capsys.readouterr().out == f"{log} (rlhf-fast): 15 logged steps\nnothing found\n"
+    (tmp_path / "ppo" / "config.yaml").write_text("monitor_thresholds: {kl_over_target: 26, kl_jump: 60}\n")
+    assert main(["monitor", str(tmp_path)]) == 0  # the run's own thresholds
+    assert main(["monitor", str(tmp_path), "--kl_over_target", "3"]) == 3
 
 
 def watch_ppo(folder: Path) -> list[verdicts.Verdict]:

@@ -60,6 +60,8 @@ def test_stop(ppo_config, found_at):
     assert steps_of(trained_lines(config)) == [1, 2, 3]
     folder = Path(config.output_dir)
     assert (folder / "checkpoint-3").is_dir() and (folder / "policy").is_dir()
+    stopped = json.loads((folder / "summary.json").read_text())["figures"]["stopped_by_monitor"]
+    assert stopped == {"value": "after step 3 of 4", "note": "KL explosion"}
 
 
 def test_a_lower_learning_rate_holds_in_a_resumed_run(ppo_config, found_at):
@@ -124,7 +126,13 @@ def test_a_stopped_reward_model_is_judged_as_it_is_saved(reward_config, monkeypa
     assert [line["step"] for line in lines if "eval_accuracy" in line] == [0, 2]
 
 
-@pytest.mark.parametrize("actions", [{"kl_explosions": "stop"}, {"kl_explosion": "panic"}])
-def test_unknown_actions_are_refused(ppo_config, actions):
-    with pytest.raises(UserError, match="--monitor_actions must be VERDICT=ACTION"):
+@pytest.mark.parametrize(
+    "actions, said",
+    [
+        ({"kl_explosions": "stop"}, "no verdict 'kl_explosions' .did you mean 'kl_explosion'"),
+        ({"kl_explosion": "panic"}, "no action 'panic'; there are stop, lower_learning_rate, roll_back, raise_kl_coef"),
+    ],
+)
+def test_unknown_actions_are_refused(ppo_config, actions, said):
+    with pytest.raises(UserError, match=said):
         ppo.train(ppo_config(monitor_actions=actions))

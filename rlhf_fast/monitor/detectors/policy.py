@@ -24,11 +24,11 @@ def kl_explosion(history: History, at: Thresholds) -> Finding | None:
         level, what = at.kl_over_target * target, f"{at.kl_over_target:g} times its target of {target:g}"
         names.append(m.KL_TARGET.name)
     elif length is not None:
-        level, what = at.kl_per_token * length, f"{at.kl_per_token:g} nats per token"
+        level, what = at.kl_per_token * length, f"{at.kl_per_token:g} nat per token"
         names.append(m.LENGTH_MEAN.name)
     since = series.since(lambda value: value > level, 2)
     if since is not None:
-        reason = f"KL from the reference is {min(recent):.3g} nats per response or more, above {what}"
+        reason = f"at step {series.steps[-1]} KL from the reference is {recent[-1]:.3g} nats per response, above {what}"
         return Finding(since, min(recent) / level, names, reason, kl_of)
 
     floor = target if target is not None else 0.3 * length if length is not None else 1.0
