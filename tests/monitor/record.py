@@ -153,7 +153,7 @@ SETTINGS = {
     ),
     "demo_reward_hacking": Setting(
         "reward_hacking",
-        DEMO + FREE + f"--learning_rate 2e-3 --reward_functions {REWARDS}:thanks --eval_functions {GOLD}",
+        DEMO + FREE + f"--learning_rate 2e-3 --reward_functions {REWARDS}:the --eval_functions {GOLD}",
         seeds=(0,),
     ),
 }
