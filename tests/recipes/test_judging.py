@@ -80,7 +80,7 @@ def test_each_function_has_its_mean_and_spread_and_weights_make_the_sum(function
         assert line["rewards/even/mean"] == 10 and line["rewards/even/std"] == 0  # without abstentions
         assert line["rewards/length/std"] > 0
     samples = [row for row in lines(tmp_path / "ppo", "samples.jsonl") if row["split"] == "train"]
-    assert len(samples) == 2 * 4
+    assert {row["why"] for row in samples} >= {"highest_score", "highest_kl"}
     scores = {(-20.0 if even else 0.0) + 0.5 * len(row["response"]) for row in samples for even in (True, False)}
     assert all(min(abs(row["score"] - score) for score in scores) < 1e-4 for row in samples)
     assert {row["score"] < -15 for row in samples} == {True, False}  # some were judged by both, some by one

@@ -113,7 +113,8 @@ def test_trackers_get_the_metrics_of_the_log(sft_config, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     sft.train(sft_config(report_to=["tensorboard"]))
-    (events,) = (tmp_path / "sft" / "runs").rglob("events.out.tfevents.*0")
+    written = (tmp_path / "sft" / "runs").rglob("events.out.tfevents.*")
+    events = min(written, key=lambda path: int(path.suffix[1:]))  # numbered in the process; the second has the settings
     accumulator = EventAccumulator(str(events))
     accumulator.Reload()
     logged = [(event.step, event.value) for event in accumulator.Scalars("loss")]
