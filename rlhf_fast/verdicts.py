@@ -149,6 +149,9 @@ class Thresholds:
 
     patience: int = _at(20, "Not learning: steps since the start of the run without a gain.", least=4)
     still_kl: float = _at(0.005, "Not learning: KL below so many nats per token.")
+    loss_fall: float = _at(
+        0.02, "Not learning, in SFT, reward training and DPO: the loss lower by less than this share."
+    )
 
     critic_warmup: int = _at(10, "Useless critic: steps that are not counted.", least=1)
     critic_window: int = _at(10, "Useless critic: steps over which explained variance is averaged.", least=4)

@@ -33,15 +33,21 @@ def not_learning(history: History, at: Thresholds) -> Finding | None:
         )
         names = [m.SCORES.name, m.KL.name]
         return Finding(scores.steps[-patience], min(still / max(moved, still / 5), 5), names, reason, score_of)
-    loss = history["loss"]
-    if history.names("objective/") or len(loss.values) < max(patience, 2 * window):
+    return None if history.names("objective/") else _flat_loss(history, at)
+
+
+def _flat_loss(history: History, at: Thresholds) -> Finding | None:
+    """Neither the loss nor the held-out loss has fallen by more than a little."""
+    loss, held_out = history["loss"], history["eval_loss"].values
+    count = len(loss.values)
+    fall = loss.change(max(at.window, count // 3)) if count >= max(at.patience, 2 * at.window) else None
+    if fall is None or fall.z < -2 or fall.ratio < 1 - at.loss_fall:
         return None
-    third = max(window, len(loss.values) // 3)
-    fall = loss.change(min(third, len(loss.values) // 2))
-    if fall is None or fall.z < -2:
+    if len(held_out) > 1 and min(held_out[1:]) < (1 - at.loss_fall) * held_out[0]:
         return None
-    reason = f"over {len(loss.values)} steps the loss went from {fall.before:.3g} to {fall.now:.3g}"
-    return Finding(loss.steps[0], 1.5, ["loss"], reason, score_of)
+    reason = f"over {count} steps the loss went from {fall.before:.3g} to {fall.now:.3g}"
+    names = ["loss", "eval_loss"] if len(held_out) > 1 else ["loss"]
+    return Finding(loss.steps[0], 1.5, names, reason, score_of)
 
 
 def useless_critic(history: History, at: Thresholds) -> Finding | None:
