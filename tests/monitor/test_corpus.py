@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-from record import first_found
+from record import CORPUS, first_found, score
 
 from rlhf_fast.verdicts import KINDS
 
-RUNS = sorted((Path(__file__).parent / "corpus").glob("*.json"))
+RUNS = sorted(CORPUS.glob("*.json"))
 LATEST = 20  # steps after the onset
 
 
@@ -27,3 +27,8 @@ def test_the_corpus_has_three_runs_of_each_verdict_and_thirty_in_all():
     verdicts = [json.loads(path.read_text())["verdict"] for path in RUNS]
     assert all(verdicts.count(name) >= 3 for name in [*KINDS, ""]), verdicts
     assert len(verdicts) >= 30
+
+
+def test_the_docs_have_the_score_of_the_second_set():
+    page = (Path(__file__).parents[2] / "docs" / "debugging.md").read_text()
+    assert score(CORPUS / "held_out") in page, "python tests/monitor/record.py --score"

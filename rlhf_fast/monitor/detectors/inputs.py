@@ -79,12 +79,12 @@ def sampler_mismatch(history: History, at: Thresholds) -> Finding | None:
 
 
 def truncation(history: History, at: Thresholds) -> Finding | None:
-    """Almost no response has a stop token, in every rollout of the window."""
-    series, window = history[m.TRUNCATED.name], at.window
-    since = series.since(lambda value: value >= at.truncated, window)
-    if since is None:
+    """Almost no response has a stop token, on average over the window."""
+    series = history[m.TRUNCATED.name]
+    recent = series.values[-at.window :]
+    if len(recent) < at.window or statistics.fmean(recent) < at.truncated:
         return None
-    share = statistics.fmean(series.values[-window:])
+    share = statistics.fmean(recent)
     reason = f"{share:.0%} of the responses reach response_length without a stop token"
     size = share / at.truncated + 0.5
-    return Finding(since, size, [m.TRUNCATED.name, m.LENGTH_MEAN.name], reason, length_of)
+    return Finding(series.steps[-at.window], size, [m.TRUNCATED.name, m.LENGTH_MEAN.name], reason, length_of)
